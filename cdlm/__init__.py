@@ -1,0 +1,1 @@
+"""cdlm: diffusion language models in embedding space, with adaptive halting."""

@@ -1,0 +1,86 @@
+"""Views of the noise level `t = sigma / alpha` and the grids that sampling walks along, all float64.
+
+With alpha**2 + sigma**2 = 1: alpha = 1/sqrt(1+t**2), sigma = t/sqrt(1+t**2), gamma = ln(sigma**2/alpha**2) = 2 ln t.
+All of gamma, sigma and t grow with the noise; alpha falls.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cdlm.errors import CdlmError
+
+if TYPE_CHECKING:
+    from cdlm.continuous.warping import Schedule
+
+
+def alpha_of(t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Signal scale of the variance-preserving view."""
+    return torch.rsqrt(1 + t.square())
+
+
+def sigma_of(t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Noise scale of the variance-preserving view."""
+    return t * torch.rsqrt(1 + t.square())
+
+
+def gamma_of(t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Minus the log signal-to-noise ratio."""
+    return 2 * t.log()
+
+
+def t_of_gamma(gamma: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Inverse of `gamma_of`."""
+    return (gamma / 2).exp()
+
+
+def check_range(t_min: float, t_max: float) -> None:
+    """Raise unless 0 < t_min < t_max < infinity."""
+    if not 0 < t_min < t_max < math.inf:
+        raise CdlmError(f"noise levels need 0 < t_min < t_max, got t_min={t_min:g} and t_max={t_max:g}: lower t_min")
+
+
+class Grid(ABC):
+    """A way to space the steps of sampling."""
+
+    @abstractmethod
+    def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
+        """`steps` noise levels from t_max down, float64 on the CPU; the last of several is t_min."""
+
+
+def _fractions(steps: int) -> Float[Tensor, " steps"]:
+    if steps < 1:
+        raise CdlmError(f"sampling needs steps >= 1, got {steps}: ask for at least one denoiser call")
+    return torch.linspace(1, 0, steps, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Warped(Grid):
+    """Equal steps in the schedule's own u: with a learned warp, equal loss between neighbours (CDCD, section 3.3)."""
+
+    def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
+        return schedule.t_of_u(_fractions(steps)).cpu()
+
+
+@dataclass(frozen=True)
+class UniformT(Grid):
+    """Equal steps in t."""
+
+    def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
+        return schedule.t_min + (schedule.t_max - schedule.t_min) * _fractions(steps)
+
+
+@dataclass(frozen=True)
+class LogT(Grid):
+    """Equal steps in ln t."""
+
+    def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
+        low, high = math.log(schedule.t_min), math.log(schedule.t_max)
+        return (low + (high - low) * _fractions(steps)).exp()

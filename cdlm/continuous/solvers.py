@@ -1,0 +1,124 @@
+"""Solvers of the probability-flow ODE `dz/dt = (z - x0) / t`: each joins two neighbouring grid points, and no more."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cdlm.errors import CdlmError
+
+Estimate = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""(z, t, rows or None) -> (estimate that drives the state, plain x0): one prediction for those rows of the batch."""
+
+
+class Advance(NamedTuple):
+    """Where one interval led."""
+
+    z: Float[Tensor, "b n d"]
+    x0: Float[Tensor, "b n d"] | None
+    """Plain estimate of a later call, for self-conditioning; None when the solver made none that is newer."""
+    evaluations: Int[Tensor, " b"]
+    """Predictions beyond the one handed in."""
+
+
+class Solver(ABC):
+    """Moves rows from their level `t` to `t_next` < t. Rows are independent and may stand at different levels."""
+
+    @abstractmethod
+    def advance(
+        self,
+        estimate: Estimate,
+        z: Float[Tensor, "b n d"],
+        x0: Float[Tensor, "b n d"],
+        t: Float[Tensor, " b"],
+        t_next: Float[Tensor, " b"],
+    ) -> Advance:
+        """`x0` is the estimate already made at (z, t)."""
+
+
+def _lerp(z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    return x0 + (t_next / t).to(z.dtype)[:, None, None] * (z - x0)
+
+
+def _no_calls(t: Tensor) -> Tensor:
+    return torch.zeros_like(t, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Euler(Solver):
+    """`z' = (t'/t) z + (1 - t'/t) x0`: exact for a constant x0, the same map as DDIM (arXiv 2010.02502)."""
+
+    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Advance:
+        return Advance(_lerp(z, x0, t, t_next), None, _no_calls(t))
+
+
+@dataclass(frozen=True)
+class Heun(Solver):
+    """Euler, then the mean of both slopes; second order, one more prediction an interval (EDM, arXiv 2206.00364, alg. 1)."""
+
+    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Advance:
+        tilde = _lerp(z, x0, t, t_next)
+        x0_tilde, plain = estimate(tilde, t_next, None)
+        now, then = t.to(z.dtype)[:, None, None], t_next.to(z.dtype)[:, None, None]
+        slope = (z - x0) / now + (tilde - x0_tilde) / then
+        return Advance(z + (then - now) / 2 * slope, plain, _no_calls(t) + 1)
+
+
+FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
+ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
+
+
+@dataclass(frozen=True)
+class TorchDiffEq(Solver):
+    """Any method of torchdiffeq, over tau in [0, 1] with t = t + tau (t' - t).
+
+    Adaptive methods share one error norm over what they are given, so they get one row at a time; the others take the
+    batch. Self-conditioning stays as it was at the start of the interval, which keeps the field a function of (z, t).
+
+    Args:
+        method: such as "midpoint", "rk4", "dopri5".
+        rtol, atol: tolerances of the adaptive methods.
+        double: integrate in float64 instead of float32.
+    """
+
+    method: str
+    rtol: float = 1e-4
+    atol: float = 1e-4
+    double: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in FIXED + ADAPTIVE:
+            raise CdlmError(f"torchdiffeq has no method {self.method!r} for this: use one of {', '.join(FIXED + ADAPTIVE)}")
+
+    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Advance:
+        rows = torch.arange(len(t), device=z.device)
+        parts = rows.split(1) if self.method in ADAPTIVE else (rows,)
+        moved = [self._integrate(estimate, z[part], x0[part], t[part], t_next[part], part) for part in parts]
+        return Advance(torch.cat([m[0] for m in moved]), None, torch.cat([m[1] for m in moved]))
+
+    def _integrate(
+        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        from torchdiffeq import odeint
+
+        state = z.double() if self.double else z.to(torch.promote_types(z.dtype, torch.float32))
+        made = 0
+
+        def slope(tau: Tensor, y: Tensor) -> Tensor:
+            nonlocal made
+            level = torch.lerp(t, t_next, tau.double().to(t.device))
+            known = tau == 0 and torch.equal(y, state)  # the prediction at the start is already paid for
+            if not known:
+                made += 1
+            target = x0 if known else estimate(y.to(z.dtype), level, rows)[0]
+            return (t_next - t)[:, None, None].to(y.dtype) * (y - target) / level[:, None, None].to(y.dtype)
+
+        tau = torch.tensor([0.0, 1.0], dtype=state.dtype, device=z.device)
+        end = odeint(slope, state, tau, method=self.method, rtol=self.rtol, atol=self.atol)[-1]
+        return end.to(z.dtype), torch.full_like(rows, made)

@@ -1,0 +1,131 @@
+"""Which noise levels to train on: a learned map between u in [0, 1] and t in [t_min, t_max]."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cdlm.continuous.levels import check_range
+
+
+class Schedule(nn.Module, ABC):
+    """The distribution of noise levels: u uniform in [0, 1] gives t; u = 0 is t_min, u = 1 is t_max. Float64."""
+
+    t_min: float
+    t_max: float
+
+    @abstractmethod
+    def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]: ...
+
+    @abstractmethod
+    def u_of_t(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]: ...
+
+    @abstractmethod
+    def density(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """du/dt at t."""
+
+    @abstractmethod
+    def fit(self, t: Float[Tensor, " b"], nats: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+        """Loss of the schedule's own parameters, given the losses of rows at levels t; both detached."""
+
+    @abstractmethod
+    def after_step(self) -> None:
+        """Called after each optimiser step."""
+
+
+class TimeWarp(Schedule):
+    """A piecewise linear CDF fitted to the loss as a function of the noise level (CDCD, section 3.3 and appendix A).
+
+    `F~(t)`, with bin widths softmax(l_t) on the noise axis and bin heights exp(l_u), regresses the loss at t; normalised,
+    it is the CDF from which training draws t, so that the loss grows linearly with u. The same map spaces the steps of
+    sampling. The noise axis is ln t by default: on the paper's linear axis almost all early draws are pure noise.
+
+    Training and sampling read an exponential moving average of the logits. Bins never shrink below `floor`.
+    """
+
+    def __init__(
+        self,
+        t_min: float,
+        t_max: float,
+        axis: Literal["log", "linear"] = "log",
+        bins: int = 100,
+        floor: float = 1e-4,
+        ema: float = 0.99,
+    ):
+        super().__init__()
+        check_range(t_min, t_max)
+        self.t_min, self.t_max, self.axis, self.floor, self.ema = t_min, t_max, axis, floor, ema
+        self.logits = nn.Parameter(torch.full((2, bins), -math.log(bins)))
+        self.averaged: Tensor
+        self.register_buffer("averaged", self.logits.detach().clone())
+
+    def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        edges_t, edges_u = self._edges(self.averaged)
+        return self._from_axis(_interpolate(u.double().to(edges_u.device), edges_u, edges_t)).clamp(self.t_min, self.t_max)
+
+    def u_of_t(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        edges_t, edges_u = self._edges(self.averaged)
+        return _interpolate(self._to_axis(t), edges_t, edges_u)
+
+    def density(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        edges_t, edges_u = self._edges(self.averaged)
+        bin_ = _bin(self._to_axis(t), edges_t)
+        slope = (edges_u.diff() / edges_t.diff())[bin_]
+        if self.axis == "log":
+            return slope / (t.double() * math.log(self.t_max / self.t_min))
+        return slope / (self.t_max - self.t_min)
+
+    def fit(self, t: Float[Tensor, " b"], nats: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+        axis = self._to_axis(t)
+        with torch.no_grad():  # undo the non-uniform draw, so that every level of the axis counts alike
+            edges_t, edges_u = self._edges(self.averaged)
+            weight = (edges_t.diff() / edges_u.diff())[_bin(axis, edges_t)]
+            weight = weight / weight.mean()
+        widths = self._floored(self.logits[0].double().softmax(0))
+        heights = self.logits[1].double().exp() + self.floor
+        predicted = _interpolate(axis, _cumulative(widths), _cumulative(heights))
+        return (weight * (predicted - nats.double()).square()).mean()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.averaged.lerp_(self.logits, 1 - self.ema)
+
+    def _edges(self, logits: Float[Tensor, "2 bins"]) -> tuple[Float[Tensor, " edges"], Float[Tensor, " edges"]]:
+        widths = self._floored(logits.double().softmax(-1))
+        edges_t, edges_u = _cumulative(widths[0]), _cumulative(widths[1])
+        return edges_t / edges_t[-1], edges_u / edges_u[-1]
+
+    def _floored(self, widths: Float[Tensor, "... bins"]) -> Float[Tensor, "... bins"]:
+        return (widths + self.floor) / (1 + self.floor * widths.shape[-1])
+
+    def _to_axis(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        t = t.double()
+        if self.axis == "log":
+            return (t / self.t_min).log() / math.log(self.t_max / self.t_min)
+        return (t - self.t_min) / (self.t_max - self.t_min)
+
+    def _from_axis(self, x: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        if self.axis == "log":
+            return self.t_min * (x * math.log(self.t_max / self.t_min)).exp()
+        return self.t_min + x * (self.t_max - self.t_min)
+
+
+def _cumulative(widths: Float[Tensor, " bins"]) -> Float[Tensor, " edges"]:
+    return torch.cat([widths.new_zeros(1), widths.cumsum(0)])
+
+
+def _bin(x: Float[Tensor, " b"], edges: Float[Tensor, " edges"]) -> Tensor:
+    return torch.searchsorted(edges.detach(), x.contiguous(), right=True).sub_(1).clamp_(0, len(edges) - 2)
+
+
+def _interpolate(
+    x: Float[Tensor, " b"], inputs: Float[Tensor, " edges"], outputs: Float[Tensor, " edges"]
+) -> Float[Tensor, " b"]:
+    """The piecewise linear function through (inputs, outputs); swap the two for its inverse."""
+    i = _bin(x, inputs)
+    return outputs[i] + (outputs[i + 1] - outputs[i]) * (x - inputs[i]) / (inputs[i + 1] - inputs[i])

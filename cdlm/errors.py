@@ -1,0 +1,8 @@
+"""The one exception for bad input."""
+
+
+class CdlmError(Exception):
+    """Bad input: one line that says what was expected, what came and what to change.
+
+    The command line prints the line and exits with code 2; from Python it is an ordinary exception.
+    """

@@ -1,0 +1,170 @@
+"""The sampling loop: in-flight batching, per-row halting, compaction. It yields; everything else consumes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cdlm.continuous.denoiser import Denoiser, Steering
+from cdlm.continuous.levels import Grid, Warped
+from cdlm.continuous.solvers import Euler, Solver
+from cdlm.errors import CdlmError
+from cdlm.halting import Criterion, Never
+from cdlm.noise import row_normal
+from cdlm.signals import Glance, Past, check_signals, first_past, observe
+from cdlm.types import Condition, Finished, Prediction, Rows, StepState, join, take
+
+
+class Request(NamedTuple):
+    """One sample to draw."""
+
+    index: int
+    """Its number: with the run's seed it fixes the sample's noise."""
+    tokens: Int[Tensor, " n"]
+    """Prompt tokens; ignored where not given."""
+    given: Bool[Tensor, " n"]
+    """True at prompt positions and padding; at least one position must be open."""
+    valid: Bool[Tensor, " n"] | None = None
+    """False on padding; None when no request of the run has any."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Everything that fixes a sampling run except the model, the requests and the batch size.
+
+    Args:
+        steps: grid points, >= 1. One prediction each; the last, at t_min, is read out, so Euler spends `steps` calls.
+        criterion: when a row is done before that.
+        grid, solver, steering: see there.
+        init_scale: the start is `init_scale * t_max * eps`; CDCD finds that a little below 1 sharpens.
+        seed: of the run, >= 0.
+        record: names of signals to compute at every step, for the loop's consumers.
+    """
+
+    steps: int = 200
+    criterion: Criterion = field(default_factory=Never)
+    grid: Grid = field(default_factory=Warped)
+    solver: Solver = field(default_factory=Euler)
+    steering: Steering = field(default_factory=Steering)
+    init_scale: float = 1.0
+    seed: int = 0
+    record: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise CdlmError(f"sampling needs steps >= 1, got {self.steps}: ask for at least one denoiser call")
+        if self.seed < 0:
+            raise CdlmError(f"a seed is a whole number >= 0, got {self.seed}")
+        if not 0 <= self.init_scale < math.inf:
+            raise CdlmError(f"init_scale must be >= 0, got {self.init_scale}: 1 is the model's own noise level")
+        check_signals(self.record | self.criterion.needs)
+
+
+class Live(NamedTuple):
+    """Everything with a row axis that lives from one step to the next."""
+
+    row: Int[Tensor, " b"]
+    step: Int[Tensor, " b"]
+    nfe: Int[Tensor, " b"]
+    z: Float[Tensor, "b n d"]
+    tokens: Int[Tensor, "b n"]
+    condition: Condition
+    past: Past
+    memory: Any
+
+
+class Run:
+    """One run of a sampler on a denoiser, `batch_size` rows at a time.
+
+    Row i is the same in any batch, order or batch size (bit for bit where the denoiser's arithmetic is), and a halted
+    row is a prefix of the row that is not halted.
+    """
+
+    def __init__(self, denoiser: Denoiser, sampler: Sampler, batch_size: int, device: torch.device | str = "cpu"):
+        if batch_size < 1:
+            raise CdlmError(f"batch_size must be >= 1, got {batch_size}")
+        self.denoiser, self.sampler, self.batch_size, self.device = denoiser, sampler, batch_size, torch.device(device)
+        self.needs = sampler.record | sampler.criterion.needs
+        self.grid = sampler.grid.levels(denoiser.schedule, sampler.steps).to(self.device)
+
+    @torch.no_grad()
+    def steps(self, requests: Iterable[Request]) -> Iterator[Finished]:
+        """One item a step, until every request is served. Rows that finish leave; waiting requests enter at once."""
+        waiting, live = iter(requests), None
+        while True:
+            fresh = list(islice(waiting, self.batch_size - (0 if live is None else len(live.row))))
+            if fresh:
+                live = self._admit(fresh) if live is None else join(live, self._admit(fresh))
+            if live is None:
+                return
+            finished, live, x0 = self._step(live)
+            yield finished
+            if finished.done.any():
+                kept = (~finished.done).nonzero().squeeze(1)
+                live, x0 = take((live, x0), kept)
+            live = self._advance(live, x0) if len(live.row) else None
+
+    def _admit(self, requests: list[Request]) -> Live:
+        tokens = torch.stack([request.tokens for request in requests]).to(self.device)
+        open_ = ~torch.stack([request.given for request in requests]).to(self.device)
+        valid = _stack([request.valid for request in requests], self.device)
+        if not bool(open_.any(1).all()):
+            raise CdlmError("a prompt leaves nothing to generate: shorten it, or raise the length")
+        clean = self.denoiser.embed(tokens)
+        noise = row_normal(self.sampler.seed, [request.index for request in requests], *clean.shape[1:])
+        z = self.sampler.init_scale * float(self.grid[0]) * noise.to(clean)
+        index = torch.tensor([request.index for request in requests], device=self.device)
+        zero = torch.zeros_like(index)
+        memory = self.sampler.criterion.start(Rows(open_, zero + self.sampler.steps))
+        known = ~open_ if valid is None else ~open_ & valid
+        condition = Condition(clean * known[..., None], open_, torch.zeros_like(z), valid)
+        return Live(index, zero, zero, z, tokens, condition, first_past(self.needs, z), memory)
+
+    def _step(self, live: Live) -> tuple[Finished, Live, Tensor]:
+        t, open_ = self.grid[live.step], live.condition.noised
+        prediction, x0 = self.sampler.steering.predict(self.denoiser, live.z, t, live.condition)
+        signals, past = observe(
+            self.needs, Glance(live.z, t, self.denoiser.rho, prediction, open_, live.past)
+        )
+        nfe = live.nfe + self.sampler.steering.calls
+        budget = torch.full_like(live.step, self.sampler.steps)
+        state = StepState(live.row, live.step, budget, t, nfe, open_, prediction, signals)
+        memory, decision = self.sampler.criterion.look(live.memory, state)
+        done = decision.halt | (live.step == budget - 1)
+        tokens = _final_tokens(prediction, live.tokens, open_, done)
+        condition = live.condition._replace(x0=prediction.x0)
+        live = live._replace(nfe=nfe, past=past, memory=memory, condition=condition)
+        return Finished(state, done, decision.halt, tokens), live, x0
+
+    def _advance(self, live: Live, x0: Tensor) -> Live:
+        steering, condition = self.sampler.steering, live.condition
+
+        def estimate(z: Tensor, t: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+            told = condition if rows is None else take(condition, rows)
+            prediction, driving = steering.predict(self.denoiser, z, t, told)
+            return driving, prediction.x0
+
+        moved = self.sampler.solver.advance(estimate, live.z, x0, self.grid[live.step], self.grid[live.step + 1])
+        if moved.x0 is not None:
+            condition = condition._replace(x0=moved.x0)
+        nfe = live.nfe + moved.evaluations * steering.calls
+        return live._replace(z=moved.z, step=live.step + 1, nfe=nfe, condition=condition)
+
+
+def _stack(masks: list[Tensor | None], device: torch.device) -> Tensor | None:
+    present = [mask for mask in masks if mask is not None]
+    return torch.stack(present).to(device) if present else None
+
+
+def _final_tokens(
+    prediction: Prediction, tokens: Int[Tensor, "b n"], open_: Bool[Tensor, "b n"], done: Bool[Tensor, " b"]
+) -> Int[Tensor, "m n"]:
+    leaving = done.nonzero().squeeze(1)
+    return torch.where(open_[leaving], prediction.logits[leaving].argmax(-1), tokens[leaving])

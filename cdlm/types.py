@@ -1,0 +1,178 @@
+"""What every part agrees on: predictions, step states, decisions, samples.
+
+Axis glossary: b rows (samples in flight), n positions, d embedding dimension, v vocabulary.
+
+Noise coordinate: `t = sigma / alpha`, the noise-to-signal ratio. Larger is noisier; sampling walks from `t_max` down to
+`t_min`. States are variance exploding, `z = e + t * eps`; everything else (alpha, sigma, gamma) is a view of `t`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cdlm.errors import CdlmError
+
+
+class Prediction(NamedTuple):
+    """All that a denoiser says about one state."""
+
+    logits: Float[Tensor, "b n v"]
+    """Unnormalised log-probabilities of the clean token, float32 or float64."""
+    x0: Float[Tensor, "b n d"]
+    """Expected clean embedding under softmax(logits)."""
+
+
+class Condition(NamedTuple):
+    """What a denoiser is told besides the noisy state."""
+
+    clean: Float[Tensor, "b n d"]
+    """Embeddings at given positions, zero elsewhere (zero everywhere for the unconditional branch of guidance)."""
+    noised: Bool[Tensor, "b n"]
+    """True where a token is to be generated, False where it is given (or padding)."""
+    x0: Float[Tensor, "b n d"]
+    """Self-conditioning: the previous estimate of the clean embedding, zero on the first call."""
+    valid: Bool[Tensor, "b n"] | None = None
+    """False on padding, which nobody attends to; None when there is none."""
+
+
+class HaltReason(Enum):
+    """Why a sample was returned."""
+
+    CRITERION = "the halting criterion fired"
+    BUDGET = "the last step of the grid was reached"
+
+
+class Rows(NamedTuple):
+    """Rows that enter the batch, as a criterion sees them in `start`."""
+
+    open: Bool[Tensor, "b n"]
+    """Positions that may still change."""
+    budget: Int[Tensor, " b"]
+    """Steps that the row may take at most."""
+
+
+class Decision(NamedTuple):
+    """What a criterion says about one step."""
+
+    halt: Bool[Tensor, " b"]
+    """True: return the row with this step's tokens."""
+    info: Mapping[str, Tensor] = MappingProxyType({})
+    """Logged signals, each with one value a row."""
+
+
+@dataclass(frozen=True)
+class StepState:
+    """One step of the rows in flight, after the denoiser was called and before the criterion looked.
+
+    The annotated signals below are attributes only while some criterion or recorder lists them in its `needs`; nobody
+    pays for the others.
+    """
+
+    row: Int[Tensor, " b"]
+    """Index of the sample in the run; rows change place, indices do not."""
+    step: Int[Tensor, " b"]
+    """Zero-based position on the grid."""
+    budget: Int[Tensor, " b"]
+    """Steps of the grid."""
+    t: Float[Tensor, " b"]
+    """Noise level of z, float64."""
+    nfe: Int[Tensor, " b"]
+    """Denoiser calls spent on the row so far, this one included."""
+    open: Bool[Tensor, "b n"]
+    """Positions that may still change."""
+    prediction: Prediction
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+
+    if TYPE_CHECKING:
+        tokens: Int[Tensor, "b n"]
+        top1: Float[Tensor, "b n"]
+        top2: Float[Tensor, "b n"]
+        logsumexp: Float[Tensor, "b n"]
+        entropy: Float[Tensor, "b n"]
+        switches: Int[Tensor, " b"]
+        z_norm: Float[Tensor, " b"]
+        x0_norm: Float[Tensor, " b"]
+        score_cosine: Float[Tensor, " b"]
+
+    def __getattr__(self, name: str) -> Any:
+        signals = self.__dict__.get("signals", {})
+        if name in signals:
+            return signals[name]
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise CdlmError(f"the step has no signal {name!r}: list it in the criterion's `needs` (it has {sorted(signals)})")
+
+
+class Finished(NamedTuple):
+    """A step as the loop's consumers see it."""
+
+    state: StepState
+    done: Bool[Tensor, " b"]
+    """Rows that leave with this step's tokens."""
+    halted: Bool[Tensor, " b"]
+    """Those of them that the criterion halted; the others reached the end of the grid."""
+    tokens: Int[Tensor, "m n"]
+    """Final tokens of the m rows that leave, prompts filled in."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A finished run, in the order of the requests."""
+
+    tokens: Int[np.ndarray, "m n"]
+    texts: list[str]
+    nfe: Int[np.ndarray, " m"]
+    """Denoiser calls spent on each sample."""
+    steps: Int[np.ndarray, " m"]
+    """Grid points visited by each sample."""
+    reason: list[HaltReason]
+    seed: int
+    index: Int[np.ndarray, " m"]
+    """Index of each sample: with the seed it fixes the sample's noise."""
+    given: Bool[np.ndarray, "m n"]
+    """True at prompt positions."""
+    record: Mapping[str, np.ndarray] | None = None
+    """Per-step statistics [steps, m], NaN after a row has left; None unless asked for."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def take(tree: Any, index: Tensor) -> Any:
+    """Rows `index` (int64 positions) of every tensor in a nest of tuples, lists and dicts."""
+    return _map(lambda x: x.index_select(0, index), tree)
+
+
+def join(first: Any, second: Any) -> Any:
+    """Two nests of the same form, concatenated along the rows."""
+    import torch
+
+    if isinstance(first, Tensor):
+        return torch.cat([first, second])
+    if first is None:
+        return None
+    if isinstance(first, Mapping):
+        return {key: join(first[key], second[key]) for key in first}
+    return _rebuild(first, [join(a, b) for a, b in zip(first, second, strict=True)])
+
+
+def _map(function: Any, tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if tree is None:
+        return None
+    if isinstance(tree, Mapping):
+        return {key: _map(function, value) for key, value in tree.items()}
+    return _rebuild(tree, [_map(function, item) for item in tree])
+
+
+def _rebuild(like: Any, items: Iterable[Any]) -> Any:
+    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
