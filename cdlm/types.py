@@ -68,12 +68,26 @@ class Decision(NamedTuple):
     """Logged signals, each with one value a row."""
 
 
+class Signals:
+    """The optional statistics of a step: present only while some criterion or recorder lists them in its `needs`."""
+
+    if TYPE_CHECKING:
+        tokens: Int[Tensor, "b n"]
+        top1: Float[Tensor, "b n"]
+        top2: Float[Tensor, "b n"]
+        logsumexp: Float[Tensor, "b n"]
+        entropy: Float[Tensor, "b n"]
+        switches: Int[Tensor, " b"]
+        z_norm: Float[Tensor, " b"]
+        x0_norm: Float[Tensor, " b"]
+        score_cosine: Float[Tensor, " b"]
+
+
 @dataclass(frozen=True)
-class StepState:
+class StepState(Signals):
     """One step of the rows in flight, after the denoiser was called and before the criterion looked.
 
-    The annotated signals below are attributes only while some criterion or recorder lists them in its `needs`; nobody
-    pays for the others.
+    Signals that were asked for are attributes as well: `state.switches`. Nobody pays for the others.
     """
 
     row: Int[Tensor, " b"]
@@ -90,17 +104,6 @@ class StepState:
     """Positions that may still change."""
     prediction: Prediction
     signals: Mapping[str, Tensor] = field(default_factory=dict)
-
-    if TYPE_CHECKING:
-        tokens: Int[Tensor, "b n"]
-        top1: Float[Tensor, "b n"]
-        top2: Float[Tensor, "b n"]
-        logsumexp: Float[Tensor, "b n"]
-        entropy: Float[Tensor, "b n"]
-        switches: Int[Tensor, " b"]
-        z_norm: Float[Tensor, " b"]
-        x0_norm: Float[Tensor, " b"]
-        score_cosine: Float[Tensor, " b"]
 
     def __getattr__(self, name: str) -> Any:
         signals = self.__dict__.get("signals", {})

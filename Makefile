@@ -1,0 +1,58 @@
+# Everything below works from a bare checkout: Python >= 3.11 with its venv module, and make.
+# The environment is made on first use and renewed when pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+# torch goes first and alone, so that no other package decides which torch is installed.
+TORCH  := torch==2.13.0
+PIP    := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+# The environment pip builds cdlm in obeys the same file; older pips read the first name, newer ones the second.
+export PIP_CONSTRAINT       := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+.DELETE_ON_ERROR:
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(VENV)/.demo  ## Train a small model, sample it with adaptive halting, evaluate it
+	$(VENV)/bin/cdlm train --config configs/demo.yaml --out runs/demo
+	$(PY) -m cdlm.demo --out runs/demo
+
+test: $(VENV)/.dev  ## Run the tests, with shapes checked at run time
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --jaxtyping-packages=cdlm,beartype.beartype
+
+lint: $(VENV)/.dev  ## Check style, types and import floors
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/.dev  ## Rewrite the code in the house style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## Remove the environment, caches and build results; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit("cdlm needs Python >= 3.11: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(PY)
+	$(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e '.[mauve]'
+	touch $@
+
+# The development install holds everything the demo needs.
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e '.[mauve,dev]'
+	touch $(VENV)/.demo $@

@@ -1,0 +1,397 @@
+"""Where text comes from: English shipped with Python, generated stories, files, the Hugging Face Hub."""
+
+import ast
+import csv
+import glob
+import hashlib
+import inspect
+import json
+import re
+import sys
+import sysconfig
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import Any, Literal
+
+from cdlm.data.stories import grammar_fingerprint, stories
+from cdlm.errors import CdlmError
+
+Split = Literal["train", "valid"]
+SampleBy = Literal["line", "paragraph", "document"]
+
+
+class Source(ABC):
+    """A corpus of documents in two splits. Reading a split twice gives the same documents in the same order."""
+
+    @abstractmethod
+    def documents(self, split: Split) -> Iterator[str]:
+        """The documents of a split, none of them blank."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """64 hex digits that change when the settings or the data change."""
+
+
+@dataclass(frozen=True)
+class Stdlib(Source):
+    """English technical prose that every Python has on disk: the help topics and the standard library's docstrings.
+
+    The docstrings are parsed out of the source files, without importing them; tests are left out, and so are
+    docstrings of under 40 characters and repeated ones. The text differs a little between Python versions.
+
+    Attributes:
+        valid_fraction: Share of documents held out, in (0, 0.5].
+    """
+
+    valid_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.valid_fraction)
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """Help topics first, then docstrings by path and place in the file."""
+        advice = "this Python is installed without its library's source; use stories or files"
+        return _hold_out(_unique(chain(_topics(), _docstrings())), split, self.valid_fraction, advice)
+
+    def fingerprint(self) -> str:
+        """A hash of the settings and the exact Python build."""
+        return _digest("stdlib", asdict(self), sys.version)
+
+
+@dataclass(frozen=True)
+class Stories(Source):
+    """Short English stories from a seeded grammar, small enough to be learned in minutes on a laptop.
+
+    Attributes:
+        n: Stories in the training split; the validation split has n // 20 (at least one) of its own.
+        seed: Fixes both splits.
+    """
+
+    n: int = 20000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.seed < 0:
+            raise CdlmError(f"Stories: expected n of at least 1 and a seed of at least 0, got {self.n} and {self.seed}")
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """One story a document."""
+        if split == "train":
+            return stories(self.n, 2 * self.seed)
+        return stories(max(1, self.n // 20), 2 * self.seed + 1)
+
+    def fingerprint(self) -> str:
+        """A hash of the settings and the grammar."""
+        return _digest("stories", asdict(self), grammar_fingerprint())
+
+
+@dataclass(frozen=True)
+class Files(Source):
+    """Text files in UTF-8: .txt, .jsonl, .csv (with a header) or .parquet. Blank documents are dropped.
+
+    Attributes:
+        paths: Files or glob patterns (`**` goes into subfolders); the order of documents follows them.
+        valid_paths: The same for the validation split; if there are none, every k-th document is held out.
+        field: The key or column that holds the text, of all kinds but .txt.
+        sample_by: What a document is in a .txt: a line, a paragraph (up to a blank line) or the whole file.
+        valid_fraction: 1/k, in (0, 0.5]; unused with `valid_paths`.
+    """
+
+    paths: tuple[str, ...]
+    valid_paths: tuple[str, ...] = ()
+    field: str = "text"
+    sample_by: SampleBy = "line"
+    valid_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.valid_fraction)
+        if not self.paths:
+            raise CdlmError("Files: expected at least one path, got none")
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """Documents in the order of the files, read as they are asked for (one whole file for sample_by document)."""
+        if self.valid_paths:
+            return self._read(self.paths if split == "train" else self.valid_paths)
+        advice = "give valid_paths, or split the text with sample_by line or paragraph"
+        return _hold_out(self._read(self.paths), split, self.valid_fraction, advice)
+
+    def fingerprint(self) -> str:
+        """A hash of the settings and of each file's kind and content, not of where the files lie."""
+        settings = asdict(self) | {"paths": _contents(self.paths), "valid_paths": _contents(self.valid_paths)}
+        return _digest("files", settings)
+
+    def _read(self, patterns: tuple[str, ...]) -> Iterator[str]:
+        for path in _expand(patterns):
+            empty = True
+            try:
+                for text in self._texts(path):
+                    if text.strip():
+                        empty = False
+                        yield text
+            except OSError as error:
+                raise CdlmError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+            if empty:
+                raise CdlmError(f"{path}: expected text, found none in the whole file; remove it or fill it")
+
+    def _texts(self, path: Path) -> Iterator[str]:
+        if path.suffix == ".txt":
+            return _read_txt(path, self.sample_by)
+        return _READERS[path.suffix](path, self.field)
+
+
+@dataclass(frozen=True)
+class Hub(Source):
+    """A text column of a data set on the Hugging Face Hub (or of a local folder that `datasets` can read).
+
+    Attributes:
+        name, config, split, revision: As in `datasets.load_dataset`; pin the revision for a lasting result.
+        valid_split: The split to validate on; if None, every k-th document of `split` is held out.
+        streaming: Read over the network as needed instead of downloading first.
+        field: The column that holds the text.
+        valid_fraction: 1/k, in (0, 0.5]; unused with `valid_split`.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    valid_split: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    field: str = "text"
+    valid_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.valid_fraction)
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """The column's texts in the order of the data set, blank ones dropped."""
+        if self.valid_split is not None:
+            return self._read(self.split if split == "train" else self.valid_split)
+        advice = "give a valid_split"
+        return _hold_out(self._read(self.split), split, self.valid_fraction, advice)
+
+    def fingerprint(self) -> str:
+        """A hash of the settings and of the data set's commit."""
+        import datasets
+
+        with self._explained():
+            builder = datasets.load_dataset_builder(self.name, self.config, revision=self.revision)
+        settings = asdict(self)
+        del settings["streaming"]  # the same documents either way
+        return _digest("hub", settings, builder.hash)
+
+    def _read(self, split: str) -> Iterator[str]:
+        import datasets
+
+        with self._explained():
+            rows = datasets.load_dataset(
+                self.name, self.config, split=split, revision=self.revision, streaming=self.streaming
+            )
+            for number, row in enumerate(rows):
+                text = _text_of(row, self.field, f"data set {self.name}, row {number}")
+                if text.strip():
+                    yield text
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what `datasets` and the Hub client raise into one line of advice."""
+        try:
+            yield
+        except CdlmError:
+            raise
+        except Exception as error:  # the client, its HTTP library and the file readers each raise their own kinds
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise CdlmError(
+                f"data set {self.name!r} could not be loaded from the Hub ({reason}); check name, config and split; "
+                "offline, set HF_HUB_OFFLINE=1 to use a cached copy, or save it as parquet or jsonl where there is a "
+                "network and read that with Files"
+            ) from error
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction <= 0.5:
+        raise CdlmError(f"valid_fraction must lie in (0, 0.5], got {fraction}; 0.05 holds out every 20th document")
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _hold_out(documents: Iterator[str], split: Split, fraction: float, advice: str) -> Iterator[str]:
+    """Every k-th document for validation, k = 1/fraction, the rest for training; never an empty split."""
+    head = list(islice(documents, 2))
+    if len(head) < 2:
+        raise CdlmError(f"expected two documents or more to hold some out for validation, got {len(head)}; {advice}")
+    every = round(1 / fraction)
+    for number, text in enumerate(chain(head, documents)):
+        if (number % every == 1) == (split == "valid"):
+            yield text
+
+
+def _unique(documents: Iterable[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for text in documents:
+        if text not in seen:
+            seen.add(text)
+            yield text
+
+
+# --- Python's own documentation -------------------------------------------------------------------------------------
+
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
+_SHORTEST_DOCSTRING = 40
+
+
+def _topics() -> Iterator[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions pack it separately
+        return
+    for name in sorted(topics):
+        yield _tidy(topics[name])
+
+
+def _docstrings() -> Iterator[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        if _NOT_LIBRARY.isdisjoint(path.relative_to(root).parts):
+            for docstring in _docstrings_of(path.read_bytes()):
+                if len(docstring) >= _SHORTEST_DOCSTRING:
+                    yield docstring
+
+
+def _docstrings_of(source: bytes) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old files have escapes that newer Pythons complain about
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):  # templates that are not Python
+            return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield _tidy(ast.get_docstring(node) or "")
+
+
+def _tidy(text: str) -> str:
+    """No trailing blanks, at most one empty line in a row."""
+    lines = "\n".join(line.rstrip() for line in inspect.cleandoc(text).splitlines())
+    return re.sub(r"\n{3,}", "\n\n", lines).strip()
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def _expand(patterns: tuple[str, ...]) -> list[Path]:
+    """The files the patterns stand for, each once, of known kinds."""
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        literal = Path(pattern).is_file()  # a name may contain brackets
+        names = [pattern] if literal else sorted(glob.glob(pattern, recursive=True))
+        files = [Path(name) for name in names if Path(name).is_file()]
+        if not files:
+            hint = f"; it is a folder: name its files, as in {pattern}/*.txt" if Path(pattern).is_dir() else ""
+            raise CdlmError(f"no file matches {pattern!r} (looked in {Path.cwd()}){hint}")
+        found |= dict.fromkeys(files)
+    kinds = [".txt", *_READERS]
+    for path in found:
+        if path.suffix not in kinds:
+            raise CdlmError(f"{path}: unknown kind of file {path.suffix!r}; expected one of {', '.join(kinds)}")
+    return list(found)
+
+
+def _contents(patterns: tuple[str, ...]) -> list[tuple[str, str]]:
+    return [(path.suffix, _file_hash(path)) for path in _expand(patterns)] if patterns else []
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CdlmError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    r"""Lines with their ends, cut after "\n"; a byte order mark is dropped."""
+    offset = 0
+    with path.open("rb") as file:
+        for raw in file:
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                place = f"byte {offset + error.start} is 0x{raw[error.start]:02x}"
+                raise CdlmError(f"{path}: expected UTF-8 text, but {place}; convert the file to UTF-8") from error
+            yield text if offset else text.removeprefix("\ufeff")
+            offset += len(raw)
+
+
+def _read_txt(path: Path, sample_by: SampleBy) -> Iterator[str]:
+    r"""Documents of a text file; "\n", "\r\n" and "\r" all end a line."""
+    lines = (part for line in _lines(path) for part in line.removesuffix("\n").removesuffix("\r").split("\r"))
+    if sample_by == "line":
+        return lines
+    if sample_by == "paragraph":
+        return ("\n".join(group) for blank, group in groupby(lines, lambda line: not line.strip()) if not blank)
+    return iter(["\n".join(lines)])
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CdlmError(f"{path}, line {number}: expected one JSON object a line ({error}); mend it") from error
+        yield _text_of(row, field, f"{path}, line {number}")
+
+
+def _read_csv(path: Path, field: str) -> Iterator[str]:
+    reader = csv.DictReader(_lines(path))
+    try:
+        if field not in (columns := reader.fieldnames or []):
+            raise CdlmError(f"{path}: expected a column {field!r}, found {list(columns)}; set field to one of them")
+        for row in reader:
+            yield _text_of(row, field, f"{path}, line {reader.line_num}")
+    except csv.Error as error:
+        raise CdlmError(f"{path}, line {reader.line_num}: not valid CSV ({error}); mend it or use jsonl") from error
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if field not in (columns := file.schema_arrow.names):
+                raise CdlmError(f"{path}: expected a column {field!r}, found {columns}; set field to one of them")
+            for batch in file.iter_batches(columns=[field]):
+                for row in batch.to_pylist():
+                    yield _text_of(row, field, str(path))
+    except pyarrow.ArrowException as error:
+        raise CdlmError(f"{path}: not a valid parquet file ({error}); write it again") from error
+
+
+def _text_of(row: Any, field: str, place: str) -> str:
+    """The text of a record, empty for null."""
+    if not isinstance(row, dict):
+        raise CdlmError(f"{place}: expected an object with a field {field!r}, got {type(row).__name__}")
+    if field not in row:
+        raise CdlmError(f"{place}: expected a field {field!r}, found {list(row)}; set field to one of them")
+    text = "" if row[field] is None else row[field]
+    if not isinstance(text, str):
+        raise CdlmError(f"{place}: expected text in the field {field!r}, got {type(text).__name__}; choose another")
+    if re.search("[\ud800-\udfff]", text):
+        raise CdlmError(f"{place}: the text holds half of a surrogate pair, which is no character; mend the escapes")
+    return text
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

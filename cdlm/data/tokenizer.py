@@ -1,0 +1,112 @@
+"""Byte-level BPE tokenizers: train one, load one, tell one from another."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from cdlm.errors import CdlmError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"  # ids 0, 1, 2
+_SMALLEST = 256 + 3  # every byte and the special tokens
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` tokens, the three special ones included.
+
+    Any Unicode text comes back unchanged from encoding and decoding: there is no normaliser and no added space. The
+    special tokens are the end of a document (id 0), padding (1) and the mask (2). The same documents in the same order
+    give the same tokenizer.
+
+    Raises:
+        CdlmError: The size is below 259 (bytes and special tokens), or the text has too few repetitions for it.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < _SMALLEST:
+        raise CdlmError(f"vocab_size must be at least {_SMALLEST} (256 bytes and 3 special tokens), got {vocab_size}")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD, MASK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    if (supported := backend.get_vocab_size()) < vocab_size:
+        raise CdlmError(
+            f"the text supports a vocabulary of {supported} tokens, {vocab_size} were asked for; "
+            f"set vocab_size to {supported} or less, or give more text"
+        )
+    return _wrap(backend)
+
+
+def load_tokenizer(name_or_dir: str) -> "PreTrainedTokenizerFast":
+    """Load a fast tokenizer from a local folder or the Hugging Face Hub; no code is ever run.
+
+    Raises:
+        CdlmError: There is none, the Hub cannot be reached, it is not a fast one, or it has no end-of-text token.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
+    except Exception as error:  # the Hub client, its HTTP library and the parsers each raise their own kinds
+        raise CdlmError(
+            f"no tokenizer could be loaded from {name_or_dir!r} ({_first_line(error)}); give a folder with "
+            "tokenizer.json, or a Hub name; offline, download it first or set HF_HUB_OFFLINE=1 to use the local cache"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise CdlmError(
+            f"tokenizer {name_or_dir!r} is a {type(tokenizer).__name__}, expected a fast one (with tokenizer.json); "
+            "convert it or choose another"
+        )
+    if tokenizer.eos_token_id is None:
+        raise CdlmError(
+            f"tokenizer {name_or_dir!r} has no end-of-text token (eos_token), which joins documents; "
+            "set eos_token in its tokenizer_config.json or choose another"
+        )
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """64 hex digits that depend on how text becomes ids and on the special ids, not on names or on earlier calls."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for setting_of_last_call in ("truncation", "padding"):
+        backend.pop(setting_of_last_call, None)
+    special = [tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id]
+    return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
+
+
+def encode_batch(tokenizer: "PreTrainedTokenizerFast", documents: list[str]) -> list[list[int]]:
+    """Token ids of each document, as plain text: the name of a special token in the text is not that token."""
+    encoded = tokenizer(
+        documents,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return encoded["input_ids"]
+
+
+def _wrap(backend: object) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=EOS,
+        pad_token=PAD,
+        mask_token=MASK,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

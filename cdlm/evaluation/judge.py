@@ -1,0 +1,271 @@
+"""The judge: an autoregressive language model that reads texts; foreign from the Hub, or small and our own.
+
+A judge re-tokenises the text with its own tokenizer, so texts of any generator can be compared under one judge.
+Numbers of different judges cannot be compared with each other.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from cdlm.errors import CdlmError
+from cdlm.evaluation.files import write_folder
+
+LONGEST_CONTEXT = 1024
+"""No judge reads more tokens than this at once, whatever it could: the usual length of published AR-NLL."""
+
+NAME_FILE = "judge.json"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One text as the judge sees it: token ids, the character where each token starts, and which tokens are text.
+
+    Tokens that are not text (a leading BOS, say) are the ones the tokenizer added by itself.
+    """
+
+    ids: list[int]
+    starts: list[int]
+    is_text: list[bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """A causal language model in evaluation mode, its fast tokenizer, a name for the tables, and its device."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    name: str
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.model.to(self.device).eval()
+
+    @classmethod
+    def load(cls, name_or_dir: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Judge":
+        """Open a folder or a Hub model: safetensors only, no code of the model's author, weights in `dtype`.
+
+        Raises CdlmError when the model cannot be found or its tokenizer gives no character offsets.
+        """
+        source, local = str(name_or_dir), Path(name_or_dir).is_dir()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, local_files_only=local, trust_remote_code=False, use_safetensors=True, dtype=dtype
+            )
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CdlmError(
+                f"expected a causal language model with safetensors weights at {source!r}, got: {reason} Without network, "
+                f"pass a folder downloaded elsewhere (`hf download {source} --local-dir FOLDER`) or train a judge "
+                "(`cdlm train-judge`)."
+            ) from error
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise CdlmError(f"expected a fast tokenizer for the judge {source!r}, got {type(tokenizer).__name__}; "
+                            "choose a judge that ships tokenizer.json")  # fmt: skip
+        return cls(model, tokenizer, _stored_name(Path(source)) or source, device)
+
+    def save(self, folder: str | Path) -> None:
+        """Write model, tokenizer and name to `folder`, whole or not at all; only a judge or nothing may be there."""
+        target = Path(folder)
+        if target.exists() and not (target / NAME_FILE).exists() and (not target.is_dir() or any(target.iterdir())):
+            raise CdlmError(f"expected a judge or no folder at {target}, got something else; choose another folder")
+
+        def fill(new: Path) -> None:
+            self.model.save_pretrained(new)
+            self.tokenizer.save_pretrained(new)
+            (new / NAME_FILE).write_text(json.dumps({"name": self.name}) + "\n", encoding="utf-8")
+
+        write_folder(target, fill)
+
+    @property
+    def context(self) -> int:
+        """Tokens read at once: the model's own limit, at most `LONGEST_CONTEXT`."""
+        return min(getattr(self.model.config, "max_position_embeddings", None) or LONGEST_CONTEXT, LONGEST_CONTEXT)
+
+    def describe(self) -> dict[str, str | int | None]:
+        """What must stand beside every number of this judge."""
+        config = self.model.config
+        return {
+            "name": self.name,
+            "revision": getattr(config, "_commit_hash", None),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "vocabulary": int(config.vocab_size),
+            "context": self.context,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+    def encode(self, texts: list[str]) -> list[Encoded]:
+        """Tokenise whole texts, nothing cut off; offsets are in characters of the text as given."""
+        if not texts:
+            return []
+        batch = self.tokenizer(
+            texts,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
+        columns = zip(batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True)
+        return [
+            Encoded(list(ids), [start for start, _ in offsets], [not added for added in special])
+            for ids, offsets, special in columns
+        ]
+
+
+def _stored_name(folder: Path) -> str | None:
+    path = folder / NAME_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["name"] if path.is_file() else None
+
+
+def padded(judge: Judge, rows: list[list[int]]) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+    """Rows of unequal length, filled up on the right: ids and the mask of real tokens, on the judge's device.
+
+    A causal model reads nothing to the right, so the filling changes no result.
+    """
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    real = torch.zeros_like(ids, dtype=torch.bool)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        real[row, : len(tokens)] = True
+    return ids.to(judge.device), real.to(judge.device)
+
+
+def batches_by_length(lengths: list[int], batch_size: int, most_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows, long ones first, in batches of at most `batch_size` rows and `most_tokens` padded tokens."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0]] > most_tokens):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def features(
+    judge: Judge, texts: list[str], batch_size: int = 32, max_tokens: int = 256
+) -> Float[np.ndarray, "m w"]:
+    """The judge's last hidden state at the last token of each text (MAUVE, arXiv 2102.01454), float32.
+
+    Only the first `max_tokens` tokens of a text are read. A text without tokens gets zeros: it stays in the count and
+    lies apart from every other text. The result does not depend on `batch_size`.
+    """
+    length = min(max_tokens, judge.context)
+    rows = [[i for i, text in zip(e.ids, e.is_text, strict=True) if text][:length] for e in judge.encode(texts)]
+    filled = [index for index, row in enumerate(rows) if row]
+    result = np.zeros((len(texts), int(judge.model.config.hidden_size)), dtype=np.float32)
+    for batch in batches_by_length([len(rows[i]) for i in filled], batch_size, most_tokens=1 << 16):
+        where = [filled[i] for i in batch]
+        result[where] = _last_states(judge, [rows[i] for i in where]).cpu().numpy()
+    return result
+
+
+@torch.inference_mode()
+def _last_states(judge: Judge, rows: list[list[int]]) -> Float[Tensor, "b w"]:
+    ids, real = padded(judge, rows)
+    states = judge.model.base_model(input_ids=ids, attention_mask=real.long()).last_hidden_state
+    return states[torch.arange(len(rows), device=ids.device), real.sum(1) - 1].float()
+
+
+def train_judge(
+    rows: Iterator[Int[Tensor, "b n"]],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    width: int = 128,
+    depth: int = 3,
+    heads: int = 4,
+    length: int,
+    steps: int,
+    lr: float = 3e-3,
+    seed: int,
+    device: str = "cpu",
+    progress: Callable[[int, float], None] | None = None,
+) -> Judge:
+    """Train a small GPT-2 on packed token rows, one batch a step; the same arguments give the same weights.
+
+    Args:
+        rows: batches of token rows, at most `length` tokens long; `steps` batches are taken.
+        tokenizer: turned the text into `rows`, and later re-tokenises the texts to be judged.
+        width, depth, heads: size of the network; the default has about 0.6 M parameters besides the embeddings.
+        length: the judge's context in tokens.
+        lr: peak rate of AdamW, after a linear warm-up and before a cosine down to a tenth.
+        seed: of the weights. The global random state is left as it was.
+        progress: called with (step from 1, loss in nats per token).
+    """
+    if width % heads:
+        raise CdlmError(f"expected a width that {heads} heads divide, got {width}; change width or heads")
+    if steps < 1 or length < 2:
+        raise CdlmError(f"expected at least 1 step and rows of 2 tokens to train a judge, got {steps} and {length}")
+    model = _fresh_gpt2(len(tokenizer), length, (width, depth, heads), seed).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    for step in range(1, steps + 1):
+        batch = next(rows, None)
+        if batch is None:
+            raise CdlmError(f"expected {steps} batches to train the judge, got {step - 1}; pass more text or fewer steps")
+        loss = _gpt2_loss(model, batch.to(device), length)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step, loss.item())
+    return Judge(model, tokenizer, f"own GPT-2 (width {width}, depth {depth}, {steps} steps, seed {seed})", device)
+
+
+def _fresh_gpt2(vocabulary: int, length: int, size: tuple[int, int, int], seed: int) -> GPT2LMHeadModel:
+    width, depth, heads = size
+    config = GPT2Config(
+        vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=depth, n_head=heads,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):  # transformers draws its weights from the global generator
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config)
+
+
+def _rate(step: int, steps: int) -> float:
+    warm_up = max(1, min(100, steps // 10))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    done = (step - warm_up) / max(1, steps - warm_up)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+def _gpt2_loss(model: GPT2LMHeadModel, batch: Int[Tensor, "b n"], length: int) -> Float[Tensor, ""]:
+    if batch.shape[1] > length:
+        raise CdlmError(f"expected rows of at most {length} tokens, the judge's length, got {batch.shape[1]}")
+    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def cached_judge(key: str, cache_dir: str | Path, train: Callable[[], Judge], device: str = "cpu") -> Judge:
+    """The judge stored under `key` in `cache_dir`; on the first call, the one `train` makes, which is then stored.
+
+    Put into `key` everything that decides the weights: data, tokenizer, sizes, steps, seed.
+    """
+    folder = Path(cache_dir) / f"judge-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not (folder / NAME_FILE).is_file():
+        train().save(folder)
+    return Judge.load(folder, device)

@@ -1,0 +1,193 @@
+"""A trained model as a folder: `config.json`, `model.safetensors`, tokenizer files and a model card.
+
+Loading runs no code and unpickles nothing, and it is strict: a missing, unexpected or misshapen weight is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cdlm.errors import CdlmError
+from cdlm.files import replacing, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = 1
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+class Pretrained(nn.Module):
+    """A module that can be saved as a folder and shared on the Hub.
+
+    `config` holds the plain values that rebuild it, `length` the positions it was trained on, `tokenizer` its tokens.
+    """
+
+    config: dict[str, Any]
+    length: int = 0
+    tokenizer: PreTrainedTokenizerFast | None = None
+
+    def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
+        """Write the folder, each file whole or not at all; other files in it stay.
+
+        Args:
+            card: text of the model card; by default the configuration alone.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        config = {"cdlm_format": FORMAT, "length": self.length, "model": self.config}
+        if self.tokenizer is not None:
+            for name in _tokenizer_to(self.tokenizer, folder):
+                assert name in _TOKENIZER_FILES, name
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder / "README.md", model_card(config) if card is None else card)
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        with replacing(folder / "model.safetensors") as temporary:
+            save_file(state, temporary)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, card: str | None = None) -> str:
+        """Upload the folder to the Hugging Face Hub and return its address. Needs a token (`hf auth login`)."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a model folder says, before anything is built from it."""
+
+    path: Path
+    config: dict[str, Any]
+    length: int
+    weights: Mapping[str, Tensor]
+    tokenizer: PreTrainedTokenizerFast
+
+
+def read(name: str | Path) -> Folder:
+    """Read a local folder or a Hub repository.
+
+    Raises:
+        CdlmError: there is no such model, it is not one of ours, or a file is broken.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = _local(name)
+    config = _read_config(path)
+    weights_file = path / "model.safetensors"
+    if not weights_file.exists():
+        raise CdlmError(f"{path} has no model.safetensors: training has not finished, or the copy is incomplete")
+    try:
+        weights = load_file(weights_file)
+    except (SafetensorError, OSError) as error:
+        raise CdlmError(f"{weights_file} cannot be read, it is truncated or damaged ({error}); copy it again") from error
+    return Folder(path, config["model"], int(config["length"]), weights, _tokenizer_of(path))
+
+
+def load_weights(module: Pretrained, folder: Folder) -> None:
+    """Copy the weights into the module, which must have exactly these tensors in these shapes."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in folder.weights.items()}
+    for what, names in (("misses", expected.keys() - found.keys()), ("has an unknown", found.keys() - expected.keys())):
+        if names:
+            raise CdlmError(
+                f"{folder.path / 'model.safetensors'} {what} tensor {min(names)!r} ({len(names)} in all):"
+                " the weights are not those of config.json; copy both again"
+            )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CdlmError(
+                f"tensor {name!r} has shape {found[name]}, config.json asks for {shape}: the weights are of another model"
+            )
+    module.load_state_dict(dict(folder.weights))
+    module.tokenizer, module.length = folder.tokenizer, folder.length
+
+
+def model_card(config: Mapping[str, Any], sections: Mapping[str, str] | None = None) -> str:
+    """A model card: front matter, how to use it, its configuration, then further sections by heading."""
+    lines = [
+        "---", "library_name: cdlm", "pipeline_tag: text-generation", "tags: [diffusion, text-diffusion]", "---", "",
+        "# A diffusion language model in embedding space", "",
+        "```python", "import cdlm", 'system = cdlm.load("FOLDER_OR_HUB_ID")',
+        'print(cdlm.generate(system, n=4, steps=200, halt="Patience(60)").texts)', "```", "",
+        "## Configuration", "", "```json", json.dumps(config, indent=2), "```", "",
+    ]  # fmt: skip
+    for heading, text in (sections or {}).items():
+        lines += [f"## {heading}", "", text, ""]
+    return "\n".join(lines)
+
+
+def _local(name: str | Path) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~", "runs/")):
+        raise CdlmError(f"{name} is not a model folder: expected a folder with config.json, or a Hub id such as user/model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the client raises its HTTP library's errors as well as its own
+        raise CdlmError(
+            f"{name} is no folder here and could not be fetched from the Hub ({_first_line(error)});"
+            " offline, copy the model's folder and give its path, or set HF_HUB_OFFLINE=1 to use the local cache"
+        ) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CdlmError(f"{path} has no config.json: expected the folder of a finished training run") from error
+    except ValueError as error:
+        raise CdlmError(f"{file} is not valid JSON ({error}); copy it again") from error
+    if not isinstance(config, dict) or config.get("cdlm_format") != FORMAT:
+        raise CdlmError(f"{file} is not a model of this toolkit (cdlm_format {FORMAT}): train or convert one")
+    return config
+
+
+def _tokenizer_to(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[str]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer.save_pretrained(temporary)
+        files = sorted(Path(temporary).iterdir())
+        for file in files:
+            write_text(folder / file.name, file.read_text(encoding="utf-8"))
+        return [file.name for file in files]
+
+
+def _tokenizer_of(path: Path) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    if not (path / "tokenizer.json").exists():
+        raise CdlmError(f"{path} has no tokenizer.json: copy the whole folder")
+    return PreTrainedTokenizerFast.from_pretrained(path, clean_up_tokenization_spaces=False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def to_device(module: nn.Module, device: str) -> torch.device:
+    """Move the module, with a readable error for a device that is not there."""
+    try:
+        module.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise CdlmError(f"device {device!r} cannot be used ({_first_line(error)}); use cpu") from error
+    return torch.device(device)

@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+import torch
+from evaluation_toys import LENGTH, byte_tokenizer, packed_rows, random_judge, sentences, trained_judge
+
+from cdlm.errors import CdlmError
+from cdlm.evaluation.ar_nll import ar_nll
+from cdlm.evaluation.judge import Judge, cached_judge, features, train_judge
+
+TEXTS = ["the cat sees", "", "a", "Grüße, 世界!", "a dog likes old books.", "x" * 90]
+
+
+def briefly(seed: int = 0, steps: int = 3) -> Judge:
+    rows = packed_rows(sentences(50, seed=1))
+    return train_judge(rows, byte_tokenizer(), width=16, depth=1, heads=2, length=LENGTH, steps=steps, seed=seed)
+
+
+def test_training_is_decided_by_the_seed_and_leaves_the_global_state_alone():
+    before = torch.get_rng_state()
+    first, second, other = briefly(), briefly(), briefly(seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+    pairs = list(zip(first.model.parameters(), second.model.parameters(), other.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b, _ in pairs)
+    assert any(not torch.equal(a, c) for a, _, c in pairs)
+    assert not first.model.training
+
+
+def test_training_lowers_the_loss_and_reports_every_step():
+    seen = []
+    train_judge(
+        packed_rows(sentences(50, seed=1)), byte_tokenizer(), width=16, depth=1, heads=2, length=LENGTH, steps=30, seed=0,
+        progress=lambda step, loss: seen.append((step, loss)),
+    )  # fmt: skip
+    assert [step for step, _ in seen] == list(range(1, 31))
+    assert seen[-1][1] < seen[0][1] - 1
+
+
+def test_training_says_what_is_wrong():
+    with pytest.raises(CdlmError, match="expected 5 batches to train the judge, got 2"):
+        rows = packed_rows(sentences(50, seed=1))
+        train_judge(iter([next(rows), next(rows)]), byte_tokenizer(), width=16, length=LENGTH, steps=5, seed=0)
+    with pytest.raises(CdlmError, match="rows of at most 8 tokens"):
+        train_judge(packed_rows(sentences(50, seed=1)), byte_tokenizer(), width=16, length=8, steps=5, seed=0)
+    with pytest.raises(CdlmError, match="heads"):
+        train_judge(packed_rows(sentences(50, seed=1)), byte_tokenizer(), width=15, length=8, steps=5, seed=0)
+
+
+def test_a_saved_judge_gives_equal_numbers(tmp_path):
+    judge = random_judge()
+    judge.save(tmp_path / "judge")
+    back = Judge.load(tmp_path / "judge")
+    np.testing.assert_array_equal(ar_nll(judge, TEXTS).text_nats, ar_nll(back, TEXTS).text_nats)
+    assert back.describe() == judge.describe()
+    assert back.name == "random" and back.context == LENGTH
+    assert not list(tmp_path.rglob("*.bin")) and [p.name for p in tmp_path.iterdir()] == ["judge"]
+
+
+def test_the_dtype_is_what_was_asked_for(tmp_path):
+    judge = random_judge()
+    judge.model.to(torch.bfloat16)
+    judge.save(tmp_path / "judge")
+    assert Judge.load(tmp_path / "judge").describe()["dtype"] == "float32"
+    assert Judge.load(tmp_path / "judge", dtype=torch.bfloat16).describe()["dtype"] == "bfloat16"
+
+
+def test_saving_replaces_a_judge_but_nothing_else(tmp_path):
+    random_judge(seed=1).save(tmp_path / "judge")
+    random_judge(seed=2).save(tmp_path / "judge")
+    expected = ar_nll(random_judge(seed=2), TEXTS).text_nats
+    np.testing.assert_array_equal(ar_nll(Judge.load(tmp_path / "judge"), TEXTS).text_nats, expected)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(CdlmError, match="choose another folder"):
+        random_judge().save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_failed_save_keeps_the_old_judge(tmp_path, monkeypatch):
+    judge = random_judge(seed=1)
+    judge.save(tmp_path / "judge")
+    broken = random_judge(seed=2)
+    monkeypatch.setattr(type(broken.tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        broken.save(tmp_path / "judge")
+    assert [p.name for p in tmp_path.iterdir()] == ["judge"]
+    np.testing.assert_array_equal(
+        ar_nll(Judge.load(tmp_path / "judge"), TEXTS).text_nats, ar_nll(judge, TEXTS).text_nats
+    )
+
+
+def test_a_judge_that_is_not_there_is_explained(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CdlmError, match="train-judge") as caught:
+        Judge.load(tmp_path / "empty")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_judge_without_safetensors_is_refused(tmp_path):
+    judge = random_judge()
+    judge.save(tmp_path / "judge")
+    (tmp_path / "judge" / "model.safetensors").unlink()
+    torch.save(judge.model.state_dict(), tmp_path / "judge" / "pytorch_model.bin")
+    with pytest.raises(CdlmError, match="safetensors"):
+        Judge.load(tmp_path / "judge")
+
+
+def test_the_cache_trains_once_for_a_key(tmp_path):
+    calls = []
+
+    def train() -> Judge:
+        calls.append(1)
+        return briefly()
+
+    first, second = (cached_judge("e2e, seed 0", tmp_path, train) for _ in range(2))
+    assert len(calls) == 1
+    np.testing.assert_array_equal(ar_nll(first, TEXTS).text_nats, ar_nll(second, TEXTS).text_nats)
+    cached_judge("e2e, seed 1", tmp_path, train)
+    assert len(calls) == 2 and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 32])
+def test_features_do_not_depend_on_the_batch(batch_size):
+    one = features(trained_judge(), TEXTS, batch_size=1)
+    np.testing.assert_allclose(features(trained_judge(), TEXTS, batch_size=batch_size), one, rtol=1e-4, atol=1e-5)
+    backwards = features(trained_judge(), TEXTS[::-1], batch_size=batch_size)
+    np.testing.assert_allclose(backwards[::-1], one, rtol=1e-4, atol=1e-5)
+
+
+def test_features_are_the_last_hidden_state_of_the_tokens_read():
+    judge = random_judge()
+    ids = torch.tensor([judge.encode(["a dog"])[0].ids])
+    with torch.no_grad():
+        expected = judge.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
+    np.testing.assert_allclose(features(judge, ["a dog"])[0], expected, rtol=1e-5, atol=1e-6)
+    same = features(judge, ["a dog", "a dog sees", ""], max_tokens=5)
+    np.testing.assert_allclose(same[0], same[1], rtol=1e-5, atol=1e-6)
+    assert not same[2].any() and features(judge, []).shape == (0, 16)

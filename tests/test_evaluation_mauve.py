@@ -1,0 +1,76 @@
+import sys
+
+import numpy as np
+import pytest
+
+from cdlm.errors import CdlmError
+from cdlm.evaluation.mauve import FEWEST_TEXTS, ceiling, library, mauve
+
+
+@pytest.fixture(autouse=True, scope="module")
+def installed():
+    pytest.importorskip("mauve", reason="mauve-text is optional")
+
+
+def cloud(texts: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(size=(texts, 8)) + shift).astype(np.float32)
+
+
+def test_identical_features_score_one_and_far_features_near_zero():
+    p = cloud(200, 0)
+    assert mauve(p, p).mean == pytest.approx(1, abs=1e-6)
+    assert mauve(p, -cloud(200, 0, shift=20)).mean < 0.02
+
+
+def test_one_distribution_scores_near_the_ceiling_and_closer_is_higher():
+    p = cloud(400, 0)
+    top = ceiling(np.concatenate([p, cloud(400, 1)]))
+    same, near, far = (mauve(p, cloud(400, 2, shift)).mean for shift in (0.0, 0.7, 2.0))
+    assert abs(same - top.mean) < 0.05
+    assert same > near > far
+
+
+def test_the_result_says_how_it_was_made_and_repeats():
+    p, q = cloud(60, 0), cloud(60, 1, 0.5)
+    result = mauve(p, q, seeds=(1, 2, 3))
+    assert result == mauve(p, q, seeds=(1, 2, 3))
+    assert result.settings["seeds"] == [1, 2, 3]
+    assert (result.settings["texts"], result.settings["clusters"]) == (60, 6)
+    assert str(result.settings["library"]).startswith("mauve-text ")
+    assert result.settings["mauve_scaling_factor"] == 5
+    singles = [mauve(p, q, seeds=(seed,)).mean for seed in (1, 2, 3)]
+    assert result.mean == pytest.approx(np.mean(singles)) and result.sd == pytest.approx(np.std(singles, ddof=1))
+
+
+def test_clusters_are_a_tenth_of_the_texts_as_the_settings_say():
+    p, q = cloud(130, 0), cloud(130, 1)
+    assert library().compute_mauve(p_features=p, q_features=q, seed=1).num_buckets == mauve(p, q).settings["clusters"]
+
+
+def test_faiss_is_quiet_and_other_messages_pass(capfd):
+    mauve(cloud(60, 0), cloud(60, 1))
+    assert capfd.readouterr().err == ""
+    library().compute_mauve(p_features=cloud(60, 0), q_features=cloud(60, 1), seed=1)
+    assert "please provide at least" in capfd.readouterr().err  # the remark that is expected, and dropped above
+
+
+def test_global_numpy_state_stays_untouched():
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    mauve(cloud(60, 0), cloud(60, 1))
+    np.testing.assert_array_equal(before, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_unequal_or_few_texts_are_refused():
+    with pytest.raises(CdlmError, match="equally many texts"):
+        mauve(cloud(60, 0), cloud(61, 1))
+    few = FEWEST_TEXTS - 1
+    with pytest.raises(CdlmError, match=f"at least {FEWEST_TEXTS} texts a side for MAUVE, got {few}"):
+        mauve(cloud(few, 0), cloud(few, 1))
+    with pytest.raises(CdlmError, match="at least one k-means seed"):
+        mauve(cloud(60, 0), cloud(60, 1), seeds=())
+
+
+def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    with pytest.raises(CdlmError, match=r"pip install 'cdlm\[mauve\]'"):
+        mauve(cloud(60, 0), cloud(60, 1))

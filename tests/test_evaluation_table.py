@@ -1,0 +1,143 @@
+import json
+
+import numpy as np
+import pytest
+from evaluation_toys import byte_tokenizer, random_judge, sentences, trained_judge
+
+from cdlm.errors import CdlmError
+from cdlm.evaluation.table import Corpus, Evaluation, evaluate
+
+TOKENIZER = byte_tokenizer()
+
+
+def decode(tokens: list[int]) -> str:
+    return TOKENIZER.decode(tokens)
+
+
+def corpus(name: str, texts: list[str], **more) -> Corpus:
+    return Corpus(name, [TOKENIZER(text)["input_ids"] for text in texts], texts, **more)
+
+
+def poor_evaluation(**options) -> Evaluation:
+    samples = corpus("samples", ["the cat sees"] * 39 + [""], nfe=[10, 30] * 20, extra={"grammar": 0.5, "steps": 200})
+    return evaluate(samples, corpus("real", sentences(50, 5)), trained_judge(), decode=decode, **options)
+
+
+@pytest.fixture(scope="module")
+def full() -> Evaluation:
+    pytest.importorskip("mauve", reason="mauve-text is optional")
+    samples = corpus("samples", sentences(40, 4))
+    real, more = corpus("real", sentences(50, 5)), corpus("more real", sentences(45, 6))
+    return evaluate(samples, real, trained_judge(), decode=decode, mauve_reference=more, mauve_seeds=3)
+
+
+def test_the_rows_are_samples_real_and_shuffled_in_the_same_number(full):
+    assert [row["name"] for row in full.rows] == ["samples", "real", "real, tokens shuffled"]
+    assert {row["n"] for row in full.rows} == {40}
+    samples, real, shuffled = full.rows
+    assert shuffled["unigram_entropy"] == pytest.approx(real["unigram_entropy"])
+    assert shuffled["sample_entropy"] == pytest.approx(real["sample_entropy"])
+    assert shuffled["dist_1"] == real["dist_1"] and shuffled["dist_3"] > real["dist_3"]
+    assert shuffled["ar_nll"] > real["ar_nll"] + 1
+    assert shuffled["mauve"] < min(real["mauve"], samples["mauve"])
+    assert full.settings["mauve"]["seeds"] == [1, 2, 3] and full.settings["mauve"]["reference"] == "more real"
+
+
+def test_json_holds_no_nan_and_survives_the_round_trip(full):
+    for evaluation in (full, poor_evaluation()):
+        text = json.dumps(evaluation.to_dict(), allow_nan=False)
+        assert json.loads(text) == evaluation.to_dict()
+
+
+def test_what_cannot_be_computed_is_null():
+    judge = random_judge()
+    result = evaluate(corpus("samples", ["", ""]), corpus("real", ["ab", "cd"]), judge, decode=decode)
+    row = result.to_dict()["rows"][0]
+    assert row["ar_nll"] is None and row["ar_nll_ci"] == [None, None] and row["dist_1"] is None
+    assert row["empty_rate"] == 1 and row["unscored"] == 2
+    assert "–" in result.markdown() and "nan" not in result.terminal().lower()
+
+
+def test_poor_samples_are_called_poor_and_good_ones_not(full):
+    poor = poor_evaluation()
+    assert any("entropy over all samples" in note for note in poor.notes)
+    assert any("AR-NLL is under that of real text" in note for note in poor.notes)
+    assert not any("entropy" in note for note in full.notes)
+    for shown in (poor.markdown(), poor.terminal()):
+        assert all(note in shown for note in poor.notes)
+
+
+def test_calls_extras_duplicates_and_empties_are_in_the_row():
+    row = poor_evaluation().rows[0]
+    assert (row["mean_nfe"], row["grammar"], row["steps"]) == (20, 0.5, 200)
+    assert row["duplicate_rate"] == pytest.approx(38 / 40) and row["empty_rate"] == pytest.approx(1 / 40)
+    assert row["mauve"] is None
+
+
+def test_few_samples_give_a_table_that_says_why_mauve_is_missing():
+    real = corpus("real", sentences(5, 5))
+    result = evaluate(corpus("samples", sentences(5, 4)), real, random_judge(), decode=decode, mauve_reference=real)
+    assert result.rows[0]["mauve"] is None and any("no MAUVE: it needs at least 20" in note for note in result.notes)
+
+
+def test_the_tables_show_every_row_and_align(full):
+    for table in full.markdown().split("\n\n")[:2]:
+        lines = table.splitlines()
+        assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    for table in full.terminal().split("\n\n")[:2]:
+        assert [line.split("  ")[0] for line in table.splitlines()[2:]] == [str(row["name"]) for row in full.rows]
+    assert max(map(len, full.terminal().split("\n\n")[0].splitlines())) <= 120
+
+
+def test_prompts_are_left_out_of_the_score():
+    texts = sentences(30, 4)
+    halves = [[(0, len(text) // 2)] for text in texts]
+    real = corpus("real", sentences(30, 5))
+    with_prompt = evaluate(corpus("samples", texts, given=halves), real, trained_judge(), decode=decode)
+    without = evaluate(corpus("samples", texts), real, trained_judge(), decode=decode)
+    assert with_prompt.rows[0]["judge_tokens"] < 0.6 * without.rows[0]["judge_tokens"]
+    assert with_prompt.rows[1] == without.rows[1]
+
+
+def test_the_seed_decides_the_shuffling():
+    first, same, other = (poor_evaluation(seed=seed).rows[2]["ar_nll"] for seed in (0, 0, 1))
+    assert first == same != other
+
+
+def test_saving_writes_both_files_whole(tmp_path, full):
+    full.save(tmp_path / "new")
+    full.save(tmp_path / "new")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["evaluation.json", "evaluation.md"]
+    assert json.loads((tmp_path / "new" / "evaluation.json").read_text(encoding="utf-8")) == full.to_dict()
+    assert (tmp_path / "new" / "evaluation.md").read_text(encoding="utf-8") == full.markdown()
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, full, monkeypatch):
+    full.save(tmp_path)
+    before = (tmp_path / "evaluation.json").read_text(encoding="utf-8")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        poor_evaluation().save(tmp_path)
+    assert (tmp_path / "evaluation.json").read_text(encoding="utf-8") == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_wrong_arguments_are_explained():
+    samples, judge = corpus("samples", sentences(5, 1)), random_judge()
+    with pytest.raises(CdlmError, match="at least 5 texts in 'real', as many as samples, got 4"):
+        evaluate(samples, corpus("real", sentences(4, 2)), judge, decode=decode)
+    with pytest.raises(CdlmError, match="at least one sample"):
+        evaluate(corpus("samples", []), samples, judge, decode=decode)
+    with pytest.raises(CdlmError, match="nfe for each of the 2 texts"):
+        Corpus("samples", [[1], [2]], ["a", "b"], nfe=[3])
+    clash = corpus("samples", sentences(5, 1), extra={"zipf": 1.0})
+    with pytest.raises(CdlmError, match="zipf"):
+        evaluate(clash, samples, judge, decode=decode)
+
+
+def test_shuffling_keeps_the_tokens_of_each_text():
+    plain = corpus("real", sentences(20, 1))
+    shuffled = plain.shuffled(decode, seed=0)
+    assert [sorted(line) for line in shuffled.tokens] == [sorted(line) for line in plain.tokens]
+    assert np.mean([a == b for a, b in zip(plain.tokens, shuffled.tokens, strict=True)]) < 0.1
+    assert shuffled.texts == [decode(line) for line in shuffled.tokens]
