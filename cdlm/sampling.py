@@ -22,7 +22,8 @@ from cdlm.signals import Glance, Past, check_signals, first_past, observe
 from cdlm.types import Condition, Finished, Prediction, Rows, StepState, join, take
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Request:
     """One sample to draw."""
 
     index: int

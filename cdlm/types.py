@@ -8,7 +8,7 @@ Noise coordinate: `t = sigma / alpha`, the noise-to-signal ratio. Larger is nois
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
@@ -141,12 +141,34 @@ class Samples:
     index: Int[np.ndarray, " m"]
     """Index of each sample: with the seed it fixes the sample's noise."""
     given: Bool[np.ndarray, "m n"]
-    """True at prompt positions."""
+    """True at prompt positions and padding."""
+    valid: Bool[np.ndarray, "m n"]
+    """False on padding, which a template shorter than the length leaves."""
     record: Mapping[str, np.ndarray] | None = None
     """Per-step statistics [steps, m], NaN after a row has left; None unless asked for."""
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @staticmethod
+    def merge(parts: Sequence[Samples]) -> Samples:
+        """The samples of several processes as one run, in the order of their index."""
+        order = np.argsort(np.concatenate([part.index for part in parts]), kind="stable")
+
+        def all_of(name: str) -> np.ndarray:
+            return np.concatenate([getattr(part, name) for part in parts])[order]
+
+        texts = [text for part in parts for text in part.texts]
+        reasons = [reason for part in parts for reason in part.reason]
+        records = [part.record for part in parts if part.record is not None]
+        record = {k: np.concatenate([r[k] for r in records], 1)[:, order] for k in records[0]} if records else None
+        return Samples(
+            **{name: all_of(name) for name in ("tokens", "nfe", "steps", "index", "given", "valid")},
+            texts=[texts[i] for i in order],
+            reason=[reasons[i] for i in order],
+            seed=parts[0].seed,
+            record=record,
+        )
 
 
 def take(tree: Any, index: Tensor) -> Any:

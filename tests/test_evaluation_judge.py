@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_toys import LENGTH, byte_tokenizer, packed_rows, random_judge, sentences, trained_judge
+from safetensors.torch import load_file, save_file
 
 from cdlm.errors import CdlmError
 from cdlm.evaluation.ar_nll import ar_nll
@@ -28,7 +29,8 @@ def test_training_is_decided_by_the_seed_and_leaves_the_global_state_alone():
 def test_training_lowers_the_loss_and_reports_every_step():
     seen = []
     train_judge(
-        packed_rows(sentences(50, seed=1)), byte_tokenizer(), width=16, depth=1, heads=2, length=LENGTH, steps=30, seed=0,
+        packed_rows(sentences(50, seed=1)), byte_tokenizer(),
+        width=16, depth=1, heads=2, length=LENGTH, steps=30, seed=0,
         progress=lambda step, loss: seen.append((step, loss)),
     )  # fmt: skip
     assert [step for step, _ in seen] == list(range(1, 31))
@@ -36,9 +38,10 @@ def test_training_lowers_the_loss_and_reports_every_step():
 
 
 def test_training_says_what_is_wrong():
-    with pytest.raises(CdlmError, match="expected 5 batches to train the judge, got 2"):
-        rows = packed_rows(sentences(50, seed=1))
-        train_judge(iter([next(rows), next(rows)]), byte_tokenizer(), width=16, length=LENGTH, steps=5, seed=0)
+    rows = packed_rows(sentences(50, seed=1))
+    two = iter([next(rows), next(rows)])
+    with pytest.raises(CdlmError, match="expected 5 batches to train a judge, got 2"):
+        train_judge(two, byte_tokenizer(), width=16, length=LENGTH, steps=5, seed=0)
     with pytest.raises(CdlmError, match="rows of at most 8 tokens"):
         train_judge(packed_rows(sentences(50, seed=1)), byte_tokenizer(), width=16, length=8, steps=5, seed=0)
     with pytest.raises(CdlmError, match="heads"):
@@ -51,13 +54,15 @@ def test_a_saved_judge_gives_equal_numbers(tmp_path):
     back = Judge.load(tmp_path / "judge")
     np.testing.assert_array_equal(ar_nll(judge, TEXTS).text_nats, ar_nll(back, TEXTS).text_nats)
     assert back.describe() == judge.describe()
-    assert back.name == "random" and back.context == LENGTH
-    assert not list(tmp_path.rglob("*.bin")) and [p.name for p in tmp_path.iterdir()] == ["judge"]
+    assert back.name == "random"
+    assert back.context == LENGTH
+    assert not list(tmp_path.rglob("*.bin"))
+    assert [p.name for p in tmp_path.iterdir()] == ["judge"]
 
 
 def test_the_dtype_is_what_was_asked_for(tmp_path):
     judge = random_judge()
-    judge.model.to(torch.bfloat16)
+    torch.nn.Module.to(judge.model, torch.bfloat16)
     judge.save(tmp_path / "judge")
     assert Judge.load(tmp_path / "judge").describe()["dtype"] == "float32"
     assert Judge.load(tmp_path / "judge", dtype=torch.bfloat16).describe()["dtype"] == "bfloat16"
@@ -79,7 +84,11 @@ def test_a_failed_save_keeps_the_old_judge(tmp_path, monkeypatch):
     judge = random_judge(seed=1)
     judge.save(tmp_path / "judge")
     broken = random_judge(seed=2)
-    monkeypatch.setattr(type(broken.tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(broken.tokenizer), "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
         broken.save(tmp_path / "judge")
     assert [p.name for p in tmp_path.iterdir()] == ["judge"]
@@ -88,11 +97,44 @@ def test_a_failed_save_keeps_the_old_judge(tmp_path, monkeypatch):
     )
 
 
-def test_a_judge_that_is_not_there_is_explained(tmp_path, monkeypatch):
+def test_a_judge_that_is_not_there_is_explained(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CdlmError, match="train-judge") as caught:
         Judge.load(tmp_path / "empty")
     assert "\n" not in str(caught.value)
+
+
+def test_without_network_a_name_is_explained_at_once(monkeypatch):
+    calls = []
+
+    def unreachable(*arguments, **_):
+        calls.append(arguments)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("cdlm.evaluation.judge.HfApi.model_info", unreachable)
+    with pytest.raises(CdlmError, match="hf download nobody/nothing --local-dir FOLDER") as caught:
+        Judge.load("nobody/nothing")
+    assert "\n" not in str(caught.value)
+    assert len(calls) == 1
+
+
+def test_a_damaged_or_incomplete_judge_is_refused(tmp_path):
+    judge = random_judge()
+    judge.save(tmp_path / "judge")
+    weights = tmp_path / "judge" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["transformer.ln_f.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(CdlmError, match=r"without transformer\.ln_f\.weight"):
+        Judge.load(tmp_path / "judge")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CdlmError, match="safetensors weights at"):
+        Judge.load(tmp_path / "judge")
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_refused():
+    with pytest.raises(CdlmError, match="at most 100 tokens"):
+        random_judge(vocab_size=100)
 
 
 def test_a_judge_without_safetensors_is_refused(tmp_path):
@@ -115,7 +157,8 @@ def test_the_cache_trains_once_for_a_key(tmp_path):
     assert len(calls) == 1
     np.testing.assert_array_equal(ar_nll(first, TEXTS).text_nats, ar_nll(second, TEXTS).text_nats)
     cached_judge("e2e, seed 1", tmp_path, train)
-    assert len(calls) == 2 and len(list(tmp_path.iterdir())) == 2
+    assert len(calls) == 2
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 32])
@@ -134,4 +177,5 @@ def test_features_are_the_last_hidden_state_of_the_tokens_read():
     np.testing.assert_allclose(features(judge, ["a dog"])[0], expected, rtol=1e-5, atol=1e-6)
     same = features(judge, ["a dog", "a dog sees", ""], max_tokens=5)
     np.testing.assert_allclose(same[0], same[1], rtol=1e-5, atol=1e-6)
-    assert not same[2].any() and features(judge, []).shape == (0, 16)
+    assert not same[2].any()
+    assert features(judge, []).shape == (0, 16)

@@ -5,13 +5,14 @@ import pytest
 from evaluation_toys import byte_tokenizer, random_judge, sentences, trained_judge
 
 from cdlm.errors import CdlmError
+from cdlm.evaluation.ar_nll import ar_nll
 from cdlm.evaluation.table import Corpus, Evaluation, evaluate
 
 TOKENIZER = byte_tokenizer()
 
 
 def decode(tokens: list[int]) -> str:
-    return TOKENIZER.decode(tokens)
+    return str(TOKENIZER.decode(tokens))
 
 
 def corpus(name: str, texts: list[str], **more) -> Corpus:
@@ -20,7 +21,7 @@ def corpus(name: str, texts: list[str], **more) -> Corpus:
 
 def poor_evaluation(**options) -> Evaluation:
     samples = corpus("samples", ["the cat sees"] * 39 + [""], nfe=[10, 30] * 20, extra={"grammar": 0.5, "steps": 200})
-    return evaluate(samples, corpus("real", sentences(50, 5)), trained_judge(), decode=decode, **options)
+    return evaluate([samples], corpus("real", sentences(50, 5)), trained_judge(), decode=decode, **options)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def full() -> Evaluation:
     pytest.importorskip("mauve", reason="mauve-text is optional")
     samples = corpus("samples", sentences(40, 4))
     real, more = corpus("real", sentences(50, 5)), corpus("more real", sentences(45, 6))
-    return evaluate(samples, real, trained_judge(), decode=decode, mauve_reference=more, mauve_seeds=3)
+    return evaluate([samples], real, trained_judge(), decode=decode, mauve_reference=more, mauve_seeds=3)
 
 
 def test_the_rows_are_samples_real_and_shuffled_in_the_same_number(full):
@@ -37,10 +38,12 @@ def test_the_rows_are_samples_real_and_shuffled_in_the_same_number(full):
     samples, real, shuffled = full.rows
     assert shuffled["unigram_entropy"] == pytest.approx(real["unigram_entropy"])
     assert shuffled["sample_entropy"] == pytest.approx(real["sample_entropy"])
-    assert shuffled["dist_1"] == real["dist_1"] and shuffled["dist_3"] > real["dist_3"]
+    assert shuffled["dist_1"] == real["dist_1"]
+    assert shuffled["dist_3"] > real["dist_3"]
     assert shuffled["ar_nll"] > real["ar_nll"] + 1
     assert shuffled["mauve"] < min(real["mauve"], samples["mauve"])
-    assert full.settings["mauve"]["seeds"] == [1, 2, 3] and full.settings["mauve"]["reference"] == "more real"
+    assert full.settings["mauve"]["seeds"] == [1, 2, 3]
+    assert full.settings["mauve"]["reference"] == "more real"
 
 
 def test_json_holds_no_nan_and_survives_the_round_trip(full):
@@ -51,15 +54,21 @@ def test_json_holds_no_nan_and_survives_the_round_trip(full):
 
 def test_what_cannot_be_computed_is_null():
     judge = random_judge()
-    result = evaluate(corpus("samples", ["", ""]), corpus("real", ["ab", "cd"]), judge, decode=decode)
+    result = evaluate([corpus("samples", ["", ""])], corpus("real", ["ab", "cd"]), judge, decode=decode)
     row = result.to_dict()["rows"][0]
-    assert row["ar_nll"] is None and row["ar_nll_ci"] == [None, None] and row["dist_1"] is None
-    assert row["empty_rate"] == 1 and row["unscored"] == 2
-    assert "–" in result.markdown() and "nan" not in result.terminal().lower()
+    assert row["ar_nll"] is None
+    assert row["ar_nll_ci"] == [None, None]
+    assert row["dist_1"] is None
+    assert row["empty_rate"] == 1
+    assert any("2 of 2 samples gave the judge nothing to score" in note for note in result.notes)
+    assert row["unscored"] == 2
+    assert " - " in result.markdown()
+    assert "nan" not in result.terminal().lower()
 
 
 def test_poor_samples_are_called_poor_and_good_ones_not(full):
-    poor = poor_evaluation()
+    easiest = min(sentences(40, 4), key=lambda text: ar_nll(trained_judge(), [text]).nats_per_token)
+    poor = evaluate([corpus("s", [easiest] * 40)], corpus("r", sentences(50, 5)), trained_judge(), decode=decode)
     assert any("entropy over all samples" in note for note in poor.notes)
     assert any("AR-NLL is under that of real text" in note for note in poor.notes)
     assert not any("entropy" in note for note in full.notes)
@@ -70,20 +79,23 @@ def test_poor_samples_are_called_poor_and_good_ones_not(full):
 def test_calls_extras_duplicates_and_empties_are_in_the_row():
     row = poor_evaluation().rows[0]
     assert (row["mean_nfe"], row["grammar"], row["steps"]) == (20, 0.5, 200)
-    assert row["duplicate_rate"] == pytest.approx(38 / 40) and row["empty_rate"] == pytest.approx(1 / 40)
+    assert row["duplicate_rate"] == pytest.approx(38 / 40)
+    assert row["empty_rate"] == pytest.approx(1 / 40)
     assert row["mauve"] is None
 
 
 def test_few_samples_give_a_table_that_says_why_mauve_is_missing():
     real = corpus("real", sentences(5, 5))
-    result = evaluate(corpus("samples", sentences(5, 4)), real, random_judge(), decode=decode, mauve_reference=real)
-    assert result.rows[0]["mauve"] is None and any("no MAUVE: it needs at least 20" in note for note in result.notes)
+    result = evaluate([corpus("samples", sentences(5, 4))], real, random_judge(), decode=decode, mauve_reference=real)
+    assert result.rows[0]["mauve"] is None
+    assert any("no MAUVE: it needs at least 20" in note for note in result.notes)
 
 
 def test_the_tables_show_every_row_and_align(full):
     for table in full.markdown().split("\n\n")[:2]:
         lines = table.splitlines()
-        assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+        assert len(lines) == 5
+        assert len({line.count("|") for line in lines}) == 1
     for table in full.terminal().split("\n\n")[:2]:
         assert [line.split("  ")[0] for line in table.splitlines()[2:]] == [str(row["name"]) for row in full.rows]
     assert max(map(len, full.terminal().split("\n\n")[0].splitlines())) <= 120
@@ -93,8 +105,8 @@ def test_prompts_are_left_out_of_the_score():
     texts = sentences(30, 4)
     halves = [[(0, len(text) // 2)] for text in texts]
     real = corpus("real", sentences(30, 5))
-    with_prompt = evaluate(corpus("samples", texts, given=halves), real, trained_judge(), decode=decode)
-    without = evaluate(corpus("samples", texts), real, trained_judge(), decode=decode)
+    with_prompt = evaluate([corpus("samples", texts, given=halves)], real, trained_judge(), decode=decode)
+    without = evaluate([corpus("samples", texts)], real, trained_judge(), decode=decode)
     assert with_prompt.rows[0]["judge_tokens"] < 0.6 * without.rows[0]["judge_tokens"]
     assert with_prompt.rows[1] == without.rows[1]
 
@@ -125,14 +137,14 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, full, monkeypatch):
 def test_wrong_arguments_are_explained():
     samples, judge = corpus("samples", sentences(5, 1)), random_judge()
     with pytest.raises(CdlmError, match="at least 5 texts in 'real', as many as samples, got 4"):
-        evaluate(samples, corpus("real", sentences(4, 2)), judge, decode=decode)
+        evaluate([samples], corpus("real", sentences(4, 2)), judge, decode=decode)
     with pytest.raises(CdlmError, match="at least one sample"):
-        evaluate(corpus("samples", []), samples, judge, decode=decode)
+        evaluate([corpus("samples", [])], samples, judge, decode=decode)
     with pytest.raises(CdlmError, match="nfe for each of the 2 texts"):
         Corpus("samples", [[1], [2]], ["a", "b"], nfe=[3])
     clash = corpus("samples", sentences(5, 1), extra={"zipf": 1.0})
     with pytest.raises(CdlmError, match="zipf"):
-        evaluate(clash, samples, judge, decode=decode)
+        evaluate([clash], samples, judge, decode=decode)
 
 
 def test_shuffling_keeps_the_tokens_of_each_text():

@@ -35,7 +35,8 @@ def test_all_panels_make_one_picture_without_leftovers(tmp_path):
 def test_signals_that_are_missing_leave_their_panel_out(tmp_path):
     four = record("switches", "z_norm", "score_cosine", "entropy")
     sizes = [png_size(plot_trajectories(part, tmp_path / "a.png")) for part in (four, record("z_norm"), four)]
-    assert sizes[1][1] < sizes[0][1] and sizes[0] == sizes[2]
+    assert sizes[1][1] < sizes[0][1]
+    assert sizes[0] == sizes[2]
     with_halts = plot_trajectories(four, tmp_path / "b.png", halted=HALTED)
     assert png_size(with_halts)[1] > sizes[0][1]
 
@@ -65,7 +66,8 @@ def test_a_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         plot_trajectories(record("switches"), path)
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_wrong_records_are_explained(tmp_path):

@@ -120,5 +120,5 @@ class TorchDiffEq(Solver):
             return (t_next - t)[:, None, None].to(y.dtype) * (y - target) / level[:, None, None].to(y.dtype)
 
         tau = torch.tensor([0.0, 1.0], dtype=state.dtype, device=z.device)
-        end = odeint(slope, state, tau, method=self.method, rtol=self.rtol, atol=self.atol)[-1]
-        return end.to(z.dtype), torch.full_like(rows, made)
+        path = torch.as_tensor(odeint(slope, state, tau, method=self.method, rtol=self.rtol, atol=self.atol))
+        return path[-1].to(z.dtype), torch.full_like(rows, made)

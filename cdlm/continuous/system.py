@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,12 +15,14 @@ from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.embedding import TokenEmbedding, expected_embedding
 from cdlm.continuous.levels import alpha_of
 from cdlm.continuous.warping import Schedule
+from cdlm.hub import Pretrained
 from cdlm.types import Condition, Prediction, join, take
 
 Precision = Literal["fp32", "bf16"]
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """One training batch."""
 
     total: Float[Tensor, ""]
@@ -31,7 +34,7 @@ class Loss(NamedTuple):
     """Generated tokens of each row."""
 
 
-class EmbeddingDiffusion(nn.Module, Denoiser):
+class EmbeddingDiffusion(Pretrained, Denoiser):
     """Tokens are embedded, noised as z = e + t eps, and recovered by a network that sees all positions at once.
 
     Trained with cross-entropy, which interpolates the score: softmax(logits) averages the table to x0, and

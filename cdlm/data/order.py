@@ -74,6 +74,10 @@ class RowLoader:
     r-th on, so that the ranks together read what one process with world * batch_size rows a batch would. `workers`
     processes read ahead without changing the order. The state counts the batches handed out, not those read ahead.
 
+    As Lightning's training loader it is saved and restored with a checkpoint. Lightning itself takes one batch ahead of
+    an iterable without a length, and would skip that batch on resuming, unless its Trainer has an integer
+    `limit_train_batches`.
+
     Args:
         rows: The rows to read.
         batch_size: Rows a batch on this rank, at least 1.

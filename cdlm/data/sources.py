@@ -359,7 +359,9 @@ def _read_csv(path: Path, field: str) -> Iterator[str]:
         for row in reader:
             yield _text_of(row, field, f"{path}, line {reader.line_num}")
     except csv.Error as error:
-        raise CdlmError(f"{path}, line {reader.line_num}: not valid CSV ({error}); mend it or use jsonl") from error
+        raise CdlmError(
+            f"{path}, after line {reader.line_num}: not valid CSV ({error}); mend it or use jsonl"
+        ) from error
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:

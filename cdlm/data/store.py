@@ -47,7 +47,7 @@ class TokenStore:
 
     path: Path
     tokens: Shaped[np.ndarray, " t"]
-    offsets: Int64[np.ndarray, " documents+1"]
+    offsets: Int64[np.ndarray, " k"]
     eos_id: int
     pad_id: int
     key: str
@@ -63,13 +63,16 @@ class TokenStore:
             meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
             tokens = np.load(path / "tokens.npy", mmap_mode="r")
             offsets = np.load(path / "offsets.npy", mmap_mode="r")
-            found = (meta["format"], meta["documents"] + 1, meta["tokens"], meta["tokens"])
-            store = TokenStore(path, tokens, offsets, meta["eos_id"], meta["pad_id"], meta["key"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _not_a_store(path, f"{type(error).__name__}: {error}") from error
-        if found != (_FORMAT, len(offsets), len(tokens), offsets[-1]):
-            raise _not_a_store(path, f"meta.json does not fit {len(tokens)} tokens and {len(offsets)} offsets")
-        return store
+            stated = (meta["format"], meta["documents"] + 1, meta["tokens"], meta["tokens"])
+            found = (_FORMAT, len(offsets), len(tokens), int(offsets[-1]))
+            if stated != found:
+                raise ValueError(f"meta.json states format, offsets, tokens and end {stated}, found {found}")
+            return TokenStore(path, tokens, offsets, meta["eos_id"], meta["pad_id"], meta["key"])
+        except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
+            raise CdlmError(
+                f"{path} is not a complete token store ({type(error).__name__}: {error}); "
+                "delete the folder and it will be built again"
+            ) from error
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -199,6 +202,8 @@ def _write(folder: Path, documents: Iterator[str], tokenizer: "PreTrainedTokeniz
             _append(file, np.concatenate([np.asarray(ids, dtype=dtype) for ids in encoded]))
             lengths.append(np.array([len(ids) for ids in encoded], dtype=np.int64))
         offsets = np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *lengths]))
+        if not offsets[-1]:
+            raise CdlmError(f"the {meta['split']} split has no text; check the source")
         _write_header(file, dtype, int(offsets[-1]))
     np.save(folder / "offsets.npy", offsets)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -255,10 +260,6 @@ def _cannot_write(cache_dir: Path, error: OSError, written: int) -> CdlmError:
             "free some space or choose another cache folder"
         )
     return CdlmError(f"cannot write the token store in {cache_dir} ({error.strerror}); choose another cache folder")
-
-
-def _not_a_store(path: Path, why: str) -> CdlmError:
-    return CdlmError(f"{path} is not a complete token store ({why}); delete the folder and it will be built again")
 
 
 def _check_length(length: int) -> None:

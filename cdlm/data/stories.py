@@ -96,6 +96,12 @@ def sentences(text: str) -> list[str]:
     return [part for part in re.split(r"(?<=\.)\s+", text.strip()) if part]
 
 
+def whole_sentences(text: str) -> list[str]:
+    """The sentences of a packed row of stories, one story a line, without those that the row's edges cut."""
+    first, *rest = ([part for part in sentences(line) if part.endswith(".")] for line in text.split("\n"))
+    return [*first[1:], *(sentence for line in rest for sentence in line)]
+
+
 def is_sentence(text: str) -> bool:
     """Whether a text is one sentence of the grammar, with its pronouns in agreement."""
     return any(True for plot in _PLOTS for templates in plot for _ in _readings(text, templates))

@@ -10,6 +10,7 @@ from cdlm.errors import CdlmError
 
 ZIPF_RANKS = 5000
 BLEU_POOL = 1000
+BLEU_SCORED = 100
 
 
 def distinct_n(token_lists: Sequence[Sequence[int]], n: int) -> float:
@@ -54,7 +55,7 @@ def zipf_coefficient(token_lists: Sequence[Sequence[int]]) -> float:
     return -float((x * y).sum() / (x * x).sum())
 
 
-def self_bleu(texts: Sequence[str], sample: int = 100, seed: int = 0) -> float:
+def self_bleu(texts: Sequence[str], sample: int = BLEU_SCORED, seed: int = 0) -> float:
     """BLEU of a text against all other texts as references, 0..100, mean over texts; 100 when texts repeat each other.
 
     Sentence BLEU-4 of sacrebleu (13a words, exponential smoothing, effective order). To bound the cost, 1000 texts are
@@ -63,7 +64,7 @@ def self_bleu(texts: Sequence[str], sample: int = 100, seed: int = 0) -> float:
     fewer than two others.
     """
     try:
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise CdlmError(
             f"expected the package sacrebleu for self-BLEU, got: {error}; install it with `pip install sacrebleu`"

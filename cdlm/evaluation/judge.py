@@ -10,11 +10,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +29,7 @@ from transformers import (
 )
 
 from cdlm.errors import CdlmError
-from cdlm.evaluation.files import write_folder
+from cdlm.files import replacing
 
 LONGEST_CONTEXT = 1024
 """No judge reads more tokens than this at once, whatever it could: the usual length of published AR-NLL."""
@@ -56,7 +59,12 @@ class Judge:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        self.model.to(self.device).eval()
+        if len(self.tokenizer) > self.model.config.vocab_size:
+            raise CdlmError(
+                f"expected a tokenizer of at most {self.model.config.vocab_size} tokens, as many as the judge "
+                f"{self.name!r} knows, got {len(self.tokenizer)}; use the tokenizer the judge was trained with"
+            )
+        nn.Module.to(self.model, self.device).eval()
 
     @classmethod
     def load(cls, name_or_dir: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Judge":
@@ -64,22 +72,16 @@ class Judge:
 
         Raises CdlmError when the model cannot be found or its tokenizer gives no character offsets.
         """
-        source, local = str(name_or_dir), Path(name_or_dir).is_dir()
+        source = str(name_or_dir)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, local_files_only=local, trust_remote_code=False, use_safetensors=True, dtype=dtype
-            )
-        except (OSError, ValueError) as error:
+            tokenizer, model = _open(source, dtype)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CdlmError(
-                f"expected a causal language model with safetensors weights at {source!r}, got: {reason} Without network, "
-                f"pass a folder downloaded elsewhere (`hf download {source} --local-dir FOLDER`) or train a judge "
-                "(`cdlm train-judge`)."
+                f"expected a causal language model with safetensors weights at {source!r}, got: {reason} Without "
+                f"network, pass a folder downloaded elsewhere (`hf download {source} --local-dir FOLDER`) or train one "
+                "(`cdlm train-judge`)"
             ) from error
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise CdlmError(f"expected a fast tokenizer for the judge {source!r}, got {type(tokenizer).__name__}; "
-                            "choose a judge that ships tokenizer.json")  # fmt: skip
         return cls(model, tokenizer, _stored_name(Path(source)) or source, device)
 
     def save(self, folder: str | Path) -> None:
@@ -88,12 +90,11 @@ class Judge:
         if target.exists() and not (target / NAME_FILE).exists() and (not target.is_dir() or any(target.iterdir())):
             raise CdlmError(f"expected a judge or no folder at {target}, got something else; choose another folder")
 
-        def fill(new: Path) -> None:
+        with replacing(target) as new:
+            new.mkdir()
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
             (new / NAME_FILE).write_text(json.dumps({"name": self.name}) + "\n", encoding="utf-8")
-
-        write_folder(target, fill)
 
     @property
     def context(self) -> int:
@@ -132,6 +133,43 @@ class Judge:
         ]
 
 
+def _open(source: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    """From the folder or the local cache if it is there, and only otherwise from the Hub."""
+    try:
+        return _read(source, dtype, local=True)
+    except OSError:
+        if Path(source).is_dir():
+            raise
+    _reach_hub(source)
+    return _read(source, dtype, local=False)
+
+
+def _reach_hub(name: str) -> None:
+    """Ask once whether the model is there: the loaders themselves retry for most of a minute without network."""
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # a network, a name or an access problem: all mean that nothing can be loaded
+        raise OSError(f"the Hub does not give {name!r} ({type(error).__name__}).") from error
+
+
+def _read(source: str, dtype: torch.dtype, local: bool) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"a tokenizer without character offsets ({type(tokenizer).__name__}).")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        local_files_only=local,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    model, info = loaded  # the pair comes with output_loading_info
+    if info["missing_keys"]:  # transformers would fill them with random numbers and go on
+        raise ValueError(f"weights without {sorted(info['missing_keys'])[0]}.")
+    return tokenizer, model
+
+
 def _stored_name(folder: Path) -> str | None:
     path = folder / NAME_FILE
     return json.loads(path.read_text(encoding="utf-8"))["name"] if path.is_file() else None
@@ -162,9 +200,7 @@ def batches_by_length(lengths: list[int], batch_size: int, most_tokens: int) -> 
         yield batch
 
 
-def features(
-    judge: Judge, texts: list[str], batch_size: int = 32, max_tokens: int = 256
-) -> Float[np.ndarray, "m w"]:
+def features(judge: Judge, texts: list[str], batch_size: int = 32, max_tokens: int = 256) -> Float[np.ndarray, "m w"]:
     """The judge's last hidden state at the last token of each text (MAUVE, arXiv 2102.01454), float32.
 
     Only the first `max_tokens` tokens of a text are read. A text without tokens gets zeros: it stays in the count and
@@ -212,17 +248,19 @@ def train_judge(
         seed: of the weights. The global random state is left as it was.
         progress: called with (step from 1, loss in nats per token).
     """
-    if width % heads:
-        raise CdlmError(f"expected a width that {heads} heads divide, got {width}; change width or heads")
-    if steps < 1 or length < 2:
-        raise CdlmError(f"expected at least 1 step and rows of 2 tokens to train a judge, got {steps} and {length}")
-    model = _fresh_gpt2(len(tokenizer), length, (width, depth, heads), seed).to(device).train()
+    if width % heads or steps < 1 or length < 2:
+        raise CdlmError(
+            "expected heads that divide the width, at least 1 step and a length of at least 2 to train a judge, "
+            f"got {heads} heads, width {width}, {steps} steps and length {length}"
+        )
+    model = _fresh_gpt2(len(tokenizer), length, (width, depth, heads), seed).train()
+    nn.Module.to(model, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     for step in range(1, steps + 1):
         batch = next(rows, None)
         if batch is None:
-            raise CdlmError(f"expected {steps} batches to train the judge, got {step - 1}; pass more text or fewer steps")
+            raise CdlmError(f"expected {steps} batches to train a judge, got {step - 1}; pass more text or fewer steps")
         loss = _gpt2_loss(model, batch.to(device), length)
         optimizer.zero_grad()
         loss.backward()
@@ -241,7 +279,7 @@ def _fresh_gpt2(vocabulary: int, length: int, size: tuple[int, int, int], seed: 
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # transformers draws its weights from the global generator
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
         return GPT2LMHeadModel(config)
 
 

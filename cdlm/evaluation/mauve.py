@@ -58,7 +58,7 @@ def library() -> ModuleType:
 def mauve(
     p_features: Float[np.ndarray, "m w"], q_features: Float[np.ndarray, "k w"], seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
 ) -> Mauve:
-    """MAUVE between texts p and q from one feature row per text, once for each k-means seed.
+    """MAUVE between texts p and q from one feature row for each text, once for each k-means seed.
 
     Raises CdlmError unless both sides have the same number of texts, at least `FEWEST_TEXTS`: few texts push the value
     up, so different numbers do not compare.
@@ -76,9 +76,12 @@ def mauve(
             float(compute(p_features=p_features, q_features=q_features, seed=seed, **PINNED).mauve) for seed in seeds
         ]
     settings = {
-        "library": f"mauve-text {metadata.version('mauve-text')}", "texts": texts, "clusters": max(2, round(texts / 10)),
-        "seeds": list(seeds), **PINNED,
-    }  # fmt: skip
+        "library": f"mauve-text {metadata.version('mauve-text')}",
+        "texts": texts,
+        "clusters": max(2, round(texts / 10)),
+        "seeds": list(seeds),
+        **PINNED,
+    }
     return Mauve(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan, settings)
 
 

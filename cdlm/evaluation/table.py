@@ -8,19 +8,23 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cdlm.errors import CdlmError
 from cdlm.evaluation import diversity
 from cdlm.evaluation import mauve as mauve_metric
-from cdlm.evaluation.ar_nll import RESAMPLES, Spans, ar_nll
-from cdlm.evaluation.files import write_text
+from cdlm.evaluation.ar_nll import RESAMPLES, ArNll, Spans, ar_nll
 from cdlm.evaluation.judge import Judge, features
+from cdlm.files import write_text
 
 Value = str | int | float | None
-Row = dict[str, Value | list[float | None]]
+Row = dict[str, Any]
+Score = Callable[[Judge, list[str], Spans | None], ArNll]
+Feature = Callable[[Judge, list[str]], np.ndarray]
 
 ENTROPY_MARGIN = 0.1
 """Nats by which samples may stay under the entropy of real text before the table warns."""
@@ -52,7 +56,8 @@ class Corpus:
         for what in ("tokens", "given", "nfe"):
             part = getattr(self, what)
             if part is not None and len(part) != len(self.texts):
-                raise CdlmError(f"expected {what} for each of the {len(self.texts)} texts of {self.name!r}, got {len(part)}")
+                count = len(self.texts)
+                raise CdlmError(f"expected {what} for each of the {count} texts of {self.name!r}, got {len(part)}")
 
     def first(self, count: int) -> "Corpus":
         """The first `count` texts with all that belongs to them."""
@@ -75,15 +80,15 @@ class Corpus:
 class Evaluation:
     """A finished table: the judge, the settings, one dictionary a row, and warnings in plain words."""
 
-    judge: dict[str, Value]
-    settings: dict[str, object]
+    judge: Mapping[str, Value]
+    settings: dict[str, Any]
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: what cannot be computed is None, never NaN."""
         return {
-            "judge": self.judge,
+            "judge": dict(self.judge),
             "settings": self.settings,
             "rows": [dict(row) for row in self.rows],
             "notes": list(self.notes),
@@ -111,14 +116,15 @@ class Evaluation:
         judge, size = self.judge, f"{int(self.judge['parameters'] or 0) / 1e6:.1f} M parameters"
         revision = f", revision {judge['revision']}" if judge["revision"] else ""
         return (
-            f"Judge: {judge['name']} ({size}, {judge['dtype']}{revision}). AR-NLL in nats per judge token, interval 95 % over "
-            "texts; H, entropy of the generator's tokens in nats; MAUVE on features of this judge, ± sd over k-means seeds; "
-            "the MAUVE of real text is the ceiling. Compare only with the same judge, settings and number of texts."
+            f"Judge: {judge['name']} ({size}, {judge['dtype']}{revision}). AR-NLL in nats per judge token, "
+            "95 % interval over texts; H, entropy of the generator's tokens in nats; MAUVE on features of this judge, "
+            "± sd over k-means seeds; the MAUVE of real text is the ceiling. "
+            "Compare only with the same judge, settings and number of texts."
         )
 
 
 def evaluate(
-    samples: Corpus,
+    samples: Sequence[Corpus],
     real: Corpus,
     judge: Judge,
     *,
@@ -126,12 +132,13 @@ def evaluate(
     mauve_reference: Corpus | None = None,
     mauve_seeds: int = 5,
     seed: int = 0,
-    batch_size: int = 32,
+    score: Score = ar_nll,
+    feature: Feature = features,
 ) -> Evaluation:
-    """Measure samples, held-out real text, and that text with shuffled tokens, as many texts as there are samples.
+    """Measure sets of samples, held-out real text, and that text with shuffled tokens, equally many texts each.
 
     Args:
-        samples: what is judged; sets the number of texts n.
+        samples: what is judged, one row each; the first sets the number of texts n, the others must have as many.
         real: held-out text, at least n; the first n are used.
         judge: see `Judge`.
         decode: turns the generator's tokens into text, for the shuffled row.
@@ -139,30 +146,38 @@ def evaluate(
             the row of real text shows the ceiling. None leaves MAUVE out.
         mauve_seeds: number of k-means seeds.
         seed: of the shuffling and of the texts drawn for self-BLEU.
-        batch_size: of the judge; changes no result.
+        score, feature: how the judge is asked; others may spread the same work over processes.
 
     Raises CdlmError when there is less real text than samples, or nothing to evaluate.
     """
-    count = len(samples.texts)
-    _check_sizes(count, real, mauve_reference)
+    count = _check_sizes(samples, real, mauve_reference)
     real = real.first(count)
-    corpora = [samples, real, real.shuffled(decode, seed)]
-    rows = [_row(corpus, judge, seed, batch_size) for corpus in corpora]
-    settings: dict[str, object] = {
-        "texts": count, "seed": seed, "bootstrap": RESAMPLES, "feature_tokens": FEATURE_TOKENS, "mauve": None,
+    corpora = [*samples, real, real.shuffled(decode, seed)]
+    rows = [_row(corpus, score(judge, corpus.texts, corpus.given), seed) for corpus in corpora]
+    settings: dict[str, Any] = {
+        "texts": count, "seed": seed, "bootstrap": RESAMPLES, "entropy_margin": ENTROPY_MARGIN,
+        "feature_tokens": min(FEATURE_TOKENS, judge.context),
+        "self_bleu": {"scored": diversity.BLEU_SCORED, "references_from": diversity.BLEU_POOL}, "mauve": None,
     }  # fmt: skip
-    notes = _notes(rows[0], rows[1])
+    notes = [note for row in rows[: len(samples)] for note in _notes(row, rows[len(samples)])]
     if mauve_reference is not None and count < mauve_metric.FEWEST_TEXTS:
         notes.append(f"no MAUVE: it needs at least {mauve_metric.FEWEST_TEXTS} texts a side, here are {count}.")
     elif mauve_reference is not None:
         seeds = tuple(range(1, mauve_seeds + 1))
-        settings["mauve"] = _add_mauve(rows, corpora, mauve_reference.first(count), seeds, judge)
+        settings["mauve"] = _add_mauve(rows, corpora, mauve_reference.first(count), seeds, partial(feature, judge))
     return Evaluation(judge.describe(), settings, tuple(_without_nan(row) for row in rows), tuple(notes))
 
 
-def _check_sizes(count: int, real: Corpus, reference: Corpus | None) -> None:
+def _check_sizes(samples: Sequence[Corpus], real: Corpus, reference: Corpus | None) -> int:
+    count = len(samples[0].texts) if samples else 0
     if count == 0:
         raise CdlmError("expected at least one sample to evaluate, got none")
+    for corpus in samples[1:]:
+        if len(corpus.texts) != count:
+            raise CdlmError(
+                f"expected {count} texts in {corpus.name!r} as in {samples[0].name!r}, got {len(corpus.texts)}: most"
+                " measures move with the number of texts; draw equally many"
+            )
     for corpus in (real, reference):
         if corpus is not None and len(corpus.texts) < count:
             raise CdlmError(
@@ -171,10 +186,10 @@ def _check_sizes(count: int, real: Corpus, reference: Corpus | None) -> None:
             )
     if reference is not None:
         mauve_metric.library()  # say that it is missing before the long work, not after
+    return count
 
 
-def _row(corpus: Corpus, judge: Judge, seed: int, batch_size: int) -> Row:
-    score = ar_nll(judge, corpus.texts, corpus.given, batch_size)
+def _row(corpus: Corpus, score: ArNll, seed: int) -> Row:
     row: Row = {
         "name": corpus.name,
         "n": len(corpus.texts),
@@ -201,39 +216,46 @@ def _row(corpus: Corpus, judge: Judge, seed: int, batch_size: int) -> Row:
 
 
 def _add_mauve(
-    rows: list[Row], corpora: list[Corpus], reference: Corpus, seeds: tuple[int, ...], judge: Judge
-) -> dict[str, object]:
+    rows: list[Row], corpora: list[Corpus], reference: Corpus, seeds: tuple[int, ...], feature: Callable[..., np.ndarray]
+) -> dict[str, Any]:
     """Fill in MAUVE of every row against the reference; returns the settings behind the numbers."""
-    target = features(judge, reference.texts, max_tokens=FEATURE_TOKENS)
-    settings: dict[str, object] = {}
+    target = feature(reference.texts)
+    settings: dict[str, Any] = {}
     for row, corpus in zip(rows, corpora, strict=True):
-        result = mauve_metric.mauve(features(judge, corpus.texts, max_tokens=FEATURE_TOKENS), target, seeds)
+        result = mauve_metric.mauve(feature(corpus.texts), target, seeds)
         row["mauve"], row["mauve_sd"], settings = result.mean, result.sd, result.settings
     return {**settings, "reference": reference.name}
 
 
 def _notes(samples: Row, real: Row) -> list[str]:
+    """Warnings; a NaN compares as false and warns of nothing."""
     notes = []
     for key, what in (("sample_entropy", "inside a sample"), ("unigram_entropy", "over all samples")):
         here, there = samples[key], real[key]
-        if isinstance(here, float) and isinstance(there, float) and here < there - ENTROPY_MARGIN:
+        if here < there - ENTROPY_MARGIN:
             notes.append(
-                f"the entropy {what} is {there - here:.2f} nats under that of real text ({here:.2f} against {there:.2f}): "
-                "the samples are poorer, and their low AR-NLL is no sign of quality."
+                f"the entropy {what} is {there - here:.2f} nats under real text's ({here:.2f} against {there:.2f}): "
+                "the samples are poorer, and a low AR-NLL is then no sign of quality."
             )
-    here, there = samples["ar_nll"], real["ar_nll"]
-    if isinstance(here, float) and isinstance(there, float) and here < there:
+    if samples["ar_nll"] < real["ar_nll"]:
         notes.append("the samples' AR-NLL is under that of real text: they are easier to predict, which is not better.")
+    if samples["unscored"]:
+        notes.append(
+            f"{samples['unscored']} of {samples['n']} samples gave the judge nothing to score (empty or too short)."
+        )
     return notes
 
 
 def _without_nan(row: Row) -> Row:
-    def clean(value):
-        if isinstance(value, list):
-            return [clean(entry) for entry in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+    def finite(value: Value) -> bool:
+        return not isinstance(value, float) or math.isfinite(value)
 
-    return {key: clean(value) for key, value in row.items()}
+    return {
+        key: [entry if finite(entry) else None for entry in value]
+        if isinstance(value, list)
+        else (value if finite(value) else None)
+        for key, value in row.items()
+    }
 
 
 # --- how numbers look -------------------------------------------------------------------------------------------------
@@ -243,8 +265,8 @@ FIRST = {
     "unigram_entropy": "H corpus", "mauve": "MAUVE", "mean_nfe": "calls",
 }  # fmt: skip
 SECOND = {
-    "name": "texts", "dist_1": "dist-1", "dist_2": "dist-2", "dist_3": "dist-3", "self_bleu": "self-BLEU", "zipf": "Zipf",
-    "mean_tokens": "tokens", "duplicate_rate": "duplicate", "empty_rate": "empty",
+    "name": "texts", "dist_1": "dist-1", "dist_2": "dist-2", "dist_3": "dist-3", "self_bleu": "self-BLEU",
+    "zipf": "Zipf", "mean_tokens": "tokens", "duplicate_rate": "duplicate", "empty_rate": "empty",
 }  # fmt: skip
 HIDDEN = {"ar_nll_ci", "mauve_sd", "judge_tokens", "unscored"}
 PERCENT = {"duplicate_rate", "empty_rate"}
@@ -261,14 +283,14 @@ def _two_tables(rows: Sequence[Row]) -> list[list[list[str]]]:
 def _cell(row: Row, key: str) -> str:
     value = row.get(key)
     if value is None:
-        return "–"
+        return "-"
     if not isinstance(value, float):
         return str(value)
     text = f"{100 * value:.1f} %" if key in PERCENT else f"{value:.{DECIMALS.get(key, 2)}f}"
     interval, sd = row.get("ar_nll_ci"), row.get("mauve_sd")
-    if key == "ar_nll" and isinstance(interval, list) and None not in interval:
+    if key == "ar_nll" and interval and None not in interval:
         text += f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-    if key == "mauve" and isinstance(sd, float):
+    if key == "mauve" and sd is not None:
         text += f" ± {sd:.3f}"
     return text
 

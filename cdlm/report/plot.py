@@ -1,7 +1,5 @@
 """Trajectories of sampling as a picture: how text and state settle, and where a rule stopped."""
 
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from cdlm.errors import CdlmError
+from cdlm.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +28,7 @@ HALT_CAPTION = "Red: halting steps, dashed at their median."
 
 @dataclass(frozen=True)
 class Panel:
-    """One signal group: heading, axis label, (key, legend, colour) of each signal, and whether the axis is logarithmic."""
+    """One signal group: heading, axis label, (key, legend, colour) of each signal, and the kind of axis."""
 
     title: str
     label: str
@@ -49,7 +48,7 @@ def plot_trajectories(
     record: Mapping[str, Num[np.ndarray, "steps rows"]],
     path: str | Path,
     *,
-    halted: Int[np.ndarray, " rows"] | None = None,
+    halted: Int[np.ndarray, " halts"] | None = None,
     title: str = "",
 ) -> Path:
     """Draw the recorded signals against the step and write a PNG.
@@ -89,7 +88,7 @@ def _checked_steps(record: Mapping[str, np.ndarray], halted: np.ndarray | None, 
     shapes = {record[key].shape for panel in panels for key, _, _ in panel.signals if key in record}
     if not shapes:
         known = ", ".join(key for panel in PANELS for key, _, _ in panel.signals)
-        raise CdlmError(f"expected a record with some of {known}, got {sorted(record)}; record the run with record=True")
+        raise CdlmError(f"expected a record with some of {known}, got {sorted(record)}; sample with record=True")
     if len(shapes) > 1 or 0 in next(iter(shapes)):
         raise CdlmError(f"expected signals of one shape [steps, rows] without a zero, got {sorted(shapes)}")
     steps, rows = shapes.pop()
@@ -130,7 +129,7 @@ def _draw_panel(axis: "Axes", panel: Panel, record: Mapping[str, np.ndarray]) ->
         _draw_signal(axis, record[key].astype(np.float64), legend, color)
     axis.set_title(panel.title, fontsize=11, loc="left")
     axis.set_ylabel(panel.label, fontsize=10)
-    if panel.logarithmic:
+    if panel.logarithmic and any(np.nanmax(record[key], initial=0) > 0 for key, _, _ in present):
         _make_logarithmic(axis)
     if len(panel.signals) > 1:
         axis.legend(frameon=False, fontsize=9)
@@ -166,23 +165,17 @@ def _mark_halts(axis: "Axes", halted: Int[np.ndarray, " rows"]) -> None:
 
 
 def _draw_halts(axis: "Axes", halted: Int[np.ndarray, " rows"], steps: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     middle = float(np.median(halted))
     axis.hist(halted, bins=np.linspace(-0.5, steps - 0.5, min(steps, 60) + 1).tolist(), color=RED, alpha=0.75)
     axis.axvline(middle, color=RED, linewidth=1.3, linestyle=(0, (4, 3)))
     axis.set_title(f"Halting step: median {middle:g} of {steps} steps", fontsize=11, loc="left")
     axis.set_ylabel("samples", fontsize=10)
-    axis.yaxis.get_major_locator().set_params(integer=True, nbins=4)
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 
 def _write(figure: "Figure", path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            figure.savefig(file, format="png")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path

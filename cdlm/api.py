@@ -1,0 +1,330 @@
+"""What users call: load, generate, train, evaluate. The command line is these functions and nothing more."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from cdlm import config as names
+from cdlm import hub
+from cdlm.collect import RECORDED, collect, decode, given_spans, with_progress
+from cdlm.config import RunConfig
+from cdlm.continuous.denoiser import Steering
+from cdlm.continuous.levels import Grid
+from cdlm.continuous.solvers import Solver
+from cdlm.continuous.system import EmbeddingDiffusion, Precision
+from cdlm.data.order import RowLoader, fixed_batches
+from cdlm.data.sources import Source, Stories
+from cdlm.data.store import DocumentRows, PackedRows, Rows, build_store
+from cdlm.data.stories import is_sentence, whole_sentences
+from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
+from cdlm.errors import CdlmError
+from cdlm.evaluation.judge import Judge, cached_judge, train_judge
+from cdlm.evaluation.table import Corpus
+from cdlm.files import write_text
+from cdlm.halting import Criterion
+from cdlm.prompts import requests
+from cdlm.sampling import Request, Run, Sampler
+from cdlm.types import Finished, Samples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PREVIEW_STEPS = 64
+BATCH = 64
+"""Samples in flight, unless said otherwise."""
+
+
+def load(name: str | Path, device: str = "cpu", precision: Precision = "fp32") -> EmbeddingDiffusion:
+    """A trained system from a run folder or a Hub id, ready to sample from. Strict, and runs no code of the model."""
+    folder = hub.read(name)
+    system = names.build_system(folder.config)
+    hub.load_weights(system, folder)
+    system.precision = precision
+    hub.to_device(system, device)
+    return system.eval()
+
+
+def make_sampler(
+    steps: int = 200,
+    halt: str | Criterion | None = None,
+    seed: int = 0,
+    record: bool = False,
+    *,
+    solver: str | Solver = "Euler()",
+    grid: str | Grid = "Warped()",
+    steering: Steering | None = None,
+    init_scale: float = 1.0,
+) -> Sampler:
+    """A sampler from objects or their texts; `record` adds the signals of a record."""
+    return Sampler(
+        steps=steps,
+        criterion=names.criterion(halt),
+        grid=names.grid(grid),
+        solver=names.solver(solver),
+        steering=steering or Steering(),
+        init_scale=init_scale,
+        seed=seed,
+        record=frozenset(RECORDED) if record else frozenset(),
+    )
+
+
+def generate(
+    system: EmbeddingDiffusion,
+    n: int = 1,
+    length: int | None = None,
+    steps: int = 200,
+    halt: str | Criterion | None = None,
+    seed: int = 0,
+    prompts: list[str] | None = None,
+    batch_size: int | None = None,
+    record: bool = False,
+    *,
+    solver: str | Solver = "Euler()",
+    grid: str | Grid = "Warped()",
+    steering: Steering | None = None,
+    init_scale: float = 1.0,
+    progress: bool = False,
+) -> Samples:
+    """Draw samples.
+
+    Args:
+        system: from `load`, or freshly trained.
+        n: samples of each prompt, or in all when there are none.
+        length: positions of a sample; by default those of training.
+        steps: grid points, one prediction each; with Euler the calls of a sample that is not halted.
+        halt: a halting rule, as an object or as its text.
+        seed: with the number of a sample it fixes the sample, whatever the batch.
+        prompts: prefixes, or templates such as "The [8] sat on the [2]." whose numbers are tokens to generate.
+        batch_size: samples in flight; by default 64.
+        record: keep per-step statistics of every sample.
+        solver, grid, steering, init_scale: see `Sampler`.
+        progress: show a bar on a terminal.
+
+    Raises:
+        CdlmError: a setting is out of range, or a prompt leaves nothing to generate.
+    """
+    sampler = make_sampler(
+        steps, halt, seed, record, solver=solver, grid=grid, steering=steering, init_scale=init_scale
+    )
+    asked = requests(prompts, n, length or system.length, _tokenizer(system))
+    return draw(system, sampler, asked, batch_size or BATCH, progress)
+
+
+def draw(
+    system: EmbeddingDiffusion, sampler: Sampler, asked: Sequence[Request], batch_size: int, progress: bool = False
+) -> Samples:
+    """Serve the requests with a sampler, on the device and in the arithmetic of the system."""
+    run = Run(system, sampler, batch_size, next(system.parameters()).device)
+    steps: Iterable[Finished] = run.steps(asked)
+    if progress:
+        steps = with_progress(steps, len(asked))
+    record = set(RECORDED) <= sampler.record
+    return collect(steps, asked, _tokenizer(system), budget=sampler.steps, seed=sampler.seed, record=record)
+
+
+def draw_share(
+    run: str, precision: Precision, sampler: Sampler, asked: Sequence[Request], batch_size: int, progress: bool,
+    rank: int, world: int, device: str,
+) -> Samples:  # fmt: skip
+    """One process's share of `asked`, drawn from a model folder; see `cdlm.spread`."""
+    system = load(run, device, precision)
+    return draw(system, sampler, asked[rank::world], batch_size, progress and rank == 0)
+
+
+def _tokenizer(system: EmbeddingDiffusion) -> PreTrainedTokenizerFast:
+    if system.tokenizer is None:
+        raise CdlmError("the system has no tokenizer: load it from a folder, or set system.tokenizer")
+    return system.tokenizer
+
+
+def lines(samples: Samples, tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
+    """One JSON object a sample: text, tokens, nfe, steps, reason, seed, index, and the prompt's character spans."""
+    out = []
+    for i, text in enumerate(samples.texts):
+        valid = samples.valid[i]
+        ids, given = samples.tokens[i][valid].tolist(), samples.given[i][valid]
+        out.append(
+            {
+                "text": text, "tokens": ids, "nfe": int(samples.nfe[i]), "steps": int(samples.steps[i]),
+                "reason": samples.reason[i].name.lower(), "seed": samples.seed, "index": int(samples.index[i]),
+                "given": given_spans(tokenizer, ids, given),
+            }
+        )  # fmt: skip
+    return out
+
+
+def write_lines(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
+    """A JSONL file, whole or not at all."""
+    write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in objects))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised text of a run."""
+
+    tokenizer: PreTrainedTokenizerFast
+    train: Rows
+    valid: Rows
+
+    @staticmethod
+    def of(config: RunConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> Data:
+        """Read, tokenise and cut the text of a configuration; stores are cached."""
+        if tokenizer is None and config.tokenizer:
+            tokenizer = load_tokenizer(config.tokenizer)
+        if tokenizer is None:
+            tokenizer = train_tokenizer(config.source.documents("train"), config.vocab_size)
+        cache = Path(config.cache).expanduser() / "tokens"
+        cut = PackedRows if config.rows == "pack" else DocumentRows
+        train = cut(build_store(config.source, "train", tokenizer, cache), config.length)
+        return Data(tokenizer, train, cut(build_store(config.source, "valid", tokenizer, cache), config.length))
+
+
+def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, progress: bool = True) -> None:
+    """Train a system into the run folder `out`: model files, checkpoints, metrics, samples and `config.yaml`.
+
+    Args:
+        config_text: the configuration as YAML, kept in the folder.
+        resume: continue the run in `out`.
+    """
+    from cdlm import training
+
+    data = Data.of(config)
+    options = config.training
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        system = config.system.build(len(data.tokenizer))
+    system.tokenizer, system.length = data.tokenizer, config.length
+
+    def export(averaged: EmbeddingDiffusion, folder: Path) -> None:
+        write_text(folder / "config.yaml", config_text)
+        averaged.save_pretrained(folder, card(config, averaged, config_text))
+
+    rank, world = training.rank_and_world(options)
+    training.train(
+        system,
+        RowLoader(data.train, config.batch_size, options.seed, rank, world, config.workers),
+        lambda: fixed_batches(data.valid, config.batch_size, config.validation_rows),
+        names.masking(config.masking),
+        options,
+        out,
+        samples=lambda s: generate(s, n=config.preview, steps=PREVIEW_STEPS).texts if config.preview else [],
+        export=export,
+        resume=resume,
+        progress=progress,
+        context={
+            "data": data.train.key, "system": json.dumps(system.config), "masking": config.masking,
+            "batch_size": config.batch_size,
+        },
+    )
+
+
+def card(config: RunConfig, system: EmbeddingDiffusion, config_text: str) -> str:
+    """The model card of a run: its size, data and full configuration."""
+    size = sum(p.numel() for p in system.parameters()) / 1e6
+    sections = {
+        "Training": f"{size:.1f} M parameters, {config.training.steps} steps of {config.batch_size} rows of {config.length}"
+        f" tokens, on `{config.source!r}`.\n\n```yaml\n{config_text.strip()}\n```",
+        "Numbers": "See `evaluation.md` in this folder if the model was evaluated.",
+    }
+    return hub.model_card({"length": system.length, "model": system.config}, sections)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The samples of a JSONL file that `cdlm sample --out` wrote."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CdlmError(f"cannot read samples from {path} ({error.strerror}): write them with cdlm sample --out") from error
+    out = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            item = json.loads(line)
+            out.append({key: item[key] for key in ("text", "tokens", "nfe", "given")})
+        except (ValueError, KeyError, TypeError) as error:
+            raise CdlmError(f"{path}, line {number} is no sample ({error!r}): expected text, tokens, nfe, given") from error
+    if not out:
+        raise CdlmError(f"{path} holds no samples: write some with cdlm sample --out")
+    return out
+
+
+def corpus_of(name: str, samples: Sequence[Mapping[str, Any]], source: Source) -> Corpus:
+    """Samples as a row of the table."""
+    texts = [item["text"] for item in samples]
+    return Corpus(
+        name,
+        [item["tokens"] for item in samples],
+        texts,
+        [[(start, end) for start, end in item["given"]] for item in samples],
+        [item["nfe"] for item in samples],
+        _grammar(texts, source),
+    )
+
+
+def real_text(data: Data, source: Source, n: int) -> tuple[Corpus, Corpus]:
+    """Two disjoint sets of `n` held-out rows: one to judge, one for MAUVE to compare with."""
+    if len(data.valid) < 2 * n:
+        raise CdlmError(
+            f"evaluating {n} samples needs {2 * n} rows of held-out text, there are {len(data.valid)}:"
+            " take fewer samples, or hold out more text"
+        )
+    rows = [data.valid[i] for i in range(2 * n)]  # neighbours stay together: no document is in both sets but one
+    tokens = [row.tokens[row.valid].tolist() for row in rows]
+    texts = [decode(data.tokenizer, ids) for ids in tokens]
+    extra = _grammar(texts[:n], source)
+    return Corpus("real text", tokens[:n], texts[:n], extra=extra), Corpus("more real text", tokens[n:], texts[n:])
+
+
+def _grammar(texts: list[str], source: Source) -> dict[str, float]:
+    if not isinstance(source, Stories):
+        return {}
+    whole = [sentence for text in texts for sentence in whole_sentences(text)]
+    return {"grammar": sum(map(is_sentence, whole)) / max(1, len(whole))}
+
+
+def own_judge(data: Data, config: RunConfig, steps: int, device: str = "cpu", progress: bool = True) -> Judge:
+    """The small GPT-2 of a run's text, trained once and cached."""
+    key = hashlib.sha256(f"{data.train.key} {steps}".encode()).hexdigest()[:16]
+    loader = RowLoader(data.train, config.batch_size, seed=0)
+
+    def report(step: int, nats: float) -> None:
+        if progress and (step % 100 == 0 or step == steps):
+            print(f"judge: step {step} of {steps}, {nats:.3f} nats per token", file=sys.stderr)
+
+    def train_it() -> Judge:
+        rows = judge_rows((batch.tokens[batch.valid] for batch in loader), data.tokenizer, config)
+        return train_judge(rows, data.tokenizer, length=config.length, steps=steps, seed=0, device=device, progress=report)
+
+    return cached_judge(key, Path(config.cache).expanduser() / "judges", train_it, device)
+
+
+def judge_rows(
+    batches: Iterable[Int[Tensor, " k"]], tokenizer: PreTrainedTokenizerFast, config: RunConfig
+) -> Iterator[Int[Tensor, "b n"]]:
+    """Rows as a judge will meet them: the end-of-text token is the line break that it is in a sample's text."""
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    size, stream = config.batch_size * config.length, list[int]()
+    for batch in batches:
+        for token in batch.tolist():
+            stream.extend(newline if token == tokenizer.eos_token_id else [token])
+        while len(stream) >= size:
+            yield torch.tensor(stream[:size]).view(config.batch_size, config.length)
+            del stream[:size]
+
+
+def plot(samples: Samples, path: Path, title: str) -> None:
+    """Switches, norms and angles of recorded samples against the step, with the halting points marked."""
+    from cdlm.report.plot import plot_trajectories
+
+    if samples.record is None:
+        raise CdlmError("the samples have no record to plot: draw them with record=True")
+    plot_trajectories(samples.record, path, halted=samples.steps - 1, title=title)

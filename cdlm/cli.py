@@ -1,0 +1,93 @@
+"""The command line: arguments in, one call, files out. Settings come from the signatures of the functions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cdlm.errors import CdlmError
+
+HELP = """usage: cdlm COMMAND [settings]
+
+  train        train a model on text, into a run folder
+  sample       draw samples from a model, with adaptive halting
+  evaluate     measure samples beside real text
+  train-judge  train a small autoregressive judge on a run's text
+
+cdlm COMMAND --help lists the settings of a command."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; bad input ends with one line on standard error and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        _dispatch(argv)
+    except CdlmError as error:
+        _fail(str(error), 128 + error.signal if hasattr(error, "signal") else 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return
+    name, rest = argv[0], argv[1:]
+    if name == "train":
+        _train(rest)
+        return
+    from cdlm import commands
+
+    functions: dict[str, Callable[..., None]] = {
+        "sample": commands.sample, "evaluate": commands.evaluate, "train-judge": commands.train_judge
+    }  # fmt: skip
+    if name not in functions:
+        raise CdlmError(f"there is no command {name!r}: use one of train, {', '.join(functions)}")
+    functions[name](**_arguments(functions[name], f"cdlm {name}", rest))
+
+
+def _train(argv: list[str]) -> None:
+    from cdlm import api
+    from cdlm.config import parse_run, read_run, run_parser
+
+    extras, rest = _extras(argparse.ArgumentParser(add_help=False, allow_abbrev=False)).parse_known_args(argv)
+    if "-h" in rest or "--help" in rest:
+        _extras(run_parser("cdlm train")).print_help()
+        return
+    if extras.text:
+        rest = ["--source", "Files", "--source.paths", json.dumps(extras.text), *rest]
+    if extras.resume:
+        read_run(extras.resume)
+        rest = ["--config", str(Path(extras.resume) / "config.yaml"), *rest]  # first, so that the command line wins
+    if bool(extras.out) == bool(extras.resume):
+        raise CdlmError("train needs one run folder: --out DIR for a new run, or --resume DIR to continue one")
+    config, text = parse_run(rest)
+    api.train(config, Path(extras.out or extras.resume), text, bool(extras.resume), not extras.quiet)
+
+
+def _extras(parser: Any) -> Any:
+    parser.add_argument("--out", help="folder of a new run")
+    parser.add_argument("--resume", help="folder of a run to continue")
+    parser.add_argument("--text", nargs="+", help="shorthand for --source Files --source.paths: your own text files")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
+
+
+def _arguments(function: Callable[..., None], prog: str, argv: list[str]) -> dict[str, Any]:
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=prog, exit_on_error=False, default_env=False)
+    parser.add_function_arguments(function, as_positional=True)
+    try:
+        return vars(parser.instantiate(parser.parse_args(argv)))
+    except ArgumentError as error:
+        raise CdlmError(f"{error.message or error} ({prog} --help lists the settings)") from error
+
+
+def _fail(message: str, code: int) -> None:
+    print("cdlm: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(code)

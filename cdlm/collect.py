@@ -1,0 +1,107 @@
+"""Consumers of the sampling loop: samples in the order of their requests, per-step records, progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cdlm.sampling import Request
+from cdlm.types import Finished, HaltReason, Samples, StepState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+RECORDED = ("switches", "entropy", "z_norm", "x0_norm", "score_cosine")
+"""Signals of a record; per-position ones are averaged over the open positions of each row."""
+
+
+def collect(
+    steps: Iterable[Finished],
+    requests: Sequence[Request],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    budget: int,
+    seed: int,
+    record: bool = False,
+) -> Samples:
+    """Run the loop to its end. `record` needs a sampler that computes the signals of `RECORDED`."""
+    place = {request.index: i for i, request in enumerate(requests)}
+    count = len(requests)
+    tokens = torch.stack([request.tokens for request in requests])
+    nfe, taken = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    reasons = [HaltReason.BUDGET] * count
+    tape = {name: np.full((budget, count), np.nan, np.float32) for name in RECORDED} if record else None
+    for step in steps:
+        columns = np.array([place[row] for row in step.state.row.tolist()])
+        if tape is not None:
+            _write(tape, step.state, columns)
+        leaving = step.done.nonzero().squeeze(1).tolist()
+        for row, final in zip(leaving, step.tokens.cpu(), strict=True):
+            i = columns[row]
+            tokens[i] = final
+            nfe[i], taken[i] = int(step.state.nfe[row]), int(step.state.step[row]) + 1
+            if bool(step.halted[row]):
+                reasons[i] = HaltReason.CRITERION
+    kept = [ids if r.valid is None else ids[r.valid] for ids, r in zip(tokens, requests, strict=True)]
+    return Samples(
+        tokens=tokens.numpy(),
+        texts=[decode(tokenizer, ids.tolist()) for ids in kept],
+        nfe=nfe,
+        steps=taken,
+        reason=reasons,
+        seed=seed,
+        index=np.array([request.index for request in requests]),
+        given=np.stack([request.given.numpy() for request in requests]),
+        valid=np.stack([np.ones(len(r.tokens), bool) if r.valid is None else r.valid.numpy() for r in requests]),
+        record=tape,
+    )
+
+
+def _write(tape: dict[str, np.ndarray], state: StepState, columns: Int[np.ndarray, " b"]) -> None:
+    steps = state.step.cpu().numpy()
+    for name, values in tape.items():
+        values[steps, columns] = _per_row(getattr(state, name), state.open).float().cpu().numpy()
+
+
+def _per_row(signal: Tensor, open_: Bool[Tensor, "b n"]) -> Float[Tensor, " b"] | Int[Tensor, " b"]:
+    return signal if signal.ndim == 1 else (signal * open_).sum(1) / open_.sum(1)
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """Text of a packed row: the end-of-text token, which joins documents, is a line break."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False)).replace(str(tokenizer.eos_token), "\n")
+
+
+def given_spans(
+    tokenizer: PreTrainedTokenizerFast, ids: list[int], given: Bool[np.ndarray, " n"]
+) -> list[tuple[int, int]]:
+    """Characters [start, end) of the decoded text that came from a prompt."""
+    edges = np.flatnonzero(np.diff(given.astype(np.int8), prepend=0, append=0))
+    at = [len(decode(tokenizer, ids[:edge])) for edge in edges.tolist()]
+    return list(zip(at[::2], at[1::2], strict=True))
+
+
+def with_progress(steps: Iterable[Finished], total: int) -> Iterator[Finished]:
+    """Pass the steps on while a bar on standard error shows the samples done and their mean calls."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    done, calls = 0, 0
+    console = Console(file=sys.stderr)
+    columns = (
+        TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TextColumn("mean calls {task.fields[calls]}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=total, calls="-")
+        for step in steps:
+            if len(step.tokens):
+                done, calls = done + len(step.tokens), calls + int(step.state.nfe[step.done].sum())
+                bar.update(task, completed=done, calls=f"{calls / done:.1f}")
+            yield step

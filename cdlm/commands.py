@@ -1,0 +1,95 @@
+"""The commands that work on a trained run; the command line takes their settings from these signatures."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from cdlm import api, hub
+from cdlm.continuous.denoiser import Steering
+from cdlm.continuous.system import Precision
+from cdlm.errors import CdlmError
+from cdlm.prompts import requests
+from cdlm.spread import spread
+from cdlm.types import Samples
+
+
+def sample(
+    run: str,
+    n: int = 8,
+    steps: int = 200,
+    halt: str | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+    prompt: str | None = None,
+    prompts: Path | None = None,
+    length: int | None = None,
+    batch_size: int = 64,
+    solver: str = "Euler()",
+    grid: str = "Warped()",
+    softmax_temperature: float = 1.0,
+    score_temperature: float = 1.0,
+    guidance: float = 1.0,
+    init_scale: float = 1.0,
+    precision: Precision = "fp32",
+    device: str = "cpu",
+    devices: int = 1,
+    plot: Path | None = None,
+    quiet: bool = False,
+) -> None:
+    """Draw samples from a trained model, with adaptive halting.
+
+    Args:
+        run: run folder or Hub id.
+        n: samples, of each prompt if there are any.
+        steps: grid points; with Euler the calls of a sample that is not halted.
+        halt: halting rule, such as "Patience(20)" or "For(NormConvergence(0.01), 5) | Patience(40)".
+        seed: fixes every sample, whatever the batch and the number of devices.
+        out: JSONL file to write; by default the texts are printed.
+        prompt: a prefix, or a template such as "The [8] sat on the [2]." whose numbers are tokens to generate.
+        prompts: file with one prompt a line.
+        length: tokens of a sample; by default as in training.
+        batch_size: samples in flight.
+        solver: Euler(), Heun() or TorchDiffEq("rk4"), ("dopri5"), ...
+        grid: Warped(), LogT() or UniformT().
+        softmax_temperature: divides the logits; below 1 sharpens.
+        score_temperature: divides the score; below 1 sharpens.
+        guidance: classifier-free guidance scale; 1 is off, others double the calls.
+        init_scale: scale of the starting noise.
+        precision: arithmetic of the network.
+        device: cpu, cuda, cuda:1, ...
+        devices: processes to spread the samples over.
+        plot: PNG file for switches, norms and angles against the step.
+        quiet: show no progress.
+    """
+    folder = hub.read(run)
+    asked = requests(_prompts(prompt, prompts), n, length or folder.length, folder.tokenizer)
+    sampler = api.make_sampler(
+        steps, halt, seed, plot is not None, solver=solver, grid=grid, init_scale=init_scale,
+        steering=Steering(softmax_temperature, score_temperature, guidance),
+    )  # fmt: skip
+    work = partial(api.draw_share, run, precision, sampler, asked, batch_size, not quiet)
+    samples = Samples.merge(spread(work, devices, device))
+    lines = api.lines(samples, folder.tokenizer)
+    if out is not None:
+        api.write_lines(out, lines)
+    else:
+        for line in lines:
+            print(f"--- sample {line['index']}, {line['nfe']} calls, {line['reason']}\n{line['text'].strip()}")
+    if plot is not None:
+        api.plot(samples, plot, f"{run}, {steps} steps, {halt or 'no halting'}")
+    print(f"{len(samples)} samples, {samples.nfe.mean():.1f} calls a sample of {steps} steps", file=sys.stderr)
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
+    if prompt is not None and file is not None:
+        raise CdlmError("give either prompt or prompts, not both")
+    if prompt is not None:
+        return [prompt]
+    if file is None:
+        return None
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise CdlmError(f"cannot read prompts from {file} ({error.strerror}): give a text file, one prompt a line") from error

@@ -1,0 +1,224 @@
+"""Names to objects: the settings of a run, and the constructor texts of rules, solvers, grids and masks."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from cdlm.continuous.cdcd import CDCD
+from cdlm.continuous.levels import Grid, LogT, UniformT, Warped
+from cdlm.continuous.solvers import Euler, Heun, Solver, TorchDiffEq
+from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.data.masking import Masking, Mixture, Prefix, RandomSubset, Span, Unconditional
+from cdlm.data.sources import Source, Stories
+from cdlm.errors import CdlmError
+from cdlm.halting import AfterStep, AngleConvergence, Criterion, FixedSteps, For, Never, NormConvergence, Patience
+from cdlm.training import TrainOptions
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+T = TypeVar("T")
+Names = Mapping[str, Callable[..., Any]]
+
+
+def _names(*objects: Callable[..., Any]) -> Names:
+    return MappingProxyType({o.__name__: o for o in objects})
+
+
+RULES = _names(Patience, NormConvergence, AngleConvergence, FixedSteps, Never, For, AfterStep)
+SOLVERS = _names(Euler, Heun, TorchDiffEq)
+GRIDS = _names(Warped, UniformT, LogT)
+MASKINGS = _names(Prefix, RandomSubset, Span, Unconditional, Mixture)
+SYSTEMS = MappingProxyType({"cdcd": CDCD})
+
+DEFAULT_MASKING = "Mixture(((0.4, Prefix()), (0.4, RandomSubset()), (0.2, Unconditional())))"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run.
+
+    Args:
+        source: the text: Stories, Stdlib, Files or Hub, with its settings.
+        system: the model: CDCD, with its settings.
+        tokenizer: name or folder of a Hugging Face tokenizer; by default a byte-level BPE is trained on the text.
+        vocab_size: tokens of the BPE that is trained.
+        length: positions of a row.
+        rows: pack joins documents and cuts rows from them; document gives each its own row.
+        masking: which positions are to be generated, as a constructor text.
+        batch_size: rows of a batch, per process.
+        validation_rows: held-out rows that are scored at each validation.
+        preview: samples that are written at each validation.
+        workers: processes that read data; 0 reads in the training process.
+        cache: folder of tokenised data.
+        training: how to train.
+    """
+
+    source: Source = field(default_factory=Stories)
+    system: CDCD = field(default_factory=CDCD)
+    tokenizer: str | None = None
+    vocab_size: int = 512
+    length: int = 64
+    rows: Literal["pack", "document"] = "pack"
+    masking: str = DEFAULT_MASKING
+    batch_size: int = 64
+    validation_rows: int = 256
+    preview: int = 4
+    workers: int = 0
+    cache: str = "~/.cache/cdlm"
+    training: TrainOptions = field(default_factory=TrainOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("length", "batch_size", "validation_rows"):
+            if getattr(self, name) < 1:
+                raise CdlmError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("preview", "workers"):
+            if getattr(self, name) < 0:
+                raise CdlmError(f"{name} must be >= 0, got {getattr(self, name)}")
+        masking(self.masking)
+
+
+def criterion(rule: str | Criterion | None) -> Criterion:
+    """A halting rule from its text, such as `For(NormConvergence(0.01), 5) | Patience(20)`; None never halts."""
+    return Never() if rule is None else _object(rule, Criterion, RULES, "halting rule")
+
+
+def solver(text: str | Solver) -> Solver:
+    """A solver from its text, such as `Heun()` or `TorchDiffEq("dopri5")`."""
+    return _object(text, Solver, SOLVERS, "solver")
+
+
+def grid(text: str | Grid) -> Grid:
+    """A grid from its text: `Warped()`, `LogT()` or `UniformT()`."""
+    return _object(text, Grid, GRIDS, "grid")
+
+
+def masking(text: str | Masking) -> Masking:
+    """A masking law from its text, such as `Mixture(((0.5, Prefix()), (0.5, RandomSubset())))`."""
+    return _object(text, Masking, MASKINGS, "masking law")
+
+
+def run_parser(prog: str) -> ArgumentParser:
+    """A parser of the settings of a run, from the command line and from YAML files."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=prog, exit_on_error=False, default_env=False)
+    parser.add_class_arguments(RunConfig)
+    parser.add_argument("--config", action="config", help="YAML file of these settings")
+    return parser
+
+
+def parse_run(argv: list[str], prog: str = "cdlm train") -> tuple[RunConfig, str]:
+    """The configuration that the arguments describe, and the same as YAML."""
+    from jsonargparse import ArgumentError
+
+    parser = run_parser(prog)
+    try:
+        settings = parser.parse_args(argv)
+        values = {key: value for key, value in vars(parser.instantiate(settings)).items() if key != "config"}
+        return RunConfig(**values), parser.dump(settings, skip_none=False)
+    except ArgumentError as error:
+        raise CdlmError(f"{error.message or error} ({prog} --help lists the settings)") from error
+
+
+def read_run(folder: str | Path) -> RunConfig:
+    """The configuration kept in a run folder."""
+    file = Path(folder) / "config.yaml"
+    if not file.exists():
+        raise CdlmError(f"{folder} has no config.yaml: expected the folder of a training run")
+    return parse_run(["--config", str(file)])[0]
+
+
+def build_system(config: Mapping[str, Any]) -> EmbeddingDiffusion:
+    """The system that a `config.json` describes, with fresh weights."""
+    settings = dict(config)
+    name, vocab = settings.pop("system", None), settings.pop("vocab", None)
+    if name not in SYSTEMS:
+        raise CdlmError(f"config.json asks for the system {name!r}: this version knows {', '.join(SYSTEMS)}")
+    try:
+        return SYSTEMS[name](**settings).build(vocab)
+    except TypeError as error:
+        raise CdlmError(f"config.json does not fit the system {name!r} of this version ({error})") from error
+
+
+def _object(text: str | T, kind: type[T], names: Names, what: str) -> T:
+    if isinstance(text, kind):
+        return text
+    result = parse(str(text), names, what)
+    if not isinstance(result, kind):
+        raise CdlmError(f"expected a {what}, got {text!r}: write one of {', '.join(names)} with its arguments")
+    return result
+
+
+def parse(text: str, names: Names, what: str) -> Any:
+    """Objects from a constructor text, by a whitelist: known names called with literals, tuples, `&` and `|`.
+
+    Nothing is evaluated: the text is only taken apart into its syntax tree.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise CdlmError(f"cannot read the {what} {text!r}: write it like a call, for example {_example(names)}") from error
+    return _build(tree, names, what)
+
+
+def _build(node: ast.expr, names: Names, what: str) -> Any:
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str()):
+            return node.value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return -value
+        case ast.Tuple() | ast.List():
+            return tuple(_build(item, names, what) for item in node.elts)
+        case ast.BinOp(op=ast.BitAnd() | ast.BitOr()):
+            return _combine(node, names, what)
+        case ast.Call(func=ast.Name()):
+            return _call(node, names, what)
+    raise CdlmError(f"the {what} may only hold names, numbers, texts, &, | and commas, got {ast.unparse(node)!r}")
+
+
+def _combine(node: ast.BinOp, names: Names, what: str) -> Any:
+    left, right = _build(node.left, names, what), _build(node.right, names, what)
+    if not (isinstance(left, Criterion) and isinstance(right, Criterion)):
+        raise CdlmError(f"& and | join two halting rules, got {ast.unparse(node)!r}")
+    return left & right if isinstance(node.op, ast.BitAnd) else left | right
+
+
+def _call(node: ast.Call, names: Names, what: str) -> Any:
+    name = node.func.id if isinstance(node.func, ast.Name) else ""
+    if name not in names:
+        raise CdlmError(f"there is no {what} {name!r}{_nearest(name, names)}: use one of {', '.join(names)}")
+    signature = inspect.signature(names[name])
+    for keyword in node.keywords:
+        if keyword.arg not in signature.parameters:
+            known = list(signature.parameters)
+            raise CdlmError(f"{name} has no parameter {keyword.arg!r}{_nearest(str(keyword.arg), known)}: it is {name}{_plain(signature)}")
+    arguments = [_build(item, names, what) for item in node.args]
+    keywords = {str(k.arg): _build(k.value, names, what) for k in node.keywords}
+    try:
+        signature.bind(*arguments, **keywords)
+    except TypeError as error:
+        raise CdlmError(f"cannot build {ast.unparse(node)!r} ({error}): it is {name}{_plain(signature)}") from error
+    return names[name](*arguments, **keywords)
+
+
+def _plain(signature: inspect.Signature) -> str:
+    return str(signature.replace(return_annotation=inspect.Signature.empty)).replace("'", "")
+
+
+def _nearest(name: str, names: Mapping[str, Any] | list[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], 1, 0.5)
+    found = [n for n in names if n.lower() in close]
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def _example(names: Names) -> str:
+    name = next(iter(names))
+    return f"{name}{_plain(inspect.signature(names[name]))}"

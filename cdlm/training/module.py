@@ -1,0 +1,114 @@
+"""The LightningModule: it connects a system, its data and its optimiser, and computes nothing itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.errors import CdlmError
+from cdlm.noise import generator
+from cdlm.training.average import Average
+from cdlm.training.optimizers import build_optimizer, set_rates
+from cdlm.training.options import TrainOptions
+
+TRAINING, VALIDATION = 0x7261, 0x7662
+"""Purposes of noise: the second word of its key."""
+COLUMNS = 4
+"""Of a row of the window: loss, nats, generated tokens, all tokens."""
+
+
+class TrainingModule(LightningModule):
+    """All randomness of batch i on rank r is a function of (seed, i, r), so the only state to save is a count.
+
+    Args:
+        loader: infinite; batches have `.tokens [b n]` and `.valid [b n]`; `load_state_dict({"batches": int})` seeks.
+        masking: (valid, generator) -> positions to generate.
+        context: what must not change when the run is resumed.
+    """
+
+    def __init__(
+        self,
+        system: EmbeddingDiffusion,
+        loader: Any,
+        masking: Callable[[Tensor, torch.Generator], Tensor],
+        options: TrainOptions,
+        context: Mapping[str, Any],
+    ):
+        super().__init__()
+        system.precision = options.precision
+        self.system = system.train()
+        self.average = Average(system, options.ema)
+        if options.compile:
+            system.network.compile()
+        self.feed = Feed(loader)
+        self.masking, self.options, self.context = masking, options, dict(context)
+        self.batches = 0
+        """Batches that this process has consumed."""
+        self.window: list[Float[Tensor, " columns"]] = []
+        """What to log: a row for each batch since the last line of metrics."""
+        self.gradient_norm = torch.tensor(math.nan)
+        """Of the last step, before clipping, without the schedule."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        noise = generator(self.options.seed, TRAINING, self.batches, self.global_rank, device=self.device)
+        self.batches += 1
+        noised = self.masking(batch.valid, noise)
+        loss = self.system(batch.tokens, noised, batch.valid, noise)
+        row = (loss.total.detach(), (loss.nats * loss.count).sum(), loss.count.sum(), batch.valid.sum())
+        self.window.append(torch.stack([x.double() for x in row]))
+        return loss.total
+
+    def configure_optimizers(self) -> Optimizer:
+        return build_optimizer(self.system.parameter_groups(), self.options)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip all but the schedule, whose regression must not scale the network's gradient."""
+        groups = self.system.parameter_groups()
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(groups["matrices"] + groups["rest"], self.options.clip)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        set_rates(optimizer, self.global_step, self.options)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.system.schedule.after_step()
+        self.average.update(self.system, self.global_step + 1)  # the trainer counts the step when this returns
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        window = torch.stack(self.window).cpu() if self.window else torch.empty(0, COLUMNS, dtype=torch.float64)
+        checkpoint["cdlm"] = {"batches": self.batches, "context": self.context, "window": window}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["cdlm"]
+        names = sorted(saved["context"].keys() | self.context.keys())
+        changed = [name for name in names if saved["context"].get(name) != self.context.get(name)]
+        if changed:
+            told = ", ".join(f"{n} was {saved['context'].get(n)}, is {self.context.get(n)}" for n in changed)
+            raise CdlmError(f"cannot resume: {' and '.join(changed)} changed ({told}): restore it or start a new run")
+        self.batches = saved["batches"]
+        self.window = list(saved["window"].to(self.device))
+        self.feed.seek(self.batches)
+
+
+class Feed:
+    """A loader as Lightning sees it: without the loader's own count, which runs ahead because Lightning prefetches."""
+
+    def __init__(self, loader: Any):
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loader)
+
+    def seek(self, batches: int) -> None:
+        self._loader.load_state_dict({"batches": batches})

@@ -1,0 +1,79 @@
+"""How to train: every choice that is not the model's or the data's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from cdlm.errors import CdlmError
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `train`. The defaults suit a laptop and a model of a few million parameters.
+
+    Raises:
+        CdlmError: a value is out of range.
+    """
+
+    steps: int = 10_000
+    """Optimiser steps of the whole run; resuming with more continues a finished run."""
+    accumulate: int = 1
+    """Batches of each process per optimiser step; their gradients are averaged."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW."""
+    schedule_lr: float = 1e-2
+    """Learning rate of the noise schedule's own parameters, the same at every step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What trains the hidden matrices; AdamW trains all the rest."""
+    muon_lr: float = 2e-2
+    """Peak learning rate of Muon, with the shape correction sqrt(max(1, rows / columns)) of its author."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the hidden matrices, per step and unit of learning rate."""
+    warmup: int = 100
+    """Optimiser steps of linear warm-up, at most `steps` of them count."""
+    final_lr_ratio: float = 0.0
+    """Learning rate of the last step as a share of the peak; a cosine leads there. 1 keeps it constant."""
+    clip: float = 1.0
+    """Largest gradient norm of all parameters but the schedule's; infinity switches clipping off."""
+    ema: float = 0.999
+    """Decay of the weight average per optimiser step (it ramps up as (1 + k) / (10 + k)); 0 averages nothing."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network; weights and optimiser are always float32."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    devices: int = 1
+    """Processes of this machine, each with a device and its own batches."""
+    accelerator: Literal["cpu", "gpu", "auto"] = "auto"
+    """Where to compute."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several devices share the work: whole copies (ddp) or shards of weights and optimiser (fsdp, GPUs only)."""
+    validate_every: int = 500
+    """Optimiser steps between two validations with samples; the last step is always validated."""
+    checkpoint_every: int = 500
+    """Optimiser steps between two checkpoints; the first and the last step always have one."""
+    log_every: int = 10
+    """Optimiser steps between two lines of metrics, and between two searches for NaN."""
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Loggers besides metrics.csv; each must be installed."""
+    seed: int = 0
+    """Fixes noise and masks. Initial weights and data order are the caller's."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "devices", "validate_every", "checkpoint_every", "log_every"):
+            self._check(name, 1.0, math.inf)
+        for name in ("warmup", "weight_decay", "seed"):
+            self._check(name, 0.0, math.inf)
+        for name in ("lr", "schedule_lr", "muon_lr"):
+            self._check(name, 0.0, 10.0)
+        self._check("final_lr_ratio", 0.0, 1.0)
+        self._check("ema", 0.0, 0.999999)
+        self._check("clip", 1e-6, math.inf)
+        if self.strategy == "fsdp" and (self.optimizer == "muon" or self.accelerator == "cpu"):
+            raise CdlmError("strategy='fsdp' needs optimizer='adamw' and GPUs: set both, or take strategy='ddp'")
+
+    def _check(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if not low <= value <= high:  # false for NaN too
+            raise CdlmError(f"{name} must be in [{low:g}, {high:g}], got {value}")

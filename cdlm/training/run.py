@@ -1,0 +1,163 @@
+"""A training run: one function, one folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+from torch import Tensor
+
+from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.errors import CdlmError
+from cdlm.training.files import AtomicCheckpoints
+from cdlm.training.module import TrainingModule
+from cdlm.training.options import TrainOptions
+from cdlm.training.progress import reporter
+from cdlm.training.stop import Interrupted, StopRequest
+from cdlm.training.supervisor import Outputs, Supervisor
+from cdlm.transformer import Block
+
+HARMLESS = (
+    r"GPU available but not used",  # asked for
+    r"Found \d+ module\(s\) in eval mode",  # the average
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's use of torch
+)
+
+
+def train(
+    system: EmbeddingDiffusion,
+    loader: Any,
+    valid_batches: Callable[[], Iterable[Any]],
+    masking: Callable[[Tensor, torch.Generator], Tensor],
+    options: TrainOptions,
+    run_dir: str | Path,
+    *,
+    samples: Callable[[EmbeddingDiffusion], list[str]] | None = None,
+    export: Callable[[EmbeddingDiffusion, Path], None] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    context: Mapping[str, str | int] | None = None,
+) -> None:
+    """Train `system` in place into a run folder; averaged weights are what `export` and `samples` receive.
+
+    The folder gets `checkpoints/last.ckpt` (for resuming only), `metrics.csv` and `samples/step_*.txt`. A resumed run
+    equals an uninterrupted one bit for bit on one CPU process, if system, loader and options are built as before.
+
+    Args:
+        loader: infinite iterable of this rank's batches, with `.tokens [b n]` and `.valid [b n]`; its
+            `load_state_dict({"batches": int})` seeks.
+        valid_batches: gives this rank's held-out batches, the same ones each time.
+        masking: (valid, generator) -> positions to generate, at least one a row.
+        samples: texts to write beside each validation.
+        export: called with the averaged system and the folder after each checkpoint, so that the folder can be used
+            while the run goes on and after it was interrupted.
+        resume: continue from the folder's checkpoint. Learning rates, intervals and `steps` may differ from before.
+        progress: show a bar on a terminal and lines elsewhere, on standard error.
+        context: what must not change when resuming, such as a key of the data.
+
+    Raises:
+        CdlmError: nothing to resume, a run that would be overwritten, a changed context, NaN, a full disk.
+        Interrupted: SIGTERM or Ctrl-C came; the last step is saved.
+    """
+    outputs = Outputs(Path(run_dir), valid_batches, samples, export)
+    _check_folder(outputs.checkpoint, resume)
+    outputs.run_dir.mkdir(parents=True, exist_ok=True)
+    fixed = {name: getattr(options, name) for name in ("seed", "accumulate", "optimizer", "devices")}
+    module = TrainingModule(system, loader, masking, options, {**(context or {}), **fixed})
+    shown = reporter(progress and rank_and_world(options)[0] == 0)
+    with StopRequest() as stop, _quiet():
+        trainer = _trainer(options, outputs, Supervisor(outputs, shown, stop))
+        try:
+            trainer.fit(module, module.feed, ckpt_path=outputs.checkpoint if resume else None, weights_only=True)
+        except SystemExit as error:  # Lightning's answer to KeyboardInterrupt
+            raise Interrupted(f"stopped at once; {outputs.checkpoint} is from an earlier step", 2) from error
+        finally:
+            shown.close()
+
+
+def rank_and_world(options: TrainOptions) -> tuple[int, int]:
+    """Number of this process and of all processes, as the loader needs them before `train` is called.
+
+    With several devices, `train` starts the command again for each further process and numbers it in the environment.
+    """
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))), options.devices
+
+
+def _check_folder(checkpoint: Path, resume: bool) -> None:
+    if resume and not checkpoint.exists():
+        raise CdlmError(f"nothing to resume, {checkpoint} does not exist: start the run without resuming")
+    if not resume and checkpoint.exists() and "LOCAL_RANK" not in os.environ:
+        raise CdlmError(f"{checkpoint} would be overwritten: resume it or choose another folder")
+
+
+def _trainer(options: TrainOptions, outputs: Outputs, supervisor: Supervisor) -> Trainer:
+    try:
+        return Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            strategy=_strategy(options),
+            precision="32-true",
+            max_steps=options.steps,
+            max_epochs=-1,
+            accumulate_grad_batches=options.accumulate,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            logger=[outputs.metrics, *_loggers(options, outputs.run_dir)],
+            callbacks=[supervisor],
+            plugins=[AtomicCheckpoints()],
+            default_root_dir=outputs.run_dir,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except MisconfigurationException as error:
+        raise CdlmError(f"these devices cannot be had: {' '.join(str(error).split())}") from error
+
+
+def _strategy(options: TrainOptions) -> Strategy | str:
+    if options.strategy == "fsdp":
+        return FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full")
+    if options.strategy == "ddp" or options.devices > 1:
+        return DDPStrategy(forward_sync_buffers=False)  # buffers follow from the weights, equally in each process
+    return "auto"
+
+
+def _loggers(options: TrainOptions, run_dir: Path) -> list[Logger]:
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+    make: dict[str, Callable[[], Logger]] = {
+        "tensorboard": lambda: TensorBoardLogger(run_dir, name="tensorboard", version=""),
+        "wandb": lambda: WandbLogger(save_dir=run_dir, name=run_dir.name),
+    }
+    try:
+        return [make[name]() for name in options.loggers]
+    except ModuleNotFoundError as error:
+        raise CdlmError(f"a logger of {options.loggers} is not installed: pip install it or take it out") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's tips and notices are about features that are off on purpose."""
+    names = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in names]
+    with warnings.catch_warnings():
+        for message in HARMLESS:
+            warnings.filterwarnings("ignore", message)
+        try:
+            for logger in names:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(names, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,159 @@
+"""What happens between two optimiser steps: measure, log, validate, save, stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.errors import CdlmError
+from cdlm.files import write_text
+from cdlm.training.files import MetricsFile
+from cdlm.training.module import TrainingModule
+from cdlm.training.progress import Reporter
+from cdlm.training.stop import Interrupted, StopRequest
+from cdlm.training.validation import losses_by_level, validation_metrics
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where results go and who makes them."""
+
+    run_dir: Path
+    valid_batches: Callable[[], Iterable[Any]]
+    samples: Callable[[EmbeddingDiffusion], list[str]] | None
+    export: Callable[[EmbeddingDiffusion, Path], None] | None
+
+    @property
+    def metrics(self) -> MetricsFile:
+        return MetricsFile(self.run_dir / "metrics.csv")
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.run_dir / "checkpoints" / "last.ckpt"
+
+
+class Supervisor(Callback):
+    """Acts after whole optimiser steps only, so every checkpoint lies between two of them."""
+
+    def __init__(self, outputs: Outputs, reporter: Reporter, stop: StopRequest):
+        self.outputs, self.reporter, self.stop = outputs, reporter, stop
+        self._step, self._since = 0, 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _ours(pl_module)
+        self.stop.listen()
+        if trainer.received_sigterm:  # it came while the trainer started
+            self.stop.signal = signal.SIGTERM
+        self._step = trainer.global_step
+        if trainer.is_global_zero:
+            self.outputs.metrics.cut(self._step or -1)  # a run that starts writes row 0 itself
+        self.reporter.start(self._step, module.options.steps)
+        if self._step == 0:
+            self._log(trainer, {"prior_mismatch": prior_mismatch(module.system)})
+            self._save(trainer, module)  # also finds out now whether the folder can be written
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return  # amid an accumulation
+        module, self._step = _ours(pl_module), trainer.global_step
+        self.reporter.advance(self._step)
+        stop, options = self._stop_signal(trainer), module.options
+        measure, validate, save = (
+            self._step % every == 0 or self._step == options.steps
+            for every in (options.log_every, options.validate_every, options.checkpoint_every)
+        )
+        if measure or validate or save or stop:
+            self._check(trainer, module)
+            metrics = self._measure(trainer, module) if measure else {}
+            paused = time.perf_counter()
+            metrics |= self._validate(trainer, module) if validate else {}
+            if metrics:
+                self._log(trainer, metrics)
+                self.reporter.show(metrics)
+            if save or stop:
+                self._save(trainer, module)
+            self._since += time.perf_counter() - paused  # speed is that of training alone
+        if stop:
+            name, path = signal.Signals(stop).name, self.outputs.checkpoint
+            raise Interrupted(f"{name} after step {self._step} of {options.steps}; saved {path}: resume to go on", stop)
+
+    def _stop_signal(self, trainer: Trainer) -> int:
+        if trainer.world_size == 1:
+            return self.stop.signal
+        received = torch.tensor(self.stop.signal, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(received, reduce_op="max"))
+
+    def _check(self, trainer: Trainer, module: TrainingModule) -> None:
+        if not module.window:
+            return
+        bad = (~torch.stack(module.window)[:, 0].isfinite()).nonzero().flatten().cpu()
+        first = int(bad[0]) if len(bad) else len(module.window)
+        if trainer.world_size > 1:
+            first = int(trainer.strategy.reduce(torch.tensor(first, device=module.device), reduce_op="min"))
+        if first < len(module.window):
+            step = self._step - (len(module.window) - 1 - first) // module.options.accumulate
+            raise self._not_finite(f"loss became NaN or infinite at step {step}")
+
+    def _not_finite(self, what: str) -> CdlmError:
+        kept = f"last good checkpoint: {self.outputs.checkpoint}"
+        return CdlmError(f"{what}; {kept}; resume with a lower learning rate")
+
+    def _measure(self, trainer: Trainer, module: TrainingModule) -> dict[str, float]:
+        means = trainer.strategy.reduce(torch.stack(module.window).mean(0), reduce_op="mean")
+        loss, nats, count, tokens = means.tolist()
+        now = time.perf_counter()
+        seconds, batches = now - self._since, len(module.window)
+        module.window, self._since = [], now
+        quantiles = module.system.schedule.t_of_u(torch.tensor([0.1, 0.5, 0.9])).tolist()
+        return {
+            "loss": loss,
+            "nats_per_token": nats / count,
+            "tokens_per_second": tokens * batches * trainer.world_size / seconds,
+            "lr": module.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
+            "gradient_norm": float(module.gradient_norm),
+            **dict(zip(("t_q10", "t_q50", "t_q90"), quantiles, strict=True)),
+        }
+
+    def _validate(self, trainer: Trainer, module: TrainingModule) -> dict[str, float]:
+        system = module.average.system
+        batches, options = self.outputs.valid_batches(), module.options
+        sums = losses_by_level(system, batches, module.masking, options.seed, module.device)
+        sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        if self.outputs.samples is not None and trainer.is_global_zero:
+            texts = self.outputs.samples(system)
+            if texts:
+                write_text(self.outputs.run_dir / "samples" / f"step_{self._step:06d}.txt", "\n".join(texts) + "\n")
+        return validation_metrics(sums.cpu())
+
+    def _log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            logger.log_metrics(metrics, self._step)
+
+    def _save(self, trainer: Trainer, module: TrainingModule) -> None:
+        finite = all(bool(p.isfinite().all()) for p in module.parameters())
+        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+            raise self._not_finite(f"weights became NaN or infinite at step {self._step}")
+        trainer.save_checkpoint(self.outputs.checkpoint)
+        if self.outputs.export is not None and trainer.is_global_zero:
+            self.outputs.export(module.average.system, self.outputs.run_dir)
+
+
+def _ours(module: LightningModule) -> TrainingModule:
+    assert isinstance(module, TrainingModule)
+    return module
+
+
+def prior_mismatch(system: EmbeddingDiffusion) -> float:
+    """KL divergence in nats, of one embedding at the noisiest level from the prior: rho**2 / (2 t_max**2)."""
+    return 0.5 * (system.rho / system.schedule.t_max) ** 2

@@ -1,0 +1,153 @@
+"""Masking laws: never on padding, never empty, and exactly the distributions they state."""
+
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from cdlm.data.masking import Masking, Mixture, Prefix, RandomSubset, Span, Unconditional, mixed
+from cdlm.errors import CdlmError
+
+LAWS = [Prefix(), RandomSubset(), Span(), Span(max_spans=2, unconditional=0.0), Unconditional(), mixed()]
+P = 1e-4  # seeds are fixed, so a law that passes once passes always
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(law: Masking, length: int, rows: int = 20000, pad: int = 0, seed: int = 1) -> torch.Tensor:
+    valid = torch.arange(length + pad).expand(rows, -1) < length
+    return law(valid, generator(seed))[:, :length]
+
+
+def assert_law(observed: torch.Tensor, expected: dict[int, float]) -> None:
+    """The observed values follow the expected probabilities, and no other value occurs."""
+    values, counts = np.unique(observed.numpy(), return_counts=True)
+    assert set(values) <= set(expected)
+    found = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    frequencies = [found.get(value, 0) for value in expected]
+    assert chisquare(frequencies, [len(observed) * p for p in expected.values()]).pvalue > P
+
+
+def code(mask: torch.Tensor) -> torch.Tensor:
+    """Each row of a mask as a binary number."""
+    return (mask.long() << torch.arange(mask.shape[1])).sum(1)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+@settings(deadline=None, max_examples=40)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8), pad=st.integers(0, 3), seed=st.integers(0, 2**32))
+def test_never_on_padding_never_empty_and_repeatable(law, lengths, pad, seed):
+    valid = torch.arange(max(lengths) + pad) < torch.tensor(lengths)[:, None]
+    mask = law(valid, generator(seed))
+    assert not (mask & ~valid).any()
+    assert mask.any(1).all()
+    assert torch.equal(mask, law(valid, generator(seed)))
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_valid_positions_need_not_be_on_the_left(law):
+    valid = torch.rand(500, 9, generator=generator()) < 0.6
+    valid[:, 4] = True
+    mask = law(valid, generator())
+    assert not (mask & ~valid).any()
+    assert mask.any(1).all()
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_the_global_generator_is_left_alone(law):
+    before = torch.get_rng_state()
+    draw(law, 7, rows=3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+def test_prefix_length_is_uniform(pad):
+    mask = draw(Prefix(), 10, pad=pad)
+    assert_law(10 - mask.sum(1), dict.fromkeys(range(10), 0.1))
+    assert (mask[:, 1:] >= mask[:, :-1]).all()  # given positions come first
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+def test_random_subset_is_uniform_given_its_uniform_size(pad):
+    length = 5
+    by_size = [list(combinations(range(length), clean)) for clean in range(length)]
+    everything = (1 << length) - 1
+    expected = {
+        everything - sum(1 << i for i in clean): 1 / length / len(subsets) for subsets in by_size for clean in subsets
+    }
+    assert_law(code(draw(RandomSubset(), length, pad=pad)), expected)
+
+
+def span_law(length: int, max_spans: int) -> dict[int, float]:
+    """Every mask's probability, by listing all cut points."""
+    expected: dict[int, float] = {}
+    most = min(max_spans, (length + 1) // 2)
+    for spans in range(1, most + 1):
+        cuts = list(combinations(range(length + 1), 2 * spans))
+        for cut in cuts:
+            mask = sum(1 << i for a, b in list(pairwise(cut))[::2] for i in range(a, b))
+            expected[mask] = expected.get(mask, 0.0) + 1 / most / len(cuts)
+    return expected
+
+
+@pytest.mark.parametrize(("length", "max_spans"), [(5, 2), (6, 5), (2, 5), (7, 1)])
+def test_spans_follow_the_cut_points(length, max_spans):
+    law = Span(max_spans=max_spans, unconditional=0.0)
+    assert_law(code(draw(law, length, pad=2)), span_law(length, max_spans))
+
+
+def test_spans_are_sometimes_everything():
+    length, share = 6, 0.25
+    everything = (1 << length) - 1
+    expected = {mask: (1 - share) * p for mask, p in span_law(length, 5).items()}
+    expected[everything] += share
+    assert_law(code(draw(Span(unconditional=share), length)), expected)
+
+
+def test_number_of_spans_on_long_rows_is_uniform():
+    mask = draw(Span(max_spans=5, unconditional=0.0), 64).long()
+    starts = (torch.diff(mask, dim=1, prepend=torch.zeros_like(mask[:, :1])) == 1).sum(1)
+    assert_law(starts, dict.fromkeys(range(1, 6), 0.2))
+    share = sum(k * 66 / ((2 * k + 1) * 64) for k in range(1, 6)) / 5
+    assert abs(mask.float().mean() - share) < 0.005
+
+
+def test_unconditional_is_every_valid_position():
+    assert draw(Unconditional(), 4, rows=2, pad=1).all()
+
+
+def test_mixture_chooses_a_law_for_each_row():
+    class Last(Masking):
+        def __call__(self, valid, generator):
+            return torch.arange(valid.shape[1]).expand_as(valid) == valid.shape[1] - 1
+
+    mask = draw(Mixture(((3.0, Last()), (1.0, Unconditional()))), 4)
+    assert_law(mask.sum(1), {1: 0.75, 4: 0.25})
+
+
+def test_mixed_is_half_prefix_half_subset():
+    length = 3
+    prefix = {code(torch.arange(length)[None] >= k).item(): 1 / length for k in range(length)}
+    by_size = [[sum(1 << i for i in noisy) for noisy in combinations(range(length), n)] for n in range(1, length + 1)]
+    subset = {mask: 1 / length / len(masks) for masks in by_size for mask in masks}
+    assert_law(code(draw(mixed(), length)), {mask: 0.5 * p + 0.5 * prefix.get(mask, 0) for mask, p in subset.items()})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Span(max_spans=0),
+        lambda: Span(unconditional=1.5),
+        lambda: Mixture(()),
+        lambda: Mixture(((0.0, Prefix()),)),
+    ],
+)
+def test_impossible_settings_are_refused(make):
+    with pytest.raises(CdlmError):
+        make()

@@ -1,0 +1,95 @@
+"""Tokenizers: lossless, deterministic, told apart by content."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cdlm.data.stories import stories
+from cdlm.data.tokenizer import encode_batch, load_tokenizer, tokenizer_hash, train_tokenizer
+from cdlm.errors import CdlmError
+
+TEXTS = list(stories(300, 0))
+TOKENIZER = train_tokenizer(TEXTS, 300)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text())
+def test_any_text_comes_back(text):
+    assert TOKENIZER.decode(encode_batch(TOKENIZER, [text])[0]) == text
+
+
+@pytest.mark.parametrize(
+    "text", [" a , b . n't  ", "\r\n\t\n", "naïve 北京 😀\u200d", "<|endoftext|><|pad|> x <|mask|>"]
+)
+def test_awkward_text_comes_back_without_special_tokens(text):
+    ids = encode_batch(TOKENIZER, [text])[0]
+    assert TOKENIZER.decode(ids) == text
+    assert min(ids) > 2
+
+
+def test_special_tokens_and_size():
+    assert (TOKENIZER.eos_token_id, TOKENIZER.pad_token_id, TOKENIZER.mask_token_id) == (0, 1, 2)
+    assert len(TOKENIZER) == 300
+    assert TOKENIZER("Anna went")["input_ids"] == encode_batch(TOKENIZER, ["Anna went"])[0]  # nothing is added
+
+
+def test_training_is_deterministic_and_depends_on_the_text():
+    assert tokenizer_hash(train_tokenizer(iter(TEXTS), 300)) == tokenizer_hash(TOKENIZER)
+    assert tokenizer_hash(train_tokenizer(["another text entirely " * 9, *TEXTS[:20]], 300)) != tokenizer_hash(
+        TOKENIZER
+    )
+
+
+def test_the_hash_survives_calls_and_saving(tmp_path):
+    before = tokenizer_hash(TOKENIZER)
+    TOKENIZER(["a", "longer one"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_hash(TOKENIZER) == before
+    TOKENIZER.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert tokenizer_hash(loaded) == before
+    assert loaded.mask_token_id == 2
+    assert encode_batch(loaded, TEXTS) == encode_batch(TOKENIZER, TEXTS)
+
+
+def test_the_hash_sees_the_special_ids(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    loaded.eos_token = "<|pad|>"
+    assert tokenizer_hash(loaded) != tokenizer_hash(TOKENIZER)
+
+
+def test_too_little_text_says_how_much_it_supports():
+    with pytest.raises(CdlmError, match="supports a vocabulary of 262 tokens, 5000") as error:
+        train_tokenizer(["aaa aaa"], 5000)
+    assert "262 or less" in str(error.value)
+    assert len(train_tokenizer(["aaa aaa"], 262)) == 262
+
+
+def test_too_small_a_vocabulary():
+    with pytest.raises(CdlmError, match="at least 259"):
+        train_tokenizer(TEXTS, 258)
+
+
+def test_a_tokenizer_without_eos(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path)
+    settings_file = Path(tmp_path, "tokenizer_config.json")
+    settings_file.write_text(json.dumps(json.loads(settings_file.read_text()) | {"eos_token": None}))
+    with pytest.raises(CdlmError, match="no end-of-text token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_nothing_to_load(tmp_path, offline):
+    for name in (str(tmp_path), str(tmp_path / "none"), "nobody/no-such-tokenizer"):
+        with pytest.raises(CdlmError, match="offline") as error:
+            load_tokenizer(name)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,382 @@
+"""Training runs: resuming, stopping, files."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from cdlm.continuous.cdcd import CDCD
+from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.errors import CdlmError
+from cdlm.training import Interrupted, TrainOptions, train
+
+VOCAB, ROWS, LENGTH = 11, 6, 5
+
+
+class Batch(NamedTuple):
+    tokens: Tensor
+    valid: Tensor
+
+
+class Loader:
+    """Batch i is a function of i; remembers which batches were asked for, and can misbehave at one of them."""
+
+    def __init__(self, act: Any = None, rows: int = ROWS):
+        self.batches, self.seen, self.act, self.rows = 0, [], act, rows
+
+    def batch(self, index: int) -> Batch:
+        g = torch.Generator().manual_seed(index)
+        tokens = torch.randint(0, VOCAB, (self.rows, LENGTH), generator=g)
+        return Batch(tokens, torch.rand(tokens.shape, generator=g) < 0.9)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            index, self.batches = self.batches, self.batches + 1
+            self.seen.append(index)
+            if self.act is not None:
+                self.act(index)
+            yield self.batch(index)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batches = state["batches"]
+
+
+def masking(valid: Tensor, generator: torch.Generator) -> Tensor:
+    noised = torch.rand(valid.shape, generator=generator) < 0.7
+    noised[:, 0] = True
+    return noised
+
+
+def tiny() -> EmbeddingDiffusion:
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    system = CDCD(width=8, depth=1, heads=2, dim=4).build(VOCAB)
+    torch.set_rng_state(state)
+    return system
+
+
+def valid_batches() -> list[Batch]:
+    return [Loader().batch(1000), Loader().batch(1001)]
+
+
+DEFAULTS: dict[str, Any] = dict(
+    steps=12, accelerator="cpu", warmup=3, validate_every=6, checkpoint_every=4, log_every=3, ema=0.9
+)
+
+
+def run(folder: Path, *, act: Any = None, resume: bool = False, context: Any = None, **changes: Any) -> Loader:
+    loader = Loader(act)
+    train(
+        tiny(), loader, valid_batches, masking, TrainOptions(**{**DEFAULTS, **changes}), folder,
+        samples=lambda system: [str(system.embedding.weight.sum().item())], resume=resume, progress=False,
+        context=context,
+    )  # fmt: skip
+    return loader
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """All that a run's future depends on."""
+    return {name: saved(folder)[name] for name in ("state_dict", "optimizer_states", "global_step", "cdlm")}
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """Metrics without the one that watches the clock."""
+    with (folder / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in csv.DictReader(file)]
+
+
+def assert_same(first: Any, second: Any) -> None:
+    assert type(first) is type(second)
+    if isinstance(first, Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for a, b in zip(first, second, strict=True):
+            assert_same(a, b)
+    else:
+        assert first == second
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert_same(state(first), state(second))
+    assert rows(first) == rows(second)
+    samples = {path.name: path.read_text() for path in (first / "samples").iterdir()}
+    assert samples == {path.name: path.read_text() for path in (second / "samples").iterdir()}
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(batch: int) -> Any:
+    def act(index: int) -> None:
+        if index == batch:
+            raise Crash
+
+    return act
+
+
+def signal_at(batch: int, number: int) -> Any:
+    return lambda index: os.kill(os.getpid(), number) if index == batch else None
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2}, {"optimizer": "muon"}], ids=str)
+@pytest.mark.parametrize("batch", [2, 5, 10])
+def test_a_crashed_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, batch: int, changes: dict) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(whole, **changes)
+    with pytest.raises(Crash):
+        run(cut, act=crash_at(batch), **changes)
+    run(cut, resume=True, **changes)
+    assert_same_run(whole, cut)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_consumes_the_batches_that_were_not_yet_used(tmp_path: Path, accumulate: int) -> None:
+    with pytest.raises(Crash):
+        run(tmp_path, act=crash_at(7 * accumulate), accumulate=accumulate)
+    used = saved(tmp_path)["cdlm"]["batches"]
+    assert used == 4 * accumulate
+    loader = run(tmp_path, resume=True, accumulate=accumulate)
+    assert loader.seen[:-1] == list(range(used, 12 * accumulate))  # the last is Lightning's look ahead
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_signal_saves_the_step_and_resuming_goes_on_from_it(tmp_path: Path, number: int, accumulate: int) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(whole, accumulate=accumulate)
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Interrupted, match=r"after step 5 of 12.*resume") as raised:
+        run(cut, act=signal_at(5 * accumulate - 1 + (accumulate == 1), number), accumulate=accumulate)
+    assert raised.value.signal == number
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert saved(cut)["global_step"] == 5
+    run(cut, resume=True, accumulate=accumulate)
+    assert_same_run(whole, cut)
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
+    def act(index: int) -> None:
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="at once"):
+        run(tmp_path, act=act, accumulate=2)
+    assert saved(tmp_path)["global_step"] == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_finished_run_resumes_to_itself_and_to_more_steps(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = state(tmp_path)
+    run(tmp_path, resume=True)
+    assert_same(state(tmp_path), before)
+    run(tmp_path, resume=True, steps=15, lr=1e-4)
+    assert saved(tmp_path)["global_step"] == 15
+    assert saved(tmp_path)["cdlm"]["batches"] == 15
+
+
+def test_resuming_may_change_the_learning_rate(tmp_path: Path) -> None:
+    run(tmp_path, steps=6)
+    run(tmp_path, steps=9, resume=True, lr=1e-5, schedule_lr=1e-4, final_lr_ratio=1.0)
+    groups = saved(tmp_path)["optimizer_states"][0]["param_groups"]
+    assert {group["name"]: group["lr"] for group in groups} == {"matrices": 1e-5, "rest": 1e-5, "schedule": 1e-4}
+
+
+def test_resuming_with_other_data_is_refused_by_name(tmp_path: Path) -> None:
+    run(tmp_path, steps=4, context={"data": "abc", "tokenizer": "xyz"})
+    with pytest.raises(CdlmError, match=r"data changed \(data was abc, is def\)"):
+        run(tmp_path, resume=True, context={"data": "def", "tokenizer": "xyz"})
+    with pytest.raises(CdlmError, match="seed changed"):
+        run(tmp_path, resume=True, seed=1, context={"data": "abc", "tokenizer": "xyz"})
+
+
+def test_a_run_is_neither_overwritten_nor_invented(tmp_path: Path) -> None:
+    with pytest.raises(CdlmError, match="nothing to resume"):
+        run(tmp_path, resume=True)
+    run(tmp_path, steps=3)
+    with pytest.raises(CdlmError, match="would be overwritten"):
+        run(tmp_path, steps=3)
+
+
+def poison(system: EmbeddingDiffusion) -> None:
+    with torch.no_grad():
+        system.embedding.weight.fill_(torch.nan)
+
+
+def test_nan_stops_at_its_step_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    system, loader = tiny(), Loader()
+    loader.act = lambda index: poison(system) if index == 7 else None
+    with pytest.raises(CdlmError, match=r"NaN or infinite at step 7; last good checkpoint: .*last\.ckpt; resume"):
+        train(system, loader, valid_batches, masking, TrainOptions(**DEFAULTS), tmp_path, progress=False)
+    assert saved(tmp_path)["global_step"] == 4
+    run(tmp_path, resume=True)
+    assert saved(tmp_path)["global_step"] == 12
+
+
+def test_weights_that_became_nan_in_the_last_step_are_not_saved(tmp_path: Path) -> None:
+    system = tiny()
+    real = system.schedule.after_step
+    calls: list[None] = []
+
+    def after_step() -> None:
+        calls.append(None)
+        if len(calls) == 8:
+            poison(system)
+        real()
+
+    system.schedule.after_step = after_step  # type: ignore[method-assign]
+    with pytest.raises(CdlmError, match="weights became NaN or infinite at step 8"):
+        train(system, Loader(), valid_batches, masking, TrainOptions(**DEFAULTS), tmp_path, progress=False)
+    assert saved(tmp_path)["global_step"] == 4
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def act(index: int) -> None:
+        if index == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a write beyond fails as on a full disk
+
+    try:
+        with pytest.raises(
+            CdlmError, match=r"cannot write .*last\.ckpt \(File too large\).*is kept and can be resumed"
+        ):
+            run(tmp_path, act=act)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert saved(tmp_path)["global_step"] == 4
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    run(tmp_path, resume=True)
+    assert saved(tmp_path)["global_step"] == 12
+
+
+def test_metrics_have_losses_and_every_noise_level(tmp_path: Path) -> None:
+    run(tmp_path)
+    table = {int(row["step"]): row for row in rows(tmp_path)}
+    assert list(table) == [0, 3, 6, 9, 12]
+    assert float(table[0]["prior_mismatch"]) == pytest.approx(0.5 / 10.0**2)
+    assert all(float(table[12][name]) > 0 for name in ("loss", "nats_per_token", "lr", "gradient_norm", "t_q50"))
+    levels = [float(table[6][f"nats_u{i}"]) for i in range(10)]
+    assert float(table[6]["valid_nats"]) == pytest.approx(sum(levels) / 10)
+    assert not table[3]["valid_nats"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step_000006.txt", "step_000012.txt"]
+
+
+def test_validation_and_logging_do_not_change_training(tmp_path: Path) -> None:
+    run(tmp_path / "often", validate_every=1, log_every=1, checkpoint_every=1)
+    run(tmp_path / "never", validate_every=99, log_every=99, checkpoint_every=99)
+    assert_same(state(tmp_path / "often"), state(tmp_path / "never"))
+
+
+def test_exports_get_averaged_weights_after_each_checkpoint(tmp_path: Path) -> None:
+    got: list[dict[str, Tensor]] = []
+    system = tiny()
+    train(
+        system, Loader(), valid_batches, masking, TrainOptions(**DEFAULTS), tmp_path, progress=False,
+        export=lambda average, folder: got.append(copy.deepcopy(average.state_dict())),
+    )  # fmt: skip
+    assert len(got) == 4  # steps 0, 4, 8, 12
+    weights = saved(tmp_path)["state_dict"]
+    assert_same({f"average.system.{name}": value for name, value in got[-1].items()}, {
+        name: value for name, value in weights.items() if name.startswith("average.")
+    })  # fmt: skip
+    assert not torch.equal(got[-1]["embedding.weight"], system.embedding.weight)
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    run(tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_bf16_and_tensorboard(tmp_path: Path) -> None:
+    run(tmp_path, precision="bf16", loggers=("tensorboard",))
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert all(value.dtype != torch.bfloat16 for value in saved(tmp_path)["state_dict"].values())
+
+
+def test_lines_show_loss_speed_and_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny(), Loader(), valid_batches, masking, TrainOptions(**DEFAULTS), tmp_path)
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, *_, last = err.splitlines()
+    assert first.startswith("step 3/12  loss ")
+    assert all(word in first for word in ("nats/token", "tokens/s", "ETA"))
+    assert "valid" in last
+    assert last.endswith("ETA 0:00:00")
+
+
+PREAMBLE = f"""
+import sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
+import torch
+torch.set_num_threads(1)
+from test_training_run import *
+"""
+
+
+def script(folder: Path, text: str) -> list[str]:
+    path = folder / "script.py"
+    path.write_text(PREAMBLE + textwrap.dedent(text))
+    return [sys.executable, "-W", "error", str(path)]
+
+
+def test_kill_minus_nine_at_random_points_loses_nothing(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(whole, steps=60)
+    command = script(tmp_path, """
+        kill, folder = int(sys.argv[1]), Path(sys.argv[2])
+        act = signal_at(kill, signal.SIGKILL) if kill >= 0 else None
+        run(folder, act=act, steps=60, resume=(folder / "checkpoints").exists())
+    """)  # fmt: skip
+    points = sorted(torch.randperm(56)[:3].add(2).tolist())
+    for point in points:
+        assert subprocess.run([*command, str(point), str(cut)], check=False).returncode == -signal.SIGKILL, points
+    subprocess.run([*command, "-1", str(cut)], check=True)
+    assert_same_run(whole, cut)
+
+
+def test_two_processes_average_their_gradients_and_stay_equal(tmp_path: Path) -> None:
+    command = script(tmp_path, """
+        from cdlm.training import rank_and_world
+        options = TrainOptions(**{**DEFAULTS, "steps": 3, "devices": 2, "strategy": "ddp", "checkpoint_every": 1})
+        rank, world = rank_and_world(options)
+        system, loader = tiny(), Loader()
+        loader.batches = 100 * rank
+        train(system, loader, valid_batches, masking, options, Path(sys.argv[1]), progress=False)
+        torch.save({"rank": rank, "world": world, "seen": loader.seen, "weights": system.state_dict()},
+                   Path(sys.argv[1]) / f"rank{rank}.pt")
+    """)  # fmt: skip
+    subprocess.run([*command, str(tmp_path)], check=True, timeout=100)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert (first["world"], second["world"]) == (2, 2)
+    assert first["seen"][0] == 0
+    assert second["seen"][0] == 100
+    assert_same(first["weights"], second["weights"])
