@@ -6,12 +6,14 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cdlm import config as names
@@ -28,12 +30,15 @@ from cdlm.data.store import DocumentRows, PackedRows, Rows, build_store
 from cdlm.data.stories import is_sentence, whole_sentences
 from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
 from cdlm.errors import CdlmError
-from cdlm.evaluation.judge import Judge, cached_judge, train_judge
-from cdlm.evaluation.table import Corpus
+from cdlm.evaluation import table
+from cdlm.evaluation.ar_nll import ArNll, Spans, ar_nll
+from cdlm.evaluation.judge import Judge, cached_judge, features, train_judge
+from cdlm.evaluation.table import Corpus, Evaluation
 from cdlm.files import write_text
 from cdlm.halting import Criterion
 from cdlm.prompts import requests
 from cdlm.sampling import Request, Run, Sampler
+from cdlm.spread import spread
 from cdlm.types import Finished, Samples
 
 if TYPE_CHECKING:
@@ -222,7 +227,9 @@ def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, 
         resume=resume,
         progress=progress,
         context={
-            "data": data.train.key, "system": json.dumps(system.config), "masking": config.masking,
+            "data": data.train.key,
+            "system": json.dumps(system.config),
+            "masking": config.masking,
             "batch_size": config.batch_size,
         },
     )
@@ -244,14 +251,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise CdlmError(f"cannot read samples from {path} ({error.strerror}): write them with cdlm sample --out") from error
+        raise CdlmError(
+            f"cannot read samples from {path} ({error.strerror}): write them with cdlm sample --out"
+        ) from error
     out = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
             item = json.loads(line)
             out.append({key: item[key] for key in ("text", "tokens", "nfe", "given")})
         except (ValueError, KeyError, TypeError) as error:
-            raise CdlmError(f"{path}, line {number} is no sample ({error!r}): expected text, tokens, nfe, given") from error
+            raise CdlmError(
+                f"{path}, line {number} is no sample ({error!r}): expected text, tokens, nfe, given"
+            ) from error
     if not out:
         raise CdlmError(f"{path} holds no samples: write some with cdlm sample --out")
     return out
@@ -291,6 +302,65 @@ def _grammar(texts: list[str], source: Source) -> dict[str, float]:
     return {"grammar": sum(map(is_sentence, whole)) / max(1, len(whole))}
 
 
+def evaluate(
+    run: str | Path,
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    judge: str | None = None,
+    judge_steps: int = 800,
+    mauve_seeds: int = 5,
+    device: str = "cpu",
+    devices: int = 1,
+    progress: bool = True,
+) -> Evaluation:
+    """The table of sets of samples (by name, as `lines` gives them) beside a run's held-out text.
+
+    Args:
+        run: folder whose configuration names the text.
+        judge: folder or Hub id of a causal language model; by default a small one is trained on the text and cached.
+        judge_steps: training steps of the small one.
+        mauve_seeds: k-means seeds; 0 leaves MAUVE out.
+        device, devices: where the judge runs, and on how many processes.
+    """
+    config = names.read_run(run)
+    data = Data.of(config, hub.read_tokenizer(Path(run)))
+    asked = Judge.load(judge, device) if judge else own_judge(data, config, judge_steps, device, progress)
+    corpora = [corpus_of(name, items, config.source) for name, items in samples.items()]
+    real, more = real_text(data, config.source, len(corpora[0].texts))
+    return table.evaluate(
+        corpora,
+        real,
+        asked,
+        decode=partial(decode, data.tokenizer),
+        mauve_reference=more if mauve_seeds else None,
+        mauve_seeds=mauve_seeds,
+        score=partial(_score, devices, device),
+        feature=partial(_features, devices, device),
+    )
+
+
+def _score(devices: int, device: str, judge: Judge, texts: list[str], given: Spans | None) -> ArNll:
+    parts = spread(partial(_score_share, judge, texts, given), devices, device)
+    return ArNll.merge(parts)
+
+
+def _score_share(judge: Judge, texts: list[str], given: Spans | None, rank: int, world: int, device: str) -> ArNll:
+    here = replace(judge, device=device)
+    return ar_nll(here, texts[rank::world], None if given is None else given[rank::world])
+
+
+def _features(devices: int, device: str, judge: Judge, texts: list[str]) -> Float[np.ndarray, "m w"]:
+    parts = spread(partial(_features_share, judge, texts), devices, device)
+    result = np.empty((len(texts), parts[0].shape[1]), parts[0].dtype)
+    for rank, part in enumerate(parts):
+        result[rank :: len(parts)] = part
+    return result
+
+
+def _features_share(judge: Judge, texts: list[str], rank: int, world: int, device: str) -> Float[np.ndarray, "m w"]:
+    return features(replace(judge, device=device), texts[rank::world])
+
+
 def own_judge(data: Data, config: RunConfig, steps: int, device: str = "cpu", progress: bool = True) -> Judge:
     """The small GPT-2 of a run's text, trained once and cached."""
     key = hashlib.sha256(f"{data.train.key} {steps}".encode()).hexdigest()[:16]
@@ -302,7 +372,9 @@ def own_judge(data: Data, config: RunConfig, steps: int, device: str = "cpu", pr
 
     def train_it() -> Judge:
         rows = judge_rows((batch.tokens[batch.valid] for batch in loader), data.tokenizer, config)
-        return train_judge(rows, data.tokenizer, length=config.length, steps=steps, seed=0, device=device, progress=report)
+        return train_judge(
+            rows, data.tokenizer, length=config.length, steps=steps, seed=0, device=device, progress=report
+        )
 
     return cached_judge(key, Path(config.cache).expanduser() / "judges", train_it, device)
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from cdlm import api, hub
+from cdlm.config import read_run
 from cdlm.continuous.denoiser import Steering
 from cdlm.continuous.system import Precision
 from cdlm.errors import CdlmError
@@ -92,4 +93,59 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
     try:
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
-        raise CdlmError(f"cannot read prompts from {file} ({error.strerror}): give a text file, one prompt a line") from error
+        raise CdlmError(
+            f"cannot read prompts from {file} ({error.strerror}): give a text file, one prompt a line"
+        ) from error
+
+
+def evaluate(
+    run: str,
+    samples: list[Path],
+    n: int | None = None,
+    judge: str | None = None,
+    judge_steps: int = 800,
+    mauve: bool = True,
+    mauve_seeds: int = 5,
+    out: Path | None = None,
+    device: str = "cpu",
+    devices: int = 1,
+    quiet: bool = False,
+) -> None:
+    """Measure samples beside held-out real text and the same text with its tokens shuffled.
+
+    Args:
+        run: the run folder whose text the samples are compared with.
+        samples: JSONL files of cdlm sample --out, one row of the table each.
+        n: samples of each file to use; by default as many as the shortest file has.
+        judge: any Hugging Face causal language model, by folder or Hub id; by default a small GPT-2 is trained on the
+            run's text once and kept.
+        judge_steps: training steps of that small judge.
+        mauve: compute MAUVE, which needs the mauve-text package.
+        mauve_seeds: k-means seeds of MAUVE; its mean and deviation are over them.
+        out: folder for evaluation.json and evaluation.md; by default the run folder.
+        device: where the judge runs.
+        devices: processes to spread the judge's work over.
+        quiet: show no progress.
+    """
+    files = {path.stem: api.read_lines(path) for path in samples}
+    count = min([len(lines) for lines in files.values()] + ([] if n is None else [n]))
+    result = api.evaluate(
+        run, {name: lines[:count] for name, lines in files.items()}, judge=judge, judge_steps=judge_steps,
+        mauve_seeds=mauve_seeds if mauve else 0, device=device, devices=devices, progress=not quiet,
+    )  # fmt: skip
+    result.save(out or Path(run))
+    print(result.terminal())
+
+
+def train_judge(run: str, out: Path, steps: int = 800, device: str = "cpu", quiet: bool = False) -> None:
+    """Train a small GPT-2 on a run's text, as a judge of AR-NLL.
+
+    Args:
+        run: run folder whose text and tokenizer are used.
+        out: folder to write; a Hugging Face model like any other.
+        steps: training steps.
+        device: where to train.
+        quiet: show no progress.
+    """
+    config = read_run(run)
+    api.own_judge(api.Data.of(config, hub.read_tokenizer(Path(run))), config, steps, device, not quiet).save(out)

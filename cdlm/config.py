@@ -165,7 +165,9 @@ def parse(text: str, names: Names, what: str) -> Any:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError) as error:
-        raise CdlmError(f"cannot read the {what} {text!r}: write it like a call, for example {_example(names)}") from error
+        raise CdlmError(
+            f"cannot read the {what} {text!r}: write it like a call, for example {_example(names)}"
+        ) from error
     return _build(tree, names, what)
 
 
@@ -199,7 +201,9 @@ def _call(node: ast.Call, names: Names, what: str) -> Any:
     for keyword in node.keywords:
         if keyword.arg not in signature.parameters:
             known = list(signature.parameters)
-            raise CdlmError(f"{name} has no parameter {keyword.arg!r}{_nearest(str(keyword.arg), known)}: it is {name}{_plain(signature)}")
+            raise CdlmError(
+                f"{name} has no parameter {keyword.arg!r}{_nearest(str(keyword.arg), known)}: it is {name}{_plain(signature)}"
+            )
     arguments = [_build(item, names, what) for item in node.args]
     keywords = {str(k.arg): _build(k.value, names, what) for k in node.keywords}
     try:

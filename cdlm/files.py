@@ -44,7 +44,9 @@ def cannot_write(path: Path, error: OSError) -> CdlmError:
     """The one-line error for a write that the system refused."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(_existing(path)).free
-        return CdlmError(f"no space left to write {path}: {free:,} bytes are free; free some space or choose another folder")
+        return CdlmError(
+            f"no space left to write {path}: {free:,} bytes are free; free some space or choose another folder"
+        )
     return CdlmError(f"cannot write {path} ({error.strerror or error}); choose another folder")
 
 

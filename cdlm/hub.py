@@ -94,8 +94,10 @@ def read(name: str | Path) -> Folder:
     try:
         weights = load_file(weights_file)
     except (SafetensorError, OSError) as error:
-        raise CdlmError(f"{weights_file} cannot be read, it is truncated or damaged ({error}); copy it again") from error
-    return Folder(path, config["model"], int(config["length"]), weights, _tokenizer_of(path))
+        raise CdlmError(
+            f"{weights_file} cannot be read, it is truncated or damaged ({error}); copy it again"
+        ) from error
+    return Folder(path, config["model"], int(config["length"]), weights, read_tokenizer(path))
 
 
 def load_weights(module: Pretrained, folder: Folder) -> None:
@@ -136,7 +138,9 @@ def _local(name: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~", "runs/")):
-        raise CdlmError(f"{name} is not a model folder: expected a folder with config.json, or a Hub id such as user/model")
+        raise CdlmError(
+            f"{name} is not a model folder: expected a folder with config.json, or a Hub id such as user/model"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -172,7 +176,8 @@ def _tokenizer_to(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[str]
         return [file.name for file in files]
 
 
-def _tokenizer_of(path: Path) -> PreTrainedTokenizerFast:
+def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder."""
     from transformers import PreTrainedTokenizerFast
 
     if not (path / "tokenizer.json").exists():

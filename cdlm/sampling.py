@@ -131,9 +131,7 @@ class Run:
     def _step(self, live: Live) -> tuple[Finished, Live, Tensor]:
         t, open_ = self.grid[live.step], live.condition.noised
         prediction, x0 = self.sampler.steering.predict(self.denoiser, live.z, t, live.condition)
-        signals, past = observe(
-            self.needs, Glance(live.z, t, self.denoiser.rho, prediction, open_, live.past)
-        )
+        signals, past = observe(self.needs, Glance(live.z, t, self.denoiser.rho, prediction, open_, live.past))
         nfe = live.nfe + self.sampler.steering.calls
         budget = torch.full_like(live.step, self.sampler.steps)
         state = StepState(live.row, live.step, budget, t, nfe, open_, prediction, signals)

@@ -26,7 +26,9 @@ class LevelEmbedding(nn.Module):
         return self.layers(torch.cat([phase.cos(), phase.sin()], -1))
 
 
-def rotate(x: Float[Tensor, "b h n k"], cos: Float[Tensor, "n k"], sin: Float[Tensor, "n k"]) -> Float[Tensor, "b h n k"]:
+def rotate(
+    x: Float[Tensor, "b h n k"], cos: Float[Tensor, "n k"], sin: Float[Tensor, "n k"]
+) -> Float[Tensor, "b h n k"]:
     """Rotary position embedding, rotate-half form (arXiv 2104.09864)."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin

@@ -111,7 +111,9 @@ class StepState(Signals):
             return signals[name]
         if name.startswith("__"):
             raise AttributeError(name)
-        raise CdlmError(f"the step has no signal {name!r}: list it in the criterion's `needs` (it has {sorted(signals)})")
+        raise CdlmError(
+            f"the step has no signal {name!r}: list it in the criterion's `needs` (it has {sorted(signals)})"
+        )
 
 
 class Finished(NamedTuple):

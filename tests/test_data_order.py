@@ -7,7 +7,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
@@ -57,7 +57,7 @@ def test_permutations_of_a_few_rows_are_equally_likely(n_rows):
     assert chisquare([found[p] for p in permutations(range(n_rows))]).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("n_rows", [50, 64, 101])
+@pytest.mark.parametrize("n_rows", [32, 61])
 def test_every_row_is_equally_likely_at_every_place_and_after_every_row(n_rows):
     epochs = 400 * n_rows
     rows = Order(n_rows, 3).rows(np.arange(epochs * n_rows)).reshape(epochs, n_rows)
@@ -79,6 +79,7 @@ def test_the_order_does_not_change_between_releases():
     assert Order(10, 0).rows(np.arange(20)).tolist() == [0, 4, 6, 8, 1, 5, 3, 9, 2, 7, 4, 2, 5, 3, 7, 9, 8, 0, 1, 6]
 
 
+@settings(max_examples=50)
 @given(
     count=st.integers(1, 40),
     size=st.integers(1, 7),
@@ -140,7 +141,7 @@ def test_fixed_batches_are_every_row_once_in_order_each_time(count, size, limit)
         read = [batch.tokens[:, 0].tolist() for batch in batches]
         assert [row for batch in read for row in batch] == expected
         assert all(len(batch) == size for batch in read[:-1])
-    assert len(batches) == len(read)
+        assert len(batches) == len(read)
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def test_stories_have_two_splits_of_their_own():
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     """`datasets` with no network and an empty cache."""
-    import datasets
+    import datasets.config
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -152,7 +152,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, error):
 
 
 def test_a_full_disk_names_the_folder_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(file, tokens):
+    def full(file, values):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(store_module, "_append", full)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from cdlm.data import stories as grammar
-from cdlm.data.stories import is_sentence, is_story, sentences, stories, story
+from cdlm.data.stories import is_sentence, is_story, sentences, stories, story, whole_sentences
 
-TOLD = list(stories(3000, 0))
+TOLD = list(stories(1500, 0))
 GIRL = "Anna went to the park. She saw a small dog near the pond. The dog had a red ball. Anna gave the dog some bread."
 
 
@@ -112,6 +112,13 @@ def test_any_foreign_word_is_rejected():
 def test_sentences_keep_an_unfinished_rest():
     assert sentences("Tom ran. He saw a") == ["Tom ran.", "He saw a"]
     assert sentences("  ") == []
+
+
+def test_whole_sentences_of_a_row_leave_out_what_its_edges_cut():
+    row = f"the pond. The dog had a red ball.\n{GIRL}\nTom went to the farm. He saw a"
+    whole = whole_sentences(row)
+    assert whole == ["The dog had a red ball.", *sentences(GIRL), "Tom went to the farm."]
+    assert all(map(is_sentence, whole))
 
 
 def test_spacing_belongs_to_a_story():

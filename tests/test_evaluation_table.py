@@ -128,7 +128,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, full, monkeypatch):
     full.save(tmp_path)
     before = (tmp_path / "evaluation.json").read_text(encoding="utf-8")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CdlmError, match="disk full"):
         poor_evaluation().save(tmp_path)
     assert (tmp_path / "evaluation.json").read_text(encoding="utf-8") == before
     assert len(list(tmp_path.iterdir())) == 2

@@ -94,7 +94,9 @@ class TorchDiffEq(Solver):
 
     def __post_init__(self) -> None:
         if self.method not in FIXED + ADAPTIVE:
-            raise CdlmError(f"torchdiffeq has no method {self.method!r} for this: use one of {', '.join(FIXED + ADAPTIVE)}")
+            raise CdlmError(
+                f"torchdiffeq has no method {self.method!r} for this: use one of {', '.join(FIXED + ADAPTIVE)}"
+            )
 
     def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Advance:
         rows = torch.arange(len(t), device=z.device)

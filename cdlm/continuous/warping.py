@@ -66,7 +66,9 @@ class TimeWarp(Schedule):
 
     def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         edges_t, edges_u = self._edges(self.averaged)
-        return self._from_axis(_interpolate(u.double().to(edges_u.device), edges_u, edges_t)).clamp(self.t_min, self.t_max)
+        return self._from_axis(_interpolate(u.double().to(edges_u.device), edges_u, edges_t)).clamp(
+            self.t_min, self.t_max
+        )
 
     def u_of_t(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         edges_t, edges_u = self._edges(self.averaged)

@@ -205,7 +205,9 @@ def _write(folder: Path, documents: Iterator[str], tokenizer: "PreTrainedTokeniz
         if not offsets[-1]:
             raise CdlmError(f"the {meta['split']} split has no text; check the source")
         _write_header(file, dtype, int(offsets[-1]))
-    np.save(folder / "offsets.npy", offsets)
+    with (folder / "offsets.npy").open("wb") as file:
+        _write_header(file, offsets.dtype, len(offsets))
+        _append(file, offsets)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     meta = meta | {"eos_id": eos, "pad_id": eos if pad is None else pad}
     meta = meta | {"documents": len(offsets) - 1, "tokens": int(offsets[-1])}
@@ -220,8 +222,8 @@ def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
     )
 
 
-def _append(file: BinaryIO, tokens: np.ndarray) -> None:
-    file.write(tokens.tobytes())
+def _append(file: BinaryIO, values: np.ndarray) -> None:
+    file.write(values.tobytes())  # ndarray.tofile would not tell a full disk from other failures
 
 
 @contextmanager
@@ -259,7 +261,8 @@ def _cannot_write(cache_dir: Path, error: OSError, written: int) -> CdlmError:
             f"no space left for the token store in {cache_dir}: {free:,} bytes free, more than {written:,} needed; "
             "free some space or choose another cache folder"
         )
-    return CdlmError(f"cannot write the token store in {cache_dir} ({error.strerror}); choose another cache folder")
+    reason = error.strerror or error
+    return CdlmError(f"cannot write the token store in {cache_dir} ({reason}); choose another cache folder")
 
 
 def _check_length(length: int) -> None:

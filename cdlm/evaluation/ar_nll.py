@@ -5,7 +5,7 @@ of real text.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -66,6 +66,21 @@ class ArNll:
     def bits_per_char(self) -> float:
         """Over all characters of the corpus; comparable between tokenizers. NaN without characters."""
         return float(self.text_nats.sum()) / math.log(2) / self.chars if self.chars else math.nan
+
+    @staticmethod
+    def merge(shares: Sequence["ArNll"]) -> "ArNll":
+        """The corpus whose texts r, r + N, r + 2 N, ... are those of share r of N."""
+
+        def dealt(name: str) -> np.ndarray:
+            parts = [getattr(share, name) for share in shares]
+            whole = np.empty(sum(len(part) for part in parts), parts[0].dtype)
+            for rank, part in enumerate(parts):
+                whole[rank :: len(parts)] = part
+            return whole
+
+        nats, tokens = dealt("text_nats"), dealt("text_tokens")
+        empty = sum(share.empty for share in shares)
+        return ArNll(nats, tokens, dealt("text_chars"), _bootstrap(nats, tokens), empty)
 
 
 def ar_nll(judge: Judge, texts: list[str], given: Spans | None = None, batch_size: int = 32) -> ArNll:

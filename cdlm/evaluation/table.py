@@ -216,7 +216,11 @@ def _row(corpus: Corpus, score: ArNll, seed: int) -> Row:
 
 
 def _add_mauve(
-    rows: list[Row], corpora: list[Corpus], reference: Corpus, seeds: tuple[int, ...], feature: Callable[..., np.ndarray]
+    rows: list[Row],
+    corpora: list[Corpus],
+    reference: Corpus,
+    seeds: tuple[int, ...],
+    feature: Callable[..., np.ndarray],
 ) -> dict[str, Any]:
     """Fill in MAUVE of every row against the reference; returns the settings behind the numbers."""
     target = feature(reference.texts)

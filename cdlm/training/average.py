@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cdlm.continuous.system import EmbeddingDiffusion
@@ -31,5 +31,9 @@ class Average(nn.Module):
     def update(self, system: EmbeddingDiffusion, step: int) -> None:
         """Follow `system` after its optimiser step `step` (one-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(list(self.system.parameters()), list(system.parameters()), step)
+        get_ema_multi_avg_fn(decay)(_weights(self.system), _weights(system), step)
         self.system.schedule.load_state_dict(system.schedule.state_dict())
+
+
+def _weights(system: EmbeddingDiffusion) -> list[Tensor]:
+    return [p for name, p in system.named_parameters() if not name.startswith("schedule.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.errors import CdlmError
 from cdlm.noise import generator
+from cdlm.training import sharding
 from cdlm.training.average import Average
 from cdlm.training.optimizers import build_optimizer, set_rates
 from cdlm.training.options import TrainOptions
@@ -50,6 +52,7 @@ class TrainingModule(LightningModule):
             system.network.compile()
         self.feed = Feed(loader)
         self.masking, self.options, self.context = masking, options, dict(context)
+        self._whole: list[EmbeddingDiffusion] = []  # in a list, where torch does not look for submodules
         self.batches = 0
         """Batches that this process has consumed."""
         self.window: list[Float[Tensor, " columns"]] = []
@@ -77,13 +80,31 @@ class TrainingModule(LightningModule):
     ) -> None:
         """Clip all but the schedule, whose regression must not scale the network's gradient."""
         groups = self.system.parameter_groups()
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(groups["matrices"] + groups["rest"], self.options.clip)
+        if self.options.strategy == "fsdp":
+            sharding.average_gradients(groups["schedule"])
+        norm = torch.nn.utils.clip_grad_norm_(groups["matrices"] + groups["rest"], self.options.clip)
+        self.gradient_norm = sharding.full(norm)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         set_rates(optimizer, self.global_step, self.options)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.system.schedule.after_step()
         self.average.update(self.system, self.global_step + 1)  # the trainer counts the step when this returns
+
+    def configure_model(self) -> None:
+        if self.options.strategy != "fsdp" or self._whole:
+            return
+        self._whole = [copy.deepcopy(self.average.system)]
+        assert self.device_mesh is not None
+        for system in (self.system, self.average.system):
+            sharding.shard(system, self.device_mesh["data_parallel"])
+
+    def averaged(self) -> EmbeddingDiffusion:
+        """The averaged system, unsharded and up to date on rank 0. Every process must call this."""
+        if not self._whole:
+            return self.average.system
+        sharding.gather(self.average.system, self._whole[0])
+        return self._whole[0].to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         window = torch.stack(self.window).cpu() if self.window else torch.empty(0, COLUMNS, dtype=torch.float64)

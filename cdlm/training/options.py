@@ -48,11 +48,11 @@ class TrainOptions:
     accelerator: Literal["cpu", "gpu", "auto"] = "auto"
     """Where to compute."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several devices share the work: whole copies (ddp) or shards of weights and optimiser (fsdp, GPUs only)."""
+    """How several devices share the work: whole copies (ddp), or slices of weights and optimiser (fsdp, with AdamW)."""
     validate_every: int = 500
     """Optimiser steps between two validations with samples; the last step is always validated."""
     checkpoint_every: int = 500
-    """Optimiser steps between two checkpoints; the first and the last step always have one."""
+    """Optimiser steps between two checkpoints; the last step always has one."""
     log_every: int = 10
     """Optimiser steps between two lines of metrics, and between two searches for NaN."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -70,8 +70,8 @@ class TrainOptions:
         self._check("final_lr_ratio", 0.0, 1.0)
         self._check("ema", 0.0, 0.999999)
         self._check("clip", 1e-6, math.inf)
-        if self.strategy == "fsdp" and (self.optimizer == "muon" or self.accelerator == "cpu"):
-            raise CdlmError("strategy='fsdp' needs optimizer='adamw' and GPUs: set both, or take strategy='ddp'")
+        if self.strategy == "fsdp" and self.optimizer == "muon":
+            raise CdlmError("strategy='fsdp' needs optimizer='adamw', got 'muon': set it, or take strategy='ddp'")
 
     def _check(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)

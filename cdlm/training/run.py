@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 
 from cdlm.continuous.system import EmbeddingDiffusion
@@ -25,7 +25,6 @@ from cdlm.training.options import TrainOptions
 from cdlm.training.progress import reporter
 from cdlm.training.stop import Interrupted, StopRequest
 from cdlm.training.supervisor import Outputs, Supervisor
-from cdlm.transformer import Block
 
 HARMLESS = (
     r"GPU available but not used",  # asked for
@@ -70,11 +69,13 @@ def train(
         Interrupted: SIGTERM or Ctrl-C came; the last step is saved.
     """
     outputs = Outputs(Path(run_dir), valid_batches, samples, export)
-    _check_folder(outputs.checkpoint, resume)
+    first = rank_and_world(options)[0] == 0
+    if first:
+        _check_folder(outputs.checkpoint, resume)
     outputs.run_dir.mkdir(parents=True, exist_ok=True)
     fixed = {name: getattr(options, name) for name in ("seed", "accumulate", "optimizer", "devices")}
     module = TrainingModule(system, loader, masking, options, {**(context or {}), **fixed})
-    shown = reporter(progress and rank_and_world(options)[0] == 0)
+    shown = reporter(progress and first)
     with StopRequest() as stop, _quiet():
         trainer = _trainer(options, outputs, Supervisor(outputs, shown, stop))
         try:
@@ -90,13 +91,15 @@ def rank_and_world(options: TrainOptions) -> tuple[int, int]:
 
     With several devices, `train` starts the command again for each further process and numbers it in the environment.
     """
+    if options.devices == 1:
+        return 0, 1
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))), options.devices
 
 
 def _check_folder(checkpoint: Path, resume: bool) -> None:
     if resume and not checkpoint.exists():
         raise CdlmError(f"nothing to resume, {checkpoint} does not exist: start the run without resuming")
-    if not resume and checkpoint.exists() and "LOCAL_RANK" not in os.environ:
+    if not resume and checkpoint.exists():
         raise CdlmError(f"{checkpoint} would be overwritten: resume it or choose another folder")
 
 
@@ -127,7 +130,7 @@ def _trainer(options: TrainOptions, outputs: Outputs, supervisor: Supervisor) ->
 
 def _strategy(options: TrainOptions) -> Strategy | str:
     if options.strategy == "fsdp":
-        return FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full")
+        return ModelParallelStrategy(options.devices, tensor_parallel_size=1, save_distributed_checkpoint=False)
     if options.strategy == "ddp" or options.devices > 1:
         return DDPStrategy(forward_sync_buffers=False)  # buffers follow from the weights, equally in each process
     return "auto"

@@ -18,6 +18,7 @@ from cdlm.files import write_text
 from cdlm.training.files import MetricsFile
 from cdlm.training.module import TrainingModule
 from cdlm.training.progress import Reporter
+from cdlm.training.sharding import local
 from cdlm.training.stop import Interrupted, StopRequest
 from cdlm.training.validation import losses_by_level, validation_metrics
 
@@ -58,7 +59,8 @@ class Supervisor(Callback):
         self.reporter.start(self._step, module.options.steps)
         if self._step == 0:
             self._log(trainer, {"prior_mismatch": prior_mismatch(module.system)})
-            self._save(trainer, module)  # also finds out now whether the folder can be written
+            if module.options.strategy != "fsdp":  # there, saving makes an optimiser that never stepped take a step
+                self._save(trainer, module)  # also finds out now whether the folder can be written
         self._since = time.perf_counter()
 
     def on_train_batch_end(
@@ -126,12 +128,12 @@ class Supervisor(Callback):
         }
 
     def _validate(self, trainer: Trainer, module: TrainingModule) -> dict[str, float]:
-        system = module.average.system
-        batches, options = self.outputs.valid_batches(), module.options
-        sums = losses_by_level(system, batches, module.masking, options.seed, module.device)
+        batches, seed = self.outputs.valid_batches(), module.options.seed
+        sums = losses_by_level(module.average.system, batches, module.masking, seed, module.device)
         sums = trainer.strategy.reduce(sums, reduce_op="sum")
-        if self.outputs.samples is not None and trainer.is_global_zero:
-            texts = self.outputs.samples(system)
+        if self.outputs.samples is not None:
+            system = module.averaged()
+            texts = self.outputs.samples(system) if trainer.is_global_zero else []
             if texts:
                 write_text(self.outputs.run_dir / "samples" / f"step_{self._step:06d}.txt", "\n".join(texts) + "\n")
         return validation_metrics(sums.cpu())
@@ -141,12 +143,14 @@ class Supervisor(Callback):
             logger.log_metrics(metrics, self._step)
 
     def _save(self, trainer: Trainer, module: TrainingModule) -> None:
-        finite = all(bool(p.isfinite().all()) for p in module.parameters())
+        finite = all(bool(local(p).isfinite().all()) for p in module.parameters())
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
             raise self._not_finite(f"weights became NaN or infinite at step {self._step}")
         trainer.save_checkpoint(self.outputs.checkpoint)
-        if self.outputs.export is not None and trainer.is_global_zero:
-            self.outputs.export(module.average.system, self.outputs.run_dir)
+        if self.outputs.export is not None:
+            system = module.averaged()
+            if trainer.is_global_zero:
+                self.outputs.export(system, self.outputs.run_dir)
 
 
 def _ours(module: LightningModule) -> TrainingModule:
