@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _dispatch(argv)
     except CdlmError as error:
-        _fail(str(error), 128 + error.signal if hasattr(error, "signal") else 2)
+        _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 

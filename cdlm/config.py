@@ -64,7 +64,7 @@ class RunConfig:
     source: Source = field(default_factory=Stories)
     system: CDCD = field(default_factory=CDCD)
     tokenizer: str | None = None
-    vocab_size: int = 512
+    vocab_size: int = 480
     length: int = 64
     rows: Literal["pack", "document"] = "pack"
     masking: str = DEFAULT_MASKING

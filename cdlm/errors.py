@@ -6,3 +6,6 @@ class CdlmError(Exception):
 
     The command line prints the line and exits with code 2; from Python it is an ordinary exception.
     """
+
+    exit_code = 2
+    """Of the command line."""

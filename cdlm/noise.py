@@ -12,7 +12,8 @@ from torch import Tensor
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that is a pure function of non-negative integers such as (seed, purpose, index)."""
-    state = np.random.SeedSequence(list(key)).generate_state(2, np.uint32)
+    # The length is a part of the key, since the hash does not tell (1,) from (1, 0).
+    state = np.random.SeedSequence([len(key), *key]).generate_state(2, np.uint32)
     return torch.Generator(device).manual_seed(int(state[0]) << 32 | int(state[1]))
 
 

@@ -47,9 +47,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, mlp_ratio * width), nn.GELU(approximate="tanh"), nn.Linear(mlp_ratio * width, width)
         )
-        self.modulation = nn.Linear(cond, self.parts * width)
-        nn.init.zeros_(self.modulation.weight)  # starts as the identity (AdaLN-Zero, arXiv 2212.09748)
-        nn.init.zeros_(self.modulation.bias)
+        self.modulation = nn.Linear(cond, self.parts * width)  # zero at first (AdaLN-Zero, arXiv 2212.09748)
 
     def forward(
         self,
@@ -98,15 +96,18 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(cond, 2 * width)
         self.output = nn.Linear(width, outputs)
+        self._initialise(depth)
+
+    def _initialise(self, depth: int) -> None:
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2 and "modulation" not in name:
-                nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-        nn.init.normal_(self.output.weight, std=0.02)
-        for block in self.blocks:  # residual branches start small enough for the depth (GPT-2)
-            for out in (block.attention_out, block.mlp[2]):
-                out.weight.data.div_(math.sqrt(2 * depth))
+            if name.startswith(("modulation", "output.bias")) or ".modulation." in name:
+                nn.init.zeros_(parameter)
+            elif name == "output.weight":
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.ndim == 2:
+                std = 1 / math.sqrt(parameter.shape[1])
+                branch_end = name.endswith(("attention_out.weight", "mlp.2.weight"))
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * depth) if branch_end else std)  # as GPT-2 does
 
     def forward(
         self,

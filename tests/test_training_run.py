@@ -315,6 +315,22 @@ def test_exports_get_averaged_weights_after_each_checkpoint(tmp_path: Path) -> N
     assert not torch.equal(got[-1]["embedding.weight"], system.embedding.weight)
 
 
+def test_resuming_a_complete_run_exports_what_was_lost(tmp_path: Path) -> None:
+    run(tmp_path)
+    got: list[Tensor] = []
+    train(
+        tiny(), Loader(), valid_batches, masking, TrainOptions(**DEFAULTS), tmp_path, progress=False, resume=True,
+        export=lambda average, folder: got.append(average.embedding.weight.clone()),
+    )  # fmt: skip
+    assert len(got) == 1
+    assert torch.equal(got[0], saved(tmp_path)["state_dict"]["average.system.embedding.weight"])
+
+
+def test_a_signal_during_the_last_step_finds_the_run_complete(tmp_path: Path) -> None:
+    run(tmp_path, act=signal_at(12, signal.SIGTERM))
+    assert saved(tmp_path)["global_step"] == 12
+
+
 def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     run(tmp_path)
@@ -371,6 +387,7 @@ def test_kill_minus_nine_at_random_points_loses_nothing(tmp_path: Path) -> None:
 
 
 PROCESSES = """
+    from cdlm.training import rank_and_world
     folder, strategy, stop, resume = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "stop", sys.argv[3] == "resume"
     options = replace(TrainOptions(**DEFAULTS), steps=5, devices=2, strategy=strategy)
     rank, world = rank_and_world(options)
@@ -429,3 +446,16 @@ def by_hand(steps: int) -> dict[str, Tensor]:
         optimizer.step()
         system.schedule.after_step()
     return system.state_dict()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_same_names_and_nearly_the_same_weights(tmp_path: Path) -> None:
+    run(tmp_path / "plain", steps=3)
+    # In a process of its own: the compiler sees neither run-time type checks nor warnings that are errors.
+    subprocess.run(
+        [*script(tmp_path, "run(Path(sys.argv[1]), steps=3, compile=True)"), str(tmp_path / "c")], check=True
+    )
+    plain, compiled = (saved(tmp_path / name)["state_dict"] for name in ("plain", "c"))
+    assert plain.keys() == compiled.keys()
+    for name in plain:
+        torch.testing.assert_close(plain[name], compiled[name], rtol=1e-3, atol=1e-4, msg=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def train(
 
     Raises:
         CdlmError: nothing to resume, a run that would be overwritten, a changed context, NaN, a full disk.
-        Interrupted: SIGTERM or Ctrl-C came; the last step is saved.
+        Interrupted: SIGTERM or Ctrl-C came; the last step is saved, unless a second Ctrl-C cut that short.
     """
     outputs = Outputs(Path(run_dir), valid_batches, samples, export)
     first = rank_and_world(options)[0] == 0
@@ -80,8 +81,12 @@ def train(
         trainer = _trainer(options, outputs, Supervisor(outputs, shown, stop))
         try:
             trainer.fit(module, module.feed, ckpt_path=outputs.checkpoint if resume else None, weights_only=True)
-        except SystemExit as error:  # Lightning's answer to KeyboardInterrupt
-            raise Interrupted(f"stopped at once; {outputs.checkpoint} is from an earlier step", 2) from error
+        except SystemExit as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into an exit
+                raise
+            raise Interrupted(
+                f"stopped at once; {outputs.checkpoint} is from an earlier step", signal.SIGINT
+            ) from error
         finally:
             shown.close()
 

@@ -13,11 +13,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(CdlmError):
-    """The run was asked to stop, and its last step is saved. `signal` is the number of the signal."""
+    """The run was asked to stop and can be resumed. `signal` is the number of the signal."""
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
+        self.exit_code = 128 + signal
 
 
 class StopRequest:

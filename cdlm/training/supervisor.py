@@ -46,7 +46,7 @@ class Supervisor(Callback):
 
     def __init__(self, outputs: Outputs, reporter: Reporter, stop: StopRequest):
         self.outputs, self.reporter, self.stop = outputs, reporter, stop
-        self._step, self._since = 0, 0.0
+        self._step, self._since, self._restored = -1, 0.0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _ours(pl_module)
@@ -61,7 +61,11 @@ class Supervisor(Callback):
             self._log(trainer, {"prior_mismatch": prior_mismatch(module.system)})
             if module.options.strategy != "fsdp":  # there, saving makes an optimiser that never stepped take a step
                 self._save(trainer, module)  # also finds out now whether the folder can be written
-        self._since = time.perf_counter()
+        self._since, self._restored = time.perf_counter(), len(module.window)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._step < 0:  # the run was already complete, but perhaps killed before its export
+            self._export(trainer, _ours(pl_module))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,7 +90,7 @@ class Supervisor(Callback):
             if save or stop:
                 self._save(trainer, module)
             self._since += time.perf_counter() - paused  # speed is that of training alone
-        if stop:
+        if stop and self._step < options.steps:
             name, path = signal.Signals(stop).name, self.outputs.checkpoint
             raise Interrupted(f"{name} after step {self._step} of {options.steps}; saved {path}: resume to go on", stop)
 
@@ -115,8 +119,8 @@ class Supervisor(Callback):
         means = trainer.strategy.reduce(torch.stack(module.window).mean(0), reduce_op="mean")
         loss, nats, count, tokens = means.tolist()
         now = time.perf_counter()
-        seconds, batches = now - self._since, len(module.window)
-        module.window, self._since = [], now
+        seconds, batches = now - self._since, len(module.window) - self._restored
+        module.window, self._since, self._restored = [], now, 0
         quantiles = module.system.schedule.t_of_u(torch.tensor([0.1, 0.5, 0.9])).tolist()
         return {
             "loss": loss,
@@ -147,6 +151,9 @@ class Supervisor(Callback):
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
             raise self._not_finite(f"weights became NaN or infinite at step {self._step}")
         trainer.save_checkpoint(self.outputs.checkpoint)
+        self._export(trainer, module)
+
+    def _export(self, trainer: Trainer, module: TrainingModule) -> None:
         if self.outputs.export is not None:
             system = module.averaged()
             if trainer.is_global_zero:
