@@ -12,6 +12,9 @@ PIP    := $(PY) -m pip install --disable-pip-version-check --quiet -c constraint
 export PIP_CONSTRAINT       := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
+DEMO   := runs/demo
+SAMPLE := --n 256 --steps 100 --score_temperature 0.9
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format clean
 .DELETE_ON_ERROR:
@@ -20,8 +23,11 @@ help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 demo: $(VENV)/.demo  ## Train a small model, sample it with adaptive halting, evaluate it
-	$(VENV)/bin/cdlm train --config configs/demo.yaml --out runs/demo
-	$(PY) -m cdlm.demo --out runs/demo
+	rm -rf $(DEMO)
+	$(VENV)/bin/cdlm train --config configs/demo.yaml --out $(DEMO)
+	$(VENV)/bin/cdlm sample $(DEMO) $(SAMPLE) --out $(DEMO)/full.jsonl
+	$(VENV)/bin/cdlm sample $(DEMO) $(SAMPLE) --halt "Patience(30)" --out $(DEMO)/samples.jsonl --plot $(DEMO)/plot.png
+	$(VENV)/bin/cdlm evaluate $(DEMO) $(DEMO)/samples.jsonl --baseline $(DEMO)/full.jsonl
 
 test: $(VENV)/.dev  ## Run the tests, with shapes checked at run time
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --jaxtyping-packages=cdlm,beartype.beartype

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PREVIEW_STEPS = 64
+LINE = ("text", "tokens", "nfe", "steps", "budget", "reason", "seed", "index", "given")
+"""Fields of a sample's JSON object."""
 BATCH = 64
 """Samples in flight, unless said otherwise."""
 
@@ -153,7 +155,7 @@ def _tokenizer(system: EmbeddingDiffusion) -> PreTrainedTokenizerFast:
 
 
 def lines(samples: Samples, tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
-    """One JSON object a sample: text, tokens, nfe, steps, reason, seed, index, and the prompt's character spans."""
+    """One JSON object a sample: text, tokens, nfe, steps and their budget, reason, seed, index, prompt character spans."""
     out = []
     for i, text in enumerate(samples.texts):
         valid = samples.valid[i]
@@ -161,6 +163,8 @@ def lines(samples: Samples, tokenizer: PreTrainedTokenizerFast) -> list[dict[str
         out.append(
             {
                 "text": text, "tokens": ids, "nfe": int(samples.nfe[i]), "steps": int(samples.steps[i]),
+                "budget": samples.budget,
+                "budget": samples.budget,
                 "reason": samples.reason[i].name.lower(), "seed": samples.seed, "index": int(samples.index[i]),
                 "given": given_spans(tokenizer, ids, given),
             }
@@ -258,7 +262,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             item = json.loads(line)
-            out.append({key: item[key] for key in ("text", "tokens", "nfe", "given")})
+            out.append({key: item[key] for key in LINE})
         except (ValueError, KeyError, TypeError) as error:
             raise CdlmError(
                 f"{path}, line {number} is no sample ({error!r}): expected text, tokens, nfe, given"
@@ -277,7 +281,11 @@ def corpus_of(name: str, samples: Sequence[Mapping[str, Any]], source: Source) -
         texts,
         [[(start, end) for start, end in item["given"]] for item in samples],
         [item["nfe"] for item in samples],
-        _grammar(texts, source),
+        {
+            "steps": max(item["budget"] for item in samples),
+            "halted": sum(item["reason"] == "criterion" for item in samples) / len(samples),
+            **_grammar(texts, source),
+        },
     )
 
 

@@ -54,6 +54,7 @@ def collect(
         texts=[decode(tokenizer, ids.tolist()) for ids in kept],
         nfe=nfe,
         steps=taken,
+        budget=budget,
         reason=reasons,
         seed=seed,
         index=np.array([request.index for request in requests]),

@@ -100,7 +100,8 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
 
 def evaluate(
     run: str,
-    samples: list[Path],
+    samples: Path,
+    baseline: Path | None = None,
     n: int | None = None,
     judge: str | None = None,
     judge_steps: int = 800,
@@ -115,8 +116,9 @@ def evaluate(
 
     Args:
         run: the run folder whose text the samples are compared with.
-        samples: JSONL files of cdlm sample --out, one row of the table each.
-        n: samples of each file to use; by default as many as the shortest file has.
+        samples: JSONL file of cdlm sample --out.
+        baseline: a second such file for the same table, for instance of the full run without halting.
+        n: samples of each file to use; by default as many as the shorter file has.
         judge: any Hugging Face causal language model, by folder or Hub id; by default a small GPT-2 is trained on the
             run's text once and kept.
         judge_steps: training steps of that small judge.
@@ -127,7 +129,7 @@ def evaluate(
         devices: processes to spread the judge's work over.
         quiet: show no progress.
     """
-    files = {path.stem: api.read_lines(path) for path in samples}
+    files = {path.stem: api.read_lines(path) for path in (samples, baseline) if path is not None}
     count = min([len(lines) for lines in files.values()] + ([] if n is None else [n]))
     result = api.evaluate(
         run, {name: lines[:count] for name, lines in files.items()}, judge=judge, judge_steps=judge_steps,

@@ -138,6 +138,8 @@ class Samples:
     """Denoiser calls spent on each sample."""
     steps: Int[np.ndarray, " m"]
     """Grid points visited by each sample."""
+    budget: int
+    """Grid points of the run."""
     reason: list[HaltReason]
     seed: int
     index: Int[np.ndarray, " m"]
@@ -169,6 +171,7 @@ class Samples:
             texts=[texts[i] for i in order],
             reason=[reasons[i] for i in order],
             seed=parts[0].seed,
+            budget=parts[0].budget,
             record=record,
         )
 

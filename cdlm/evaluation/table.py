@@ -86,8 +86,9 @@ class Evaluation:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: what cannot be computed is None, never NaN."""
+        """Plain data for JSON: what cannot be computed is None, never NaN. `steps` is the first row's, if it has any."""
         return {
+            "steps": self.rows[0].get("steps"),
             "judge": dict(self.judge),
             "settings": self.settings,
             "rows": [dict(row) for row in self.rows],
@@ -273,7 +274,7 @@ SECOND = {
     "zipf": "Zipf", "mean_tokens": "tokens", "duplicate_rate": "duplicate", "empty_rate": "empty",
 }  # fmt: skip
 HIDDEN = {"ar_nll_ci", "mauve_sd", "judge_tokens", "unscored"}
-PERCENT = {"duplicate_rate", "empty_rate"}
+PERCENT = {"duplicate_rate", "empty_rate", "halted", "grammar"}
 DECIMALS = {"mauve": 3, "dist_1": 3, "dist_2": 3, "dist_3": 3, "self_bleu": 1, "mean_nfe": 1, "mean_tokens": 1}
 
 

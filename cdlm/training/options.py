@@ -25,7 +25,7 @@ class TrainOptions:
     """Peak learning rate of AdamW."""
     schedule_lr: float = 1e-2
     """Learning rate of the noise schedule's own parameters, the same at every step."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "muon"
     """What trains the hidden matrices; AdamW trains all the rest."""
     muon_lr: float = 2e-2
     """Peak learning rate of Muon, with the shape correction sqrt(max(1, rows / columns)) of its author."""

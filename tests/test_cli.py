@@ -1,0 +1,360 @@
+"""The command line: a run from text to samples, and bad input, which is one line and exit code 2."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdlm.cli import main
+
+SUBJECTS = ("the cat", "the dog", "a bird", "a mouse", "the old man", "my sister", "a small fox", "the king")
+PLACES = ("on the mat", "by the river", "in the garden", "under a tree", "near the house", "on the roof")
+TEXT = "".join(f"{s} sat {p} and {q} saw it.\n" for s in SUBJECTS for p in PLACES for q in SUBJECTS)
+VOCAB, LENGTH = 270, 16
+QUIET = ("--training.accelerator", "cpu", "--quiet")
+SMALL = (
+    "--system.width", "16", "--system.depth", "1", "--system.heads", "2", "--system.dim", "8",
+    "--length", str(LENGTH), "--vocab_size", str(VOCAB), "--batch_size", "4", "--validation_rows", "4", "--preview", "1",
+    "--training.steps", "3", *QUIET,
+)  # fmt: skip
+
+
+class Place:
+    """A folder with a text and its cache."""
+
+    def __init__(self, path: Path):
+        self.path, self.text, self.run = path, path / "text.txt", path / "run"
+        self.text.write_text(TEXT)
+
+    def train(self, *more: str, text: Path | None = None, out: str = "run", small: tuple[str, ...] = SMALL) -> None:
+        cache = ("--cache", str(self.path / "cache"))
+        main(["train", "--text", str(text or self.text), "--out", str(self.path / out), *cache, *small, *more])
+
+    def sample(self, *more: str) -> None:
+        main(["sample", str(self.run), "--quiet", "--steps", "6", *more])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A trained run."""
+    made = Place(tmp_path_factory.mktemp("cli"))
+    made.train()
+    return made
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Place:
+    """A text and no run."""
+    return Place(tmp_path)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a call that must end with exit code 2 and one line on standard error, which is returned."""
+
+    def check(call: Callable[..., Any], *arguments: Any, **settings: Any) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            call(*arguments, **settings)
+        shown = capsys.readouterr()
+        assert caught.value.code == 2
+        assert shown.err.count("\n") == 1, shown.err
+        assert shown.err.startswith("cdlm: ")
+        assert "Traceback" not in shown.err
+        assert shown.out == ""
+        return shown.err
+
+    return check
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- a run from text to table ---
+
+
+def test_a_run_folder_is_a_model_with_its_history(place: Place) -> None:
+    names = {path.name for path in place.run.iterdir()}
+    assert names >= {"config.yaml", "config.json", "model.safetensors", "tokenizer.json", "README.md", "metrics.csv"}
+    assert (place.run / "checkpoints" / "last.ckpt").exists()
+    assert len(list((place.run / "samples").iterdir())) == 1
+    config = json.loads((place.run / "config.json").read_text())
+    assert config["length"] == LENGTH
+    assert config["model"]["width"] == 16
+    assert "width: 16" in (place.run / "README.md").read_text()
+
+
+def test_samples_are_json_lines(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "samples.jsonl"
+    place.sample("--n", "3", "--seed", "5", "--halt", "FixedSteps(2)", "--prompt", "the cat", "--out", str(out))
+    lines = read(out)
+    assert len(lines) == 3
+    for index, line in enumerate(lines):
+        assert set(line) == {"text", "tokens", "nfe", "steps", "budget", "reason", "seed", "index", "given"}
+        assert line["text"].startswith("the cat")
+        assert (line["nfe"], line["steps"], line["budget"], line["reason"]) == (2, 2, 6, "criterion")
+        assert (line["seed"], line["index"]) == (5, index)
+        assert line["given"] == [[0, len("the cat")]]
+        assert len(line["tokens"]) == LENGTH
+        assert all(0 <= token < VOCAB for token in line["tokens"])
+
+
+def test_samples_do_not_depend_on_the_batch(place: Place, tmp_path: Path) -> None:
+    for size in ("1", "3"):
+        place.sample("--n", "4", "--batch_size", size, "--out", str(tmp_path / size))
+    assert [x["tokens"] for x in read(tmp_path / "1")] == [x["tokens"] for x in read(tmp_path / "3")]
+
+
+def test_prompts_from_a_file_and_texts_on_the_terminal(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("the cat\n\na [3] sat\n")
+    place.sample("--n", "1", "--prompts", str(tmp_path / "prompts.txt"))
+    shown = capsys.readouterr().out
+    assert shown.count("--- sample") == 2
+    assert "the cat" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", ["1", "5"])
+def test_two_processes_write_what_one_writes(place: Place, tmp_path: Path, n: str) -> None:
+    for devices in ("1", "2"):
+        place.sample("--n", n, "--devices", devices, "--halt", "Patience(2)", "--out", str(tmp_path / devices))
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+def test_a_plot_is_a_png(place: Place, tmp_path: Path) -> None:
+    place.sample("--n", "2", "--plot", str(tmp_path / "plot.png"), "--out", str(tmp_path / "out.jsonl"))
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_evaluation_writes_its_table(place: Place, tmp_path: Path) -> None:
+    place.sample("--n", "4", "--out", str(tmp_path / "mine.jsonl"))
+    main(
+        ["evaluate", str(place.run), str(tmp_path / "mine.jsonl"), "--judge_steps", "3", "--mauve", "false", "--quiet"]
+        + ["--out", str(tmp_path / "table")]
+    )
+    table = (tmp_path / "table" / "evaluation.md").read_text()
+    assert "mine" in table
+    assert "real text" in table
+    json.loads((tmp_path / "table" / "evaluation.json").read_text())
+
+
+def test_a_run_can_be_resumed_with_more_steps(fresh: Place) -> None:
+    fresh.train("--training.steps", "1")
+    main(["train", "--resume", str(fresh.run), "--training.steps", "2", *QUIET])
+    assert (fresh.run / "metrics.csv").read_text().splitlines()[-1].startswith("2,")
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments)
+    assert "usage: cdlm COMMAND" in capsys.readouterr().out
+
+
+def test_the_help_of_training_lists_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert "--system.width" in shown
+    assert "--resume" in shown
+
+
+# --- bad input: the words ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smaple"], "there is no command 'smaple'"),
+        (["--version?"], "there is no command"),
+        (["train"], "--out DIR"),
+        (["train", "--out", "a", "--resume", "b"], "b has no config.yaml"),
+        (["train", "--out", "x", "--colour", "red"], "colour"),
+        (["train", "--out", "x", "--system.colour", "red"], "colour"),
+        (["train", "--out", "x", "--training.steps", "many"], "steps"),
+        (["train", "--out", "x", "--training.steps", "0"], "steps must be"),
+        (["train", "--out", "x", "--length", "0"], "length must be >= 1"),
+        (["train", "--out", "x", "--batch_size", "-1"], "batch_size must be >= 1"),
+        (["train", "--out", "x", "--masking", "Prefixx()"], "did you mean Prefix?"),
+        (["train", "--out", "x", "--rows", "heap"], "rows"),
+        (["train", "--out", "x", "--system.width", "18"], "try width=16"),
+        (["train", "--out", "x", "--system.heads", "0"], "heads"),
+        (["train", "--out", "x", "--system.axis", "round"], "axis"),
+        (["train", "--out", "x", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--text"], "--text"),
+        (["train", "--out"], "--out"),
+        (["sample"], "run"),
+        (["sample", "nowhere"], "not a model folder"),
+        (["sample", "nowhere", "--colour", "red"], "colour"),
+        (["sample", "nowhere", "--n", "few"], "n"),
+        (["evaluate", "nowhere", "nothing.jsonl"], "cannot read samples from nothing.jsonl"),
+        (["evaluate", "nowhere"], "samples"),
+        (["train-judge", "nowhere", "judge"], "no config.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_words(
+    arguments: list[str], message: str, refused: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(main, arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_either_a_new_run_or_an_old_one(place: Place, refused: Callable) -> None:
+    assert "needs one run folder" in refused(main, ["train", "--out", "x", "--resume", str(place.run)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps >= 1"),
+        (["--n", "0"], "n is the number of samples"),
+        (["--batch_size", "0"], "batch_size"),
+        (["--length", "-1"], "length"),
+        (["--seed", "-1"], "seed"),
+        (["--halt", "Pateince(20)"], "did you mean Patience?"),
+        (["--halt", "Patience(0)"], "steps >= 1"),
+        (["--halt", "__import__('os')"], "halting rule"),
+        (["--solver", "Huen()"], "did you mean Heun?"),
+        (["--grid", "LogTee()"], "did you mean LogT?"),
+        (["--softmax_temperature", "0"], "softmax_temperature must be > 0"),
+        (["--init_scale", "-1"], "init_scale"),
+        (["--precision", "fp7"], "precision"),
+        (["--device", "abacus"], "'abacus' cannot be used"),
+        (["--devices", "0"], "devices"),
+        (["--prompt", "the cat sat on the mat and the dog ran " * 9], "shorten it"),
+        (["--prompt", "[17]"], "shorten it"),
+        (["--prompt", "[99999999999999]"], "shorten it"),
+        (["--prompts", "nowhere.txt"], "cannot read prompts"),
+        (["--prompts", "empty.txt"], "empty.txt"),
+        (["--prompts", "latin.txt"], "latin.txt"),
+        (["--prompt", "a", "--prompts", "b"], "not both"),
+        (["--out", "text.txt/below.jsonl"], "cannot write"),
+        (["--plot", "text.txt/plot.png"], "plot.png"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_samples(
+    arguments: list[str], message: str, place: Place, refused: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "text.txt").write_text("x")
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out.jsonl")]
+    assert message in refused(place.sample, *arguments, *out)
+
+
+# --- bad input: the text ---
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("missing.txt", None, "no file matches"),
+        ("empty.txt", b"", "found none"),
+        ("blank.txt", b"\n \n\n", "found none"),
+        ("one.txt", b"the only line of this text\n", "two documents or more"),
+        ("latin.txt", "the café\n".encode("latin-1") * 9, "expected UTF-8 text, but byte 7 is 0xe9"),
+        ("book.pdf", b"%PDF", "unknown kind of file"),
+        ("a.jsonl", b'{"text": "the cat"}\n{"story": "the dog"}\n', "line 2: expected a field 'text'"),
+        ("b.jsonl", b'{"text": "the cat"}\n\n{"text": \n', "line 3: expected one JSON object"),
+        ("c.jsonl", b'{"text": "the cat"}\n[1]\n', "line 2: expected an object"),
+        ("d.csv", b"story\nthe cat\n", "expected a column 'text'"),
+        ("short.txt", b"cat\ndog\n" * 2, "vocabulary"),
+    ],
+)
+def test_bad_text(name: str, data: bytes | None, message: str, fresh: Place, refused: Callable) -> None:
+    text = fresh.path / name
+    if data is not None:
+        text.write_bytes(data)
+    assert message in refused(fresh.train, text=text)
+    assert not fresh.run.exists()
+
+
+def test_a_folder_is_no_text(fresh: Place, refused: Callable) -> None:
+    assert "name its files" in refused(fresh.train, text=fresh.path)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--length", "100000"], "row"),
+        (["--vocab_size", "100000"], "set vocab_size to"),
+        (["--vocab_size", "100"], "at least 259"),
+        (["--system.t_min", "20"], "t_min"),
+        (["--system.t_min", "-1"], "t_min"),
+        (["--system.dim", "0"], "dim"),
+        (["--source.valid_fraction", "0.9"], "valid_fraction"),
+        (["--source.field", "x", "--source.colour", "y"], "colour"),
+        (["--cache", "text.txt"], "cache"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_settings(
+    more: list[str], message: str, fresh: Place, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(fresh.path)
+    assert message in refused(fresh.train, *more)
+    assert not fresh.run.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "holds no samples"),
+        ("{", "line 1 is no sample"),
+        ('{"text": "x"}', "line 1 is no sample"),
+        ("[1]", "line 1 is no sample"),
+        ("caf\xe9", "UTF-8"),
+    ],
+)
+def test_bad_sample_files(line: str, message: str, place: Place, refused: Callable, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_bytes(line.encode("latin-1"))
+    assert message in refused(main, ["evaluate", str(place.run), str(tmp_path / "mine.jsonl"), "--quiet"])
+
+
+def test_more_samples_than_held_out_text(place: Place, refused: Callable, tmp_path: Path) -> None:
+    place.sample("--n", "2", "--out", str(tmp_path / "mine.jsonl"))
+    line = (tmp_path / "mine.jsonl").read_text()
+    (tmp_path / "many.jsonl").write_text(line * 500)
+    call = ["evaluate", str(place.run), str(tmp_path / "many.jsonl"), "--quiet", "--mauve", "false"]
+    assert "rows of held-out text" in refused(main, call)
+
+
+# --- bad input: resuming ---
+
+
+def resume(place: Place, *more: str) -> None:
+    main(["train", "--resume", str(place.run), "--training.steps", "5", *QUIET, *more])
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(fresh: Place, refused: Callable) -> None:
+    assert "no config.yaml" in refused(resume, fresh)
+    fresh.run.mkdir()
+    assert "no config.yaml" in refused(resume, fresh)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [["--system.width", "20"], ["--masking", "Prefix()"], ["--batch_size", "2"], ["--length", "8"], ["--training.seed", "9"]],
+    ids=" ".join,
+)
+def test_a_changed_run_cannot_be_resumed(change: list[str], place: Place, refused: Callable) -> None:
+    before = (place.run / "model.safetensors").read_bytes()
+    refused(resume, place, *change)
+    assert (place.run / "model.safetensors").read_bytes() == before
+
+
+def test_changed_data_cannot_be_resumed(fresh: Place, refused: Callable) -> None:
+    fresh.train("--training.steps", "2")
+    fresh.text.write_text(TEXT + "one more line about the cat.\n")
+    assert "data" in refused(resume, fresh)
+
+
+def test_a_run_is_not_overwritten(place: Place, refused: Callable) -> None:
+    assert "would be overwritten" in refused(place.train)

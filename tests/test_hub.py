@@ -1,0 +1,328 @@
+"""Laws of the model folder: what is saved is what is loaded, and what is broken is said in one line."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toys import tokenizer, with_tokenizer
+
+from cdlm import api
+from cdlm.config import build_system
+from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.errors import CdlmError
+from cdlm.files import replacing, write_text
+from cdlm.types import Condition
+
+OURS = {"config.json", "model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.fixture(scope="module")
+def model() -> EmbeddingDiffusion:
+    return with_tokenizer()
+
+
+@pytest.fixture
+def folder(model: EmbeddingDiffusion, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@torch.no_grad()
+def logits(model: EmbeddingDiffusion) -> torch.Tensor:
+    z = torch.randn(2, 5, model.dim, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.5, 9.0], dtype=torch.float64)
+    return model.denoise(z, t, Condition(z * 0, torch.ones(2, 5, dtype=torch.bool), z)).logits
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- identity ---
+
+
+def test_a_loaded_model_is_the_saved_one(model: EmbeddingDiffusion, folder: Path) -> None:
+    again = api.load(folder)
+    assert torch.equal(logits(again), logits(model))
+    assert again.config == model.config
+    assert again.length == model.length
+    assert not again.training
+    ours, theirs = (api.generate(m, n=3, steps=5, prompts=["the"]) for m in (model, again))
+    assert (ours.tokens == theirs.tokens).all()
+    assert ours.texts == theirs.texts
+
+
+def test_the_schedule_travels_with_the_model(model: EmbeddingDiffusion, folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["schedule.averaged"] = torch.randn(weights["schedule.averaged"].shape)
+    save_file(weights, folder / "model.safetensors")
+    u = torch.tensor([0.3], dtype=torch.float64)
+    assert not torch.equal(api.load(folder).schedule.t_of_u(u), model.schedule.t_of_u(u))
+
+
+def test_saving_what_was_loaded_changes_no_byte(folder: Path, tmp_path: Path) -> None:
+    api.load(folder).save_pretrained(tmp_path / "again")
+    before, after = contents(folder), contents(tmp_path / "again")
+    before.pop("tokenizer_config.json"), after.pop("tokenizer_config.json")  # transformers notes where it loaded from
+    assert after == before
+
+
+def test_the_folder_holds_its_files_and_nothing_pickled(folder: Path) -> None:
+    found = contents(folder)
+    assert set(found) >= OURS
+    assert set(found) <= OURS | {"special_tokens_map.json"}
+    for name, data in found.items():
+        assert not data.startswith((b"\x80", b"PK")), name
+
+
+def test_other_files_stay_and_nothing_else_is_left(model: EmbeddingDiffusion, folder: Path) -> None:
+    before = set(contents(folder))
+    (folder / "config.yaml").write_text("mine\n")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.ckpt").write_bytes(b"mine")
+    model.save_pretrained(folder)
+    assert set(contents(folder)) == before | {"config.yaml", "checkpoints/last.ckpt"}
+    assert (folder / "config.yaml").read_text() == "mine\n"
+
+
+def test_the_card_shows_the_configuration(folder: Path, model: EmbeddingDiffusion) -> None:
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: cdlm\n")
+    for name, value in model.config.items():
+        assert f'"{name}": {json.dumps(value)}' in card
+
+
+def test_the_given_card_is_written(model: EmbeddingDiffusion, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, card="# Mine\n")
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
+# --- errors ---
+
+
+def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def break_it(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return break_it
+
+
+def weigh(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def break_it(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return break_it
+
+
+def cut(share: float) -> Callable[[Path], None]:
+    def break_it(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        data = file.read_bytes()
+        file.write_bytes(data[: int(share * len(data))])
+
+    return break_it
+
+
+def write(name: str, data: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(data) and None
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (drop("config.json"), "no config.json"),
+    "empty config": (write("config.json", b""), "not valid JSON"),
+    "broken config": (write("config.json", b'{"cdlm_format": 1,'), "not valid JSON"),
+    "config that is no text": (write("config.json", b"\xff\xfe\x00"), "not valid JSON"),
+    "config that is a list": (write("config.json", b"[]"), "not a model of this toolkit"),
+    "foreign config": (write("config.json", b'{"model_type": "gpt2"}'), "not a model of this toolkit"),
+    "later format": (edit(lambda c: c.update(cdlm_format=99)), "cdlm_format 1"),
+    "no model": (edit(lambda c: c.pop("model")), "model"),
+    "model that is no object": (edit(lambda c: c.update(model=3)), "model"),
+    "no length": (edit(lambda c: c.pop("length")), "length"),
+    "length that is no number": (edit(lambda c: c.update(length="x")), "length"),
+    "unknown system": (edit(lambda c: c["model"].update(system="os.system")), "'os.system'"),
+    "system that is a list": (edit(lambda c: c["model"].update(system=["cdcd"])), "system"),
+    "no system": (edit(lambda c: c["model"].pop("system")), "system"),
+    "unknown field": (edit(lambda c: c["model"].update(colour="red")), "colour"),
+    "field of a wrong kind": (edit(lambda c: c["model"].update(depth="two")), "system"),
+    "field out of range": (edit(lambda c: c["model"].update(t_min=-1.0)), "t_min"),
+    "no vocabulary": (edit(lambda c: c["model"].pop("vocab")), "system"),
+    "another size": (edit(lambda c: c["model"].update(dim=16)), "config.json asks for"),
+    "no weights": (drop("model.safetensors"), "no model.safetensors"),
+    "empty weights": (cut(0.0), "truncated or damaged"),
+    "truncated header": (cut(0.01), "truncated or damaged"),
+    "truncated weights": (cut(0.9), "truncated or damaged"),
+    "weights that are none": (write("model.safetensors", b"\x80\x04." * 100), "truncated or damaged"),
+    "missing tensor": (weigh(lambda w: w.__delitem__("network.input.bias")), "misses tensor 'network.input.bias'"),
+    "unexpected tensor": (weigh(lambda w: w.update(extra=torch.zeros(1))), "unknown tensor 'extra'"),
+    "wrong shape": (weigh(lambda w: w.update({"embedding.weight": torch.zeros(3, 8)})), "'embedding.weight' has shape"),
+    "no tokenizer": (drop("tokenizer.json"), "no tokenizer.json"),
+    "broken tokenizer": (write("tokenizer.json", b"{"), "tokenizer"),
+    "broken tokenizer settings": (write("tokenizer_config.json", b"{"), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_is_refused_in_one_line(folder: Path, case: str) -> None:
+    break_it, message = BROKEN[case]
+    break_it(folder)
+    with pytest.raises(CdlmError) as caught:
+        api.load(folder)
+    assert message in str(caught.value)
+    said = str(caught.value)
+    assert "\n" not in said or "Type-check" in said  # the type checks of these tests speak at length
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "runs/nowhere", "a/b/c", "~/nowhere", ""])
+def test_no_folder(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CdlmError, match="expected"):
+        api.load(name)
+
+
+def test_a_file_is_no_folder(folder: Path) -> None:
+    with pytest.raises(CdlmError, match="not a model folder"):
+        api.load(folder / "config.json")
+
+
+def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CdlmError, match="could not be fetched from the Hub") as caught:
+        api.load("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_is_not_there(folder: Path) -> None:
+    for device in ("cuda:99", "abacus"):
+        with pytest.raises(CdlmError, match="use cpu"):
+            api.load(folder, device)
+
+
+@pytest.mark.parametrize("config", [{}, {"system": None}, {"system": "cdcd"}, {"system": "cdcd", "vocab": 5, "x": 1}])
+def test_configurations_that_are_none_build_nothing(config: dict[str, Any]) -> None:
+    with pytest.raises(CdlmError):
+        build_system(config)
+
+
+# --- a full disk ---
+
+
+def full_disk(kind: str) -> Callable[..., None]:
+    from safetensors import SafetensorError
+
+    def save(state: dict[str, torch.Tensor], path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        if kind == "python":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    return save
+
+
+@pytest.mark.parametrize("kind", ["python", "safetensors"])
+def test_a_full_disk_leaves_the_old_weights(
+    kind: str, model: EmbeddingDiffusion, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library that writes the weights reports a full disk with an error of its own."""
+    before = contents(folder)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk(kind))
+    try:
+        with pytest.raises(CdlmError, match=r"write .*model\.safetensors") as caught:
+            with_tokenizer(seed=9).save_pretrained(folder)
+        assert "\n" not in str(caught.value)
+    finally:
+        assert contents(folder)["model.safetensors"] == before["model.safetensors"]
+        assert set(contents(folder)) == set(before)
+    assert torch.equal(logits(api.load(folder)), logits(model))
+
+
+# --- replacing ---
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_file_appears_whole_or_not_at_all(old: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "file.txt"
+    if old is not None:
+        write_text(path, old)
+    with pytest.raises(KeyError), replacing(path) as temporary:
+        temporary.write_text("half")
+        assert (path.read_text() if path.exists() else None) == old
+        raise KeyError
+    assert (path.read_text() if path.exists() else None) == old
+    write_text(path, "new é")
+    assert path.read_bytes() == "new é".encode()
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for content in ("one", "two"):
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            (temporary / content).write_text(content)
+        assert [p.name for p in path.iterdir()] == [content]
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "three").write_text("half")
+        raise KeyboardInterrupt
+    assert [p.name for p in path.iterdir()] == ["two"]
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_cannot_be_put_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    path, move = tmp_path / "folder", os.replace
+    path.mkdir()
+    (path / "old").write_text("old")
+    moves: list[str] = []
+
+    def second_fails(source: Path, target: Path) -> None:
+        moves.append(str(source))
+        if len(moves) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        move(source, target)
+
+    monkeypatch.setattr("os.replace", second_fails)
+    with pytest.raises(CdlmError, match="cannot write"), replacing(path) as temporary:
+        temporary.mkdir()
+    assert (path / "old").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_says_how_much_is_free(number: int, tmp_path: Path) -> None:
+    with pytest.raises(CdlmError, match=r"no space left to write .* bytes are free"), replacing(tmp_path / "x"):
+        raise OSError(number, "full")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CdlmError, match="cannot write") as caught:
+        write_text(tmp_path / "file" / "below" / "x.txt", "text")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_tokenizer_survives(folder: Path) -> None:
+    again = api.load(folder).tokenizer
+    assert again is not None
+    text = "the cat — añ  <|endoftext|>\n"
+    assert again.encode(text) == tokenizer().encode(text)
+    assert again.eos_token_id == tokenizer().eos_token_id
+    assert len(again) == len(tokenizer())
