@@ -140,7 +140,7 @@ class Run:
         tokens = _final_tokens(prediction, live.tokens, open_, done)
         condition = live.condition._replace(x0=prediction.x0)
         live = live._replace(nfe=nfe, past=past, memory=memory, condition=condition)
-        return Finished(state, done, decision.halt, tokens), live, x0
+        return Finished(state, done, decision.halt, tokens, decision.info), live, x0
 
     def _advance(self, live: Live, x0: Tensor) -> Live:
         steering, condition = self.sampler.steering, live.condition
@@ -166,4 +166,5 @@ def _final_tokens(
     prediction: Prediction, tokens: Int[Tensor, "b n"], open_: Bool[Tensor, "b n"], done: Bool[Tensor, " b"]
 ) -> Int[Tensor, "m n"]:
     leaving = done.nonzero().squeeze(1)
-    return torch.where(open_[leaving], prediction.logits[leaving].argmax(-1), tokens[leaving])
+    best = take(prediction, leaving).argmax() if len(leaving) else tokens[leaving]
+    return torch.where(open_[leaving], best, tokens[leaving])

@@ -36,7 +36,7 @@ class Glance:
 
     @cached_property
     def tokens(self) -> Int[Tensor, "b n"]:
-        return self.prediction.logits.argmax(-1)
+        return self.prediction.argmax()
 
     @cached_property
     def top(self) -> Float[Tensor, "b n 2"]:
@@ -58,9 +58,9 @@ class Glance:
 
 
 def entropy(glance: Glance) -> Float[Tensor, "b n"]:
-    """Entropy of each position's distribution, nats: logsumexp minus the mean logit under the softmax."""
-    logits = glance.prediction.logits
-    return glance.logsumexp - (logits.softmax(-1) * logits).sum(-1)
+    """Entropy of each position's distribution, nats. Row by row, so that what is in between stays in the cache."""
+    logs = (row.log_softmax(-1) for row in glance.prediction.logits)
+    return torch.stack([-(log.exp() * log).sum(-1) for log in logs])
 
 
 def switches(glance: Glance) -> Int[Tensor, " b"]:

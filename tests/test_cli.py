@@ -16,8 +16,8 @@ VOCAB, LENGTH = 270, 16
 QUIET = ("--training.accelerator", "cpu", "--quiet")
 SMALL = (
     "--system.width", "16", "--system.depth", "1", "--system.heads", "2", "--system.dim", "8",
-    "--length", str(LENGTH), "--vocab_size", str(VOCAB), "--batch_size", "4", "--validation_rows", "4", "--preview", "1",
-    "--training.steps", "3", *QUIET,
+    "--length", str(LENGTH), "--vocab_size", str(VOCAB), "--batch_size", "4",
+    "--validation_rows", "4", "--preview", "1", "--training.steps", "3", *QUIET,
 )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ class Place:
         main(["train", "--text", str(text or self.text), "--out", str(self.path / out), *cache, *small, *more])
 
     def sample(self, *more: str) -> None:
-        main(["sample", str(self.run), "--quiet", "--steps", "6", *more])
+        main(["sample", str(self.run), "--steps", "6", *more])
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +134,17 @@ def test_a_plot_is_a_png(place: Place, tmp_path: Path) -> None:
 def test_evaluation_writes_its_table(place: Place, tmp_path: Path) -> None:
     place.sample("--n", "4", "--out", str(tmp_path / "mine.jsonl"))
     main(
-        ["evaluate", str(place.run), str(tmp_path / "mine.jsonl"), "--judge_steps", "3", "--mauve", "false", "--quiet"]
-        + ["--out", str(tmp_path / "table")]
+        [
+            "evaluate",
+            str(place.run),
+            str(tmp_path / "mine.jsonl"),
+            "--judge_steps",
+            "3",
+            "--mauve",
+            "false",
+            "--out",
+            str(tmp_path / "table"),
+        ]
     )
     table = (tmp_path / "table" / "evaluation.md").read_text()
     assert "mine" in table
@@ -315,14 +324,14 @@ def test_bad_settings(
 )
 def test_bad_sample_files(line: str, message: str, place: Place, refused: Callable, tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_bytes(line.encode("latin-1"))
-    assert message in refused(main, ["evaluate", str(place.run), str(tmp_path / "mine.jsonl"), "--quiet"])
+    assert message in refused(main, ["evaluate", str(place.run), str(tmp_path / "mine.jsonl")])
 
 
 def test_more_samples_than_held_out_text(place: Place, refused: Callable, tmp_path: Path) -> None:
     place.sample("--n", "2", "--out", str(tmp_path / "mine.jsonl"))
     line = (tmp_path / "mine.jsonl").read_text()
     (tmp_path / "many.jsonl").write_text(line * 500)
-    call = ["evaluate", str(place.run), str(tmp_path / "many.jsonl"), "--quiet", "--mauve", "false"]
+    call = ["evaluate", str(place.run), str(tmp_path / "many.jsonl"), "--mauve", "false", "--judge_steps", "3"]
     assert "rows of held-out text" in refused(main, call)
 
 
@@ -341,7 +350,13 @@ def test_a_folder_without_a_run_cannot_be_resumed(fresh: Place, refused: Callabl
 
 @pytest.mark.parametrize(
     "change",
-    [["--system.width", "20"], ["--masking", "Prefix()"], ["--batch_size", "2"], ["--length", "8"], ["--training.seed", "9"]],
+    [
+        ["--system.width", "20"],
+        ["--masking", "Prefix()"],
+        ["--batch_size", "2"],
+        ["--length", "8"],
+        ["--training.seed", "9"],
+    ],
     ids=" ".join,
 )
 def test_a_changed_run_cannot_be_resumed(change: list[str], place: Place, refused: Callable) -> None:

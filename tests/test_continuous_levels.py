@@ -15,7 +15,7 @@ from cdlm.errors import CdlmError
 
 Axis = Literal["log", "linear"]
 T_MIN, T_MAX = 0.3, 40.0
-axes = pytest.mark.parametrize("axis", ("log", "linear"))
+axes = pytest.mark.parametrize("axis", ["log", "linear"])
 levels = st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=20).map(lambda x: torch.tensor(x, dtype=torch.float64))
 fractions = st.lists(st.floats(0, 1), min_size=1, max_size=20).map(lambda x: torch.tensor(x, dtype=torch.float64))
 
@@ -54,7 +54,7 @@ def test_gamma_is_the_inverse_of_its_inverse(gamma: float) -> None:
     close(gamma_of(t_of_gamma(value)), value)
 
 
-@pytest.mark.parametrize("pair", ((0.0, 1.0), (-1.0, 1.0), (2.0, 2.0), (3.0, 2.0), (1.0, math.inf), (math.nan, 1.0)))
+@pytest.mark.parametrize("pair", [(0.0, 1.0), (-1.0, 1.0), (2.0, 2.0), (3.0, 2.0), (1.0, math.inf), (math.nan, 1.0)])
 def test_ranges_that_are_none_are_refused(pair: tuple[float, float]) -> None:
     with pytest.raises(CdlmError, match="t_min"):
         check_range(*pair)
@@ -181,7 +181,7 @@ def test_training_reads_the_average_of_the_logits() -> None:
     torch.testing.assert_close(schedule.averaged, before + 0.25)
 
 
-@pytest.mark.parametrize("grid", (Warped(), UniformT(), LogT()), ids=repr)
+@pytest.mark.parametrize("grid", [Warped(), UniformT(), LogT()], ids=repr)
 @given(steps=st.integers(2, 60), seed=st.integers(0, 100))
 @settings(max_examples=20)
 def test_grids_fall_from_t_max_to_t_min(grid: Warped | UniformT | LogT, steps: int, seed: int) -> None:
@@ -193,7 +193,7 @@ def test_grids_fall_from_t_max_to_t_min(grid: Warped | UniformT | LogT, steps: i
     assert float(t[-1]) == pytest.approx(T_MIN, rel=1e-12)
 
 
-@pytest.mark.parametrize("grid", (Warped(), UniformT(), LogT()), ids=repr)
+@pytest.mark.parametrize("grid", [Warped(), UniformT(), LogT()], ids=repr)
 def test_one_step_starts_at_the_top_and_none_is_refused(grid: Warped | UniformT | LogT) -> None:
     assert grid.levels(warp("log"), 1).tolist() == pytest.approx([T_MAX])
     for steps in (0, -3):

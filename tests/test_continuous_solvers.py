@@ -1,5 +1,6 @@
 """Laws of the solvers, on a denoiser with a closed form, in float64."""
 
+import itertools
 import math
 
 import pytest
@@ -38,7 +39,7 @@ def walk(solver: Solver, steps: int, z: Tensor | None = None) -> Tensor:
     """The state at LOW after `steps` intervals, even in the logarithm."""
     field, z = Field(), start() if z is None else z
     grid = torch.linspace(math.log(HIGH), math.log(LOW), steps + 1, dtype=torch.float64).exp()
-    for now, then in zip(grid[:-1], grid[1:], strict=True):
+    for now, then in itertools.pairwise(grid):
         t, t_next = now.expand(len(z)).clone(), then.expand(len(z)).clone()
         z = solver.advance(field, z, field(z, t)[0], t, t_next).z
     return z
@@ -58,7 +59,7 @@ def order(solver: Solver, reference: Tensor, counts: tuple[int, ...]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("solver", "expected"), ((Euler(), 1), (Heun(), 2), (TorchDiffEq("midpoint", double=True), 2)), ids=repr
+    ("solver", "expected"), [(Euler(), 1), (Heun(), 2), (TorchDiffEq("midpoint", double=True), 2)], ids=repr
 )
 def test_the_order_of_convergence(solver: Solver, expected: int, reference: Tensor) -> None:
     assert order(solver, reference, (32, 64, 128)) == pytest.approx(expected, abs=0.25)
@@ -74,7 +75,7 @@ def test_an_adaptive_method_meets_its_tolerance(reference: Tensor) -> None:
         torch.testing.assert_close(walk(solver, 1), reference, rtol=30 * tolerance, atol=30 * tolerance)
 
 
-@pytest.mark.parametrize("method", (*FIXED, *ADAPTIVE))
+@pytest.mark.parametrize("method", [*FIXED, *ADAPTIVE])
 def test_every_method_named_solves_the_equation(method: str, reference: Tensor) -> None:
     torch.testing.assert_close(walk(TorchDiffEq(method, double=True), 64), reference, rtol=0.05, atol=0.05)
 
@@ -155,7 +156,7 @@ def test_double_integrates_in_float64_and_keeps_the_type_of_the_state() -> None:
     torch.testing.assert_close(narrow, wide, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ("euler2", "", "scipy_solver"))
+@pytest.mark.parametrize("method", ["euler2", "", "scipy_solver"])
 def test_an_unknown_method_is_refused(method: str) -> None:
     with pytest.raises(CdlmError, match="dopri5"):
         TorchDiffEq(method)
