@@ -13,7 +13,7 @@ export PIP_CONSTRAINT       := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
 DEMO   := runs/demo
-SAMPLE := --n 256 --steps 100 --score_temperature 0.9
+SAMPLE := --n 256 --steps 100 --grid "LogT()" --score_temperature 0.9
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format clean
@@ -26,7 +26,7 @@ demo: $(VENV)/.demo  ## Train a small model, sample it with adaptive halting, ev
 	rm -rf $(DEMO)
 	$(VENV)/bin/cdlm train --config configs/demo.yaml --out $(DEMO)
 	$(VENV)/bin/cdlm sample $(DEMO) $(SAMPLE) --out $(DEMO)/full.jsonl
-	$(VENV)/bin/cdlm sample $(DEMO) $(SAMPLE) --halt "Patience(30)" --out $(DEMO)/samples.jsonl --plot $(DEMO)/plot.png
+	$(VENV)/bin/cdlm sample $(DEMO) $(SAMPLE) --halt "Patience(15)" --out $(DEMO)/samples.jsonl --plot $(DEMO)/plot.png
 	$(VENV)/bin/cdlm evaluate $(DEMO) $(DEMO)/samples.jsonl --baseline $(DEMO)/full.jsonl
 
 test: $(VENV)/.dev  ## Run the tests, with shapes checked at run time

@@ -315,7 +315,7 @@ def evaluate(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
     judge: str | None = None,
-    judge_steps: int = 800,
+    judge_steps: int = 500,
     mauve_seeds: int = 5,
     device: str = "cpu",
     devices: int = 1,

@@ -104,7 +104,7 @@ def evaluate(
     baseline: Path | None = None,
     n: int | None = None,
     judge: str | None = None,
-    judge_steps: int = 800,
+    judge_steps: int = 500,
     mauve: bool = True,
     mauve_seeds: int = 5,
     out: Path | None = None,
@@ -139,7 +139,7 @@ def evaluate(
     print(result.terminal())
 
 
-def train_judge(run: str, out: Path, steps: int = 800, device: str = "cpu", quiet: bool = False) -> None:
+def train_judge(run: str, out: Path, steps: int = 500, device: str = "cpu", quiet: bool = False) -> None:
     """Train a small GPT-2 on a run's text, as a judge of AR-NLL.
 
     Args:

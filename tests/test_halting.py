@@ -180,12 +180,6 @@ def test_thresholds_that_are_none_are_refused(make: Callable, value: float) -> N
         make(value)
 
 
-def test_an_angle_beyond_the_range_of_a_cosine_is_refused() -> None:
-    AngleConvergence(2.0)
-    with pytest.raises(CdlmError, match="2"):
-        AngleConvergence(2.1)
-
-
 # --- the text form ---
 
 
@@ -278,7 +272,6 @@ def test_nothing_but_a_rule_is_read(text: str) -> None:
         "Patience(" + "-" * 3000 + "1)",
         "Never()" + " | Never()" * 3000,
         "Never()" + ".a" * 3000,
-        "Patience(" + "[" * 150 + "]" * 150 + ")",
         "Patience(" + "9" * 5000 + ")",
     ],
     ids=lambda text: f"{text[:12]}..{len(text)}",
@@ -290,7 +283,7 @@ def test_huge_texts_are_refused_in_one_line(text: str) -> None:
 
 
 ILL_TYPED = (
-    ("criterion", "Patience(2.5)"), ("criterion", "Patience('3')"), ("criterion", "Patience(())"),
+    ("criterion", "Patience(2.5)"), ("criterion", "Patience('3')"), ("criterion", f"Patience({'[' * 150}{']' * 150})"),
     ("criterion", "Patience(99999e9999)"), ("criterion", "NormConvergence('0.1')"),
     ("criterion", "NormConvergence(True)"),
     ("criterion", "For(3, 2)"), ("criterion", "For('Never()', 2)"), ("criterion", "AfterStep((), 2)"),
@@ -323,7 +316,7 @@ def answers() -> dict[tuple[str, str], list[str]]:
     return dict(zip(ILL_TYPED, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.parametrize("asked", ILL_TYPED, ids=lambda asked: asked[1])
+@pytest.mark.parametrize("asked", ILL_TYPED, ids=lambda asked: asked[1][:40])
 def test_arguments_of_a_wrong_kind_are_refused(answers: dict, asked: tuple[str, str]) -> None:
     kind, message = answers[asked]
     assert kind == "CdlmError", message

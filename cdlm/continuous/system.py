@@ -89,7 +89,7 @@ class EmbeddingDiffusion(Pretrained, Denoiser):
         generator: torch.Generator,
         u: Float[Tensor, " b"] | None = None,
     ) -> Loss:
-        """The training loss (CDCD, sections 3 and 4).
+        """The training loss (CDCD, sections 3 and 4); in evaluation mode no prompt is hidden.
 
         Args:
             noised: positions to generate, at least one a row.
@@ -102,7 +102,7 @@ class EmbeddingDiffusion(Pretrained, Denoiser):
         table = self.embedding.table()
         e = F.embedding(tokens, table)
         z = e + t.to(e.dtype)[:, None, None] * torch.randn(e.shape, generator=generator, device=e.device)
-        kept = torch.rand(len(t), 1, 1, generator=generator, device=e.device) >= self.guidance_dropout
+        kept = torch.rand(len(t), 1, 1, generator=generator, device=e.device) >= self.guidance_dropout * self.training
         condition = Condition(e * (~noised)[..., None] * kept, noised, torch.zeros_like(e), valid)
         condition = condition._replace(x0=self._first_pass(z, t, condition))
         logits = self._logits(z, t, condition, table)
