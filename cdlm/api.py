@@ -155,7 +155,7 @@ def _tokenizer(system: EmbeddingDiffusion) -> PreTrainedTokenizerFast:
 
 
 def lines(samples: Samples, tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
-    """One JSON object a sample: text, tokens, nfe, steps and their budget, reason, seed, index, prompt character spans."""
+    """One JSON object a sample, with the fields of `LINE`; `given` are the characters [start, end) of the prompt."""
     out = []
     for i, text in enumerate(samples.texts):
         valid = samples.valid[i]
@@ -163,7 +163,6 @@ def lines(samples: Samples, tokenizer: PreTrainedTokenizerFast) -> list[dict[str
         out.append(
             {
                 "text": text, "tokens": ids, "nfe": int(samples.nfe[i]), "steps": int(samples.steps[i]),
-                "budget": samples.budget,
                 "budget": samples.budget,
                 "reason": samples.reason[i].name.lower(), "seed": samples.seed, "index": int(samples.index[i]),
                 "given": given_spans(tokenizer, ids, given),
@@ -242,9 +241,9 @@ def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, 
 def card(config: RunConfig, system: EmbeddingDiffusion, config_text: str) -> str:
     """The model card of a run: its size, data and full configuration."""
     size = sum(p.numel() for p in system.parameters()) / 1e6
+    shape = f"{config.training.steps} steps of {config.batch_size} rows of {config.length} tokens"
     sections = {
-        "Training": f"{size:.1f} M parameters, {config.training.steps} steps of {config.batch_size} rows of {config.length}"
-        f" tokens, on `{config.source!r}`.\n\n```yaml\n{config_text.strip()}\n```",
+        "Training": f"{size:.1f} M parameters, {shape}, on `{config.source!r}`.\n\n```yaml\n{config_text.strip()}\n```",
         "Numbers": "See `evaluation.md` in this folder if the model was evaluated.",
     }
     return hub.model_card({"length": system.length, "model": system.config}, sections)
@@ -254,10 +253,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The samples of a JSONL file that `cdlm sample --out` wrote."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CdlmError(
-            f"cannot read samples from {path} ({error.strerror}): write them with cdlm sample --out"
-        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CdlmError(f"cannot read samples from {path} ({error}): write them with cdlm sample --out") from error
     out = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -332,9 +329,9 @@ def evaluate(
     """
     config = names.read_run(run)
     data = Data.of(config, hub.read_tokenizer(Path(run)))
-    asked = Judge.load(judge, device) if judge else own_judge(data, config, judge_steps, device, progress)
     corpora = [corpus_of(name, items, config.source) for name, items in samples.items()]
     real, more = real_text(data, config.source, len(corpora[0].texts))
+    asked = Judge.load(judge, device) if judge else own_judge(data, config, judge_steps, device, progress)
     return table.evaluate(
         corpora,
         real,
@@ -348,7 +345,7 @@ def evaluate(
 
 
 def _score(devices: int, device: str, judge: Judge, texts: list[str], given: Spans | None) -> ArNll:
-    parts = spread(partial(_score_share, judge, texts, given), devices, device)
+    parts = spread(partial(_score_share, judge, texts, given), min(devices, len(texts)), device)
     return ArNll.merge(parts)
 
 
@@ -358,7 +355,7 @@ def _score_share(judge: Judge, texts: list[str], given: Spans | None, rank: int,
 
 
 def _features(devices: int, device: str, judge: Judge, texts: list[str]) -> Float[np.ndarray, "m w"]:
-    parts = spread(partial(_features_share, judge, texts), devices, device)
+    parts = spread(partial(_features_share, judge, texts), min(devices, len(texts)), device)
     result = np.empty((len(texts), parts[0].shape[1]), parts[0].dtype)
     for rank, part in enumerate(parts):
         result[rank :: len(parts)] = part

@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> None:
         _dispatch(argv)
     except CdlmError as error:
         _fail(str(error), error.exit_code)
+    except argparse.ArgumentError as error:
+        _fail(f"{error} (cdlm train --help lists the settings)", 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 
@@ -54,7 +56,8 @@ def _train(argv: list[str]) -> None:
     from cdlm import api
     from cdlm.config import parse_run, read_run, run_parser
 
-    extras, rest = _extras(argparse.ArgumentParser(add_help=False, allow_abbrev=False)).parse_known_args(argv)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    extras, rest = _extras(own).parse_known_args(argv)
     if "-h" in rest or "--help" in rest:
         _extras(run_parser("cdlm train")).print_help()
         return

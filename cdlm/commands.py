@@ -71,7 +71,7 @@ def sample(
         steering=Steering(softmax_temperature, score_temperature, guidance),
     )  # fmt: skip
     work = partial(api.draw_share, run, precision, sampler, asked, batch_size, not quiet)
-    samples = Samples.merge(spread(work, devices, device))
+    samples = Samples.merge(spread(work, min(devices, len(asked)), device))
     lines = api.lines(samples, folder.tokenizer)
     if out is not None:
         api.write_lines(out, lines)
@@ -91,11 +91,12 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
     if file is None:
         return None
     try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise CdlmError(
-            f"cannot read prompts from {file} ({error.strerror}): give a text file, one prompt a line"
-        ) from error
+        found = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CdlmError(f"cannot read prompts from {file} ({error}): give a text file, one prompt a line") from error
+    if not found:
+        raise CdlmError(f"{file} holds no prompts: write one a line")
+    return found
 
 
 def evaluate(

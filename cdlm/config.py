@@ -18,7 +18,18 @@ from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.data.masking import Masking, Mixture, Prefix, RandomSubset, Span, Unconditional
 from cdlm.data.sources import Source, Stories
 from cdlm.errors import CdlmError
-from cdlm.halting import AfterStep, AngleConvergence, Criterion, FixedSteps, For, Never, NormConvergence, Patience
+from cdlm.halting import (
+    AfterStep,
+    And,
+    AngleConvergence,
+    Criterion,
+    FixedSteps,
+    For,
+    Never,
+    NormConvergence,
+    Or,
+    Patience,
+)
 from cdlm.training import TrainOptions
 
 if TYPE_CHECKING:
@@ -32,7 +43,7 @@ def _names(*objects: Callable[..., Any]) -> Names:
     return MappingProxyType({o.__name__: o for o in objects})
 
 
-RULES = _names(Patience, NormConvergence, AngleConvergence, FixedSteps, Never, For, AfterStep)
+RULES = _names(Patience, NormConvergence, AngleConvergence, FixedSteps, Never, For, AfterStep, And, Or)
 SOLVERS = _names(Euler, Heun, TorchDiffEq)
 GRIDS = _names(Warped, UniformT, LogT)
 MASKINGS = _names(Prefix, RandomSubset, Span, Unconditional, Mixture)
@@ -123,7 +134,7 @@ def parse_run(argv: list[str], prog: str = "cdlm train") -> tuple[RunConfig, str
     try:
         settings = parser.parse_args(argv)
         values = {key: value for key, value in vars(parser.instantiate(settings)).items() if key != "config"}
-        return RunConfig(**values), parser.dump(settings, skip_none=False)
+        return RunConfig(**values), parser.dump(settings, skip_unset=False)
     except ArgumentError as error:
         raise CdlmError(f"{error.message or error} ({prog} --help lists the settings)") from error
 
@@ -140,7 +151,7 @@ def build_system(config: Mapping[str, Any]) -> EmbeddingDiffusion:
     """The system that a `config.json` describes, with fresh weights."""
     settings = dict(config)
     name, vocab = settings.pop("system", None), settings.pop("vocab", None)
-    if name not in SYSTEMS:
+    if not isinstance(name, str) or name not in SYSTEMS:
         raise CdlmError(f"config.json asks for the system {name!r}: this version knows {', '.join(SYSTEMS)}")
     try:
         return SYSTEMS[name](**settings).build(vocab)
@@ -164,9 +175,9 @@ def parse(text: str, names: Names, what: str) -> Any:
     """
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise CdlmError(
-            f"cannot read the {what} {text!r}: write it like a call, for example {_example(names)}"
+            f"cannot read the {what} {text[:60]!r}: write it like a call, for example {_example(names)}"
         ) from error
     return _build(tree, names, what)
 
@@ -201,16 +212,16 @@ def _call(node: ast.Call, names: Names, what: str) -> Any:
     for keyword in node.keywords:
         if keyword.arg not in signature.parameters:
             known = list(signature.parameters)
-            raise CdlmError(
-                f"{name} has no parameter {keyword.arg!r}{_nearest(str(keyword.arg), known)}: it is {name}{_plain(signature)}"
-            )
+            hint = _nearest(str(keyword.arg), known)
+            raise CdlmError(f"{name} has no parameter {keyword.arg!r}{hint}: it is {name}{_plain(signature)}")
     arguments = [_build(item, names, what) for item in node.args]
     keywords = {str(k.arg): _build(k.value, names, what) for k in node.keywords}
     try:
-        signature.bind(*arguments, **keywords)
-    except TypeError as error:
+        if len(keywords) < len(node.keywords):
+            raise TypeError("a parameter is given twice")
+        return names[name](*arguments, **keywords)
+    except (TypeError, AttributeError) as error:  # also what a constructor says of a value of a wrong kind
         raise CdlmError(f"cannot build {ast.unparse(node)!r} ({error}): it is {name}{_plain(signature)}") from error
-    return names[name](*arguments, **keywords)
 
 
 def _plain(signature: inspect.Signature) -> str:

@@ -40,6 +40,7 @@ class Pretrained(nn.Module):
         Args:
             card: text of the model card; by default the configuration alone.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -51,7 +52,12 @@ class Pretrained(nn.Module):
         write_text(folder / "README.md", model_card(config) if card is None else card)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         with replacing(folder / "model.safetensors") as temporary:
-            save_file(state, temporary)
+            try:
+                save_file(state, temporary)
+            except SafetensorError as error:  # the library's word for a write that the system refused
+                raise CdlmError(
+                    f"cannot write {folder / 'model.safetensors'} ({error}); choose another folder"
+                ) from error
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, card: str | None = None) -> str:
         """Upload the folder to the Hugging Face Hub and return its address. Needs a token (`hf auth login`)."""
@@ -113,7 +119,7 @@ def load_weights(module: Pretrained, folder: Folder) -> None:
     for name, shape in expected.items():
         if found[name] != shape:
             raise CdlmError(
-                f"tensor {name!r} has shape {found[name]}, config.json asks for {shape}: the weights are of another model"
+                f"tensor {name!r} has shape {found[name]}, config.json asks for {shape}: these are another model's weights"
             )
     module.load_state_dict(dict(folder.weights))
     module.tokenizer, module.length = folder.tokenizer, folder.length
@@ -162,6 +168,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CdlmError(f"{file} is not valid JSON ({error}); copy it again") from error
     if not isinstance(config, dict) or config.get("cdlm_format") != FORMAT:
         raise CdlmError(f"{file} is not a model of this toolkit (cdlm_format {FORMAT}): train or convert one")
+    if not isinstance(config.get("model"), dict) or not isinstance(config.get("length"), int):
+        raise CdlmError(f"{file} lacks the settings 'model' or the number 'length': copy it again")
     return config
 
 
@@ -182,7 +190,10 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
     if not (path / "tokenizer.json").exists():
         raise CdlmError(f"{path} has no tokenizer.json: copy the whole folder")
-    return PreTrainedTokenizerFast.from_pretrained(path, clean_up_tokenization_spaces=False)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(path, clean_up_tokenization_spaces=False)
+    except Exception as error:  # transformers and tokenizers each raise their own kinds
+        raise CdlmError(f"the tokenizer of {path} cannot be read ({_first_line(error)}); copy it again") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Randomness keyed by what it is for, so that no result depends on the batch, the device or the history of a process."""
+"""Randomness keyed by what it is for: no result depends on the batch, the device or the history of a process."""
 
 from __future__ import annotations
 

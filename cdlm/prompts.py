@@ -28,6 +28,10 @@ def requests(
     """
     if n < 1:
         raise CdlmError(f"n is the number of samples and must be >= 1, got {n}")
+    if length < 1:
+        raise CdlmError(f"length is the number of tokens of a sample and must be >= 1, got {length}")
+    if prompts is not None and not prompts:
+        raise CdlmError("there are no prompts: give one or more, or leave them out")
     if prompts is None:
         rows = [(torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool))]
     else:
@@ -42,7 +46,7 @@ def _parse(prompt: str, length: int, tokenizer: PreTrainedTokenizerFast) -> tupl
     tokens: list[int] = []
     given: list[bool] = []
     for place, part in enumerate(parts):
-        ids = [0] * int(part) if place % 2 else tokenizer.encode(part, add_special_tokens=False)
+        ids = _hole(part, length) if place % 2 else tokenizer.encode(part, add_special_tokens=False)
         tokens += ids
         given += [place % 2 == 0] * len(ids)
     if len(parts) == 1 and len(tokens) < length:
@@ -54,6 +58,11 @@ def _parse(prompt: str, length: int, tokenizer: PreTrainedTokenizerFast) -> tupl
             " shorten it, so that something is left to generate"
         )
     return torch.tensor(tokens), torch.tensor(given)
+
+
+def _hole(number: str, length: int) -> list[int]:
+    """That many tokens, or one more than fit: the digits may be any."""
+    return [0] * (min(int(number), length + 1) if len(number) < 10 else length + 1)
 
 
 def _pad(

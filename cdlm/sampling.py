@@ -95,7 +95,6 @@ class Run:
         self.needs = sampler.record | sampler.criterion.needs
         self.grid = sampler.grid.levels(denoiser.schedule, sampler.steps).to(self.device)
 
-    @torch.no_grad()
     def steps(self, requests: Iterable[Request]) -> Iterator[Finished]:
         """One item a step, until every request is served. Rows that finish leave; waiting requests enter at once."""
         waiting, live = iter(requests), None
@@ -112,6 +111,7 @@ class Run:
                 live, x0 = take((live, x0), kept)
             live = self._advance(live, x0) if len(live.row) else None
 
+    @torch.no_grad()
     def _admit(self, requests: list[Request]) -> Live:
         tokens = torch.stack([request.tokens for request in requests]).to(self.device)
         open_ = ~torch.stack([request.given for request in requests]).to(self.device)
@@ -128,6 +128,7 @@ class Run:
         condition = Condition(clean * known[..., None], open_, torch.zeros_like(z), valid)
         return Live(index, zero, zero, z, tokens, condition, first_past(self.needs, z), memory)
 
+    @torch.no_grad()
     def _step(self, live: Live) -> tuple[Finished, Live, Tensor]:
         t, open_ = self.grid[live.step], live.condition.noised
         prediction, x0 = self.sampler.steering.predict(self.denoiser, live.z, t, live.condition)
@@ -142,6 +143,7 @@ class Run:
         live = live._replace(nfe=nfe, past=past, memory=memory, condition=condition)
         return Finished(state, done, decision.halt, tokens, decision.info), live, x0
 
+    @torch.no_grad()
     def _advance(self, live: Live, x0: Tensor) -> Live:
         steering, condition = self.sampler.steering, live.condition
 

@@ -28,10 +28,18 @@ def spread(work: Callable[[int, int, str], T], devices: int, device: str = "cpu"
     if ":" in device:
         raise CdlmError(f"several devices need a kind of device, got {device!r}: say {device.split(':')[0]!r}")
     fabric = Fabric(accelerator="gpu" if device == "cuda" else device, devices=devices, strategy="ddp_spawn")
-    return fabric.launch(_collect, work, device)
+    launch: Callable[..., Any] = fabric.launch  # its own type forgets the arguments of the function
+    return launch(_collect, work, device).results
 
 
-def _collect(fabric: Any, work: Callable[[int, int, str], T], device: str) -> list[T]:
+class _Parcel:
+    """Fabric walks through dataclasses on their way back and refuses frozen ones; other objects it lets pass."""
+
+    def __init__(self, results: list[Any]):
+        self.results = results
+
+
+def _collect(fabric: Any, work: Callable[[int, int, str], T], device: str) -> Any:
     import torch
 
     here = f"{device}:{fabric.local_rank}" if device == "cuda" else device
@@ -39,4 +47,4 @@ def _collect(fabric: Any, work: Callable[[int, int, str], T], device: str) -> li
     torch.set_num_threads(threads)
     results: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(results, work(fabric.global_rank, fabric.world_size, here))
-    return results
+    return _Parcel(results)

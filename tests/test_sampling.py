@@ -66,7 +66,7 @@ def test_order_and_batch_size_do_not_matter(order: list[int], batch_size: int) -
     assert draw(sampler, requests(order), batch_size) == draw(sampler, requests(range(6)), 6)
 
 
-@pytest.mark.parametrize("solver", (Euler(), Heun()), ids=repr)
+@pytest.mark.parametrize("solver", [Euler(), Heun()], ids=repr)
 def test_a_halted_row_is_a_prefix_of_the_full_run(solver: Solver) -> None:
     def states(criterion: Criterion) -> dict[int, list[Tensor]]:
         seen: dict[int, list[Tensor]] = {}
@@ -97,7 +97,7 @@ def test_a_looser_threshold_never_halts_later(strict: float, factor: float, pati
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-@pytest.mark.parametrize("guidance", (1.0, 2.0))
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_calls_reported_are_calls_made(solver: Solver, guidance: float) -> None:
     oracle = Oracle()
     sampler = Sampler(steps=7, solver=solver, criterion=Patience(3), steering=Steering(guidance=guidance))
@@ -148,7 +148,7 @@ def test_finished_rows_leave_and_waiting_ones_enter_at_once() -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("grid", (Warped(), LogT(), UniformT()), ids=repr)
+@pytest.mark.parametrize("grid", [Warped(), LogT(), UniformT()], ids=repr)
 def test_samples_reproduce_the_token_frequencies(grid) -> None:
     oracle, count = Oracle(), Counter()
     for step in Run(oracle, Sampler(steps=200, grid=grid), 600).steps(requests(range(600))):
@@ -171,7 +171,7 @@ def test_signals_must_be_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings_", ({"steps": 0}, {"seed": -1}, {"record": frozenset({"speed"})}, {"init_scale": -1.0}), ids=str
+    "settings_", [{"steps": 0}, {"seed": -1}, {"record": frozenset({"speed"})}, {"init_scale": -1.0}], ids=str
 )
 def test_bad_settings_are_refused(settings_: dict) -> None:
     with pytest.raises(CdlmError):

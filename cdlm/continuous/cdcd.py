@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from cdlm.continuous.embedding import TokenEmbedding
+from cdlm.continuous.levels import check_range
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.warping import TimeWarp
 from cdlm.errors import CdlmError
@@ -41,6 +42,10 @@ class CDCD:
     guidance_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "mlp_ratio", "dim"):
+            if getattr(self, name) < 1:
+                raise CdlmError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_range(self.t_min, self.t_max)
         if self.width % (2 * self.heads):
             raise CdlmError(
                 f"width must be a multiple of 2 * heads, got width={self.width} and heads={self.heads}:"

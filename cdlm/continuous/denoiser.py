@@ -40,8 +40,8 @@ class Steering:
     """How a prediction drives the state: temperatures and classifier-free guidance.
 
     Args:
-        softmax_temperature: divides the logits before the expected embedding is taken; below 1 sharpens. > 0.
-        score_temperature: divides the score, `x0 = z + (x0 - z) / temperature`; below 1 sharpens (CDCD, section 6.4). > 0.
+        softmax_temperature: > 0, divides the logits before the expected embedding is taken; below 1 sharpens.
+        score_temperature: > 0, divides the score, `x0 = z + (x0 - z) / temperature`; below 1 sharpens (CDCD, 6.4).
         guidance: scale g of `x0 = x0_uncond + g (x0_cond - x0_uncond)`; 1 is off, others cost a second call a step.
 
     The plain prediction, not the steered one, feeds self-conditioning, the statistics and the final tokens.

@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from cdlm.continuous.warping import Schedule
 
 
-def alpha_of(t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def alpha_of(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """Signal scale of the variance-preserving view."""
     return torch.rsqrt(1 + t.square())
 
 
-def sigma_of(t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def sigma_of(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """Noise scale of the variance-preserving view."""
     return t * torch.rsqrt(1 + t.square())
 
 
-def gamma_of(t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def gamma_of(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """Minus the log signal-to-noise ratio."""
     return 2 * t.log()
 
 
-def t_of_gamma(gamma: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def t_of_gamma(gamma: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """Inverse of `gamma_of`."""
     return (gamma / 2).exp()
 

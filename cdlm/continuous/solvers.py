@@ -60,7 +60,7 @@ class Euler(Solver):
 
 @dataclass(frozen=True)
 class Heun(Solver):
-    """Euler, then the mean of both slopes; second order, one more prediction an interval (EDM, arXiv 2206.00364, alg. 1)."""
+    """Euler, then the mean of both slopes: second order, one more prediction an interval (arXiv 2206.00364, alg. 1)."""
 
     def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Advance:
         tilde = _lerp(z, x0, t, t_next)
@@ -97,6 +97,10 @@ class TorchDiffEq(Solver):
             raise CdlmError(
                 f"torchdiffeq has no method {self.method!r} for this: use one of {', '.join(FIXED + ADAPTIVE)}"
             )
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise CdlmError(f"TorchDiffEq needs a number {name} > 0, got {value!r}")
 
     def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Advance:
         rows = torch.arange(len(t), device=z.device)

@@ -39,7 +39,7 @@ class EmbeddingDiffusion(Pretrained, Denoiser):
 
     Trained with cross-entropy, which interpolates the score: softmax(logits) averages the table to x0, and
     (x0 - z) / t**2 is the score (CDCD, arXiv 2211.15089, section 3.1). Per position the network reads four things
-    (section 4.1): the scaled noisy state, the clean embedding if it is given, the previous estimate, and which of both it is.
+    (section 4.1): the scaled noisy state, the clean embedding if given, the previous estimate, and which of both it is.
 
     Args:
         embedding, schedule, network: the parts. The network maps 3 d + 1 features and a level to v logits.

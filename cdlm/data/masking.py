@@ -92,6 +92,8 @@ class Mixture(Masking):
         if not self.parts or any(weight <= 0 for weight, _ in self.parts):
             weights = [weight for weight, _ in self.parts]
             raise CdlmError(f"Mixture: expected one or more laws with positive weights, got weights {weights}")
+        if not all(isinstance(law, Masking) for _, law in self.parts):
+            raise CdlmError(f"Mixture: expected pairs of a weight and a law, got {self.parts}")
 
     def __call__(self, valid: Bool[Tensor, "b n"], generator: torch.Generator) -> Bool[Tensor, "b n"]:
         weights = torch.tensor([weight for weight, _ in self.parts], device=valid.device)

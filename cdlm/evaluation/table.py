@@ -86,7 +86,7 @@ class Evaluation:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: what cannot be computed is None, never NaN. `steps` is the first row's, if it has any."""
+        """Plain data for JSON: what cannot be computed is None, never NaN. `steps` is that of the first row."""
         return {
             "steps": self.rows[0].get("steps"),
             "judge": dict(self.judge),

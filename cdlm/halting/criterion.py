@@ -109,6 +109,7 @@ class For(Criterion):
     steps: int
 
     def __post_init__(self) -> None:
+        require_rule("For", self.rule)
         require_count("For", "steps", self.steps)
 
     @property
@@ -132,6 +133,7 @@ class AfterStep(Criterion):
     steps: int
 
     def __post_init__(self) -> None:
+        require_rule("AfterStep", self.rule)
         require_count("AfterStep", "steps", self.steps)
 
     @property
@@ -144,6 +146,12 @@ class AfterStep(Criterion):
     def look(self, memory: Memory, state: StepState) -> tuple[Memory, Decision]:
         memory, decision = self.rule.look(memory, state)
         return memory, decision._replace(halt=decision.halt & (state.step + 1 >= self.steps))
+
+
+def require_rule(name: str, rule: object) -> None:
+    """Raise unless `rule` is a halting rule."""
+    if not isinstance(rule, Criterion):
+        raise CdlmError(f"{name} needs a halting rule, got {rule!r}")
 
 
 def require_count(rule: str, name: str, value: int) -> None:

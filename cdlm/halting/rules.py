@@ -38,7 +38,7 @@ class Patience(Criterion):
 
 @dataclass(frozen=True)
 class NormConvergence(Stateless):
-    """Halt when the mean norm of x0 has come within a share `delta` > 0 of the embedding norm: ||x0|| >= (1 - delta) rho.
+    """Halt when the mean norm of x0 is within a share `delta` > 0 of the embedding norm: ||x0|| >= (1 - delta) rho.
 
     x0 averages embeddings of equal norm, so its norm reaches rho only when every position is decided.
     """
@@ -58,10 +58,10 @@ class NormConvergence(Stateless):
 
 @dataclass(frozen=True)
 class AngleConvergence(Stateless):
-    """Halt when the score hardly turns any more: 1 - cos(score, score of the step before) <= `delta`, in (0, 2].
+    """Halt when the score hardly turns any more: 1 - cos(score, score of the step before) <= `delta` > 0.
 
-    The first step has no step before it and never halts. Early steps, where every prediction is the average token, hardly
-    turn either: combine with `AfterStep` or `For`.
+    The first step has no step before it and never halts. Early steps, where every prediction is the average token,
+    hardly turn either: combine with `AfterStep` or `For`.
     """
 
     delta: float
