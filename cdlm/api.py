@@ -123,8 +123,8 @@ def generate(
     sampler = make_sampler(
         steps, halt, seed, record, solver=solver, grid=grid, steering=steering, init_scale=init_scale
     )
-    asked = requests(prompts, n, length or system.length, _tokenizer(system))
-    return draw(system, sampler, asked, batch_size or BATCH, progress)
+    asked = requests(prompts, n, system.length if length is None else length, _tokenizer(system))
+    return draw(system, sampler, asked, BATCH if batch_size is None else batch_size, progress)
 
 
 def draw(
@@ -256,7 +256,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise CdlmError(f"cannot read samples from {path} ({error}): write them with cdlm sample --out") from error
     out = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line:
+            continue
         try:
             item = json.loads(line)
             out.append({key: item[key] for key in LINE})

@@ -42,8 +42,11 @@ def _dispatch(argv: list[str]) -> None:
     if name == "train":
         _train(rest)
         return
+    from transformers.utils.logging import disable_progress_bar
+
     from cdlm import commands
 
+    disable_progress_bar()  # its bars are about loading files, ours about samples
     functions: dict[str, Callable[..., None]] = {
         "sample": commands.sample, "evaluate": commands.evaluate, "train-judge": commands.train_judge
     }  # fmt: skip

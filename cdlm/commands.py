@@ -65,7 +65,7 @@ def sample(
         quiet: show no progress.
     """
     folder = hub.read(run)
-    asked = requests(_prompts(prompt, prompts), n, length or folder.length, folder.tokenizer)
+    asked = requests(_prompts(prompt, prompts), n, folder.length if length is None else length, folder.tokenizer)
     sampler = api.make_sampler(
         steps, halt, seed, plot is not None, solver=solver, grid=grid, init_scale=init_scale,
         steering=Steering(softmax_temperature, score_temperature, guidance),
@@ -91,7 +91,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
     if file is None:
         return None
     try:
-        found = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise CdlmError(f"cannot read prompts from {file} ({error}): give a text file, one prompt a line") from error
     if not found:

@@ -118,9 +118,7 @@ def load_weights(module: Pretrained, folder: Folder) -> None:
             )
     for name, shape in expected.items():
         if found[name] != shape:
-            raise CdlmError(
-                f"tensor {name!r} has shape {found[name]}, config.json asks for {shape}: these are another model's weights"
-            )
+            raise CdlmError(f"tensor {name!r} has shape {found[name]}, config.json asks for {shape}: of another model")
     module.load_state_dict(dict(folder.weights))
     module.tokenizer, module.length = folder.tokenizer, folder.length
 

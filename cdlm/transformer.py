@@ -13,7 +13,7 @@ from cdlm.noise import generator
 
 
 class LevelEmbedding(nn.Module):
-    """A scalar, such as the log noise level, to a vector: random Fourier features and two layers (CDCD, section 4.3)."""
+    """A scalar, such as ln t, to a vector: random Fourier features and two layers (CDCD, section 4.3)."""
 
     def __init__(self, width: int, scale: float = 0.5, features: int = 64):
         super().__init__()

@@ -89,7 +89,8 @@ class EmbeddingDiffusion(Pretrained, Denoiser):
         generator: torch.Generator,
         u: Float[Tensor, " b"] | None = None,
     ) -> Loss:
-        """The training loss (CDCD, sections 3 and 4); in evaluation mode no prompt is hidden.
+        """The training loss (CDCD, sections 3 and 4); in evaluation mode all rows get a first pass
+        and no prompt is hidden.
 
         Args:
             noised: positions to generate, at least one a row.
@@ -124,7 +125,8 @@ class EmbeddingDiffusion(Pretrained, Denoiser):
 
     def _first_pass(self, z: Tensor, t: Tensor, condition: Condition) -> Float[Tensor, "b n d"]:
         # Levels are a random permutation of the rows, so the first rows are a random share.
-        rows = round(self.self_conditioning * len(t))
+        share = self.self_conditioning if self.training else float(self.self_conditioning > 0)
+        rows = round(share * len(t))
         if rows == 0:
             return condition.x0
         first = torch.arange(rows, device=z.device)

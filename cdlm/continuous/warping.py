@@ -42,8 +42,9 @@ class TimeWarp(Schedule):
     """A piecewise linear CDF fitted to the loss as a function of the noise level (CDCD, section 3.3 and appendix A).
 
     `F~(t)`, with bin widths softmax(l_t) on the noise axis and bin heights exp(l_u), regresses the loss at t.
-    Normalised, it is the CDF from which training draws t, so that the loss grows linearly with u. The same map spaces the steps of
-    sampling. The noise axis is ln t by default: on the paper's linear axis almost all early draws are pure noise.
+    Normalised, it is the CDF from which training draws t, so that the loss grows linearly with u. The same map spaces
+    the steps of sampling. The noise axis is ln t by default: on the paper's linear axis almost all early draws are pure
+    noise.
 
     Training and sampling read an exponential moving average of the logits. Bins never shrink below `floor`.
     """
