@@ -130,7 +130,8 @@ def evaluate(
         devices: processes to spread the judge's work over.
         quiet: show no progress.
     """
-    files = {path.stem: api.read_lines(path) for path in (samples, baseline) if path is not None}
+    paths = [path.absolute() for path in (samples, baseline) if path is not None]
+    files = {f"{path.parent.name}/{path.stem}": api.read_lines(path) for path in paths}
     count = min([len(lines) for lines in files.values()] + ([] if n is None else [n]))
     result = api.evaluate(
         run, {name: lines[:count] for name, lines in files.items()}, judge=judge, judge_steps=judge_steps,
