@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from cdlm.errors import CdlmError
@@ -44,7 +44,7 @@ class Criterion(ABC):
 
 
 class Stateless(Criterion):
-    """A rule of the present step alone: subclasses say `fires`."""
+    """A rule of the present step alone: subclasses say what it decides."""
 
     def start(self, rows: Rows) -> Memory:
         return ()
@@ -56,17 +56,16 @@ class Stateless(Criterion):
     def decide(self, state: StepState) -> Decision: ...
 
 
-def _merged(first: Decision, second: Decision, halt: Tensor) -> Decision:
-    info: Mapping[str, Tensor] = {**second.info, **first.info}
-    return Decision(halt, info)
-
-
 @dataclass(frozen=True)
-class And(Criterion):
-    """Halts at a step at which both halt. Both look at every step."""
+class Pair(Criterion):
+    """Two rules that both look at every step; subclasses join what they say."""
 
     first: Criterion
     second: Criterion
+
+    def __post_init__(self) -> None:
+        for rule in (self.first, self.second):
+            require_rule(type(self).__name__, rule)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -78,27 +77,27 @@ class And(Criterion):
     def look(self, memory: Memory, state: StepState) -> tuple[Memory, Decision]:
         one, a = self.first.look(memory[0], state)
         two, b = self.second.look(memory[1], state)
-        return (one, two), _merged(a, b, a.halt & b.halt)
+        return (one, two), Decision(self.join(a.halt, b.halt), {**b.info, **a.info})
+
+    @abstractmethod
+    def join(self, first: Bool[Tensor, " b"], second: Bool[Tensor, " b"]) -> Bool[Tensor, " b"]:
+        """Which rows halt."""
 
 
 @dataclass(frozen=True)
-class Or(Criterion):
-    """Halts at a step at which either halts. Both look at every step."""
+class And(Pair):
+    """Halts at a step at which both halt."""
 
-    first: Criterion
-    second: Criterion
+    def join(self, first: Bool[Tensor, " b"], second: Bool[Tensor, " b"]) -> Bool[Tensor, " b"]:
+        return first & second
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return self.first.needs | self.second.needs
 
-    def start(self, rows: Rows) -> Memory:
-        return self.first.start(rows), self.second.start(rows)
+@dataclass(frozen=True)
+class Or(Pair):
+    """Halts at a step at which either halts."""
 
-    def look(self, memory: Memory, state: StepState) -> tuple[Memory, Decision]:
-        one, a = self.first.look(memory[0], state)
-        two, b = self.second.look(memory[1], state)
-        return (one, two), _merged(a, b, a.halt | b.halt)
+    def join(self, first: Bool[Tensor, " b"], second: Bool[Tensor, " b"]) -> Bool[Tensor, " b"]:
+        return first | second
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Supervisor(Callback):
             "loss": loss,
             "nats_per_token": nats / count,
             "tokens_per_second": tokens * batches * trainer.world_size / seconds,
-            "lr": module.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "gradient_norm": float(module.gradient_norm),
             **dict(zip(("t_q10", "t_q50", "t_q90"), quantiles, strict=True)),
         }
