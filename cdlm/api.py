@@ -254,7 +254,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CdlmError(f"cannot read samples from {path} ({error}): write them with cdlm sample --out") from error
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
+        raise CdlmError(f"cannot read samples from {path} ({reason}): write them with cdlm sample --out") from error
     out = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line:

@@ -93,7 +93,8 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
     try:
         found = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise CdlmError(f"cannot read prompts from {file} ({error}): give a text file, one prompt a line") from error
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
+        raise CdlmError(f"cannot read prompts from {file} ({reason}): give a text file, one prompt a line") from error
     if not found:
         raise CdlmError(f"{file} holds no prompts: write one a line")
     return found
@@ -130,8 +131,8 @@ def evaluate(
         devices: processes to spread the judge's work over.
         quiet: show no progress.
     """
-    paths = [path.absolute() for path in (samples, baseline) if path is not None]
-    files = {f"{path.parent.name}/{path.stem}": api.read_lines(path) for path in paths}
+    paths = [path for path in (samples, baseline) if path is not None]
+    files = {f"{path.absolute().parent.name}/{path.stem}": api.read_lines(path) for path in paths}
     count = min([len(lines) for lines in files.values()] + ([] if n is None else [n]))
     result = api.evaluate(
         run, {name: lines[:count] for name, lines in files.items()}, judge=judge, judge_steps=judge_steps,

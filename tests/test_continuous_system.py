@@ -312,7 +312,7 @@ def seen_by(model: EmbeddingDiffusion) -> list[Tensor]:
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_that_share_of_the_rows_gets_a_first_pass(share: float) -> None:
-    model = lively(self_conditioning=share)
+    model = lively(self_conditioning=share).train()
     calls = seen_by(model)
     model(tokens(), noised(), None, rng())
     rows = round(share * B)
@@ -325,12 +325,20 @@ def test_that_share_of_the_rows_gets_a_first_pass(share: float) -> None:
 
 @pytest.mark.parametrize(("share", "hidden"), [(0.0, 0), (1.0, B)])
 def test_guidance_dropout_hides_the_prompt_and_not_the_mask(share: float, hidden: int) -> None:
-    model = lively(guidance_dropout=share, self_conditioning=0.0)
+    model = lively(guidance_dropout=share, self_conditioning=0.0).train()
     calls = seen_by(model)
     model(tokens(), noised(), None, rng())
     clean, mask = calls[0][..., D : 2 * D], calls[0][..., -1]
     assert int((clean.abs().sum((1, 2)) == 0).sum()) == hidden
     assert torch.equal(mask == 1, noised())
+
+
+def test_in_evaluation_every_row_gets_a_first_pass_and_sees_its_prompt() -> None:
+    model = lively(guidance_dropout=1.0, self_conditioning=0.25).eval()
+    calls = seen_by(model)
+    model(tokens(), noised(), None, rng())
+    assert [len(features) for features in calls] == [B, B]
+    assert int((calls[1][..., D : 2 * D].abs().sum((1, 2)) == 0).sum()) == 0
 
 
 @given(rows=st.integers(1, 70), seed=st.integers(0, 10_000))

@@ -89,7 +89,7 @@ def test_a_failed_save_keeps_the_old_judge(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(type(broken.tokenizer), "save_pretrained", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CdlmError, match="disk full"):
         broken.save(tmp_path / "judge")
     assert [p.name for p in tmp_path.iterdir()] == ["judge"]
     np.testing.assert_array_equal(

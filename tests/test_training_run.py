@@ -208,8 +208,8 @@ def test_a_finished_run_resumes_to_itself_and_to_more_steps(tmp_path: Path) -> N
 
 
 def test_resuming_may_change_the_learning_rate(tmp_path: Path) -> None:
-    run(tmp_path, steps=6)
-    run(tmp_path, steps=9, resume=True, lr=1e-5, schedule_lr=1e-4, final_lr_ratio=1.0)
+    run(tmp_path, steps=6, optimizer="adamw")
+    run(tmp_path, steps=9, resume=True, optimizer="adamw", lr=1e-5, schedule_lr=1e-4, final_lr_ratio=1.0)
     groups = saved(tmp_path)["optimizer_states"][0]["param_groups"]
     assert {group["name"]: group["lr"] for group in groups} == {"matrices": 1e-5, "rest": 1e-5, "schedule": 1e-4}
 

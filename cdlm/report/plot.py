@@ -39,7 +39,7 @@ class Panel:
 PANELS = (
     Panel("Token switches", "tokens changed per step", (("switches", "switches", BLUE),)),
     Panel("Norms", "norm / embedding norm", (("z_norm", "state z", PURPLE), ("x0_norm", "prediction x̂₀", GREEN)), True),
-    Panel("Direction of the score", "cosine with previous step", (("score_cosine", "cosine", GREEN),)),
+    Panel("Direction of the score", "degrees from previous step", (("score_angle", "angle", GREEN),)),
     Panel("Entropy of the prediction", "nats per token", (("entropy", "entropy", BLUE),)),
 )
 
@@ -66,6 +66,9 @@ def plot_trajectories(
 
     Returns the path. Raises CdlmError when no signal can be drawn or shapes disagree.
     """
+    if "score_cosine" in record:  # near 1 all along, so its angle is what can be seen
+        cosine = np.asarray(record["score_cosine"], dtype=np.float64).clip(-1, 1)
+        record = {**record, "score_angle": np.degrees(np.arccos(cosine))}
     panels = [panel for panel in PANELS if any(key in record for key, _, _ in panel.signals)]
     steps = _checked_steps(record, halted, panels)
     figure, axes, strip = _canvas(len(panels), halted is not None)
@@ -87,7 +90,7 @@ def plot_trajectories(
 def _checked_steps(record: Mapping[str, np.ndarray], halted: np.ndarray | None, panels: Sequence[Panel]) -> int:
     shapes = {record[key].shape for panel in panels for key, _, _ in panel.signals if key in record}
     if not shapes:
-        known = ", ".join(key for panel in PANELS for key, _, _ in panel.signals)
+        known = ", ".join(key for panel in PANELS for key, _, _ in panel.signals).replace("_angle", "_cosine")
         raise CdlmError(f"expected a record with some of {known}, got {sorted(record)}; sample with record=True")
     if len(shapes) > 1 or 0 in next(iter(shapes)):
         raise CdlmError(f"expected signals of one shape [steps, rows] without a zero, got {sorted(shapes)}")
