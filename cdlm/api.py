@@ -231,7 +231,7 @@ def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, 
         progress=progress,
         context={
             "data": data.train.key,
-            "system": json.dumps(system.config),
+            **{f"system.{name}": str(value) for name, value in system.config.items()},
             "masking": config.masking,
             "batch_size": config.batch_size,
         },

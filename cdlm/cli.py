@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -95,5 +96,6 @@ def _arguments(function: Callable[..., None], prog: str, argv: list[str]) -> dic
 
 
 def _fail(message: str, code: int) -> None:
-    print("cdlm: " + " ".join(message.split()), file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a parallel run all fail alike
+        print("cdlm: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(code)
