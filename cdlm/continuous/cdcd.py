@@ -22,7 +22,7 @@ class CDCD:
         dim: embedding dimension; every embedding has norm sqrt(dim).
         t_min, t_max: noise levels in units of the embedding norm (CDCD: 1/16 and 300/16).
         axis: noise axis of the warp's bins, "log" or "linear" (CDCD).
-        gates: AdaLN-Zero gates on the branches (CDCD has none).
+        gates: AdaLN-Zero gates on the branches (CDCD has none); in short runs on rich text they open too slowly.
         own_position: add what a position's own noisy state says about its token in closed form.
         self_conditioning: share of training rows with a first pass.
         guidance_dropout: share of training rows whose prompt is hidden.
@@ -36,7 +36,7 @@ class CDCD:
     t_min: float = 0.06
     t_max: float = 10.0
     axis: Literal["log", "linear"] = "log"
-    gates: bool = True
+    gates: bool = False
     own_position: bool = False
     self_conditioning: float = 0.5
     guidance_dropout: float = 0.1
