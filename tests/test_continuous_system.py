@@ -236,7 +236,7 @@ def test_bf16_is_the_arithmetic_of_the_network_alone() -> None:
         rough = model.denoise(z, t, condition)
         assert rough.logits.dtype == rough.x0.dtype == torch.float32
         assert not torch.equal(rough.logits, exact.logits)
-        torch.testing.assert_close(rough.logits, exact.logits, rtol=0.1, atol=0.1)
+        torch.testing.assert_close(rough.logits, exact.logits, rtol=0.1, atol=0.5)  # logits are 50 times as large
         loss = model(tokens(), noised(), None, rng())
     assert loss.nats.dtype == loss.total.dtype == torch.float32
 

@@ -20,9 +20,10 @@ class CDCD:
     Args:
         width, depth, heads, mlp_ratio: the transformer.
         dim: embedding dimension; every embedding has norm sqrt(dim).
-        t_min, t_max: noise levels in units of the embedding norm (CDCD: 1/16 and 300/16).
-        axis: noise axis of the warp's bins, "log" or "linear" (CDCD).
-        gates: AdaLN-Zero gates on the branches (CDCD has none); in short runs on rich text they open too slowly.
+        t_min, t_max: noise levels in units of the embedding norm; the defaults are the paper's 1 and 300 at norm 16.
+        axis: noise axis of the warp's bins. "linear" (the paper's) starts with nearly pure noise, so that context is
+            learned first; "log" spends less there, which suits small vocabularies and simple text.
+        gates: AdaLN-Zero gates on the branches (CDCD has none).
         own_position: add what a position's own noisy state says about its token in closed form.
         self_conditioning: share of training rows with a first pass.
         guidance_dropout: share of training rows whose prompt is hidden.
@@ -33,9 +34,9 @@ class CDCD:
     heads: int = 4
     mlp_ratio: int = 4
     dim: int = 64
-    t_min: float = 0.06
-    t_max: float = 10.0
-    axis: Literal["log", "linear"] = "log"
+    t_min: float = 0.0625
+    t_max: float = 18.75
+    axis: Literal["log", "linear"] = "linear"
     gates: bool = False
     own_position: bool = False
     self_conditioning: float = 0.5
