@@ -288,7 +288,7 @@ def test_metrics_have_losses_and_every_noise_level(tmp_path: Path) -> None:
     run(tmp_path)
     table = {int(row["step"]): row for row in rows(tmp_path)}
     assert list(table) == [0, 3, 6, 9, 12]
-    assert float(table[0]["prior_mismatch"]) == pytest.approx(0.5 / 10.0**2)
+    assert float(table[0]["prior_mismatch"]) == pytest.approx(0.5 / 18.75**2)
     assert all(float(table[12][name]) > 0 for name in ("loss", "nats_per_token", "lr", "gradient_norm", "t_q50"))
     levels = [float(table[6][f"nats_u{i}"]) for i in range(10)]
     assert float(table[6]["valid_nats"]) == pytest.approx(sum(levels) / 10)
