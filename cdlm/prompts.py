@@ -24,7 +24,7 @@ def requests(
     """`n` samples of each prompt (or of none), numbered from `first`; the samples of a prompt are neighbours.
 
     A prompt without holes is a prefix: what follows it is generated up to `length`. One with holes, such as
-    "The [8] sat on the [2].", is generated only there, 8 and 2 tokens, and ends where it ends.
+    "The [8] sat on the [2].", is generated only there, 8 and 2 tokens, and ends where it ends. Blanks before a hole belong to the hole.
     """
     if n < 1:
         raise CdlmError(f"n is the number of samples and must be >= 1, got {n}")
@@ -46,6 +46,8 @@ def _parse(prompt: str, length: int, tokenizer: PreTrainedTokenizerFast) -> tupl
     tokens: list[int] = []
     given: list[bool] = []
     for place, part in enumerate(parts):
+        if place < len(parts) - 1:
+            part = part.rstrip(" ")  # the blank before a hole belongs to the token that fills it
         ids = _hole(part, length) if place % 2 else tokenizer.encode(part, add_special_tokens=False)
         tokens += ids
         given += [place % 2 == 0] * len(ids)
