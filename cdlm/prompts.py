@@ -24,7 +24,8 @@ def requests(
     """`n` samples of each prompt (or of none), numbered from `first`; the samples of a prompt are neighbours.
 
     A prompt without holes is a prefix: what follows it is generated up to `length`. One with holes, such as
-    "The [8] sat on the [2].", is generated only there, 8 and 2 tokens, and ends where it ends. Blanks before a hole belong to the hole.
+    "The [8] sat on the [2].", is generated only there, 8 and 2 tokens, and ends where it ends.
+    Blanks before a hole belong to the hole.
     """
     if n < 1:
         raise CdlmError(f"n is the number of samples and must be >= 1, got {n}")
