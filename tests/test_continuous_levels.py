@@ -123,7 +123,7 @@ def test_the_density_integrates_to_one(axis: Axis, seed: int) -> None:
     schedule = warp(axis, seed, scale=1.0)
     x = torch.linspace(math.log(T_MIN), math.log(T_MAX), 40_001, dtype=torch.float64)
     t = x.exp().clamp(T_MIN, T_MAX)
-    assert float(torch.trapezoid(schedule.density(t) * t, x)) == pytest.approx(1, abs=2e-2)  # a step function by trapezoids
+    assert float(torch.trapezoid(schedule.density(t) * t, x)) == pytest.approx(1, abs=2e-2)  # by trapezoids
 
 
 @axes
