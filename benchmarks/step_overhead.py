@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from untrained import parameters, untrained
 
-from cdlm.collect import RECORDED, collect
+from cdlm.collect import NEEDED, collect
 from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.system import EmbeddingDiffusion
@@ -105,7 +105,7 @@ def main() -> None:
     samplers = {
         "no rule": Sampler(args.steps),
         "Patience": Sampler(args.steps, Patience(never)),
-        "everything recorded": Sampler(args.steps, Patience(never), record=frozenset(RECORDED)),
+        "everything recorded": Sampler(args.steps, Patience(never), record=NEEDED),
     }
     print(f"{parameters(system)}, vocabulary {args.vocab}, {args.batch} rows of {args.length}, {args.steps} steps")
 

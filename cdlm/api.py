@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cdlm import config as names
 from cdlm import hub
-from cdlm.collect import RECORDED, collect, decode, given_spans, with_progress
+from cdlm.collect import NEEDED, collect, decode, given_spans, with_progress
 from cdlm.config import RunConfig
 from cdlm.continuous.denoiser import Steering
 from cdlm.continuous.levels import Grid
@@ -81,7 +81,7 @@ def make_sampler(
         steering=steering or Steering(),
         init_scale=init_scale,
         seed=seed,
-        record=frozenset(RECORDED) if record else frozenset(),
+        record=NEEDED if record else frozenset(),
     )
 
 
@@ -135,7 +135,7 @@ def draw(
     steps: Iterable[Finished] = run.steps(asked)
     if progress:
         steps = with_progress(steps, len(asked))
-    record = set(RECORDED) <= sampler.record
+    record = NEEDED <= sampler.record
     return collect(steps, asked, _tokenizer(system), budget=sampler.steps, seed=sampler.seed, record=record)
 
 
@@ -407,4 +407,6 @@ def plot(samples: Samples, path: Path, title: str) -> None:
 
     if samples.record is None:
         raise CdlmError("the samples have no record to plot: draw them with record=True")
-    plot_trajectories(samples.record, path, halted=samples.steps - 1, title=title)
+    record = samples.record
+    columns = {**record.signals, "switches": np.where(record.nfe > 0, record.switch_counts(), np.nan)}
+    plot_trajectories(columns, path, halted=samples.steps - 1, title=title)

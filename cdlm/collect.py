@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
+from cdlm.record import Record, Switches, in_order
 from cdlm.sampling import Request
 from cdlm.types import Finished, HaltReason, Samples, StepState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-RECORDED = ("switches", "entropy", "z_norm", "x0_norm", "score_cosine")
-"""Signals of a record; per-position ones are averaged over the open positions of each row."""
+RECORDED = ("mean_entropy", "mean_kl", "margin", "span_margin", "z_norm", "x0_norm", "score_cosine")
+"""Row signals of a record, which also keeps each step's tokens."""
+NEEDED = frozenset({"tokens", *RECORDED})
+"""Signals that the sampler of a recorded run computes."""
 
 
 def collect(
@@ -30,17 +33,17 @@ def collect(
     seed: int,
     record: bool = False,
 ) -> Samples:
-    """Run the loop to its end. `record` needs a sampler that computes the signals of `RECORDED`."""
+    """Run the loop to its end. `record` needs a sampler that computes the signals of `NEEDED`."""
     place = {request.index: i for i, request in enumerate(requests)}
     count = len(requests)
     tokens = torch.stack([request.tokens for request in requests])
     nfe, taken = np.zeros(count, np.int64), np.zeros(count, np.int64)
     reasons = [HaltReason.BUDGET] * count
-    tape = {name: np.full((budget, count), np.nan, np.float32) for name in RECORDED} if record else None
+    tape = Tape(budget, tokens) if record else None
     for step in steps:
         columns = np.array([place[row] for row in step.state.row.tolist()])
         if tape is not None:
-            _write(tape, step.state, columns)
+            tape.write(step.state, columns)
         leaving = step.done.nonzero().squeeze(1).tolist()
         for row, final in zip(leaving, step.tokens.cpu(), strict=True):
             i = columns[row]
@@ -48,6 +51,8 @@ def collect(
             nfe[i], taken[i] = int(step.state.nfe[row]), int(step.state.step[row]) + 1
             if bool(step.halted[row]):
                 reasons[i] = HaltReason.CRITERION
+            elif bool(step.full[row]):
+                reasons[i] = HaltReason.FULL
     kept = [ids if r.valid is None else ids[r.valid] for ids, r in zip(tokens, requests, strict=True)]
     return Samples(
         tokens=tokens.numpy(),
@@ -60,18 +65,37 @@ def collect(
         index=np.array([request.index for request in requests]),
         given=np.stack([request.given.numpy() for request in requests]),
         valid=np.stack([np.ones(len(r.tokens), bool) if r.valid is None else r.valid.numpy() for r in requests]),
-        record=tape,
+        record=None if tape is None else tape.record(),
     )
 
 
-def _write(tape: dict[str, np.ndarray], state: StepState, columns: Int[np.ndarray, " b"]) -> None:
-    steps = state.step.cpu().numpy()
-    for name, values in tape.items():
-        values[steps, columns] = _per_row(getattr(state, name), state.open).float().cpu().numpy()
+class Tape:
+    """A record in the making."""
 
+    def __init__(self, budget: int, start: Int[Tensor, "m n"]):
+        count = len(start)
+        self.tokens = np.full(start.shape, -1, np.int64)
+        self.t = np.full(budget, np.nan)
+        self.nfe = np.zeros((budget, count), np.int32)
+        self.signals = {name: np.full((budget, count), np.nan, np.float32) for name in RECORDED}
+        self.switches: list[Switches] = []
 
-def _per_row(signal: Tensor, open_: Bool[Tensor, "b n"]) -> Float[Tensor, " b"] | Int[Tensor, " b"]:
-    return signal if signal.ndim == 1 else (signal * open_).sum(1) / open_.sum(1)
+    def write(self, state: StepState, columns: Int[np.ndarray, " b"]) -> None:
+        """Take down one step of the rows whose places among the samples are `columns`."""
+        steps, tokens = state.step.cpu().numpy(), state.tokens.cpu().numpy()
+        self.t[steps], self.nfe[steps, columns] = state.t.cpu().numpy(), state.nfe.cpu().numpy()
+        for name, values in self.signals.items():
+            values[steps, columns] = getattr(state, name).cpu().numpy()
+        row, position = np.nonzero((tokens != self.tokens[columns]) & state.open.cpu().numpy())
+        switches = Switches(steps[row], columns[row], position, tokens[row, position])
+        kinds = (np.uint32, np.uint32, np.uint16, np.uint32)
+        self.switches.append(Switches(*(part.astype(kind) for part, kind in zip(switches, kinds, strict=True))))
+        self.tokens[columns] = tokens
+
+    def record(self) -> Record:
+        """What was taken down."""
+        switches = Switches(*(np.concatenate(parts) for parts in zip(*self.switches, strict=True)))
+        return Record(self.t, self.nfe, self.signals, in_order(switches))
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from cdlm import halting
 from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.levels import Grid, LogT, UniformT, Warped
 from cdlm.continuous.solvers import Euler, Heun, Solver, TorchDiffEq
@@ -18,18 +19,7 @@ from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.data.masking import Masking, Mixture, Prefix, RandomSubset, Span, Unconditional
 from cdlm.data.sources import Source, Stories
 from cdlm.errors import CdlmError
-from cdlm.halting import (
-    AfterStep,
-    And,
-    AngleConvergence,
-    Criterion,
-    FixedSteps,
-    For,
-    Never,
-    NormConvergence,
-    Or,
-    Patience,
-)
+from cdlm.halting import Criterion, Never
 from cdlm.training import TrainOptions
 
 if TYPE_CHECKING:
@@ -43,7 +33,8 @@ def _names(*objects: Callable[..., Any]) -> Names:
     return MappingProxyType({o.__name__: o for o in objects})
 
 
-RULES = _names(Patience, NormConvergence, AngleConvergence, FixedSteps, Never, For, AfterStep, And, Or)
+_rules = [o for o in vars(halting).values() if isinstance(o, type) and not inspect.isabstract(o)]
+RULES = _names(halting.Patience, *_rules)  # the first is the example of messages
 SOLVERS = _names(Euler, Heun, TorchDiffEq)
 GRIDS = _names(Warped, UniformT, LogT)
 MASKINGS = _names(Prefix, RandomSubset, Span, Unconditional, Mixture)

@@ -18,8 +18,8 @@ from cdlm.continuous.solvers import Euler, Solver
 from cdlm.errors import CdlmError
 from cdlm.halting import Criterion, Never
 from cdlm.noise import row_normal
-from cdlm.signals import Glance, Past, check_signals, first_past, observe
-from cdlm.types import Condition, Finished, Prediction, Rows, StepState, join, take
+from cdlm.signals import Glance, Past, check_signals, first_past, most_likely, observe
+from cdlm.types import Condition, Decision, Finished, Prediction, Rows, StepState, join, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +76,8 @@ class Live(NamedTuple):
     nfe: Int[Tensor, " b"]
     z: Float[Tensor, "b n d"]
     tokens: Int[Tensor, "b n"]
+    """Prompt and frozen tokens; meaningless at open positions."""
+    open: Bool[Tensor, "b n"]
     condition: Condition
     past: Past
     memory: Any
@@ -101,7 +103,7 @@ class Run:
         while True:
             fresh = list(islice(waiting, self.batch_size - (0 if live is None else len(live.row))))
             if fresh:
-                live = self._admit(fresh) if live is None else join(live, self._admit(fresh))
+                live = self._admit(fresh, None) if live is None else join(live, self._admit(fresh, live.past))
             if live is None:
                 return
             finished, live, x0 = self._step(live)
@@ -112,7 +114,7 @@ class Run:
             live = self._advance(live, x0) if len(live.row) else None
 
     @torch.no_grad()
-    def _admit(self, requests: list[Request]) -> Live:
+    def _admit(self, requests: list[Request], beside: Past | None) -> Live:
         tokens = torch.stack([request.tokens for request in requests]).to(self.device)
         open_ = ~torch.stack([request.given for request in requests]).to(self.device)
         valid = _stack([request.valid for request in requests], self.device)
@@ -123,34 +125,38 @@ class Run:
         z = self.sampler.init_scale * float(self.grid[0]) * noise.to(clean)
         index = torch.tensor([request.index for request in requests], device=self.device)
         zero = torch.zeros_like(index)
-        memory = self.sampler.criterion.start(Rows(open_, zero + self.sampler.steps))
-        known = ~open_ if valid is None else ~open_ & valid
-        condition = Condition(clean * known[..., None], open_, torch.zeros_like(z), valid)
-        return Live(index, zero, zero, z, tokens, condition, first_past(self.needs, z), memory)
+        real = torch.ones_like(open_) if valid is None else valid
+        memory = self.sampler.criterion.start(Rows(open_, zero + self.sampler.steps, real))
+        condition = Condition(clean * (~open_ & real)[..., None], open_, torch.zeros_like(z), valid)
+        return Live(index, zero, zero, z, tokens, open_, condition, first_past(self.needs, z, beside), memory)
 
     @torch.no_grad()
     def _step(self, live: Live) -> tuple[Finished, Live, Tensor]:
-        t, open_ = self.grid[live.step], live.condition.noised
+        t, span = self.grid[live.step], live.condition.noised
         prediction, x0 = self.sampler.steering.predict(self.denoiser, live.z, t, live.condition)
-        signals, past = observe(self.needs, Glance(live.z, t, self.denoiser.rho, prediction, open_, live.past))
+        glance = Glance(live.z, t, self.denoiser.rho, prediction, live.open, span, live.step == 0, live.past)
+        signals, past = observe(self.needs, glance)
         nfe = live.nfe + self.sampler.steering.calls
         budget = torch.full_like(live.step, self.sampler.steps)
-        state = StepState(live.row, live.step, budget, t, nfe, open_, prediction, signals)
+        state = StepState(live.row, live.step, budget, t, nfe, live.open, signals)
         memory, decision = self.sampler.criterion.look(live.memory, state)
-        done = decision.halt | (live.step == budget - 1)
-        tokens = _final_tokens(prediction, live.tokens, open_, done)
-        condition = live.condition._replace(x0=prediction.x0)
-        live = live._replace(nfe=nfe, past=past, memory=memory, condition=condition)
-        return Finished(state, done, decision.halt, tokens, decision.info), live, x0
+        live = _freeze(live, decision, glance)
+        full = ~live.open.any(1)
+        done = decision.halt | full | (live.step == budget - 1)
+        tokens = _final_tokens(prediction, live, done)
+        finished = Finished(state, done, decision.halt, full & ~decision.halt, tokens, decision.info)
+        live = live._replace(nfe=nfe, past=past, memory=memory)
+        live = live._replace(condition=live.condition._replace(x0=self._held(live, prediction.x0)))
+        return finished, live, self._held(live, x0)
 
     @torch.no_grad()
     def _advance(self, live: Live, x0: Tensor) -> Live:
         steering, condition = self.sampler.steering, live.condition
 
         def estimate(z: Tensor, t: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-            told = condition if rows is None else take(condition, rows)
-            prediction, driving = steering.predict(self.denoiser, z, t, told)
-            return driving, prediction.x0
+            asked = live if rows is None else take(live, rows)
+            prediction, driving = steering.predict(self.denoiser, z, t, asked.condition)
+            return self._held(asked, driving), self._held(asked, prediction.x0)
 
         moved = self.sampler.solver.advance(estimate, live.z, x0, self.grid[live.step], self.grid[live.step + 1])
         if moved.x0 is not None:
@@ -158,15 +164,28 @@ class Run:
         nfe = live.nfe + moved.evaluations * steering.calls
         return live._replace(z=moved.z, step=live.step + 1, nfe=nfe, condition=condition)
 
+    def _held(self, live: Live, x0: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """`x0` with the embedding of its token at each frozen position, so that the state there follows the level."""
+        if not self.sampler.criterion.freezes:
+            return x0
+        frozen = live.condition.noised & ~live.open
+        return torch.where(frozen[..., None], self.denoiser.embed(live.tokens).to(x0), x0)
+
 
 def _stack(masks: list[Tensor | None], device: torch.device) -> Tensor | None:
     present = [mask for mask in masks if mask is not None]
     return torch.stack(present).to(device) if present else None
 
 
-def _final_tokens(
-    prediction: Prediction, tokens: Int[Tensor, "b n"], open_: Bool[Tensor, "b n"], done: Bool[Tensor, " b"]
-) -> Int[Tensor, "m n"]:
+def _freeze(live: Live, decision: Decision, glance: Glance) -> Live:
+    if decision.freeze is None:
+        return live
+    fresh = decision.freeze & live.open
+    return live._replace(tokens=torch.where(fresh, glance.tokens, live.tokens), open=live.open & ~fresh)
+
+
+def _final_tokens(prediction: Prediction, live: Live, done: Bool[Tensor, " b"]) -> Int[Tensor, "m n"]:
     leaving = done.nonzero().squeeze(1)
-    best = take(prediction, leaving).argmax() if len(leaving) else tokens[leaving]
-    return torch.where(open_[leaving], best, tokens[leaving])
+    kept = live.tokens[leaving]
+    best = [most_likely(prediction.logits[row]) for row in leaving.tolist()]  # row by row: no copy of the logits
+    return torch.where(live.open[leaving], torch.stack(best), kept) if best else kept

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.errors import CdlmError
+from cdlm.record import Record
 
 
 class Prediction(NamedTuple):
@@ -28,10 +29,6 @@ class Prediction(NamedTuple):
     """Unnormalised log-probabilities of the clean token, float32 or float64."""
     x0: Float[Tensor, "b n d"]
     """Expected clean embedding under softmax(logits)."""
-
-    def argmax(self) -> Int[Tensor, "b n"]:
-        """The most likely tokens."""
-        return self.logits.max(-1).indices  # the same as argmax, and on CPUs twice as fast
 
 
 class Condition(NamedTuple):
@@ -51,6 +48,7 @@ class HaltReason(Enum):
     """Why a sample was returned."""
 
     CRITERION = "the halting criterion fired"
+    FULL = "no position may change any more"
     BUDGET = "the last step of the grid was reached"
 
 
@@ -61,6 +59,8 @@ class Rows(NamedTuple):
     """Positions that may still change."""
     budget: Int[Tensor, " b"]
     """Steps that the row may take at most."""
+    valid: Bool[Tensor, "b n"]
+    """False on padding."""
 
 
 class Decision(NamedTuple):
@@ -68,20 +68,30 @@ class Decision(NamedTuple):
 
     halt: Bool[Tensor, " b"]
     """True: return the row with this step's tokens."""
+    freeze: Bool[Tensor, "b n"] | None = None
+    """True: the position keeps this step's token; only of a criterion that `freezes`."""
     info: Mapping[str, Tensor] = MappingProxyType({})
     """Logged signals, each with one value a row."""
 
 
 class Signals:
-    """The optional statistics of a step: present only while some criterion or recorder lists them in its `needs`."""
+    """The optional parts of a step: present only while some criterion or recorder lists them in its `needs`."""
 
     if TYPE_CHECKING:
+        logits: Float[Tensor, "b n v"]
+        x0: Float[Tensor, "b n d"]
+        z: Float[Tensor, "b n d"]
+        score: Float[Tensor, "b n d"]
         tokens: Int[Tensor, "b n"]
         top1: Float[Tensor, "b n"]
         top2: Float[Tensor, "b n"]
         logsumexp: Float[Tensor, "b n"]
         entropy: Float[Tensor, "b n"]
         switches: Int[Tensor, " b"]
+        mean_entropy: Float[Tensor, " b"]
+        mean_kl: Float[Tensor, " b"]
+        margin: Float[Tensor, " b"]
+        span_margin: Float[Tensor, " b"]
         z_norm: Float[Tensor, " b"]
         x0_norm: Float[Tensor, " b"]
         score_cosine: Float[Tensor, " b"]
@@ -106,7 +116,6 @@ class StepState(Signals):
     """Denoiser calls spent on the row so far, this one included."""
     open: Bool[Tensor, "b n"]
     """Positions that may still change."""
-    prediction: Prediction
     signals: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
@@ -127,7 +136,9 @@ class Finished(NamedTuple):
     done: Bool[Tensor, " b"]
     """Rows that leave with this step's tokens."""
     halted: Bool[Tensor, " b"]
-    """Those of them that the criterion halted; the others reached the end of the grid."""
+    """Those of them that the criterion halted."""
+    full: Bool[Tensor, " b"]
+    """Those of them in which every position is frozen; the others reached the end of the grid."""
     tokens: Int[Tensor, "m n"]
     """Final tokens of the m rows that leave, prompts filled in."""
     info: Mapping[str, Tensor]
@@ -154,8 +165,8 @@ class Samples:
     """True at prompt positions and padding."""
     valid: Bool[np.ndarray, "m n"]
     """False on padding, which a template shorter than the length leaves."""
-    record: Mapping[str, np.ndarray] | None = None
-    """Per-step statistics [steps, m], NaN after a row has left; None unless asked for."""
+    record: Record | None = None
+    """Statistics of every step; None unless asked for."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -171,7 +182,7 @@ class Samples:
         texts = [text for part in parts for text in part.texts]
         reasons = [reason for part in parts for reason in part.reason]
         records = [part.record for part in parts if part.record is not None]
-        record = {k: np.concatenate([r[k] for r in records], 1)[:, order] for k in records[0]} if records else None
+        record = Record.join(records).select(order) if records else None
         return Samples(
             **{name: all_of(name) for name in ("tokens", "nfe", "steps", "index", "given", "valid")},
             texts=[texts[i] for i in order],

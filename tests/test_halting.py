@@ -29,9 +29,10 @@ from cdlm.halting import (
     Stateless,
 )
 from cdlm.sampling import Request, Run, Sampler
-from cdlm.types import Decision, Prediction, Rows, StepState, take
+from cdlm.types import Decision, Rows, StepState, take
 
 ROWS = 3
+ENTERING = Rows(torch.ones(ROWS, 1, dtype=torch.bool), torch.full((ROWS,), 50), torch.ones(ROWS, 1, dtype=torch.bool))
 
 
 @st.composite
@@ -48,15 +49,14 @@ def state(step: Tensor, generator: torch.Generator) -> StepState:
     switches = torch.randint(0, 3, (ROWS,), generator=generator) * (torch.rand(ROWS, generator=generator) < 0.5)
     cosine = torch.where(step == 0, torch.nan, torch.rand(ROWS, generator=generator) * 2 - 1)
     signals = {"switches": switches, "x0_norm": torch.rand(ROWS, generator=generator), "score_cosine": cosine}
-    empty = torch.zeros(ROWS, 1, 1)
     open_ = torch.ones(ROWS, 1, dtype=torch.bool)
     t = torch.ones(ROWS, dtype=torch.float64)
-    return StepState(torch.arange(ROWS), step, step * 0 + 50, t, step + 1, open_, Prediction(empty, empty), signals)
+    return StepState(torch.arange(ROWS), step, step * 0 + 50, t, step + 1, open_, signals)
 
 
 def halts(rule: Criterion, walk: list[StepState]) -> list[list[bool]]:
     """What the rule says at each step, whether or not it has halted before."""
-    memory = rule.start(Rows(torch.ones(ROWS, 1, dtype=torch.bool), torch.full((ROWS,), 50)))
+    memory = rule.start(ENTERING)
     said = []
     for step in walk:
         memory, decision = rule.look(memory, step)
@@ -145,7 +145,7 @@ def test_patience_is_for_of_no_switch(n: int, walk: list[StepState]) -> None:
 def test_rules_follow_their_rows(a: Criterion, order: list[int], walk: list[StepState]) -> None:
     """Half way through, the rows change place, as when others leave."""
     index, half = torch.tensor(order), len(walk) // 2
-    memory = a.start(Rows(torch.ones(ROWS, 1, dtype=torch.bool), torch.full((ROWS,), 50)))
+    memory = a.start(ENTERING)
     for step in walk[:half]:
         memory, _ = a.look(memory, step)
     memory = take(memory, index)

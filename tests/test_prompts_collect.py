@@ -172,9 +172,13 @@ def same(a: Samples, b: Samples) -> None:
         assert np.array_equal(getattr(a, name), getattr(b, name)), name
     assert (a.texts, a.reason, a.seed, a.budget) == (b.texts, b.reason, b.seed, b.budget)
     assert (a.record is None) == (b.record is None)
-    for key, values in (a.record or {}).items():
-        assert b.record is not None
-        assert np.allclose(values, b.record[key], rtol=1e-4, atol=1e-5, equal_nan=True), key
+    if a.record is not None and b.record is not None:
+        assert np.array_equal(a.record.t, b.record.t, equal_nan=True)
+        assert np.array_equal(a.record.nfe, b.record.nfe)
+        for key, values in a.record.signals.items():
+            assert np.allclose(values, b.record.signals[key], rtol=1e-4, atol=1e-5, equal_nan=True), key
+        by_place = [sorted(zip(*(part.tolist() for part in r.switches), strict=True)) for r in (a.record, b.record)]
+        assert by_place[0] == by_place[1]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
@@ -190,15 +194,15 @@ def test_dealt_shares_merge_to_the_single_run(model: EmbeddingDiffusion, world: 
 def test_records_are_numbers_exactly_while_a_row_is_there(model: EmbeddingDiffusion) -> None:
     samples = api.generate(model, n=8, length=6, steps=12, halt="Patience(3)", record=True)
     assert samples.record is not None
-    assert set(samples.record) == set(RECORDED)
+    assert set(samples.record.signals) == set(RECORDED)
     there = np.arange(12)[:, None] < samples.steps
     assert not there.all()
-    for name, values in samples.record.items():
+    for name, values in samples.record.signals.items():
         assert values.shape == (12, 8)
         first = (name == "score_cosine") & (np.arange(12)[:, None] == 0)  # which has no step before it
         assert np.array_equal(~np.isnan(values), there & ~first), name
-    assert (samples.record["switches"][0] == 6).all()
-    assert (samples.record["entropy"][there] <= math.log(270) + 1e-4).all()
+    assert (samples.record.switch_counts()[0] == 6).all()
+    assert (samples.record.signals["mean_entropy"][there] <= math.log(270) + 1e-4).all()
 
 
 def test_without_record_there_is_none(model: EmbeddingDiffusion) -> None:

@@ -27,14 +27,14 @@ def png_size(path) -> tuple[int, int]:
 
 
 def test_all_panels_make_one_picture_without_leftovers(tmp_path):
-    everything = record("switches", "z_norm", "x0_norm", "score_cosine", "entropy")
+    everything = record("switches", "z_norm", "x0_norm", "score_cosine", "mean_entropy")
     path = plot_trajectories(everything, tmp_path / "new" / "a.png", halted=HALTED, title="run")
     assert png_size(path)[0] > 1000
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
 
 
 def test_signals_that_are_missing_leave_their_panel_out(tmp_path):
-    four = record("switches", "z_norm", "score_cosine", "entropy")
+    four = record("switches", "z_norm", "score_cosine", "mean_entropy")
     sizes = [png_size(plot_trajectories(part, tmp_path / "a.png")) for part in (four, record("z_norm"), four)]
     assert sizes[1][1] < sizes[0][1]
     assert sizes[0] == sizes[2]
@@ -42,21 +42,21 @@ def test_signals_that_are_missing_leave_their_panel_out(tmp_path):
     assert png_size(with_halts)[1] > sizes[0][1]
 
 
-@pytest.mark.parametrize("part", [("switches",), ("z_norm", "x0_norm"), ("entropy", "switches", "x0_norm")])
+@pytest.mark.parametrize("part", [("switches",), ("z_norm", "x0_norm"), ("mean_entropy", "switches", "x0_norm")])
 def test_any_part_can_be_drawn(tmp_path, part):
     png_size(plot_trajectories(record(*part), tmp_path / "a.png", halted=HALTED))
 
 
 def test_one_row_one_step_and_integers_can_be_drawn(tmp_path):
-    png_size(plot_trajectories({"entropy": np.ones((1, 1))}, tmp_path / "a.png", halted=np.zeros(1, dtype=np.int64)))
+    png_size(plot_trajectories({"mean_entropy": np.ones((1, 1))}, tmp_path / "a.png", halted=np.zeros(1, dtype=np.int64)))
     png_size(plot_trajectories({"switches": np.arange(12).reshape(6, 2)}, tmp_path / "b.png"))
-    never = {"entropy": np.full((5, 2), np.nan), "z_norm": np.zeros((5, 2))}
+    never = {"mean_entropy": np.full((5, 2), np.nan), "z_norm": np.zeros((5, 2))}
     png_size(plot_trajectories(never, tmp_path / "c.png"))
 
 
 def test_the_same_record_gives_the_same_bytes(tmp_path):
-    first = plot_trajectories(record("entropy"), tmp_path / "a.png", halted=HALTED)
-    second = plot_trajectories(record("entropy"), tmp_path / "b.png", halted=HALTED)
+    first = plot_trajectories(record("mean_entropy"), tmp_path / "a.png", halted=HALTED)
+    second = plot_trajectories(record("mean_entropy"), tmp_path / "b.png", halted=HALTED)
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -64,14 +64,14 @@ def test_pyplot_and_its_global_state_are_not_used(tmp_path):
     code = """
 import sys, numpy as np
 from cdlm.report.plot import plot_trajectories
-plot_trajectories({"entropy": np.ones((4, 2))}, sys.argv[1])
+plot_trajectories({"mean_entropy": np.ones((4, 2))}, sys.argv[1])
 sys.exit("matplotlib.pyplot" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], check=True)
 
 
 def test_a_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
-    path = plot_trajectories(record("entropy"), tmp_path / "a.png")
+    path = plot_trajectories(record("mean_entropy"), tmp_path / "a.png")
     before = path.read_bytes()
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(CdlmError, match="disk full"):
@@ -84,7 +84,7 @@ def test_wrong_records_are_explained(tmp_path):
     with pytest.raises(CdlmError, match="expected a record with some of switches"):
         plot_trajectories({"other": np.ones((3, 2))}, tmp_path / "a.png")
     with pytest.raises(CdlmError, match="halting step for each of 9 rows, got 2"):
-        plot_trajectories(record("entropy"), tmp_path / "a.png", halted=np.array([1, 2]))
+        plot_trajectories(record("mean_entropy"), tmp_path / "a.png", halted=np.array([1, 2]))
     with pytest.raises(CdlmError, match="without a zero"):
-        plot_trajectories({"entropy": np.ones((3, 0))}, tmp_path / "a.png")
+        plot_trajectories({"mean_entropy": np.ones((3, 0))}, tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

@@ -70,8 +70,9 @@ def test_order_and_batch_size_do_not_matter(order: list[int], batch_size: int) -
 def test_a_halted_row_is_a_prefix_of_the_full_run(solver: Solver) -> None:
     def states(criterion: Criterion) -> dict[int, list[Tensor]]:
         seen: dict[int, list[Tensor]] = {}
-        for step in Run(Oracle(), Sampler(steps=20, solver=solver, criterion=criterion), 4).steps(requests(range(6))):
-            for row, logits in zip(step.state.row.tolist(), step.state.prediction.logits, strict=True):
+        sampler = Sampler(steps=20, solver=solver, criterion=criterion, record=frozenset({"logits"}))
+        for step in Run(Oracle(), sampler, 4).steps(requests(range(6))):
+            for row, logits in zip(step.state.row.tolist(), step.state.logits, strict=True):
                 seen.setdefault(row, []).append(logits)
         return seen
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +22,24 @@ Memory = Any
 class Criterion(ABC):
     """A halting rule: small, frozen, and its own configuration. It reads predictions already made and costs no call.
 
-    `a & b` halts when both do, `a | b` when either does.
+    `a & b` halts and freezes what both do, `a | b` what either does; a rule that halts a row counts there as one that
+    freezes all of it.
     """
 
     @property
     @abstractmethod
     def needs(self) -> frozenset[str]:
         """Names of the signals that `look` reads (see `cdlm.signals.SIGNALS`)."""
+
+    @property
+    def freezes(self) -> bool:
+        """Whether it can freeze positions, which changes the run; a recording of another run cannot tell how."""
+        return False
+
+    @classmethod
+    def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
+        """Settings to try on runs of `budget` steps, from strict to loose; `fixed` are the parameters not swept."""
+        raise CdlmError(f"{cls.__name__} has no settings to sweep: write it with its arguments")
 
     @abstractmethod
     def start(self, rows: Rows) -> Memory:
@@ -71,38 +84,44 @@ class Pair(Criterion):
     def needs(self) -> frozenset[str]:
         return self.first.needs | self.second.needs
 
+    @property
+    def freezes(self) -> bool:
+        return self.first.freezes or self.second.freezes
+
     def start(self, rows: Rows) -> Memory:
         return self.first.start(rows), self.second.start(rows)
 
     def look(self, memory: Memory, state: StepState) -> tuple[Memory, Decision]:
         one, a = self.first.look(memory[0], state)
         two, b = self.second.look(memory[1], state)
-        return (one, two), Decision(self.join(a.halt, b.halt), {**b.info, **a.info})
+        freeze = self.join(_settled(a, state), _settled(b, state)) if self.freezes else None
+        return (one, two), Decision(self.join(a.halt, b.halt), freeze, {**b.info, **a.info})
 
     @abstractmethod
-    def join(self, first: Bool[Tensor, " b"], second: Bool[Tensor, " b"]) -> Bool[Tensor, " b"]:
-        """Which rows halt."""
+    def join(self, first: Bool[Tensor, "*b"], second: Bool[Tensor, "*b"]) -> Bool[Tensor, "*b"]:
+        """What both together do, of what each does: which rows halt, which positions freeze."""
 
 
 @dataclass(frozen=True)
 class And(Pair):
-    """Halts at a step at which both halt."""
+    """Halts at a step at which both halt, and freezes what both settle."""
 
-    def join(self, first: Bool[Tensor, " b"], second: Bool[Tensor, " b"]) -> Bool[Tensor, " b"]:
+    def join(self, first: Bool[Tensor, "*b"], second: Bool[Tensor, "*b"]) -> Bool[Tensor, "*b"]:
         return first & second
 
 
 @dataclass(frozen=True)
 class Or(Pair):
-    """Halts at a step at which either halts."""
+    """Halts at a step at which either halts, and freezes what either settles."""
 
-    def join(self, first: Bool[Tensor, " b"], second: Bool[Tensor, " b"]) -> Bool[Tensor, " b"]:
+    def join(self, first: Bool[Tensor, "*b"], second: Bool[Tensor, "*b"]) -> Bool[Tensor, "*b"]:
         return first | second
 
 
 @dataclass(frozen=True)
 class For(Criterion):
-    """Halts when `rule` has said so for `steps` >= 1 consecutive steps: patience, for any rule."""
+    """Does what `rule` has said for `steps` >= 1 consecutive steps: patience, for any rule, row by row or (of a rule
+    that freezes) position by position."""
 
     rule: Criterion
     steps: int
@@ -115,18 +134,25 @@ class For(Criterion):
     def needs(self) -> frozenset[str]:
         return self.rule.needs
 
+    @property
+    def freezes(self) -> bool:
+        return self.rule.freezes
+
     def start(self, rows: Rows) -> Memory:
-        return self.rule.start(rows), torch.zeros_like(rows.budget)
+        runs = torch.zeros_like(rows.open, dtype=torch.int64) if self.freezes else None
+        return self.rule.start(rows), torch.zeros_like(rows.budget), runs
 
     def look(self, memory: Memory, state: StepState) -> tuple[Memory, Decision]:
         inner, decision = self.rule.look(memory[0], state)
         run = torch.where(decision.halt, memory[1] + 1, 0)
-        return (inner, run), decision._replace(halt=run >= self.steps)
+        runs = torch.where(_settled(decision, state), memory[2] + 1, 0) if self.freezes else None
+        freeze = None if runs is None else runs >= self.steps
+        return (inner, run, runs), Decision(run >= self.steps, freeze, decision.info)
 
 
 @dataclass(frozen=True)
 class AfterStep(Criterion):
-    """`rule`, from the `steps`-th step on (counted from 1); it looks at the earlier steps too but cannot halt there."""
+    """`rule`, from the `steps`-th step on (counted from 1); it looks at earlier steps too, but does nothing there."""
 
     rule: Criterion
     steps: int
@@ -139,12 +165,24 @@ class AfterStep(Criterion):
     def needs(self) -> frozenset[str]:
         return self.rule.needs
 
+    @property
+    def freezes(self) -> bool:
+        return self.rule.freezes
+
     def start(self, rows: Rows) -> Memory:
         return self.rule.start(rows)
 
     def look(self, memory: Memory, state: StepState) -> tuple[Memory, Decision]:
         memory, decision = self.rule.look(memory, state)
-        return memory, decision._replace(halt=decision.halt & (state.step + 1 >= self.steps))
+        late = state.step + 1 >= self.steps
+        freeze = None if decision.freeze is None else decision.freeze & late[:, None]
+        return memory, Decision(decision.halt & late, freeze, decision.info)
+
+
+def _settled(decision: Decision, state: StepState) -> Bool[Tensor, "b n"]:
+    """Positions that the decision settles: to halt a row is to freeze all of it, which makes & and | those of sets."""
+    halted = decision.halt[:, None].expand_as(state.open)
+    return halted if decision.freeze is None else halted | decision.freeze
 
 
 def require_rule(name: str, rule: object) -> None:
@@ -153,13 +191,14 @@ def require_rule(name: str, rule: object) -> None:
         raise CdlmError(f"{name} needs a halting rule, got {rule!r}")
 
 
-def require_count(rule: str, name: str, value: int) -> None:
-    """Raise unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CdlmError(f"{rule} needs a whole number {name} >= 1, got {value!r}")
+def require_count(rule: str, name: str, value: int, least: int = 1) -> None:
+    """Raise unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise CdlmError(f"{rule} needs a whole number {name} >= {least}, got {value!r}")
 
 
-def require_positive(rule: str, name: str, value: float) -> None:
-    """Raise unless `value` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise CdlmError(f"{rule} needs a number {name} > 0, got {value!r}")
+def require_number(rule: str, name: str, value: float, above: float = -math.inf) -> None:
+    """Raise unless `value` is a finite number above `above`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
+        limit = "" if above == -math.inf else f" > {above:g}"
+        raise CdlmError(f"{rule} needs a finite number {name}{limit}, got {value!r}")

@@ -40,7 +40,7 @@ PANELS = (
     Panel("Token switches", "tokens changed per step", (("switches", "switches", BLUE),)),
     Panel("Norms", "norm / embedding norm", (("z_norm", "state z", PURPLE), ("x0_norm", "prediction x̂₀", GREEN)), True),
     Panel("Direction of the score", "degrees from previous step", (("score_angle", "angle", GREEN),)),
-    Panel("Entropy of the prediction", "nats per token", (("entropy", "entropy", BLUE),)),
+    Panel("Entropy of the prediction", "nats per token", (("mean_entropy", "entropy", BLUE),)),
 )
 
 
@@ -58,7 +58,7 @@ def plot_trajectories(
 
     Args:
         record: any of "switches" (tokens changed since the step before), "z_norm" and "x0_norm" (in units of the
-            embedding norm), "score_cosine" (with the previous step's score), "entropy" (nats per token), each
+            embedding norm), "score_cosine" (with the previous step's score), "mean_entropy" (nats per token), each
             [steps, rows]; NaN where a row has no value. Other keys are ignored.
         path: of the PNG; parent folders are made, and the file appears whole or not at all.
         halted: step (from 0) at which each row halted; they get a histogram, and a tick each at the foot of the panels.
