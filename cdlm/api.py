@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cdlm import config as names
 from cdlm import hub
-from cdlm.collect import NEEDED, collect, decode, given_spans, with_progress
+from cdlm.collect import NEEDED, collect, decode, given_spans, texts_of, with_progress
 from cdlm.config import RunConfig
 from cdlm.continuous.denoiser import Steering
 from cdlm.continuous.levels import Grid
@@ -36,10 +36,13 @@ from cdlm.evaluation.judge import Judge, cached_judge, features, train_judge
 from cdlm.evaluation.table import Corpus, Evaluation
 from cdlm.files import write_text
 from cdlm.halting import Criterion
+from cdlm.halting.recording import Recording, check_same_model
+from cdlm.halting.replay import replay
+from cdlm.hub import Folder
 from cdlm.prompts import requests
 from cdlm.sampling import Request, Run, Sampler
 from cdlm.spread import spread
-from cdlm.types import Finished, Samples
+from cdlm.types import Finished, HaltReason, Samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -139,6 +142,15 @@ def draw(
     return collect(steps, asked, _tokenizer(system), budget=sampler.steps, seed=sampler.seed, record=record)
 
 
+def draw_spread(
+    run: str, sampler: Sampler, asked: Sequence[Request], *, batch_size: int = BATCH, precision: Precision = "fp32",
+    device: str = "cpu", devices: int = 1, progress: bool = True,
+) -> Samples:  # fmt: skip
+    """Serve the requests from a model folder, dealt out to one process a device."""
+    work = partial(draw_share, run, precision, sampler, asked, batch_size, progress)
+    return Samples.merge(spread(work, min(devices, len(asked)), device))
+
+
 def draw_share(
     run: str, precision: Precision, sampler: Sampler, asked: Sequence[Request], batch_size: int, progress: bool,
     rank: int, world: int, device: str,
@@ -146,6 +158,54 @@ def draw_share(
     """One process's share of `asked`, drawn from a model folder; see `cdlm.spread`."""
     system = load(run, device, precision)
     return draw(system, sampler, asked[rank::world], batch_size, progress and rank == 0)
+
+
+def recording_of(samples: Samples, sampler: Sampler, run: Folder, precision: Precision) -> Recording:
+    """Recorded samples as something to keep and replay, with what is known of the model and the sampler."""
+    if samples.record is None:
+        raise CdlmError("the samples have no record to keep: draw them with record=True")
+    return Recording(
+        samples.record, samples.tokens, samples.given, samples.valid, samples.index, samples.seed,
+        run.path.name, hub.fingerprint(run.path), {**sampler.settings, "precision": precision},
+    )  # fmt: skip
+
+
+def keep(recording: Recording, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """Write the recording into `folder`, beside the tokenizer that reads its tokens; returns the file.
+
+    Raises:
+        CdlmError: the folder holds recordings of another model.
+    """
+    check_same_model(folder, recording.weights)
+    what = json.dumps([recording.settings, recording.index.tolist(), recording.given.tolist()], sort_keys=True)
+    digest = hashlib.sha256(what.encode()).hexdigest()[:8]
+    file = folder / f"{recording.record.steps}-steps-seed-{recording.seed}-{digest}.safetensors"
+    recording.write(file)
+    hub.save_tokenizer(tokenizer, folder)
+    return file
+
+
+def replayed(recording: Recording, rule: str | Criterion, tokenizer: PreTrainedTokenizerFast) -> Samples:
+    """The samples that a live run with the rule would have given."""
+    run = replay(recording, names.criterion(rule))
+    return Samples(
+        tokens=run.tokens,
+        texts=texts_of(tokenizer, run.tokens, recording.valid),
+        nfe=run.nfe,
+        steps=run.steps,
+        budget=recording.record.steps,
+        reason=[HaltReason.CRITERION if halted else HaltReason.BUDGET for halted in run.halted],
+        seed=recording.seed,
+        index=recording.index,
+        given=recording.given,
+        valid=recording.valid,
+    )
+
+
+def agreement(tokens: Int[np.ndarray, "m n"], recording: Recording) -> Float[np.ndarray, " m"]:
+    """Share of each sample's generated tokens that are those of the full run."""
+    same = (tokens == recording.tokens) & ~recording.given
+    return same.sum(1) / (~recording.given).sum(1)
 
 
 def _tokenizer(system: EmbeddingDiffusion) -> PreTrainedTokenizerFast:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from cdlm.errors import CdlmError
 
@@ -16,6 +17,7 @@ HELP = """usage: cdlm COMMAND [settings]
 
   train        train a model on text, into a run folder
   sample       draw samples from a model, with adaptive halting
+  replay       try halting rules on recorded runs, without the model
   evaluate     measure samples beside real text
   train-judge  train a small autoregressive judge on a run's text
 
@@ -49,7 +51,8 @@ def _dispatch(argv: list[str]) -> None:
 
     disable_progress_bar()  # its bars are about loading files, ours about samples
     functions: dict[str, Callable[..., None]] = {
-        "sample": commands.sample, "evaluate": commands.evaluate, "train-judge": commands.train_judge
+        "sample": commands.sample, "replay": commands.replay, "evaluate": commands.evaluate,
+        "train-judge": commands.train_judge,
     }  # fmt: skip
     if name not in functions:
         raise CdlmError(f"there is no command {name!r}: use one of train, {', '.join(functions)}")
@@ -90,9 +93,32 @@ def _arguments(function: Callable[..., None], prog: str, argv: list[str]) -> dic
     parser = ArgumentParser(prog=prog, exit_on_error=False, default_env=False)
     parser.add_function_arguments(function, as_positional=True)
     try:
-        return vars(parser.instantiate(parser.parse_args(argv)))
+        return vars(parser.instantiate(parser.parse_args(_lists(function, argv))))
     except ArgumentError as error:
         raise CdlmError(f"{error.message or error} ({prog} --help lists the settings)") from error
+
+
+def _lists(function: Callable[..., None], argv: list[str]) -> list[str]:
+    """`--name A B --name C` and a leading `A B`, of parameters that are lists, as the JSON that the parser reads."""
+    lists = [name for name, hint in get_type_hints(function).items() if hint in (list[str], list[str] | None)]
+    first = next(iter(inspect.signature(function).parameters))
+    values: dict[str, list[str]] = {}
+    rest: list[str] = []
+    current = first if first in lists else None
+    for word in argv:
+        name, given, value = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            current = name if name in lists else None
+            if current is None:
+                rest.append(word)
+            elif given:
+                values.setdefault(current, []).append(value)
+        elif current is not None:
+            values.setdefault(current, []).append(word)
+        else:
+            rest.append(word)
+    leading = [json.dumps(values.pop(first))] if first in values else []
+    return leading + rest + [f"--{name}={json.dumps(items)}" for name, items in values.items()]
 
 
 def _fail(message: str, code: int) -> None:

@@ -53,10 +53,10 @@ def collect(
                 reasons[i] = HaltReason.CRITERION
             elif bool(step.full[row]):
                 reasons[i] = HaltReason.FULL
-    kept = [ids if r.valid is None else ids[r.valid] for ids, r in zip(tokens, requests, strict=True)]
+    valid = np.stack([np.ones(len(r.tokens), bool) if r.valid is None else r.valid.numpy() for r in requests])
     return Samples(
         tokens=tokens.numpy(),
-        texts=[decode(tokenizer, ids.tolist()) for ids in kept],
+        texts=texts_of(tokenizer, tokens.numpy(), valid),
         nfe=nfe,
         steps=taken,
         budget=budget,
@@ -64,7 +64,7 @@ def collect(
         seed=seed,
         index=np.array([request.index for request in requests]),
         given=np.stack([request.given.numpy() for request in requests]),
-        valid=np.stack([np.ones(len(r.tokens), bool) if r.valid is None else r.valid.numpy() for r in requests]),
+        valid=valid,
         record=None if tape is None else tape.record(),
     )
 
@@ -101,6 +101,13 @@ class Tape:
 def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     """Text of a packed row: the end-of-text token, which joins documents, is a line break."""
     return str(tokenizer.decode(ids, skip_special_tokens=False)).replace(str(tokenizer.eos_token), "\n")
+
+
+def texts_of(
+    tokenizer: PreTrainedTokenizerFast, tokens: Int[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"]
+) -> list[str]:
+    """Text of each row without its padding."""
+    return [decode(tokenizer, ids[real].tolist()) for ids, real in zip(tokens, valid, strict=True)]
 
 
 def given_spans(

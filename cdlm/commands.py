@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
+from itertools import product
 from pathlib import Path
 
 from cdlm import api, hub
-from cdlm.config import read_run
+from cdlm.config import criterion, read_run
 from cdlm.continuous.denoiser import Steering
 from cdlm.continuous.system import Precision
 from cdlm.errors import CdlmError
+from cdlm.halting.recording import check_same_model, read_folder
+from cdlm.halting.replay import check_replayable
 from cdlm.prompts import requests
-from cdlm.spread import spread
-from cdlm.types import Samples
+from cdlm.types import HaltReason
 
 
 def sample(
@@ -23,6 +24,7 @@ def sample(
     halt: str | None = None,
     seed: int = 0,
     out: Path | None = None,
+    record: Path | None = None,
     prompt: str | None = None,
     prompts: Path | None = None,
     length: int | None = None,
@@ -48,6 +50,7 @@ def sample(
         halt: halting rule, such as "Patience(20)" or "For(NormConvergence(0.01), 5) | Patience(40)".
         seed: fixes every sample, whatever the batch and the number of devices.
         out: JSONL file to write; by default the texts are printed.
+        record: folder to keep the steps of full-length runs in, for cdlm replay.
         prompt: a prefix, or a template such as "The [8] sat on the [2]." whose numbers are tokens to generate.
         prompts: file with one prompt a line.
         length: tokens of a sample; by default as in training.
@@ -64,23 +67,62 @@ def sample(
         plot: PNG file for switches, norms and angles against the step.
         quiet: show no progress.
     """
+    if record is not None and halt is not None:
+        raise CdlmError("a recording is of full-length runs, on which cdlm replay tries rules: leave out --halt")
     folder = hub.read(run)
+    if record is not None:
+        check_same_model(record, hub.fingerprint(folder.path))
     asked = requests(_prompts(prompt, prompts), n, folder.length if length is None else length, folder.tokenizer)
     sampler = api.make_sampler(
-        steps, halt, seed, plot is not None, solver=solver, grid=grid, init_scale=init_scale,
+        steps, halt, seed, plot is not None or record is not None, solver=solver, grid=grid, init_scale=init_scale,
         steering=Steering(softmax_temperature, score_temperature, guidance),
     )  # fmt: skip
-    work = partial(api.draw_share, run, precision, sampler, asked, batch_size, not quiet)
-    samples = Samples.merge(spread(work, min(devices, len(asked)), device))
+    samples = api.draw_spread(
+        run, sampler, asked, batch_size=batch_size, precision=precision, device=device, devices=devices,
+        progress=not quiet,
+    )  # fmt: skip
     lines = api.lines(samples, folder.tokenizer)
     if out is not None:
         api.write_lines(out, lines)
-    else:
+    elif record is None:
         for line in lines:
             print(f"--- sample {line['index']}, {line['nfe']} calls, {line['reason']}\n{line['text'].strip()}")
+    if record is not None:
+        file = api.keep(api.recording_of(samples, sampler, folder, precision), folder.tokenizer, record)
+        print(f"{file}: {file.stat().st_size:,} bytes", file=sys.stderr)
     if plot is not None:
         api.plot(samples, plot, f"{run}, {steps} steps, {halt or 'no halting'}")
     print(f"{len(samples)} samples, {samples.nfe.mean():.1f} calls a sample of {steps} steps", file=sys.stderr)
+
+
+def replay(recordings: Path, halt: list[str] | None = None, out: Path | None = None) -> None:
+    """Tell what halting rules would have done to recorded runs, without the model.
+
+    Args:
+        recordings: folder that cdlm sample --record wrote.
+        halt: halting rules, one or more.
+        out: folder for one JSONL file of samples a rule; by default only the summary is printed.
+    """
+    if not halt:
+        raise CdlmError('replay needs rules to try: --halt "Patience(20)" "Entropy(0.05)"')
+    rules = [criterion(rule) for rule in halt]
+    tokenizer = hub.read_tokenizer(recordings)
+    kept = read_folder(recordings)
+    for recording, rule in product(kept, rules):
+        check_replayable(recording, rule)
+    print(f"{'steps':>6} {'seed':>5} {'n':>6} {'calls':>8} {'saved':>7} {'halted':>7} {'as full':>8}  rule")
+    for recording, (number, rule) in product(kept, enumerate(halt, 1)):
+        samples = api.replayed(recording, rule, tokenizer)
+        saved = 1 - samples.nfe.sum() / recording.record.nfe[-1].sum()
+        halted = sum(reason is HaltReason.CRITERION for reason in samples.reason) / len(samples)
+        same = api.agreement(samples.tokens, recording).mean()
+        print(
+            f"{samples.budget:6} {samples.seed:5} {len(samples):6} {samples.nfe.mean():8.1f} {saved:7.1%}"
+            f" {halted:7.1%} {same:8.2%}  {rule}"
+        )
+        if out is not None:
+            name = f"{samples.budget}-steps-seed-{samples.seed}-rule-{number}.jsonl"
+            api.write_lines(out / name, api.lines(samples, tokenizer))
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:

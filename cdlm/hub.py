@@ -5,6 +5,7 @@ Loading runs no code and unpickles nothing, and it is strict: a missing, unexpec
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class Pretrained(nn.Module):
@@ -33,6 +33,8 @@ class Pretrained(nn.Module):
     config: dict[str, Any]
     length: int = 0
     tokenizer: PreTrainedTokenizerFast | None = None
+    folder: Path | None = None
+    """Where it was loaded from."""
 
     def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
         """Write the folder, each file whole or not at all; other files in it stay.
@@ -46,8 +48,7 @@ class Pretrained(nn.Module):
         folder = Path(folder)
         config = {"cdlm_format": FORMAT, "length": self.length, "model": self.config}
         if self.tokenizer is not None:
-            for name in _tokenizer_to(self.tokenizer, folder):
-                assert name in _TOKENIZER_FILES, name
+            save_tokenizer(self.tokenizer, folder)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         write_text(folder / "README.md", model_card(config) if card is None else card)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
@@ -120,7 +121,7 @@ def load_weights(module: Pretrained, folder: Folder) -> None:
         if found[name] != shape:
             raise CdlmError(f"tensor {name!r} has shape {found[name]}, config.json asks for {shape}: of another model")
     module.load_state_dict(dict(folder.weights))
-    module.tokenizer, module.length = folder.tokenizer, folder.length
+    module.tokenizer, module.length, module.folder = folder.tokenizer, folder.length, folder.path
 
 
 def model_card(config: Mapping[str, Any], sections: Mapping[str, str] | None = None) -> str:
@@ -171,15 +172,20 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _tokenizer_to(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[str]:
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the tokenizer's files, each whole or not at all."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
-        files = sorted(Path(temporary).iterdir())
-        for file in files:
+        for file in sorted(Path(temporary).iterdir()):
             write_text(folder / file.name, file.read_text(encoding="utf-8"))
-        return [file.name for file in files]
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a model folder's weights."""
+    with (folder / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:

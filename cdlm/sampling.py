@@ -67,6 +67,12 @@ class Sampler:
             raise CdlmError(f"init_scale must be >= 0, got {self.init_scale}: 1 is the model's own noise level")
         check_signals(self.record | self.criterion.needs)
 
+    @property
+    def settings(self) -> dict[str, int | float | str]:
+        """What fixes the run besides seed and rule: two runs with equal settings walk the same steps."""
+        parts = {name: repr(getattr(self, name)) for name in ("grid", "solver", "steering")}
+        return {"steps": self.steps, **parts, "init_scale": self.init_scale}
+
 
 class Live(NamedTuple):
     """Everything with a row axis that lives from one step to the next."""

@@ -48,7 +48,8 @@ def test_any_part_can_be_drawn(tmp_path, part):
 
 
 def test_one_row_one_step_and_integers_can_be_drawn(tmp_path):
-    png_size(plot_trajectories({"mean_entropy": np.ones((1, 1))}, tmp_path / "a.png", halted=np.zeros(1, dtype=np.int64)))
+    halted = np.zeros(1, dtype=np.int64)
+    png_size(plot_trajectories({"mean_entropy": np.ones((1, 1))}, tmp_path / "a.png", halted=halted))
     png_size(plot_trajectories({"switches": np.arange(12).reshape(6, 2)}, tmp_path / "b.png"))
     never = {"mean_entropy": np.full((5, 2), np.nan), "z_norm": np.zeros((5, 2))}
     png_size(plot_trajectories(never, tmp_path / "c.png"))

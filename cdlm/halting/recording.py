@@ -1,0 +1,136 @@
+"""Recorded full-length runs as files: one safetensors file a run, read through a memory map.
+
+Columns (m samples, n positions, `steps` grid points, e switches):
+
+    index [m] int64, given [m n] bool, valid [m n] bool      the requests
+    tokens [m n] int64                                       final tokens, prompts included
+    t [steps] float64, nfe [steps m] int32                   noise level and calls spent, by step
+    signal.NAME [steps m] float32                            row signals, see docs/write-a-criterion.md
+    switch.step [e] uint32, switch.sample [e] uint32,        every switch of a token, in order of step;
+    switch.position [e] uint16, switch.token [e] uint32      a sample's first step switches all its open positions
+
+The header holds the format's version, the seed, and what is known of the model and the sampler.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from cdlm.errors import CdlmError
+from cdlm.files import replacing
+from cdlm.record import Record, Switches
+
+VERSION = 1
+_PREFIX = "signal."
+_REQUESTS = ("tokens", "given", "valid", "index")
+_COLUMNS = frozenset({*_REQUESTS, "t", "nfe", *(f"switch.{name}" for name in Switches._fields)})
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A full-length run: what replay needs in place of the model."""
+
+    record: Record
+    tokens: Int[np.ndarray, "m n"]
+    """Final tokens of the full run, prompts included."""
+    given: Bool[np.ndarray, "m n"]
+    valid: Bool[np.ndarray, "m n"]
+    index: Int[np.ndarray, " m"]
+    seed: int
+    model: str
+    """Name of the model."""
+    weights: str
+    """Fingerprint of its weights."""
+    settings: Mapping[str, Any]
+    """Everything of the sampler but rule and seed."""
+
+    def __post_init__(self) -> None:
+        left = (self.record.nfe == 0).any(0)
+        if left.any():
+            raise CdlmError(
+                f"replay needs full-length runs, and {int(left.sum())} of {len(left)} samples halted early:"
+                " record without a halting rule"
+            )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def write(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        from safetensors.numpy import save_file
+
+        columns = {
+            **{name: getattr(self, name) for name in _REQUESTS},
+            "t": self.record.t,
+            "nfe": self.record.nfe,
+            **{_PREFIX + name: values for name, values in self.record.signals.items()},
+            **{f"switch.{name}": values for name, values in self.record.switches._asdict().items()},
+        }
+        header = {"cdlm_recording": str(VERSION), "seed": str(self.seed), "model": self.model, "weights": self.weights,
+                  "settings": json.dumps(self.settings)}  # fmt: skip
+        with replacing(path) as temporary:
+            save_file({name: np.ascontiguousarray(values) for name, values in columns.items()}, temporary, header)
+
+    @staticmethod
+    def read(path: Path) -> Recording:
+        """Open a file; its columns stay on disk until they are used.
+
+        Raises:
+            CdlmError: the file is truncated, of another version, or no recording.
+        """
+        header, columns = _open(path)
+        found = header.get("cdlm_recording")
+        if found is None or not columns.keys() >= _COLUMNS:
+            raise CdlmError(f"{path} is no recording: write one with cdlm sample --record")
+        if found != str(VERSION):
+            raise CdlmError(f"{path} is a recording of version {found}, this program reads {VERSION}: record again")
+        signals = {name.removeprefix(_PREFIX): column for name, column in columns.items() if name.startswith(_PREFIX)}
+        switches = Switches(*(columns[f"switch.{name}"] for name in Switches._fields))
+        return Recording(
+            Record(columns["t"], columns["nfe"], signals, switches),
+            *(columns[name] for name in _REQUESTS),
+            seed=int(header["seed"]),
+            model=header["model"],
+            weights=header["weights"],
+            settings=json.loads(header["settings"]),
+        )
+
+
+def _open(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:  # maps the file; its tensors are views of the map
+            return file.metadata() or {}, {name: file.get_tensor(name).numpy() for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CdlmError(f"{path} cannot be read, it is truncated or damaged ({error}): record again") from error
+
+
+def read_folder(folder: Path) -> list[Recording]:
+    """Every recording of a folder, which must be of one model; in the order of their names."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CdlmError(f"{folder} holds no recordings: write some with cdlm sample --record {folder}")
+    recordings = [Recording.read(file) for file in files]
+    for file, recording in zip(files, recordings, strict=True):
+        if recording.weights != recordings[0].weights:
+            raise CdlmError(
+                f"{file} was recorded with the model {recording.model}, {files[0].name} with other weights"
+                f" ({recordings[0].model}): keep one folder for each model"
+            )
+    return recordings
+
+
+def check_same_model(folder: Path, weights: str) -> None:
+    """Raise if `folder` already holds recordings made with other weights."""
+    if any(folder.glob("*.safetensors")):
+        there = read_folder(folder)[0]
+        if there.weights != weights:
+            raise CdlmError(f"{folder} holds recordings of another model ({there.model}): choose another folder")

@@ -1,0 +1,89 @@
+"""What a rule would have done to a recorded run, without the model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+
+from cdlm.errors import CdlmError
+from cdlm.halting.criterion import Criterion
+from cdlm.halting.recording import Recording
+from cdlm.types import Rows, StepState
+
+
+class Replayed(NamedTuple):
+    """The run that the rule would have made of it."""
+
+    steps: Int[np.ndarray, " m"]
+    """Grid points visited by each sample."""
+    halted: Bool[np.ndarray, " m"]
+    """Whether the rule fired; the others took all steps."""
+    nfe: Int[np.ndarray, " m"]
+    tokens: Int[np.ndarray, "m n"]
+    """Final tokens, prompts included."""
+
+
+def replay(recording: Recording, rule: Criterion) -> Replayed:
+    """Each sample up to the step at which `rule` fires: the live run of the same rule, token for token.
+
+    Raises:
+        CdlmError: the rule freezes positions, or reads a signal that the recording does not keep.
+    """
+    check_replayable(recording, rule)
+    record, m = recording.record, len(recording)
+    open_ = torch.from_numpy(~recording.given)
+    budget, row = torch.full((m,), record.steps), torch.from_numpy(np.array(recording.index))
+    signals = {name: torch.from_numpy(record.signals[name]) for name in rule.needs & record.signals.keys()}
+    if "switches" in rule.needs:
+        signals["switches"] = torch.from_numpy(record.switch_counts())
+    t, nfe = torch.from_numpy(record.t), torch.from_numpy(record.nfe).long()
+    tokens = _Tokens(recording) if "tokens" in rule.needs else None
+    memory = rule.start(Rows(open_, budget, torch.from_numpy(recording.valid)))
+    last = torch.full((m,), record.steps - 1)
+    halted = torch.zeros(m, dtype=torch.bool)
+    for k in range(record.steps):
+        now = {name: values[k] for name, values in signals.items()}
+        if tokens is not None:
+            now["tokens"] = tokens.after(k)
+        state = StepState(row, torch.full((m,), k), budget, t[k].expand(m), nfe[k], open_, now)
+        memory, decision = rule.look(memory, state)
+        last = torch.where(decision.halt & ~halted, k, last)
+        halted = halted | decision.halt
+        if bool(halted.all()):
+            break
+    step = last.numpy()
+    calls = record.nfe[step, np.arange(m)].astype(np.int64)
+    return Replayed(step + 1, halted.numpy(), calls, record.tokens_at(step, recording.tokens))
+
+
+def check_replayable(recording: Recording, rule: Criterion) -> None:
+    """Raise unless the recording holds all that the rule needs."""
+    if rule.freezes:
+        raise CdlmError(
+            f"{rule!r} freezes positions, which changes the steps that follow; a recording cannot tell how:"
+            " run it live, with cdlm sample --halt"
+        )
+    kept = {*recording.record.signals, "switches", "tokens"}
+    missing = sorted(rule.needs - kept)
+    if missing:
+        raise CdlmError(
+            f"{rule!r} reads {missing[0]!r}, which the recording of {recording.model} does not keep"
+            f" (it has {', '.join(sorted(kept))}): run it live, with cdlm sample --halt"
+        )
+
+
+class _Tokens:
+    """The most likely tokens of all samples, walked forward step by step."""
+
+    def __init__(self, recording: Recording):
+        self.switches, self.tokens = recording.record.switches, torch.from_numpy(recording.tokens.copy())
+        self.ends = np.searchsorted(self.switches.step, np.arange(recording.record.steps), side="right")
+
+    def after(self, step: int) -> torch.Tensor:
+        part = slice(self.ends[step - 1] if step else 0, self.ends[step])
+        where = [torch.from_numpy(c[part].astype(np.int64)) for c in self.switches[1:]]
+        self.tokens[where[0], where[1]] = where[2]
+        return self.tokens.clone()

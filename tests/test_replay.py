@@ -1,0 +1,294 @@
+"""Laws of recordings: a replayed rule is the live run of that rule; a file gives back what was written."""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Oracle
+from toys import with_tokenizer
+
+from cdlm import api, cli
+from cdlm.collect import NEEDED, Tape
+from cdlm.continuous.solvers import Euler, Heun, Solver, TorchDiffEq
+from cdlm.errors import CdlmError
+from cdlm.halting import (
+    KL,
+    AfterStep,
+    AngleConvergence,
+    Criterion,
+    Entropy,
+    FixedSteps,
+    For,
+    JoT,
+    Never,
+    NormConvergence,
+    Patience,
+    Prophet,
+    SchED,
+    StableAndConfident,
+    Stateless,
+)
+from cdlm.halting.recording import Recording, read_folder
+from cdlm.halting.replay import replay
+from cdlm.record import Record
+from cdlm.sampling import Request, Run, Sampler
+from cdlm.types import Decision, StepState
+
+M, N, STEPS = 6, 5, 14
+RULES = (
+    Never(),
+    Patience(3),
+    Entropy(0.3),
+    KL(0.05),
+    KL(0.05, warmup=0.5),
+    NormConvergence(0.1),
+    AngleConvergence(0.05),
+    StableAndConfident(2, 0.5),
+    Prophet(3.0, 2.0, 1.0),
+    SchED(3.0, 1.0),
+    SchED(3.0, 1.0, "exp", 2.0, "paper"),
+    FixedSteps(5),
+    For(Entropy(0.8), 2) & Patience(2) | AfterStep(NormConvergence(0.3), 9),
+)
+
+
+def requests() -> list[Request]:
+    """Open rows, a prompt, and a padded row."""
+    tokens, place = torch.arange(N) % 7, torch.arange(N)
+    prompts = [0, 0, 2, 0, 1, 0]
+    return [Request(i, tokens, (place < prompts[i]) | (place > 3) & (i == 5), (place < 4) | (place >= 0) & (i != 5))
+            for i in range(M)]  # fmt: skip
+
+
+@cache
+def recorded(solver: Solver) -> Recording:
+    asked = requests()
+    tokens = torch.stack([request.tokens for request in asked])
+    tape = Tape(STEPS, tokens)
+    for step in Run(Oracle(), Sampler(STEPS, solver=solver, record=NEEDED), 4).steps(asked):
+        tape.write(step.state, step.state.row.numpy())
+        tokens[step.state.row[step.done]] = step.tokens
+    given, valid = (np.stack([getattr(r, name).numpy() for r in asked]) for name in ("given", "valid"))
+    about = {"steps": STEPS, "solver": repr(solver)}
+    return Recording(tape.record(), tokens.numpy(), given, valid, np.arange(M), 0, "oracle", "0" * 64, about)
+
+
+def live(solver: Solver, rule: Criterion) -> tuple[dict[int, tuple], Tape]:
+    out, asked = {}, requests()
+    tape = Tape(STEPS, torch.stack([request.tokens for request in asked]))
+    for step in Run(Oracle(), Sampler(STEPS, rule, solver=solver, record=NEEDED), 4).steps(asked):
+        tape.write(step.state, step.state.row.numpy())
+        for row, tokens in zip(step.done.nonzero().squeeze(1).tolist(), step.tokens.tolist(), strict=True):
+            state = step.state
+            out[int(state.row[row])] = (int(state.step[row]) + 1, bool(step.halted[row]), int(state.nfe[row]), tokens)
+    return out, tape
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("solver", [Euler(), Heun(), TorchDiffEq("midpoint", double=True)], ids=repr)
+def test_a_replayed_rule_is_the_live_run(solver: Solver, rule: Criterion) -> None:
+    again = replay(recorded(solver), rule)
+    expected, _ = live(solver, rule)
+    seen = {
+        i: (int(again.steps[i]), bool(again.halted[i]), int(again.nfe[i]), again.tokens[i].tolist()) for i in range(M)
+    }
+    assert seen == expected
+
+
+def test_the_rules_above_halt_between_the_ends() -> None:
+    """Otherwise the law above would say little."""
+    recording = recorded(Euler())
+    inside = [rule for rule in RULES if 1 < replay(recording, rule).steps.mean() < STEPS]
+    assert len(inside) >= len(RULES) - 2
+
+
+@settings(max_examples=20)
+@given(step=st.lists(st.integers(0, STEPS - 1), min_size=M, max_size=M))
+def test_tokens_at_a_step_are_those_of_a_run_halted_there(step: list[int]) -> None:
+    recording = recorded(Euler())
+    tokens = recording.record.tokens_at(np.array(step), recording.tokens)
+    for i, k in enumerate(step):
+        expected, _ = live(Euler(), FixedSteps(k + 1))
+        assert tokens[i].tolist() == expected[i][3]
+
+
+def test_a_record_of_a_halted_run_is_the_beginning_of_the_full_one() -> None:
+    full, (_, tape) = recorded(Euler()).record, live(Euler(), Patience(2))
+    short = tape.record()
+    there = short.nfe > 0
+    assert not there.all()
+    assert np.array_equal(short.switch_counts()[there], full.switch_counts()[there])
+    for name, values in short.signals.items():
+        assert np.array_equal(values[there], full.signals[name][there], equal_nan=True), name
+
+
+@settings(max_examples=20)
+@given(order=st.permutations(range(M)), cut=st.integers(1, M - 1))
+def test_selecting_and_joining_are_inverse(order: list[int], cut: int) -> None:
+    record, places = recorded(Euler()).record, np.array(order)
+    mixed = record.select(places)
+    back = Record.join([mixed.select(np.arange(cut)), mixed.select(np.arange(cut, M))]).select(np.argsort(places))
+    assert np.array_equal(back.nfe, record.nfe)
+    assert np.array_equal(back.switch_counts(), record.switch_counts())
+    for k in range(STEPS):
+        at, start = np.full(M, k), np.zeros((M, N), np.int64)
+        assert np.array_equal(back.tokens_at(at, start), record.tokens_at(at, start))
+        assert all(np.array_equal(back.signals[n][k], record.signals[n][k], equal_nan=True) for n in record.signals)
+
+
+# --- files ---
+
+
+def test_a_file_gives_back_what_was_written_and_stays_on_disk(tmp_path: Path) -> None:
+    recording = recorded(Heun())
+    recording.write(tmp_path / "a.safetensors")
+    again = Recording.read(tmp_path / "a.safetensors")
+    assert not any(a.flags.owndata for a in (again.tokens, again.record.nfe, again.record.signals["margin"]))
+    for rule in RULES:
+        assert all(np.array_equal(a, b) for a, b in zip(replay(recording, rule), replay(again, rule), strict=True))
+    assert (again.seed, again.model, again.weights, again.settings) == (0, "oracle", "0" * 64, recording.settings)
+    assert np.array_equal(again.index, recording.index)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.999])
+def test_truncated_files_are_refused(share: float, tmp_path: Path) -> None:
+    recorded(Euler()).write(tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(CdlmError, match="truncated") as caught:
+        read_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    recorded(Euler()).write(tmp_path / "a.safetensors")
+    old = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(old.replace(b'"cdlm_recording":"1"', b'"cdlm_recording":"9"'))
+    with pytest.raises(CdlmError, match="version 9"):
+        read_folder(tmp_path)
+
+
+def test_other_files_and_empty_folders_are_refused(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    with pytest.raises(CdlmError, match="no recordings"):
+        read_folder(tmp_path)
+    save_file({"a": np.zeros(3)}, tmp_path / "a.safetensors")
+    with pytest.raises(CdlmError, match="no recording"):
+        read_folder(tmp_path)
+
+
+def test_recordings_of_two_models_do_not_mix(tmp_path: Path) -> None:
+    recording = recorded(Euler())
+    recording.write(tmp_path / "a.safetensors")
+    replace(recording, weights="1" * 64, model="other").write(tmp_path / "b.safetensors")
+    with pytest.raises(CdlmError, match="one folder for each model"):
+        read_folder(tmp_path)
+
+
+def test_a_halted_run_is_no_recording() -> None:
+    recording = recorded(Euler())
+    _, tape = live(Euler(), Patience(2))
+    with pytest.raises(CdlmError, match="halted early"):
+        replace(recording, record=tape.record())
+
+
+@dataclass(frozen=True)
+class Sharp(Stateless):
+    """Reads what no recording keeps."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"top1"})
+
+    def decide(self, state: StepState) -> Decision:
+        return Decision(state.top1.amin(1) > 0)
+
+
+@pytest.mark.parametrize("rule", [JoT(), JoT() | Patience(3), For(JoT(), 2), AfterStep(JoT(), 2) & Never()], ids=repr)
+def test_rules_that_freeze_cannot_be_replayed(rule: Criterion) -> None:
+    with pytest.raises(CdlmError, match="freezes positions"):
+        replay(recorded(Euler()), rule)
+
+
+@pytest.mark.parametrize("rule", [Sharp(), Prophet(region=(0, 2)), Patience(2) & Sharp()], ids=repr)
+def test_rules_that_read_more_than_is_kept_are_refused(rule: Criterion) -> None:
+    with pytest.raises(CdlmError, match="does not keep"):
+        replay(recorded(Euler()), rule)
+
+
+# --- the commands ---
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "toy"
+    with_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def say(*words: object) -> None:
+    cli.main([str(word) for word in words])
+
+
+def test_sample_record_and_replay_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None:
+    common = ("--n", 3, "--steps", 8, "--prompt", "the cat", "--length", 10, "--quiet", "true")
+    say("sample", run, *common, "--record", tmp_path / "kept")
+    say("sample", run, *common, "--halt", "FixedSteps(4)", "--out", tmp_path / "live.jsonl")
+    capsys.readouterr()
+    say(
+        "replay",
+        tmp_path / "kept",
+        "--halt",
+        "FixedSteps(4)",
+        "Never()",
+        "--halt",
+        "Patience(3)",
+        "--out",
+        tmp_path / "o",
+    )
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in table[1:]] == ["FixedSteps(4)", "Never()", "Patience(3)"]
+    assert table[1].split()[3:6] == ["4.0", "50.0%", "100.0%"]
+    files = sorted((tmp_path / "o").iterdir())
+    assert len(files) == 3
+    again, expected = ([json.loads(x) for x in f.read_text().splitlines()] for f in (files[0], tmp_path / "live.jsonl"))
+    assert again == expected
+
+
+def test_mistakes_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None:
+    other = tmp_path / "other"
+    with_tokenizer(seed=1).save_pretrained(other)
+    kept = tmp_path / "kept"
+    say("sample", run, "--n", 2, "--steps", 3, "--record", kept, "--quiet", "true")
+    capsys.readouterr()
+    for words, advice in (
+        (("sample", run, "--record", kept, "--halt", "Patience(2)"), "leave out --halt"),
+        (("sample", other, "--n", 2, "--steps", 3, "--record", kept, "--quiet", "true"), "another model"),
+        (("replay", kept), "needs rules"),
+        (("replay", kept, "--halt", "JoT()"), "freezes positions"),
+        (("replay", kept, "--halt", "Patiense(3)"), "did you mean Patience"),
+        (("replay", tmp_path, "--halt", "Never()"), "tokenizer.json"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            say(*words)
+        said = capsys.readouterr()
+        assert caught.value.code == 2
+        assert advice in said.err
+        assert said.err.count("\n") == 1
+        assert not said.out
+
+
+def test_a_recording_needs_recorded_samples(run: Path) -> None:
+    from cdlm import hub
+
+    system = api.load(run)
+    samples = api.generate(system, n=1, steps=2)
+    with pytest.raises(CdlmError, match="record=True"):
+        api.recording_of(samples, api.make_sampler(2), hub.read(run), "fp32")
