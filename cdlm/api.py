@@ -36,6 +36,7 @@ from cdlm.evaluation.judge import Judge, cached_judge, features, train_judge
 from cdlm.evaluation.table import Corpus, Evaluation
 from cdlm.files import write_text
 from cdlm.halting import Criterion
+from cdlm.halting.calibration import automatic
 from cdlm.halting.recording import Recording, check_same_model
 from cdlm.halting.replay import replay
 from cdlm.hub import Folder
@@ -74,11 +75,14 @@ def make_sampler(
     grid: str | Grid = "Warped()",
     steering: Steering | None = None,
     init_scale: float = 1.0,
+    folder: Path | None = None,
 ) -> Sampler:
-    """A sampler from objects or their texts; `record` adds the signals of a record."""
-    return Sampler(
+    """A sampler from objects or their texts; `record` adds the signals of a record.
+
+    `halt="auto"` is the rule that was calibrated for the model in `folder` and these settings.
+    """
+    plain = Sampler(
         steps=steps,
-        criterion=names.criterion(halt),
         grid=names.grid(grid),
         solver=names.solver(solver),
         steering=steering or Steering(),
@@ -86,6 +90,11 @@ def make_sampler(
         seed=seed,
         record=NEEDED if record else frozenset(),
     )
+    if halt == "auto":
+        if folder is None:
+            raise CdlmError('halt="auto" needs a model that was loaded from a folder: give a rule')
+        halt = automatic(folder, hub.fingerprint(folder), plain.settings)
+    return replace(plain, criterion=names.criterion(halt))
 
 
 def generate(
@@ -112,7 +121,7 @@ def generate(
         n: samples of each prompt, or in all when there are none.
         length: positions of a sample; by default those of training.
         steps: grid points, one prediction each; with Euler the calls of a sample that is not halted.
-        halt: a halting rule, as an object or as its text.
+        halt: a halting rule, as an object or as its text; "auto" is the one that cdlm calibrate has chosen.
         seed: with the number of a sample it fixes the sample, whatever the batch.
         prompts: prefixes, or templates such as "The [8] sat on the [2]." whose numbers are tokens to generate.
         batch_size: samples in flight; by default 64.
@@ -124,8 +133,9 @@ def generate(
         CdlmError: a setting is out of range, or a prompt leaves nothing to generate.
     """
     sampler = make_sampler(
-        steps, halt, seed, record, solver=solver, grid=grid, steering=steering, init_scale=init_scale
-    )
+        steps, halt, seed, record, solver=solver, grid=grid, steering=steering, init_scale=init_scale,
+        folder=system.folder,
+    )  # fmt: skip
     asked = requests(prompts, n, system.length if length is None else length, _tokenizer(system))
     return draw(system, sampler, asked, BATCH if batch_size is None else batch_size, progress)
 

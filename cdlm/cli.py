@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from cdlm.errors import CdlmError
 
@@ -18,6 +18,9 @@ HELP = """usage: cdlm COMMAND [settings]
   train        train a model on text, into a run folder
   sample       draw samples from a model, with adaptive halting
   replay       try halting rules on recorded runs, without the model
+  calibrate    choose a rule's setting by the quality it may lose
+  compare      draw quality over calls of halting rules: table and plot
+  study        small experiments about halting: cdlm study NAME
   evaluate     measure samples beside real text
   train-judge  train a small autoregressive judge on a run's text
 
@@ -50,12 +53,16 @@ def _dispatch(argv: list[str]) -> None:
     from cdlm import commands
 
     disable_progress_bar()  # its bars are about loading files, ours about samples
+    if name == "study":
+        _study(rest)
+        return
     functions: dict[str, Callable[..., None]] = {
-        "sample": commands.sample, "replay": commands.replay, "evaluate": commands.evaluate,
-        "train-judge": commands.train_judge,
+        "sample": commands.sample, "replay": commands.replay, "calibrate": commands.calibrate,
+        "compare": commands.compare,
+        "evaluate": commands.evaluate, "train-judge": commands.train_judge,
     }  # fmt: skip
     if name not in functions:
-        raise CdlmError(f"there is no command {name!r}: use one of train, {', '.join(functions)}")
+        raise CdlmError(f"there is no command {name!r}: use one of train, study, {', '.join(functions)}")
     functions[name](**_arguments(functions[name], f"cdlm {name}", rest))
 
 
@@ -87,27 +94,65 @@ def _extras(parser: Any) -> Any:
     return parser
 
 
+def _study(argv: list[str]) -> None:
+    from cdlm import studies
+
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"usage: cdlm study NAME [settings], NAME is one of {', '.join(studies.names())}")
+        return
+    if not argv:
+        raise CdlmError(f"study needs a name: use one of {', '.join(studies.names())}")
+    name, rest = argv[0], argv[1:]
+    study, defaults = studies.find(name)
+    print(study(**_settings(study, defaults, f"cdlm study {name}", rest)).run(name))
+
+
+def _settings(kind: type[Any], defaults: Path, prog: str, argv: list[str]) -> dict[str, Any]:
+    """What to build `kind` from: the defaults, over them a file given with --config, over that the command line."""
+    from jsonargparse import ArgumentParser
+
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--config")
+    given, rest = own.parse_known_args(argv)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, default_env=False, default_config_files=[str(defaults)])
+    parser.add_class_arguments(kind)
+    parser.add_argument("--config", action="config", help="YAML file of these settings")
+    first = ["--config", given.config] if given.config else []  # so that the command line wins
+    values = _parsed(parser, prog, first + _lists(kind, rest, leading=False))
+    return {key: value for key, value in values.items() if key != "config"}
+
+
 def _arguments(function: Callable[..., None], prog: str, argv: list[str]) -> dict[str, Any]:
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=prog, exit_on_error=False, default_env=False)
     parser.add_function_arguments(function, as_positional=True)
+    return _parsed(parser, prog, _lists(function, argv))
+
+
+def _parsed(parser: Any, prog: str, argv: list[str]) -> dict[str, Any]:
+    from jsonargparse import ArgumentError
+
     try:
-        return vars(parser.instantiate(parser.parse_args(_lists(function, argv))))
+        return vars(parser.instantiate(parser.parse_args(argv)))
     except ArgumentError as error:
         raise CdlmError(f"{error.message or error} ({prog} --help lists the settings)") from error
 
 
-def _lists(function: Callable[..., None], argv: list[str]) -> list[str]:
+def _lists(function: Callable[..., Any], argv: list[str], leading: bool = True) -> list[str]:
     """`--name A B --name C` and a leading `A B`, of parameters that are lists, as the JSON that the parser reads."""
-    lists = [name for name, hint in get_type_hints(function).items() if hint in (list[str], list[str] | None)]
-    first = next(iter(inspect.signature(function).parameters))
+    hints = get_type_hints(function).items()
+    kinds = (str, int, float)
+    lists = {name: args[0] for name, hint in hints if (args := get_args(_required(hint))) and args[0] in kinds}
+    first = next(iter(inspect.signature(function).parameters)) if leading else None
     values: dict[str, list[str]] = {}
     rest: list[str] = []
     current = first if first in lists else None
     for word in argv:
         name, given, value = word.removeprefix("--").partition("=")
         if word.startswith("--"):
+            name = name.replace("-", "_")  # --max-loss is --max_loss
+            word = f"--{name}{given}{value}"
             current = name if name in lists else None
             if current is None:
                 rest.append(word)
@@ -117,8 +162,22 @@ def _lists(function: Callable[..., None], argv: list[str]) -> list[str]:
             values.setdefault(current, []).append(word)
         else:
             rest.append(word)
-    leading = [json.dumps(values.pop(first))] if first in values else []
-    return leading + rest + [f"--{name}={json.dumps(items)}" for name, items in values.items()]
+    texts = {name: json.dumps([item if lists[name] is str else _number(item) for item in items])
+             for name, items in values.items()}  # fmt: skip
+    positional = [texts.pop(first)] if first in texts else []
+    return positional + rest + [f"--{name}={text}" for name, text in texts.items()]
+
+
+def _required(hint: Any) -> Any:
+    """A list type without the `| None` of a parameter that may be left out; None for other types."""
+    return next((part for part in (hint, *get_args(hint)) if get_origin(part) is list), None)
+
+
+def _number(text: str) -> int | float | str:
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        return text
 
 
 def _fail(message: str, code: int) -> None:

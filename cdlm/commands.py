@@ -5,15 +5,22 @@ from __future__ import annotations
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 from cdlm import api, hub
-from cdlm.config import criterion, read_run
+from cdlm import calibrate as calibration
+from cdlm.compare import Comparison, Point, markdown, panels, write_csv
+from cdlm.config import criterion, read_run, sweep
 from cdlm.continuous.denoiser import Steering
 from cdlm.continuous.system import Precision
 from cdlm.errors import CdlmError
+from cdlm.files import write_text
+from cdlm.frontier import Machine, open_bench
+from cdlm.halting.calibration import Goal
 from cdlm.halting.recording import check_same_model, read_folder
 from cdlm.halting.replay import check_replayable
 from cdlm.prompts import requests
+from cdlm.report.pareto import plot_pareto
 from cdlm.types import HaltReason
 
 
@@ -47,7 +54,8 @@ def sample(
         run: run folder or Hub id.
         n: samples, of each prompt if there are any.
         steps: grid points; with Euler the calls of a sample that is not halted.
-        halt: halting rule, such as "Patience(20)" or "For(NormConvergence(0.01), 5) | Patience(40)".
+        halt: halting rule, such as "Patience(20)" or "For(NormConvergence(0.01), 5) | Patience(40)"; auto is the one
+            that cdlm calibrate has chosen.
         seed: fixes every sample, whatever the batch and the number of devices.
         out: JSONL file to write; by default the texts are printed.
         record: folder to keep the steps of full-length runs in, for cdlm replay.
@@ -75,7 +83,7 @@ def sample(
     asked = requests(_prompts(prompt, prompts), n, folder.length if length is None else length, folder.tokenizer)
     sampler = api.make_sampler(
         steps, halt, seed, plot is not None or record is not None, solver=solver, grid=grid, init_scale=init_scale,
-        steering=Steering(softmax_temperature, score_temperature, guidance),
+        steering=Steering(softmax_temperature, score_temperature, guidance), folder=folder.path,
     )  # fmt: skip
     samples = api.draw_spread(
         run, sampler, asked, batch_size=batch_size, precision=precision, device=device, devices=devices,
@@ -123,6 +131,164 @@ def replay(recordings: Path, halt: list[str] | None = None, out: Path | None = N
         if out is not None:
             name = f"{samples.budget}-steps-seed-{samples.seed}-rule-{number}.jsonl"
             api.write_lines(out / name, api.lines(samples, tokenizer))
+
+
+def calibrate(
+    run: str,
+    rule: str = "Patience",
+    max_loss: str = "1%",
+    confidence: float = 0.95,
+    measure: Literal["ar-nll", "agreement"] = "ar-nll",
+    n: int = 512,
+    steps: int = 200,
+    seed: int = 1000,
+    solver: str = "Euler()",
+    grid: str = "Warped()",
+    softmax_temperature: float = 1.0,
+    score_temperature: float = 1.0,
+    guidance: float = 1.0,
+    init_scale: float = 1.0,
+    recordings: Path | None = None,
+    judge: str | None = None,
+    judge_steps: int = 500,
+    batch_size: int = 64,
+    precision: Precision = "fp32",
+    device: str = "cpu",
+    devices: int = 1,
+    quiet: bool = False,
+) -> None:
+    """Choose a rule's setting by the quality it may lose, and keep it beside the weights for --halt auto.
+
+    Args:
+        run: run folder of the model; halting.json is written there.
+        rule: the rule to set, such as Patience, "KL(..., warmup=0.3)" or "AfterStep(Patience(...), 40)".
+        max_loss: what may be lost at most, such as 1% or 0.01.
+        confidence: how surely.
+        measure: what is lost: relative AR-NLL, or the share of tokens that differ from the full run.
+        n: samples to draw.
+        steps: grid points of the sampler that is calibrated; the other settings of cdlm sample follow.
+        seed: of the calibration samples; use others than those you will report.
+        solver: see cdlm sample.
+        grid: see cdlm sample.
+        softmax_temperature: see cdlm sample.
+        score_temperature: see cdlm sample.
+        guidance: see cdlm sample.
+        init_scale: see cdlm sample.
+        recordings: folder of cdlm sample --record with the full runs; by default they are drawn.
+        judge: see cdlm evaluate.
+        judge_steps: see cdlm evaluate.
+        batch_size: samples in flight.
+        precision: arithmetic of the network.
+        device: cpu, cuda, cuda:1, ...
+        devices: processes to spread the samples over.
+        quiet: show no progress.
+    """
+    goal = Goal(_share(max_loss), confidence)
+    sampler = api.make_sampler(
+        steps, None, seed, solver=solver, grid=grid, init_scale=init_scale,
+        steering=Steering(softmax_temperature, score_temperature, guidance),
+    )  # fmt: skip
+    candidates = sweep(rule, steps)
+    goal.check(n)
+    machine = Machine(batch_size, precision, device, devices, not quiet)
+    bench = open_bench(run, sampler, n, machine, recordings=recordings, judge=judge, judge_steps=judge_steps)
+    found = calibration.calibrate(bench, candidates, goal, measure)
+    for trial in found.trials:
+        verdict = "" if trial.passed else "  too much"
+        print(f"{trial.calls:8.1f} calls, saved {trial.saved:6.1%}, loss {trial.loss:7.2%}, "
+              f"at most {trial.upper:7.2%}  {trial.rule}{verdict}")  # fmt: skip
+    file = calibration.keep(bench, found)
+    print(f"{found.rule} is now --halt auto for these settings: {file}", file=sys.stderr)
+
+
+RULES_TO_COMPARE = (
+    "Patience", "Entropy", "KL", "NormConvergence", "AngleConvergence", "StableAndConfident", "Prophet", "SchED",
+    "SchED(..., variant='paper')", "JoT", "FixedSteps",
+)  # fmt: skip
+
+
+def compare(
+    models: list[str],
+    rules: list[str] | None = None,
+    steps: list[int] | None = None,
+    n: int = 512,
+    out: Path = Path("comparison"),
+    max_loss: str = "1%",
+    confidence: float = 0.95,
+    live: int = 32,
+    fewer: list[int] | None = None,
+    mauve: bool = False,
+    mauve_seeds: int = 5,
+    seed: int = 0,
+    solver: str = "Euler()",
+    grid: str = "Warped()",
+    softmax_temperature: float = 1.0,
+    score_temperature: float = 1.0,
+    guidance: float = 1.0,
+    init_scale: float = 1.0,
+    recordings: Path | None = None,
+    judge: str | None = None,
+    judge_steps: int = 500,
+    batch_size: int = 64,
+    precision: Precision = "fp32",
+    device: str = "cpu",
+    devices: int = 1,
+    quiet: bool = False,
+) -> None:
+    """Draw quality over calls of halting rules, and of the plain sampler with fewer steps: table, CSV and plot.
+
+    Args:
+        models: run folders.
+        rules: names to sweep, such as Patience or "KL(..., warmup=0.3)", or whole rules; by default all.
+        steps: grid points of the full runs, one or more; by default 200.
+        n: samples of each full run.
+        out: folder for compare.csv, compare.md and compare.png.
+        max_loss: of AR-NLL, for the setting of each rule that the table shows.
+        confidence: of that bound.
+        live: samples of what must be run for each rule: those that freeze tokens, and wall time; 0 leaves these out.
+        fewer: steps of the plain sampler that the rules are up against; by default shares of the full run's.
+        mauve: MAUVE of the full run and of each rule's setting; needs the mauve-text package.
+        mauve_seeds: see cdlm evaluate.
+        seed: of the samples.
+        solver: see cdlm sample.
+        grid: see cdlm sample.
+        softmax_temperature: see cdlm sample.
+        score_temperature: see cdlm sample.
+        guidance: see cdlm sample.
+        init_scale: see cdlm sample.
+        recordings: folder with a folder of recordings for each model, by its name; by default the runs are drawn.
+        judge: see cdlm evaluate.
+        judge_steps: see cdlm evaluate.
+        batch_size: samples in flight.
+        precision: arithmetic of the network.
+        device: cpu, cuda, cuda:1, ...
+        devices: processes to spread the samples over.
+        quiet: show no progress.
+    """
+    goal, machine = Goal(_share(max_loss), confidence), Machine(batch_size, precision, device, devices, not quiet)
+    budgets = steps or [200]
+    families = {budget: {rule: sweep(rule, budget) for rule in rules or RULES_TO_COMPARE} for budget in budgets}
+    points: list[Point] = []
+    for model, budget in product(models, budgets):
+        sampler = api.make_sampler(
+            budget, None, seed, solver=solver, grid=grid, init_scale=init_scale,
+            steering=Steering(softmax_temperature, score_temperature, guidance),
+        )  # fmt: skip
+        kept = None if recordings is None else recordings / Path(model).name
+        bench = open_bench(model, sampler, n, machine, recordings=kept, judge=judge, judge_steps=judge_steps)
+        points += Comparison(bench, goal, live, mauve_seeds if mauve else 0, fewer or ()).table(families[budget])
+        write_csv(points, out / "compare.csv")  # after each model: long work is not lost
+    text = markdown(points, goal)
+    write_text(out / "compare.md", text)
+    plot_pareto(panels(points), out / "compare.png")
+    print(text)
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
+        raise CdlmError(f"expected a share such as 1% or 0.01, got {text!r}") from error
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:

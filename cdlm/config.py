@@ -34,7 +34,9 @@ def _names(*objects: Callable[..., Any]) -> Names:
 
 
 _rules = [o for o in vars(halting).values() if isinstance(o, type) and not inspect.isabstract(o)]
-RULES = _names(halting.Patience, *_rules)  # the first is the example of messages
+RULES: Mapping[str, type[Criterion]] = MappingProxyType(
+    {rule.__name__: rule for rule in (halting.Patience, *_rules)}  # the first is the example of messages
+)
 SOLVERS = _names(Euler, Heun, TorchDiffEq)
 GRIDS = _names(Warped, UniformT, LogT)
 MASKINGS = _names(Prefix, RandomSubset, Span, Unconditional, Mixture)
@@ -90,6 +92,32 @@ class RunConfig:
 def criterion(rule: str | Criterion | None) -> Criterion:
     """A halting rule from its text, such as `For(NormConvergence(0.01), 5) | Patience(20)`; None never halts."""
     return Never() if rule is None else _object(rule, Criterion, RULES, "halting rule")
+
+
+def sweep(text: str, budget: int) -> list[Criterion]:
+    """Settings of a rule to try on runs of `budget` steps, from strict to loose.
+
+    `Patience` and `Patience(...)` are the settings of the rule itself; other parameters stay, `KL(..., warmup=0.3)`,
+    and so does what stands around it, `AfterStep(Patience(...), 40)`. A text without `...` is one rule.
+    """
+    text = text.strip()
+    if text in RULES:
+        text += "(...)"
+    calls = [node for node in ast.walk(_tree(text, RULES, "halting rule")) if isinstance(node, ast.Call)]
+    holes = [call for call in calls if any(isinstance(a, ast.Constant) and a.value is ... for a in call.args)]
+    if not holes:
+        return [criterion(text)]
+    if len(holes) > 1 or len(holes[0].args) > 1:
+        raise CdlmError(f"one rule at a time can be swept, and ... stands for all that is: got {text!r}")
+    name, fixed = ast.unparse(holes[0].func), holes[0].keywords
+    if name not in RULES:
+        raise CdlmError(f"there is no halting rule {name!r}{_nearest(name, RULES)}: use one of {', '.join(RULES)}")
+    try:
+        rules = RULES[name].sweep(budget, **{str(k.arg): _build(k.value, RULES, "halting rule") for k in fixed})
+    except TypeError as error:
+        raise CdlmError(f"cannot sweep {text!r} ({error}): it is {_example(RULES, name)}") from error
+    start, end = holes[0].col_offset, holes[0].end_col_offset
+    return [criterion(text[:start] + repr(rule) + text[end:]) for rule in rules]
 
 
 def solver(text: str | Solver) -> Solver:
@@ -164,18 +192,21 @@ def parse(text: str, names: Names, what: str) -> Any:
 
     Nothing is evaluated: the text is only taken apart into its syntax tree.
     """
+    return _build(_tree(text.strip(), names, what), names, what)
+
+
+def _tree(text: str, names: Names, what: str) -> ast.expr:
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise CdlmError(
             f"cannot read the {what} {text[:60]!r}: write it like a call, for example {_example(names)}"
         ) from error
-    return _build(tree, names, what)
 
 
 def _build(node: ast.expr, names: Names, what: str) -> Any:
     match node:
-        case ast.Constant(value=bool() | int() | float() | str()):
+        case ast.Constant(value=bool() | int() | float() | str() | None):
             return node.value
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
             return -value
@@ -225,6 +256,6 @@ def _nearest(name: str, names: Mapping[str, Any] | list[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
-def _example(names: Names) -> str:
-    name = next(iter(names))
+def _example(names: Names, name: str | None = None) -> str:
+    name = name or next(iter(names))
     return f"{name}{_plain(inspect.signature(names[name]))}"

@@ -140,7 +140,8 @@ class Run:
     def _step(self, live: Live) -> tuple[Finished, Live, Tensor]:
         t, span = self.grid[live.step], live.condition.noised
         prediction, x0 = self.sampler.steering.predict(self.denoiser, live.z, t, live.condition)
-        glance = Glance(live.z, t, self.denoiser.rho, prediction, live.open, span, live.step == 0, live.past)
+        rho, first = self.denoiser.rho, live.step == 0
+        glance = Glance(live.z, t, rho, prediction, live.open, span, first, live.past, self.needs)
         signals, past = observe(self.needs, glance)
         nfe = live.nfe + self.sampler.steering.calls
         budget = torch.full_like(live.step, self.sampler.steps)

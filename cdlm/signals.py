@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,25 +24,29 @@ class Past(NamedTuple):
     logits: Float[Tensor, "b n v"] | None
     """The very tensor of the step before, no copy; without a vocabulary axis (v = 0) while no row has a past."""
     scale: Float[Tensor, "b n 2"] | None = None
-    """Of those logits: the maximum, and the log of the summed exponentials of what lies below it."""
+    """Of those logits: the largest, and the log of the sum of exp(logit - largest); as `Glance.scale`."""
 
 
 class Sums(NamedTuple):
-    """Sums over the vocabulary, of one pass over the logits; p is their softmax."""
+    """What one pass over the logits finds, as far as it is needed; p is their softmax."""
 
-    peaks: Float[Tensor, "*n c"]
-    """Maxima of the chunks."""
+    peak: Float[Tensor, "*n"]
+    """Largest logit."""
+    peaks: Float[Tensor, "*n c"] | None
+    """Largest logit of each chunk of the vocabulary."""
     total: Float[Tensor, "*n"]
-    """Sum of exp(logit - maximum), from 1 to v."""
+    """Sum of exp(logit - peak), from 1 to v."""
     below: Float[Tensor, "*n"] | None
-    """Mean over p of logit - maximum, times the total."""
+    """Mean over p of logit - peak, times the total."""
     drift: Float[Tensor, "*n"] | None
     """Mean over p of logit - logit of the step before, times the total."""
 
 
 ENTROPIES = frozenset({"entropy", "mean_entropy"})
 SUMMED = ENTROPIES | {"logsumexp", "mean_kl"}
-"""Signals that are made from sums over the vocabulary; the others of the logits get by with the chunk maxima."""
+"""Signals that are made from sums over the vocabulary."""
+RANKED = frozenset({"tokens", "switches", "top1", "top2", "margin", "span_margin"})
+"""Signals that are made from the one or two largest logits."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +67,19 @@ class Glance:
     first: Bool[Tensor, " b"]
     """Rows at their first step."""
     past: Past
-    needs: frozenset[str] = SUMMED
+    needs: frozenset[str] = SUMMED | RANKED
     """Signals that will be asked for, so that one pass serves them all."""
 
     @cached_property
     def sums(self) -> Sums:
         before = self.past.logits
         known = before is not None and before.shape[-1] > 0
-        return _sums(self.prediction.logits, before if known else None, not self.needs.isdisjoint(ENTROPIES))
+        return _sums(self.prediction.logits, before if known else None, self.needs)
 
     @cached_property
     def peaks(self) -> Float[Tensor, "b n c"]:
-        return chunk_maxima(self.prediction.logits) if self.needs.isdisjoint(SUMMED) else self.sums.peaks
+        peaks = None if self.needs.isdisjoint(SUMMED) else self.sums.peaks
+        return chunk_maxima(self.prediction.logits) if peaks is None else peaks
 
     @cached_property
     def tokens(self) -> Int[Tensor, "b n"]:
@@ -88,7 +93,7 @@ class Glance:
 
     @cached_property
     def scale(self) -> Float[Tensor, "b n 2"]:
-        return torch.stack([self.sums.peaks.amax(-1), self.sums.total.log()], -1)
+        return torch.stack([self.sums.peak, self.sums.total.log()], -1)
 
     @cached_property
     def entropy(self) -> Float[Tensor, "b n"]:
@@ -100,7 +105,7 @@ class Glance:
         assert self.past.scale is not None
         if self.sums.drift is None:
             return torch.full_like(self.sums.total, torch.inf)
-        # Maxima and logs apart: they are near those of the step before, and differences of near numbers are exact.
+        # Peaks and logs apart: both are near those of the step before, and the difference of near numbers is exact.
         peak, log = (self.scale - self.past.scale).unbind(-1)
         kl = self.sums.drift / self.sums.total - peak - log
         return torch.where(self.first[:, None], torch.inf, kl.clamp(min=0))
@@ -152,25 +157,35 @@ def _argmax(logits: Float[Tensor, "*n v"], peaks: Float[Tensor, "*n c"]) -> Int[
     return best.squeeze(-1) * _width(logits.shape[-1]) + _members(logits, best).max(-1).indices
 
 
-def _sums(logits: Float[Tensor, "b n v"], before: Float[Tensor, "b n v"] | None, below: bool) -> Sums:
-    # On a CPU a piece and what is made of it fit in the second cache; a GPU wants few and large pieces.
-    size = max(1, (2**17 if logits.device.type == "cpu" else 2**24) // logits.shape[-1])
-    pieces = logits.flatten(0, 1).split(size)
-    pasts = [None] * len(pieces) if before is None else before.flatten(0, 1).split(size)
-    sums = [_piece_sums(piece, past, below) for piece, past in zip(pieces, pasts, strict=True)]
-    shape = logits.shape[:2]
-    return Sums(*(None if part[0] is None else torch.cat(part).unflatten(0, shape) for part in zip(*sums, strict=True)))
+def _sums(logits: Float[Tensor, "b n v"], before: Float[Tensor, "b n v"] | None, needs: frozenset[str]) -> Sums:
+    def whole(parts: Any) -> Any:
+        return None if parts[0] is None else torch.cat(parts).unflatten(0, logits.shape[:2])
+
+    pieces = _pieces(logits)
+    pasts = [None] * len(pieces) if before is None else _pieces(before)
+    sums = [_piece_sums(piece, past, needs) for piece, past in zip(pieces, pasts, strict=True)]
+    return Sums(*map(whole, zip(*sums, strict=True)))
 
 
-def _piece_sums(logits: Float[Tensor, "k v"], before: Float[Tensor, "k v"] | None, below: bool) -> Sums:
-    peaks = chunk_maxima(logits)
-    x = logits - peaks.amax(-1, keepdim=True)
+def _pieces(logits: Float[Tensor, "b n v"]) -> list[Float[Tensor, "k v"]]:
+    # On a CPU a piece and what is made of it fit in the second cache, and no piece holds positions of two rows, so that
+    # the last bit of a sum does not depend on the batch. A GPU wants few and large pieces.
+    small = logits.device.type == "cpu"
+    size = max(1, (2**17 if small else 2**24) // logits.shape[-1])
+    rows = logits if small else logits.flatten(0, 1)[None]
+    return [piece for row in rows for piece in row.split(size)]
+
+
+def _piece_sums(logits: Float[Tensor, "k v"], before: Float[Tensor, "k v"] | None, needs: frozenset[str]) -> Sums:
+    peaks = None if needs.isdisjoint(RANKED) else chunk_maxima(logits)
+    peak = (logits if peaks is None else peaks).amax(-1)
+    x = logits - peak[:, None]
     p = x.exp()
     total = p.sum(-1)
     # A token that is ruled out has p = 0 and a logit of minus infinity: nansum takes 0 * inf as the 0 that it is.
-    mean = x.mul_(p).nansum(-1) if below else None
+    below = None if needs.isdisjoint(ENTROPIES) else x.mul_(p).nansum(-1)
     drift = None if before is None else torch.sub(logits, before, out=x).mul_(p).nansum(-1)
-    return Sums(peaks, total, mean, drift)
+    return Sums(peak, peaks, total, below, drift)
 
 
 def _switches(glance: Glance) -> Int[Tensor, " b"]:

@@ -251,7 +251,7 @@ HOSTILE = (
     "eval('1')", "exec('1')", "open('x')", "lambda: 1", "(lambda: Patience(3))()", "[x for x in (1,)]",
     "Patience([x for x in (1,)][0])", "f'{1}'", "Patience(f'{1}')", "Patience(*[3])", "Patience(**{'steps': 3})",
     "Patience(n := 3)", "Patience(3 if 1 else 2)", "Patience(1 + 2)", "Patience(2 ** 9)", "Patience({'a': 1})",
-    "Patience({3})", "Patience(b'3')", "Patience(3j)", "Patience(None)", "Patience(...)", "Patience(--3)",
+    "Patience({3})", "Patience(b'3')", "Patience(3j)", "Patience(...)", "Patience(--3)",
     "Patience(+3)", "RULES['Patience'](3)", "Patience(3)[0]", "Patience(3)(3)", "import os", "x = 3", "await x",
     "yield 3", "Patience(\0)", "Patience(steps=1, steps=2)", "For(Never, 2)", "NormConvergence(1e999)",
 )  # fmt: skip
@@ -283,7 +283,8 @@ def test_huge_texts_are_refused_in_one_line(text: str) -> None:
 
 
 ILL_TYPED = (
-    ("criterion", "Patience(2.5)"), ("criterion", "Patience('3')"), ("criterion", f"Patience({'[' * 150}{']' * 150})"),
+    ("criterion", "Patience(2.5)"), ("criterion", "Patience(None)"), ("criterion", "Patience('3')"),
+    ("criterion", f"Patience({'[' * 150}{']' * 150})"),
     ("criterion", "Patience(99999e9999)"), ("criterion", "NormConvergence('0.1')"),
     ("criterion", "NormConvergence(True)"),
     ("criterion", "For(3, 2)"), ("criterion", "For('Never()', 2)"), ("criterion", "AfterStep((), 2)"),

@@ -27,7 +27,7 @@ class TokenEmbedding(nn.Module):
         return self.rho * F.normalize(self.weight, dim=-1)
 
     def forward(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
-        return F.embedding(tokens, self.table())
+        return self.rho * F.normalize(F.embedding(tokens, self.weight), dim=-1)
 
 
 def expected_embedding(logits: Float[Tensor, "b n v"], table: Float[Tensor, "v d"]) -> Float[Tensor, "b n d"]:

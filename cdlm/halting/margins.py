@@ -42,12 +42,14 @@ class Prophet(Criterion):
     def __post_init__(self) -> None:
         for name in ("tau_high", "tau_mid", "tau_low"):
             require_threshold("Prophet", name, getattr(self, name))
+        if not isinstance(self.one_based, bool):
+            raise CdlmError(f"Prophet needs one_based to be True or False, got {self.one_based!r}")
         if self.region is not None and not _is_region(self.region):
             raise CdlmError(f"Prophet needs a region (start, end) with 0 <= start < end, got {self.region!r}")
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        scales = falling(8, 0.4, 25)
+        scales = falling(8.0, 0.4, 25)
         return [cls(round(7.5 * s, 4), round(5.0 * s, 4), round(2.5 * s, 4), **fixed) for s in scales]
 
     @property
@@ -99,6 +101,10 @@ class SchED(Stateless):
     def __post_init__(self) -> None:
         for name in ("tau_high", "tau_low"):
             require_threshold("SchED", name, getattr(self, name))
+        if math.isinf(self.tau_high - self.tau_low):
+            raise CdlmError(
+                f"SchED cannot fall from {self.tau_high} to {self.tau_low}: give both a number, or the same"
+            )
         require_number("SchED", "k", self.k, above=0.0)
         for name, known in (("schedule", ("linear", "cosine", "exp")), ("variant", ("code", "paper"))):
             if getattr(self, name) not in known:
@@ -106,7 +112,7 @@ class SchED(Stateless):
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        return [cls(round(7.5 * scale, 4), round(2.5 * scale, 4), **fixed) for scale in falling(8, 0.4, 25)]
+        return [cls(round(7.5 * scale, 4), round(2.5 * scale, 4), **fixed) for scale in falling(8.0, 0.4, 25)]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -126,7 +132,7 @@ class SchED(Stateless):
             p = step / budget
         else:
             p = torch.where(budget > 1, step / (budget - 1).clamp(min=1), 1.0)
-        gap = self.tau_high - self.tau_low
+        gap = 0.0 if self.tau_high == self.tau_low else self.tau_high - self.tau_low
         if self.schedule == "linear":
             return self.tau_high - gap * p
         if self.schedule == "cosine":
@@ -181,10 +187,10 @@ class JoT(Criterion):
         return memory, Decision(torch.zeros_like(state.open[:, 0]), settled, {"decided": share})
 
     def threshold(self, decided: Bool[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-        """tau of each position, float32."""
-        weights = self.gamma ** torch.arange(1, self.distance + 1, dtype=torch.float32, device=decided.device)
+        """tau of each position, float64."""
+        weights = self.gamma ** torch.arange(1, self.distance + 1, dtype=torch.float64, device=decided.device)
         around = torch.cat([weights.flip(0), weights.new_zeros(1), weights])
-        padded = torch.nn.functional.pad(decided.float(), (self.distance, self.distance))
+        padded = torch.nn.functional.pad(decided.double(), (self.distance, self.distance))
         near = (padded.unfold(1, len(around), 1) * around).sum(-1) / around.sum()
         return self.tau_max - (self.tau_max - self.tau_min) * near.clamp(0, 1)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,11 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def first(self, n: int) -> Recording:
+        """The first n samples."""
+        cut = {name: getattr(self, name)[:n] for name in _REQUESTS}
+        return replace(self, record=self.record.select(np.arange(n)), **cut)
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""

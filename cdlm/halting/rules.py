@@ -149,7 +149,7 @@ class AngleConvergence(Stateless):
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        return [cls(delta, **fixed) for delta in falling(1e-2, 1e-7, 25)[::-1]]
+        return [cls(delta, **fixed) for delta in falling(1e-2, 1e-6, 25)[::-1]]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -204,7 +204,8 @@ class FixedSteps(Stateless):
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        return [cls(round(budget * share), **fixed) for share in np.linspace(0.98, 0.2, 27)]
+        counts = {max(1, round(budget * share)) for share in np.linspace(0.98, 0.2, 27)}
+        return [cls(steps, **fixed) for steps in sorted(counts, reverse=True)]
 
     @property
     def needs(self) -> frozenset[str]:

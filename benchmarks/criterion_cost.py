@@ -1,0 +1,144 @@
+"""What each halting rule costs, in shares of a step; the target is 2 % each.
+
+A rule is run at a setting at which it never fires, and the time that the loop spends outside the denoiser is compared
+with that of the loop without a rule (the clock is that of step_overhead.py). The first step, which has no past, is left
+out. The last column is the largest tensor that the signals make over a vocabulary of 50304, in shares of the logits.
+
+    python benchmarks/criterion_cost.py
+"""
+
+import argparse
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+from step_overhead import Timed, clock_of, loop
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from untrained import parameters, untrained
+
+from cdlm.collect import NEEDED
+from cdlm.config import RULES
+from cdlm.continuous.cdcd import CDCD
+from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.halting import Criterion
+from cdlm.halting.criterion import Pair
+from cdlm.sampling import Sampler
+from cdlm.signals import Glance, first_past, observe
+from cdlm.types import Prediction
+
+TARGET = 0.02
+TINY, HUGE, LATE = 1e-30, 1e30, 10**6
+NEVER: dict[str, tuple[float, ...]] = {
+    "Patience": (LATE,),
+    "KL": (TINY,),
+    "AngleConvergence": (TINY,),
+    "Entropy": (TINY,),
+    "FixedSteps": (LATE,),
+    "JoT": (HUGE,),
+    "Never": (),
+    "NormConvergence": (TINY,),
+    "Prophet": (HUGE, HUGE, HUGE),
+    "SchED": (HUGE, HUGE),
+    "StableAndConfident": (LATE,),
+}
+"""Arguments with which a rule looks at every step and never fires."""
+WIDE = 50304
+"""Vocabulary at which the largest tensor is looked for, with four rows."""
+COMBINATORS = {"For", "AfterStep"}
+MODELS = {
+    "small": (CDCD(width=384, depth=8, heads=6, dim=64), 8192, 64),
+    "large": (CDCD(width=1024, depth=8, heads=16, dim=256), 32000, 16),  # configs/ddlm.yaml
+}
+"""Settings, vocabulary and rows."""
+
+
+def rules() -> dict[str, Criterion]:
+    """Every rule that has a name, but for those made of other rules."""
+    plain = [name for name, made in RULES.items() if name not in COMBINATORS and not _joins(made)]
+    return {name: RULES[name](*NEVER[name]) for name in plain}
+
+
+def _joins(made: Any) -> bool:
+    return isinstance(made, type) and issubclass(made, Pair)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor made, views and what was there before left out."""
+
+    def __init__(self, there: list[torch.Tensor]):
+        super().__init__()
+        self.known, self.bytes = {tensor.untyped_storage().data_ptr() for tensor in there}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return made
+
+
+def largest(needs: frozenset[str], length: int) -> float:
+    """Bytes of the largest tensor that the signals make at a step with a past, over those of the logits."""
+    state = torch.randn(4, length, 64)
+    steps = [Prediction(torch.randn(4, length, WIDE), torch.randn_like(state)) for _ in range(2)]
+    made = Largest([state, *(part for step in steps for part in step)])
+    past, open_ = first_past(needs, state, None), torch.ones(4, length, dtype=torch.bool)
+    for i, prediction in enumerate(steps):
+        first = torch.full((4,), i == 0)
+        glance = Glance(state, torch.ones(4), 1.0, prediction, open_, open_, first, past, needs)
+        with made:
+            _, past = observe(needs, glance)
+    return made.bytes / steps[0].logits.nbytes
+
+
+def seconds(
+    system: EmbeddingDiffusion, samplers: dict[str, Sampler], args: argparse.Namespace, rows: int
+) -> tuple[float, dict[str, float]]:
+    """Seconds of a step inside the denoiser, and outside it for each sampler: medians over steps and repeats."""
+    timed = Timed(system, clock_of(args.device))
+    inside: list[float] = []
+    outside: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(args.repeats):  # in turns, so that a change of the machine's speed meets all of them
+        for name, sampler in samplers.items():
+            loop(system, timed, sampler, rows, args.device, bool(sampler.record))
+            calls, timed.calls = timed.calls, []
+            inside += [end - start for start, end in calls]
+            outside[name] += [b[0] - a[1] for a, b in pairwise(calls[1:])]
+    return median(inside), {name: median(values) for name, values in outside.items()}
+
+
+def measure(name: str, args: argparse.Namespace) -> None:
+    settings, vocab, rows = MODELS[name]
+    system = untrained(settings, vocab, args.length).to(args.device)
+    samplers = {"no rule": Sampler(args.steps)}
+    samplers |= {name: Sampler(args.steps, rule) for name, rule in rules().items()}
+    samplers["everything recorded"] = Sampler(args.steps, record=NEEDED)
+    inside, outside = seconds(system, samplers, args, rows)
+    plain = outside.pop("no rule")
+    print(f"{parameters(system)}, vocabulary {vocab}, {rows} rows of {args.length}: a step is {inside + plain:.3f} s,")
+    print(f"of which the loop without a rule {1e3 * plain:.1f} ms")
+    print(f"{'':20} {'ms a step':>10} {'of the step':>12} {'largest tensor':>16}")
+    for name, took in outside.items():
+        sampler = samplers[name]
+        made = largest(sampler.record | sampler.criterion.needs, args.length)
+        share = (took - plain) / (inside + took)
+        verdict = f"  above the target of {TARGET:.0%}" if share > TARGET and not sampler.record else ""
+        print(f"{name:20} {1e3 * (took - plain):10.2f} {share:12.2%} {made:16.2%}{verdict}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("--device", default="cpu")
+    for name, value in dict(steps=5, repeats=2, length=64).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.models:
+        measure(name, args)
+
+
+if __name__ == "__main__":
+    main()

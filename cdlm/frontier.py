@@ -1,0 +1,220 @@
+"""Quality against calls: full runs recorded once, rules tried on them, and every text judged once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from cdlm import api, hub
+from cdlm.collect import NEEDED, decode, given_spans, texts_of
+from cdlm.config import read_run
+from cdlm.continuous.system import Precision
+from cdlm.data.store import Rows
+from cdlm.errors import CdlmError
+from cdlm.evaluation.ar_nll import ar_nll
+from cdlm.evaluation.judge import Judge
+from cdlm.halting import Criterion
+from cdlm.halting.calibration import Bootstrap, Scores, bootstrap
+from cdlm.halting.recording import Recording, read_folder
+from cdlm.halting.replay import replay
+from cdlm.prompts import requests
+from cdlm.sampling import Request, Sampler
+from cdlm.types import Samples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how things run."""
+
+    batch_size: int = api.BATCH
+    precision: Precision = "fp32"
+    device: str = "cpu"
+    devices: int = 1
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of some run: what quality and cost are computed from."""
+
+    tokens: Int[np.ndarray, "m n"]
+    nfe: Int[np.ndarray, " m"]
+
+
+class Scorer:
+    """AR-NLL of samples under a judge; each distinct text is judged once."""
+
+    def __init__(self, judge: Judge, tokenizer: PreTrainedTokenizerFast):
+        self.judge, self.tokenizer = judge, tokenizer
+        self.known: dict[tuple[bytes, bytes], tuple[float, float]] = {}
+
+    def __call__(
+        self, tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"]
+    ) -> Scores:
+        """Nats and judged tokens of each sample; what was given is context and is not scored."""
+        keys = [
+            (row[real].tobytes(), told[real].tobytes()) for row, told, real in zip(tokens, given, valid, strict=True)
+        ]
+        fresh = {key: i for i, key in enumerate(keys) if key not in self.known}
+        rows = list(fresh.values())
+        if rows:
+            spans = [given_spans(self.tokenizer, tokens[i][valid[i]].tolist(), given[i][valid[i]]) for i in rows]
+            scored = ar_nll(self.judge, texts_of(self.tokenizer, tokens[rows], valid[rows]), spans)
+            pairs = zip(scored.text_nats.tolist(), scored.text_tokens.tolist(), strict=True)
+            self.known.update(zip(fresh, pairs, strict=True))
+        total, weight = np.array([self.known[key] for key in keys], np.float64).T
+        return Scores(total, weight)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, a sampler and a judge, with the full-length run that everything is compared with."""
+
+    run: str
+    sampler: Sampler
+    """Without a rule."""
+    asked: Sequence[Request]
+    recording: Recording
+    tokenizer: PreTrainedTokenizerFast
+    scorer: Scorer
+    machine: Machine
+    held_out: Rows
+    """Rows of the run's held-out text."""
+
+    @cached_property
+    def full(self) -> Scores:
+        """AR-NLL of the full run."""
+        return self.score(self.recording.tokens)
+
+    @cached_property
+    def full_calls(self) -> Float[np.ndarray, " m"]:
+        """Calls of the full run."""
+        return self.recording.record.nfe[-1].astype(np.float64)
+
+    @cached_property
+    def _real(self) -> list[list[int]]:
+        rows = [self.held_out[i] for i in range(min(len(self.recording), len(self.held_out)))]
+        return [row.tokens[row.valid].tolist() for row in rows]
+
+    @property
+    def real_texts(self) -> list[str]:
+        """Held-out text: as many rows as the full run has samples, or as there are."""
+        return [decode(self.tokenizer, ids) for ids in self._real]
+
+    @property
+    def real(self) -> tuple[list[list[int]], Scores]:
+        """Its tokens, and AR-NLL."""
+        scored = ar_nll(self.scorer.judge, self.real_texts)
+        return self._real, Scores(scored.text_nats, scored.text_tokens.astype(np.float64))
+
+    def texts(self, drawn: Drawn) -> list[str]:
+        """Samples as text."""
+        return texts_of(self.tokenizer, drawn.tokens, self.recording.valid[: len(drawn.tokens)])
+
+    def score(self, tokens: Int[np.ndarray, "m n"]) -> Scores:
+        """AR-NLL of the first samples of the bench, with these tokens."""
+        m = len(tokens)
+        return self.scorer(tokens, self.recording.given[:m], self.recording.valid[:m])
+
+    def run_rule(self, rule: Criterion, live: int) -> Drawn:
+        """The bench's samples under a rule: replayed, or for a rule that freezes the first `live` of them, run."""
+        if rule.freezes:
+            return self.run_live(replace(self.sampler, criterion=rule), live)
+        run = replay(self.recording, rule)
+        return Drawn(run.tokens, run.nfe)
+
+    def run_live(self, sampler: Sampler, live: int) -> Drawn:
+        """The first `live` requests, drawn from the model."""
+        samples = self.draw(sampler, live)
+        return Drawn(samples.tokens, samples.nfe)
+
+    def draw(self, sampler: Sampler, live: int) -> Samples:
+        """The first `live` requests as samples."""
+        return api.draw_spread(self.run, sampler, self.asked[:live], **_options(self.machine))
+
+    def loss(self, drawn: Drawn, measure: str = "ar-nll") -> Bootstrap:
+        """What was lost against the full run: relative AR-NLL, or the share of tokens that differ."""
+        return MEASURES[measure](self, drawn)
+
+    def agreement(self, drawn: Drawn) -> float:
+        """Share of generated tokens that are those of the full run."""
+        return 1 - _disagreement(self, drawn).value
+
+
+def _relative_nll(bench: Bench, drawn: Drawn) -> Bootstrap:
+    m = len(drawn.tokens)
+    full = Scores(bench.full.total[:m], bench.full.weight[:m])
+    return bench.score(drawn.tokens).relative_to(full)
+
+
+def _disagreement(bench: Bench, drawn: Drawn) -> Bootstrap:
+    m, recording = len(drawn.tokens), bench.recording
+    open_ = ~recording.given[:m]
+    wrong = ((drawn.tokens != recording.tokens[:m]) & open_).sum(1).astype(np.float64)
+    return bootstrap(Scores(wrong, open_.sum(1).astype(np.float64)), m)
+
+
+MEASURES: dict[str, Callable[[Bench, Drawn], Bootstrap]] = {"ar-nll": _relative_nll, "agreement": _disagreement}
+"""What a rule loses, by name."""
+
+
+def open_bench(
+    run: str,
+    sampler: Sampler,
+    n: int,
+    machine: Machine,
+    *,
+    recordings: Path | None = None,
+    judge: str | None = None,
+    judge_steps: int = 500,
+) -> Bench:
+    """Draw the full run, or take it from a folder of recordings, and prepare the judge of the run's text.
+
+    Raises:
+        CdlmError: the recordings are of another model, or none has these settings, this seed and n samples.
+    """
+    folder, config = hub.read(run), read_run(run)
+    data = api.Data.of(config, folder.tokenizer)
+    asked = requests(None, n, folder.length, folder.tokenizer)
+    if recordings is None:
+        bench_sampler = replace(sampler, record=NEEDED)
+        samples = api.draw_spread(run, bench_sampler, asked, **_options(machine))
+        recording = api.recording_of(samples, sampler, folder, machine.precision)
+    else:
+        recording = _find(recordings, hub.fingerprint(folder.path), sampler, machine.precision, n)
+    asked_judge = (
+        Judge.load(judge, machine.device)
+        if judge
+        else api.own_judge(data, config, judge_steps, machine.device, machine.progress)
+    )
+    scorer = Scorer(asked_judge, folder.tokenizer)
+    return Bench(run, sampler, asked, recording, folder.tokenizer, scorer, machine, data.valid)
+
+
+def _options(machine: Machine) -> dict[str, Any]:
+    names = ("batch_size", "precision", "device", "devices", "progress")
+    return {name: getattr(machine, name) for name in names}
+
+
+def _find(folder: Path, weights: str, sampler: Sampler, precision: Precision, n: int) -> Recording:
+    wanted = {**sampler.settings, "precision": precision}
+    there = read_folder(folder)
+    if there[0].weights != weights:
+        raise CdlmError(f"{folder} holds recordings of another model ({there[0].model}): record this one")
+    for recording in there:
+        plain = not recording.given.any()
+        if dict(recording.settings) == wanted and recording.seed == sampler.seed and len(recording) >= n and plain:
+            return recording.first(n)
+    raise CdlmError(
+        f"{folder} has no recording of {n} samples without prompts, seed {sampler.seed}, settings {wanted}:"
+        " record one with cdlm sample --record"
+    )

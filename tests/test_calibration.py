@@ -1,0 +1,396 @@
+"""Laws of choosing and comparing settings: the bootstrap, the search, the file beside the weights, the commands."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluation_toys import random_judge
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import TEXT, with_tokenizer
+
+from cdlm import api, cli
+from cdlm.compare import FULL, PLAIN, REAL, Comparison, Plain, Point, markdown
+from cdlm.config import RULES, criterion, parse_run, sweep
+from cdlm.errors import CdlmError
+from cdlm.frontier import Bench, Drawn, Machine, open_bench
+from cdlm.halting import AfterStep, FixedSteps, For, JoT, Never, Patience
+from cdlm.halting.calibration import (
+    Bootstrap,
+    Calibration,
+    Goal,
+    Scores,
+    Trial,
+    automatic,
+    bootstrap,
+    choose,
+    chosen,
+    keep,
+)
+
+# --- the bootstrap ---
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10**6), m=st.integers(20, 60))
+def test_the_interval_is_that_of_known_spread(seed: int, m: int) -> None:
+    """Of equal weights the bootstrap of a mean has the standard deviation of the sample over the root of its size."""
+    total = np.random.default_rng(seed).normal(3, 1, m)
+    scores = Scores(total, np.full(m, 2.0))
+    found = scores.bootstrap()
+    low, high = found.interval95
+    assert found.value == pytest.approx(total.mean() / 2)
+    assert (high - low) / 2 == pytest.approx(1.96 * total.std() / 2 / m**0.5, rel=0.2)
+    assert low < found.value < high
+    assert low < found.upper(0.8) < found.upper(0.95) < high
+
+
+def test_a_run_loses_nothing_against_itself_and_differences_are_paired() -> None:
+    rng = np.random.default_rng(0)
+    full = Scores(rng.uniform(1, 9, 40), rng.uniform(20, 30, 40))
+    same = full.relative_to(full)
+    assert same.value == 0
+    assert np.abs(same.draws).max() < 1e-12
+    tenth = Scores(1.1 * full.total, full.weight).relative_to(full)
+    assert np.allclose(tenth.draws, 0.1)
+    assert full.bootstrap().draws.std() > 0.001
+
+
+def test_the_same_samples_are_drawn_every_time() -> None:
+    scores = Scores(np.arange(9.0), np.ones(9))
+    assert np.array_equal(scores.bootstrap().draws, bootstrap(scores, 9).draws)
+
+
+# --- the search ---
+
+
+@given(max_loss=st.floats(0.002, 0.3), confidence=st.floats(0.6, 0.999))
+def test_the_fewest_samples_are_those_in_which_ruined_ones_are_seen(max_loss: float, confidence: float) -> None:
+    fewest = Goal(max_loss, confidence).fewest
+    assert (1 - max_loss) ** fewest <= 1 - confidence + 1e-12
+    assert (1 - max_loss) ** (fewest - 1) > 1 - confidence - 1e-12
+
+
+RULES_OF_STEPS = [FixedSteps(steps) for steps in range(20, 0, -1)]
+
+
+def trials(losses: Sequence[float], goal: Goal, noise: float = 0.0) -> list[Trial]:
+    def measure(rule: FixedSteps) -> tuple[float, float, Bootstrap]:
+        loss = losses[20 - rule.steps]
+        return float(rule.steps), 1 - rule.steps / 20, Bootstrap(loss, np.array([loss - noise, loss + noise]))
+
+    return choose(RULES_OF_STEPS, measure, goal, 1000)  # type: ignore[arg-type]
+
+
+@given(losses=st.lists(st.floats(-0.05, 0.3), min_size=20, max_size=20))
+def test_the_search_ends_at_the_first_failure(losses: list[float]) -> None:
+    goal = Goal(0.1)
+    failing = next((i for i, loss in enumerate(losses) if loss > 0.1), 20)
+    if failing < 2:  # the first setting saves nothing
+        if failing < 20:
+            with pytest.raises(CdlmError, match="no setting"):
+                trials(losses, goal)
+        return
+    found = trials(losses, goal)
+    assert len(found) == min(failing + 1, 20)
+    assert chosen(found).rule == repr(RULES_OF_STEPS[failing - 1])
+    assert [trial.passed for trial in found] == [True] * failing + [False] * (len(found) - failing)
+
+
+def test_the_choice_holds_as_often_as_asked() -> None:
+    """The true loss grows along the sweep and is measured on samples; at 90 % it is too large one time in ten."""
+    rng, goal, m = np.random.default_rng(1), Goal(0.02, 0.9), 300
+    true = np.linspace(0, 0.06, 20)
+    wrong = 0
+    for _ in range(200):
+        base, noise = rng.uniform(1, 2, m), rng.normal(0, 0.15, m)
+        full = Scores(base, np.ones(m))
+
+        def measure(rule: FixedSteps, base=base, noise=noise, full=full) -> tuple[float, float, Bootstrap]:
+            loss = true[20 - rule.steps]
+            rough = base * (1 + loss) + noise * loss / 0.06  # the more is changed, the more it scatters
+            return 1.0, 0.5, Scores(rough, np.ones(m)).relative_to(full)
+
+        best = chosen(choose(RULES_OF_STEPS, measure, goal, m))  # type: ignore[arg-type]
+        wrong += true[20 - criterion(best.rule).steps] > goal.max_loss  # type: ignore[attr-defined]
+    assert wrong / 200 < 0.1 + 3 * (0.1 * 0.9 / 200) ** 0.5
+
+
+def test_too_few_samples_say_how_many_are_needed() -> None:
+    with pytest.raises(CdlmError, match="needs at least 299 samples, got 100"):
+        Goal(0.01).check(100)
+    Goal(0.01).check(299)
+    with pytest.raises(CdlmError, match="about 9000 samples would"):
+        trials([-0.1, 0.05] + [0.2] * 18, Goal(0.1), noise=0.15 / 0.9)  # the bound is three times too far away
+    with pytest.raises(CdlmError, match="allow more"):
+        trials([0.0, 0.2] + [0.2] * 18, Goal(0.1), noise=0.01)
+
+
+@pytest.mark.parametrize("goal", [(0.0, 0.9), (1.0, 0.9), (-0.1, 0.9), (0.1, 1.0), (0.1, 0.0), (float("nan"), 0.9)])
+def test_goals_out_of_range_are_refused(goal: tuple[float, float]) -> None:
+    with pytest.raises(CdlmError, match="between 0 and 1"):
+        Goal(*goal)
+
+
+# --- the file ---
+
+
+def entry(rule: str = "Patience(steps=3)", steps: int = 9) -> Calibration:
+    trial = Trial(rule, 5.0, 0.4, 0.001, 0.004, True)
+    return Calibration({"steps": steps, "grid": "LogT()"}, rule, "agreement", Goal(0.01), 300, 1, None, [trial])
+
+
+def test_the_file_gives_each_sampler_its_rule(tmp_path: Path) -> None:
+    keep(tmp_path, "w", entry())
+    keep(tmp_path, "w", entry("Entropy(nats=0.1)", steps=20))
+    keep(tmp_path, "w", entry("Patience(steps=4)"))
+    assert automatic(tmp_path, "w", {"steps": 9, "grid": "LogT()"}) == "Patience(steps=4)"
+    assert automatic(tmp_path, "w", {"steps": 20, "grid": "LogT()"}) == "Entropy(nats=0.1)"
+    with pytest.raises(CdlmError, match="no rule for steps=10"):
+        automatic(tmp_path, "w", {"steps": 10, "grid": "LogT()"})
+    evidence = json.loads((tmp_path / "halting.json").read_text())["calibrations"][-1]
+    assert (evidence["samples"], evidence["goal"]["max_loss"], evidence["trials"][0]["upper"]) == (300, 0.01, 0.004)
+
+
+def test_a_choice_for_other_weights_is_void(tmp_path: Path) -> None:
+    keep(tmp_path, "old", entry())
+    with pytest.raises(CdlmError, match="other weights"):
+        automatic(tmp_path, "new", entry().settings)
+    keep(tmp_path, "new", entry("Patience(steps=5)", steps=20))
+    with pytest.raises(CdlmError, match="no rule for steps=9"):
+        automatic(tmp_path, "new", entry().settings)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"cdlm_halting": 1}', '{"cdlm_halting": 9}', "\0",
+                                     '{"cdlm_halting": 1, "weights": "w", "calibrations": [3]}'])  # fmt: skip
+def test_broken_files_are_refused_in_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "halting.json").write_text(content)
+    with pytest.raises(CdlmError) as caught:
+        automatic(tmp_path, "w", {})
+    assert "\n" not in str(caught.value)
+
+
+# --- sweeps as text ---
+
+
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"Never", "For", "AfterStep", "And", "Or"}))
+@pytest.mark.parametrize("budget", [1, 7, 200])
+def test_a_name_is_its_sweep(name: str, budget: int) -> None:
+    assert sweep(name, budget) == sweep(f" {name}(...) ", budget) == list(RULES[name].sweep(budget))
+
+
+def test_what_stands_around_a_sweep_stays() -> None:
+    inner = sweep("Patience", 50)
+    assert sweep("AfterStep(Patience(...), 20)", 50) == [AfterStep(rule, 20) for rule in inner]
+    assert sweep("For(Patience(...), 2) | FixedSteps(40)", 50) == [For(rule, 2) | FixedSteps(40) for rule in inner]
+    assert {rule.warmup for rule in sweep("KL(..., warmup=0.5)", 50)} == {0.5}  # type: ignore[attr-defined]
+    assert sweep("Patience(7)", 50) == [Patience(7)]
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("Patiense(...)", "did you mean Patience"),
+        ("KL(..., warm=0.5)", "cannot sweep"),
+        ("Never", "no settings to sweep"),
+        ("Patience(...) | Entropy(...)", "one rule at a time"),
+        ("Patience(..., 3)", "one rule at a time"),
+        ("For(..., 3)", "no settings to sweep|one rule"),
+        ("For(Patience, 3)", "may only hold"),
+        ("Patience(...", "cannot read"),
+    ],
+)
+def test_mistakes_in_sweeps_are_named(text: str, advice: str) -> None:
+    with pytest.raises(CdlmError, match=advice) as caught:
+        sweep(text, 50)
+    assert "\n" not in str(caught.value)
+
+
+# --- on a model ---
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with its text, and a judge; nothing is trained."""
+    made = tmp_path_factory.mktemp("bench")
+    (made / "text.txt").write_text("\n".join(TEXT * 30))
+    with_tokenizer().save_pretrained(made / "toy")
+    random_judge().save(made / "judge")
+    argv = ["--source", "Files", "--source.paths", json.dumps([str(made / "text.txt")]), "--length", "12"]
+    (made / "toy" / "config.yaml").write_text(parse_run([*argv, "--cache", str(made / "cache")])[1])
+    return made
+
+
+@pytest.fixture(scope="module")
+def bench(place: Path) -> Bench:
+    machine = Machine(progress=False)
+    return open_bench(str(place / "toy"), api.make_sampler(steps=12), 30, machine, judge=str(place / "judge"))
+
+
+def test_the_full_run_loses_nothing(bench: Bench) -> None:
+    full = bench.run_rule(Never(), live=0)
+    assert bench.loss(full).value == bench.loss(full, "agreement").value == 0
+    assert bench.agreement(full) == 1
+    assert np.array_equal(full.nfe, bench.full_calls)
+
+
+def test_the_loss_is_that_of_the_texts(bench: Bench) -> None:
+    half = bench.run_rule(FixedSteps(2), live=0)
+    changed = (half.tokens != bench.recording.tokens).mean()
+    assert 0 < changed < 1
+    assert bench.loss(half, "agreement").value == pytest.approx(changed)
+    assert bench.loss(half).value == pytest.approx(
+        bench.score(half.tokens).bootstrap().value / bench.full.bootstrap().value - 1
+    )
+
+
+def test_replayed_and_live_runs_score_alike(bench: Bench) -> None:
+    replayed = bench.run_rule(FixedSteps(5), live=0)
+    live = bench.run_live(replace(bench.sampler, criterion=FixedSteps(5)), 30)
+    assert np.array_equal(replayed.nfe, live.nfe)
+    assert (replayed.tokens == live.tokens).mean() > 0.99  # float32: a tie may fall either way in another batch
+
+
+def test_each_text_is_judged_once(bench: Bench) -> None:
+    bench.score(bench.recording.tokens)
+    before = len(bench.scorer.known)
+    doubled = np.concatenate([bench.recording.tokens[:15]] * 2)
+    scores = bench.scorer(doubled, bench.recording.given, bench.recording.valid)
+    assert len(bench.scorer.known) == before
+    assert np.array_equal(scores.total[:15], bench.full.total[:15])
+    assert np.array_equal(scores.total[15:], bench.full.total[:15])
+
+
+def test_the_plain_sampler_is_a_line_between_its_budgets(bench: Bench) -> None:
+    plain = Plain.of(bench, [3, 6])
+    assert plain.steps == [3, 6, 12]
+    once = np.ones((1, 30))
+    at = [plain.at(float(calls), 30) for calls in (3, 4.5, 6, 12)]
+    values = [line(once)[0] for line in at if line is not None]
+    assert values[1] == pytest.approx((values[0] + values[2]) / 2)
+    assert values[3] == pytest.approx(bench.full.bootstrap().value)
+    assert plain.at(2.9, 30) is None
+    assert plain.at(12.1, 30) is None
+
+
+def test_the_table_of_a_comparison(bench: Bench) -> None:
+    goal = Goal(0.2, 0.95)
+    rules = {"FixedSteps": [FixedSteps(11), FixedSteps(4)], "JoT": [JoT(1e6)], "Never": [Never()]}
+    comparison = Comparison(bench, goal, live=8, fewer=(3, 6))
+    points = comparison.table(rules)
+    by = {name: [p for p in points if p.family == name] for name in (FULL, REAL, PLAIN, *rules)}
+    (full,) = by[FULL]
+    assert (full.saved, full.loss, full.agreement, full.qps, full.verdict) == (0, 0, 1, 1, "equal")
+    assert [p.calls for p in by[PLAIN]] == [3, 6]
+    assert all(p.against_plain == pytest.approx(0, abs=1e-12) for p in by[PLAIN])
+    assert by[REAL][0].calls is None
+    late, early = by["FixedSteps"]
+    assert (late.calls, early.calls) == (11, 4)
+    assert late.saved == pytest.approx(1 / 12)
+    assert early.step_speedup == early.step_speedup_each == pytest.approx(3)
+    assert early.qps == pytest.approx(3 * (full.ar_nll / early.ar_nll) ** 4)
+    assert by["JoT"][0].samples == 8
+    assert not by["Never"][0].chosen  # it saves nothing
+    text = markdown(points, goal)
+    assert text.count("no setting within the goal") == sum(not any(p.chosen for p in by[name]) for name in rules)
+
+
+@pytest.mark.parametrize(("losses", "best"), [([0.0, 0.1, 0.3, 0.1], 1), ([0.3, 0.1], None), ([0.1] * 4, 3)])
+def test_the_choice_of_a_family(bench: Bench, losses: list[float], best: int | None) -> None:
+    comparison = Comparison(bench, Goal(0.2), live=0)
+    points = [
+        Point("m", 9, "f", "s", 30, 1.0, 1.0, 1.0, 1.0, 1.0, saved=0.1, loss_upper=loss, calls=5.0) for loss in losses
+    ]
+    assert comparison.choice(points) == best
+    assert comparison.choice([replace(p, samples=5) for p in points]) is None
+
+
+def test_rules_that_freeze_are_left_out_when_nothing_may_run(bench: Bench) -> None:
+    points = Comparison(bench, Goal(0.2), live=0, fewer=(6,)).table({"JoT": [JoT()], "Patience": [Patience(3)]})
+    assert {p.family for p in points} == {FULL, REAL, PLAIN, "Patience"}
+
+
+def test_recordings_serve_a_bench(place: Path, bench: Bench) -> None:
+    folder = place / "kept"
+    api.keep(bench.recording, bench.tokenizer, folder)
+    machine, judge = Machine(progress=False), str(place / "judge")
+    again = open_bench(str(place / "toy"), bench.sampler, 20, machine, recordings=folder, judge=judge)
+    assert np.array_equal(again.recording.tokens, bench.recording.tokens[:20])
+    assert np.array_equal(again.run_rule(Patience(2), 0).nfe, bench.run_rule(Patience(2), 0).nfe[:20])
+    for other in (replace(bench.sampler, steps=13), replace(bench.sampler, seed=1)):
+        with pytest.raises(CdlmError, match="no recording of 20 samples"):
+            open_bench(str(place / "toy"), other, 20, machine, recordings=folder, judge=judge)
+    with pytest.raises(CdlmError, match="no recording of 31 samples"):
+        open_bench(str(place / "toy"), bench.sampler, 31, machine, recordings=folder, judge=judge)
+
+
+# --- the commands ---
+
+
+def say(*words: object) -> None:
+    cli.main([str(word) for word in words])
+
+
+def test_calibrate_then_sample_with_auto(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = place / "toy"
+    settings_ = ("--steps", 12, "--quiet", "true")
+    say("calibrate", run, "--rule", "FixedSteps", "--max-loss", "90%", "--confidence", 0.9, "--measure", "agreement",
+        "--n", 20, *settings_)  # fmt: skip
+    shown = capsys.readouterr()
+    assert "is now --halt auto" in shown.err
+    rule = json.loads((run / "halting.json").read_text())["calibrations"][0]["rule"]
+    say("sample", run, "--n", 3, *settings_, "--halt", "auto", "--out", tmp_path / "auto.jsonl")
+    say("sample", run, "--n", 3, *settings_, "--halt", rule, "--out", tmp_path / "rule.jsonl")
+    assert (tmp_path / "auto.jsonl").read_text() == (tmp_path / "rule.jsonl").read_text()
+    system = api.load(run)
+    assert api.generate(system, n=3, steps=12, halt="auto").nfe.max() < 12
+    with pytest.raises(CdlmError, match="no rule for steps=13"):
+        api.generate(system, n=3, steps=13, halt="auto")
+    with pytest.raises(CdlmError, match="loaded from a folder"):
+        api.generate(with_tokenizer(), n=1, steps=12, halt="auto")
+
+
+def test_compare_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    say("compare", place / "toy", "--rules", "Patience", "AfterStep(Entropy(...), 3)", "--steps", 6, 8, "--n", 10,
+        "--fewer", 2, 4, "--max-loss", "50%", "--judge", place / "judge", "--live", 4, "--out", tmp_path,
+        "--quiet", "true")  # fmt: skip
+    assert capsys.readouterr().out.startswith("| model |")
+    with (tmp_path / "compare.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["steps"] for row in rows} == {"6", "8"}
+    assert {row["family"] for row in rows} == {FULL, REAL, PLAIN, "Patience", "AfterStep(Entropy(...), 3)"}
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "QPS" in (tmp_path / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (("calibrate", "--n", 20), "needs at least 299 samples, got 20"),
+        (("calibrate", "--max-loss", "much"), "a share such as 1%"),
+        (("calibrate", "--rule", "Patiense"), "cannot read|Patiense|did you mean"),
+        (("compare", "--rules", "Patience", "Zzz(...)"), "no halting rule 'Zzz'"),
+        (("compare", "--recordings", "nowhere"), "no recordings"),
+    ],
+)
+def test_mistakes_end_with_one_line(place: Path, words: tuple, advice: str, capsys, tmp_path: Path) -> None:
+    import re
+
+    command, *rest = words
+    with pytest.raises(SystemExit) as caught:
+        say(command, place / "toy", *rest)
+    shown = capsys.readouterr()
+    assert caught.value.code == 2
+    assert shown.err.count("\n") == 1
+    assert re.search(advice, shown.err), shown.err
+    assert not shown.out
+
+
+def test_drawn_samples_keep_their_order(bench: Bench) -> None:
+    drawn = bench.run_rule(FixedSteps(12), live=0)
+    assert isinstance(drawn, Drawn)
+    assert np.array_equal(drawn.tokens, bench.recording.tokens)
