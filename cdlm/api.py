@@ -274,7 +274,7 @@ def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, 
         config_text: the configuration as YAML, kept in the folder.
         resume: continue the run in `out`.
     """
-    from cdlm import training
+    from cdlm.training import run as training
 
     data = Data.of(config)
     options = config.training

@@ -20,7 +20,7 @@ from cdlm.data.masking import Masking, Mixture, Prefix, RandomSubset, Span, Unco
 from cdlm.data.sources import Source, Stories
 from cdlm.errors import CdlmError
 from cdlm.halting import Criterion, Never
-from cdlm.training import TrainOptions
+from cdlm.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

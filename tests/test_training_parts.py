@@ -20,12 +20,13 @@ from test_training_run import DEFAULTS, Batch, Loader, assert_same, masking, tin
 
 from cdlm.errors import CdlmError
 from cdlm.noise import generator
-from cdlm.training import TrainOptions, train
 from cdlm.training.average import Average
 from cdlm.training.files import METRICS, AtomicCheckpoints, MetricsFile
 from cdlm.training.module import TRAINING
 from cdlm.training.optimizers import build_optimizer, lr_factor, set_rates
+from cdlm.training.options import TrainOptions
 from cdlm.training.progress import reporter
+from cdlm.training.run import train
 from cdlm.training.validation import losses_by_level, validation_metrics
 
 

@@ -23,9 +23,11 @@ from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.errors import CdlmError
 from cdlm.noise import generator
-from cdlm.training import Interrupted, TrainOptions, train
 from cdlm.training.module import TRAINING
 from cdlm.training.optimizers import build_optimizer, set_rates
+from cdlm.training.options import TrainOptions
+from cdlm.training.run import train
+from cdlm.training.stop import Interrupted
 
 VOCAB, ROWS, LENGTH = 11, 6, 5
 
@@ -389,7 +391,7 @@ def test_kill_minus_nine_at_random_points_loses_nothing(tmp_path: Path) -> None:
 
 
 PROCESSES = """
-    from cdlm.training import rank_and_world
+    from cdlm.training.run import rank_and_world
     folder, strategy, stop, resume = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "stop", sys.argv[3] == "resume"
     options = replace(TrainOptions(**DEFAULTS), steps=5, devices=2, strategy=strategy)
     rank, world = rank_and_world(options)
