@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cdlm.errors import CdlmError
+from cdlm.report.pareto import Curve, Panel, limits, plot_pareto
 from cdlm.report.plot import plot_trajectories
 
 STEPS, ROWS = 30, 9
@@ -89,3 +90,36 @@ def test_wrong_records_are_explained(tmp_path):
     with pytest.raises(CdlmError, match="without a zero"):
         plot_trajectories({"mean_entropy": np.ones((3, 0))}, tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+# --- quality over calls ---
+
+
+def curve(label: str, rival: bool = False, chosen: int | None = None) -> Curve:
+    value = [0.9, 1.0, 1.7]
+    return Curve(label, [100.0, 50.0, 20.0], value, [v - 0.05 for v in value], [v + 0.05 for v in value], rival, chosen)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_panel_for_each_model(count: int, tmp_path):
+    curves = [curve("plain", True), curve("a", chosen=1), curve("b")]
+    panels = [Panel(f"m{i}", curves, [("real", 0.7)]) for i in range(count)]
+    png_size(plot_pareto(panels, tmp_path / "p.png"))
+
+
+def test_a_panel_without_a_rival_and_with_one_point_can_be_drawn(tmp_path):
+    single = Curve("a", [7.0], [0.9], [0.8], [1.0])
+    png_size(plot_pareto([Panel("m", [single], [])], tmp_path / "p.png"))
+
+
+def test_rules_that_fail_badly_do_not_flatten_the_picture():
+    wild = Curve("wild", [3.0], [1e6], [1e6], [1e6])
+    low, high = limits(Panel("m", [curve("plain", True), wild], [("real", 0.7)]))
+    assert low < 0.7
+    assert 1.75 < high < 2.0
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    with pytest.raises(CdlmError, match="nothing to draw"):
+        plot_pareto([], tmp_path / "p.png")
+    assert not any(tmp_path.iterdir())

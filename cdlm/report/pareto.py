@@ -93,7 +93,7 @@ def _draw(axis: Axes, panel: Panel, style: dict[str, tuple[str, str]], label: st
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_ylim(*_limits(panel))
+    axis.set_ylim(*limits(panel))
     axis.set_title(panel.title, fontsize=11, loc="left")
     axis.set_xlabel("mean calls a sample", fontsize=10)
     axis.set_ylabel(label, fontsize=10)
@@ -101,7 +101,7 @@ def _draw(axis: Axes, panel: Panel, style: dict[str, tuple[str, str]], label: st
     axis.grid(color="#E6E6E6", linewidth=0.6)
 
 
-def _limits(panel: Panel) -> tuple[float, float]:
+def limits(panel: Panel) -> tuple[float, float]:
     """Around the levels and the rival, so that rules that fail badly leave the picture instead of flattening it."""
     rival = [v for c in panel.curves if c.rival for v in (*c.low, *c.high)]
     values = rival or [v for c in panel.curves for v in c.value]
