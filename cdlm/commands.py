@@ -269,7 +269,7 @@ def compare(
     budgets = steps or [200]
     families = {budget: {rule: sweep(rule, budget) for rule in rules or RULES_TO_COMPARE} for budget in budgets}
     points: list[Point] = []
-    for model, budget in product(models, budgets):
+    for model, budget in product(dict.fromkeys(models), dict.fromkeys(budgets)):
         sampler = api.make_sampler(
             budget, None, seed, solver=solver, grid=grid, init_scale=init_scale,
             steering=Steering(softmax_temperature, score_temperature, guidance),

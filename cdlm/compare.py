@@ -37,6 +37,7 @@ class Point:
     """One setting of one rule on one model: a row of the table. Intervals are 95 %, bootstrap over samples."""
 
     model: str
+    """Its folder, as it was given."""
     steps: int
     """Of the full run."""
     family: str
@@ -186,7 +187,7 @@ class Comparison:
     def _text(self, family: str, setting: str, rows: Sequence[list[int]], scores: Scores) -> dict[str, Any]:
         nll = scores.bootstrap()
         return {
-            "model": Path(self.bench.run).name,
+            "model": self.bench.run,
             "steps": self.bench.sampler.steps,
             "family": family,
             "setting": setting,

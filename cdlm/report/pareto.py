@@ -14,8 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, then shades that stay apart from them; markers tell lines apart in grey print too.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#7B4EA3", "#B2182B", "#4D9221")
-MARKERS = "osD^vP*X<>"
+COLORS = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#7B4EA3", "#B2182B", "#4D9221",
+    "#777777", "#1B2A6B",
+)  # fmt: skip
+MARKERS = "osD^vP*X<>ph"
+MOST = 1.35
+"""Upper end of the axis over the full run's value: the region in which one would want to be."""
 GREY = "#555555"
 
 
@@ -47,7 +52,7 @@ class Panel:
 
 
 def plot_pareto(panels: Sequence[Panel], path: Path, label: str = "AR-NLL, nats per token") -> Path:
-    """A PNG with one panel each; lower and further left is better. Calls are on a logarithmic axis."""
+    """A PNG with one panel each; lower and further left is better. Calls on a logarithmic axis, rings at choices."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -55,7 +60,7 @@ def plot_pareto(panels: Sequence[Panel], path: Path, label: str = "AR-NLL, nats 
         raise CdlmError("there is nothing to draw: give at least one panel")
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(7.2 * columns, 5.0 * lines + 0.9), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8.0 * columns, 5.0 * lines + 1.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     names = list(dict.fromkeys(c.label for p in panels for c in p.curves if not c.rival))
@@ -65,7 +70,9 @@ def plot_pareto(panels: Sequence[Panel], path: Path, label: str = "AR-NLL, nats 
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     handles = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4 * columns, frameon=False, fontsize=9
+    )
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
     return path
@@ -87,13 +94,15 @@ def _draw(axis: Axes, panel: Panel, style: dict[str, tuple[str, str]], label: st
             axis.plot(*at, marker="o", markersize=11, fillstyle="none", color=color, markeredgewidth=1.8, zorder=6)
     for name, value in panel.levels:
         axis.axhline(value, color=GREY, linewidth=0.9, linestyle=":")
-        axis.annotate(name, (0.995, value), xycoords=("axes fraction", "data"), fontsize=8, color=GREY, ha="right",
+        axis.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, color=GREY, ha="left",
                       va="bottom")  # fmt: skip
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_ylim(*limits(panel))
+    shown = [x for c in panel.curves for x, y in zip(c.calls, c.value, strict=True) if y <= limits(panel)[1]]
+    axis.set_xlim(0.85 * min(shown), 1.1 * max(shown))
     axis.set_title(panel.title, fontsize=11, loc="left")
     axis.set_xlabel("mean calls a sample", fontsize=10)
     axis.set_ylabel(label, fontsize=10)
@@ -102,9 +111,8 @@ def _draw(axis: Axes, panel: Panel, style: dict[str, tuple[str, str]], label: st
 
 
 def limits(panel: Panel) -> tuple[float, float]:
-    """Around the levels and the rival, so that rules that fail badly leave the picture instead of flattening it."""
-    rival = [v for c in panel.curves if c.rival for v in (*c.low, *c.high)]
-    values = rival or [v for c in panel.curves for v in c.value]
-    values = [*values, *(value for _, value in panel.levels)]
-    room = 0.08 * (max(values) - min(values) or 1.0)
-    return min(values) - room, max(values) + room
+    """From the lowest level or rival to a little over the best, so that settings that fail badly do not flatten it."""
+    rival = [v for c in panel.curves if c.rival for v in c.low]
+    low = min([*(value for _, value in panel.levels), *(rival or [v for c in panel.curves for v in c.value])])
+    best = min(v for c in panel.curves for v in c.value)
+    return low - 0.05 * (MOST * best - low), MOST * best
