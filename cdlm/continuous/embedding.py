@@ -32,4 +32,7 @@ class TokenEmbedding(nn.Module):
 
 def expected_embedding(logits: Float[Tensor, "b n v"], table: Float[Tensor, "v d"]) -> Float[Tensor, "b n d"]:
     """Mean embedding under softmax(logits)."""
-    return logits.softmax(-1) @ table
+    if logits.device.type != "cpu":
+        return logits.softmax(-1) @ table
+    # Row by row the softmax is still in the cache when it is multiplied, and never as large as the logits.
+    return torch.stack([row.softmax(-1) @ table for row in logits])
