@@ -1,0 +1,315 @@
+"""Studies: what they measure has known answers, and each runs from the command line on a small model."""
+
+import csv
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from oracle import Oracle
+from toys import with_tokenizer
+
+from cdlm import studies
+from cdlm.cli import main
+from cdlm.continuous.levels import LogT
+from cdlm.continuous.solvers import Euler, Solver
+from cdlm.errors import CdlmError
+from cdlm.prompts import requests
+from cdlm.record import Record, Switches
+from cdlm.sampling import Run, Sampler
+from cdlm.studies.measures import position_zero_switch, reached, settled_by, zero_switch
+from cdlm.studies.more_steps import VANILLA, _shown
+from cdlm.studies.norm_causality import UNTOUCHED, Driven, Struck, at_norm, noised
+from cdlm.studies.norms import trace
+from cdlm.studies.picture import Line, Panel, draw
+from cdlm.studies.study import Finding
+from cdlm.studies.t_max import prior_mismatch, top_level
+from cdlm.types import Samples
+
+THINGS, PLACES = ("hat", "ball", "kite", "bird"), ("mat", "roof", "road", "hill", "farm", "boat")
+TEXT = "".join(f"the {a} saw the {b} on the {c}.\n" for a in ("cat", "dog", "fox") for b in THINGS for c in PLACES)
+SMALL = (
+    "--system.width", "16", "--system.depth", "1", "--system.heads", "2", "--system.dim", "8", "--length", "12",
+    "--vocab_size", "266", "--batch_size", "4", "--validation_rows", "4", "--preview", "0", "--training.steps", "2",
+    "--training.accelerator", "cpu", "--quiet",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A trained run."""
+    place = tmp_path_factory.mktemp("studies")
+    text = place / "text.txt"
+    text.write_text(TEXT * 3)
+    main(["train", "--text", str(text), "--out", str(place / "run"), "--cache", str(place / "cache"), *SMALL])
+    return str(place / "run")
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def record_of(switches: list[tuple[int, int, int]], steps: int, samples: int) -> Record:
+    """A record with switches (step, sample, position) and nothing else."""
+    step, sample, position = (np.array(column) for column in zip(*sorted(switches), strict=True))
+    nfe = np.repeat(np.arange(1, steps + 1)[:, None], samples, 1)
+    return Record(np.linspace(1, 0.1, steps), nfe, {}, Switches(step, sample, position, step))
+
+
+# --- what is measured ---
+
+
+def test_the_zero_switch_step_is_the_last_switch_counted_from_one() -> None:
+    record = record_of([(0, 0, 0), (0, 0, 1), (3, 0, 1), (0, 1, 0), (0, 1, 1), (1, 1, 0), (9, 1, 0)], 10, 2)
+    assert zero_switch(record).tolist() == [4, 10]
+    assert position_zero_switch(record, 2).tolist() == [[1, 4], [10, 1]]
+
+
+def test_a_level_is_reached_when_it_is_kept() -> None:
+    values = np.array([[0.2, 1.0, 0.1], [1.0, 1.0, 0.1], [0.5, 1.0, 0.1], [1.0, 1.0, 0.1]])
+    assert reached(values, 0.9).tolist() == [4, 1, 5]
+
+
+def test_shares_of_settled_samples_count_each_sample_once() -> None:
+    assert settled_by(np.array([1, 3, 3, 5]), 4).tolist() == [0.25, 0.25, 0.75, 0.75]
+
+
+@pytest.mark.parametrize(("paper", "nats"), [(300, 0.0014), (50, 0.0512), (10, 1.28)])
+def test_the_prior_mismatch_is_the_divergence_of_the_noised_embedding(paper: float, nats: float) -> None:
+    made = with_tokenizer(t_max=paper / 16)
+    level = top_level(made.schedule, made.rho)
+    assert level == pytest.approx(paper / 16)
+    assert prior_mismatch(level) == pytest.approx(nats, rel=0.02)
+    e = torch.nn.functional.normalize(torch.arange(1.0, 9.0, dtype=torch.float64), dim=0)
+    start, noisy = torch.distributions.Normal(0 * e, level), torch.distributions.Normal(e, level)
+    divergence = torch.distributions.kl_divergence(noisy, start).sum()
+    assert prior_mismatch(level) == pytest.approx(float(divergence))
+
+
+def test_a_trace_ends_at_its_own_direction_and_knows_both_norms() -> None:
+    system = with_tokenizer(length=5)
+    assert system.tokenizer is not None
+    sampler = Sampler(6, grid=LogT(), record=frozenset({"z", "score", "z_norm", "x0_norm", "switches"}))
+    course = trace(system, sampler, requests(None, 3, 5, system.tokenizer))
+    for name in ("z_to_final", "score_to_final"):
+        assert course[name].shape == (6, 3)
+        assert course[name][-1] == pytest.approx(1)
+        assert (np.abs(course[name]) <= 1 + 1e-6).all()
+    t = course["t"] * system.rho
+    assert course["z_scaled"] == pytest.approx(course["z_norm"] / np.sqrt(1 + t**2))
+    assert course["z_scaled"][0].mean() == pytest.approx(1, abs=0.4)  # pure noise has about the norm of an embedding
+
+
+# --- disturbances ---
+
+
+def states(solver: Solver, n: int = 3, steps: int = 8) -> list[torch.Tensor]:
+    """States [n, 4, 5] of the oracle, step by step."""
+    sampler = Sampler(steps, grid=LogT(), solver=solver, record=frozenset({"z"}))
+    oracle = Oracle()
+    asked = requests(None, n, 4, None)  # type: ignore[arg-type]  # no prompt, so nothing to tokenise
+    return [step.state.z for step in Run(oracle, sampler, n).steps(asked)]
+
+
+def levels(steps: int = 8) -> list[float]:
+    return LogT().levels(Oracle().schedule, steps).tolist()
+
+
+def test_disturbances_of_size_zero_change_nothing() -> None:
+    plain = states(Euler())
+    level = levels()[3]
+    idle = [
+        Driven(lambda x0: x0), Struck(level, lambda z, t: z), Struck(1e9, lambda z, t: 2 * z),
+        Struck(level, lambda z, t: noised(z, t, scale=0.0, seed=0, indices=range(3))),
+    ]  # fmt: skip
+    for solver in idle:
+        assert all(torch.equal(a, b) for a, b in zip(plain, states(solver), strict=True))
+
+
+def test_a_strike_changes_the_state_it_names_and_none_before() -> None:
+    plain, struck = states(Euler()), states(Struck(levels()[3], lambda z, t: 2 * z))
+    assert all(torch.equal(a, b) for a, b in zip(plain[:3], struck[:3], strict=True))
+    assert torch.equal(struck[3], 2 * plain[3])
+    assert not torch.equal(struck[4], plain[4])
+
+
+def test_a_driven_state_goes_where_the_changed_estimate_points() -> None:
+    end = states(Driven(lambda x0: 0 * x0))
+    ratio = levels()[-1] / levels()[0]
+    assert torch.allclose(end[-1], ratio * end[0])
+
+
+def test_the_estimate_is_put_at_the_norm_of_an_embedding() -> None:
+    x0 = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    fixed = at_norm(x0, 2.0)
+    assert fixed.norm(dim=-1) == pytest.approx(torch.full((2, 3), 2.0).numpy(), rel=1e-5)
+    assert torch.cosine_similarity(fixed, x0, dim=-1).numpy() == pytest.approx(1, rel=1e-5)
+
+
+def test_injected_noise_is_the_samples_own_and_scales_with_the_level() -> None:
+    z, t = torch.zeros(2, 400, 8), torch.tensor([1.0, 3.0], dtype=torch.float64)
+    both = noised(z, t, scale=0.5, seed=1, indices=[4, 9])
+    alone = noised(z[1:], t[1:], scale=0.5, seed=1, indices=[9])
+    assert torch.equal(both[1:], alone)
+    assert both.std(dim=(1, 2)).tolist() == pytest.approx([0.5, 1.5], rel=0.05)
+    assert not torch.equal(noised(z, t, scale=0.5, seed=2, indices=[4, 9]), both)
+
+
+def test_the_causality_study_strikes_at_steps_that_are_walked() -> None:
+    system = with_tokenizer()
+    for share in (0.0, 0.5, 1.0):
+        study = studies.make("norm-causality", n=1, steps=4, at=[share])
+        struck = [s for s in study.solvers(system, [0]).values() if isinstance(s, Struck)]  # type: ignore[attr-defined]
+        walked = LogT().levels(system.schedule, 4).tolist()[1:]
+        assert struck
+        assert all(s.level in walked for s in struck)
+
+
+# --- the command line ---
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "zero-switch": ("--n", "3", "--steps", "5", "--prompts", "", "the cat", "--seeds", "0", "1"),
+    "patience-sweep": (
+        "--n",
+        "6",
+        "--steps",
+        "5",
+        "7",
+        "--patience",
+        "1",
+        "3",
+        "--max-loss",
+        "0.5",
+        "--judge-steps",
+        "1",
+    ),
+    "t-max": ("--n", "4", "--steps", "5", "--patience", "2", "--judge-steps", "1"),
+    "norms": ("--n", "3", "--steps", "5", "--grids", "LogT()", "UniformT()"),
+    "norm-causality": ("--n", "3", "--steps", "5", "--factors", "0.5", "2", "--noise", "1", "--at", "0.5"),
+    "more-steps": ("--n", "4", "--steps", "8", "--vanilla", "2", "4", "--judge-steps", "1"),
+}
+LINES = {  # lines of the table
+    "zero-switch": 3, "patience-sweep": 4, "t-max": 1, "norms": 2, "norm-causality": 1 + 2 + 1 + 2 + 1, "more-steps": 3,
+}  # fmt: skip
+
+
+def test_every_study_is_tried_here_and_has_its_page() -> None:
+    assert sorted(SETTINGS) == studies.names()
+    pages = Path(__file__).parent.parent / "docs" / "studies"
+    index = (pages / "README.md").read_text(encoding="utf-8")
+    for name in studies.names():
+        assert f"({name}.md)" in index
+        assert f"cdlm study {name}" in (pages / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_a_study_leaves_a_table_its_numbers_and_a_picture(
+    name: str, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["study", name, "--models", run, "--out", str(tmp_path), "--quiet", "true", *SETTINGS[name]])
+    printed = capsys.readouterr().out
+    table = (tmp_path / f"{name}.md").read_text()
+    assert table.startswith(printed.rstrip("\n"))
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(lines) - 2 >= LINES[name]
+    assert all(row["model"] == "run" for row in rows_of(tmp_path / f"{name}.csv"))
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    settings = yaml.safe_load(table.split("```yaml\n")[1].split("```")[0])
+    assert settings["models"] == [run]
+
+
+def test_defaults_come_from_the_file_then_a_given_file_then_the_command_line(run: str, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("n: 2\nsteps: 3\n")
+    main(
+        ["study", "norms", "--models", run, "--out", str(tmp_path), "--quiet", "true", "--n", "4", "--config", str(own)]
+    )
+    settings = yaml.safe_load((tmp_path / "norms.md").read_text().split("```yaml\n")[1].split("```")[0])
+    assert (settings["n"], settings["steps"]) == (4, 3)
+    assert settings["grids"] == yaml.safe_load(studies.find("norms")[1].read_text())["grids"]
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_defaults_are_settings_of_the_study(name: str) -> None:
+    study, file = studies.find(name)
+    assert set(yaml.safe_load(file.read_text())) <= {f.name for f in fields(study)}
+    assert isinstance(studies.make(name, n=1), study)
+
+
+@pytest.mark.parametrize("argv", [[], ["zeroswitch"], ["norms", "--nix", "3"], ["norms", "--n", "two"]])
+def test_bad_calls_end_with_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["study", *argv])
+    shown = capsys.readouterr()
+    assert caught.value.code == 2
+    assert shown.err.count("\n") == 1
+    assert shown.err.startswith("cdlm: ")
+    if argv[:1] != ["norms"]:
+        assert all(name in shown.err for name in studies.names())
+
+
+def test_the_numbers_of_the_zero_switch_study_are_those_of_its_samples(run: str, tmp_path: Path) -> None:
+    study = studies.make("zero-switch", models=[run], n=3, steps=5, prompts=["the cat"], seeds=[3], quiet=True)
+    samples: Samples = study.draw(run, study.sampler(5, 3, "LogT()"), ["the cat"])
+    assert samples.record is not None
+    counts = samples.record.switch_counts()
+    expected = [max(k + 1 for k in range(5) if counts[k, i]) for i in range(3)]
+    assert [row["zero_switch"] for row in study.find().rows] == expected
+
+
+def test_untouched_rows_of_the_causality_study_agree_with_themselves(run: str) -> None:
+    found = studies.make("norm-causality", models=[run], n=3, steps=5, batch_size=2).find()
+    untouched = [row for row in found.rows if row["disturbance"] == UNTOUCHED]
+    assert [row["as_untouched"] for row in untouched] == [1.0] * 3
+
+
+def test_results_do_not_depend_on_the_batch(run: str) -> None:
+    def table(batch_size: int) -> list[dict[str, str]]:
+        study = studies.make("norm-causality", models=[run], n=4, steps=4, at=[0.5], batch_size=batch_size)
+        return [dict(row) for row in study.find().table]
+
+    assert table(4) == table(3)
+
+
+# --- parts of single studies ---
+
+
+def test_the_boundary_is_the_least_patience_before_the_first_failure_from_above() -> None:
+    study: Any = studies.make("patience-sweep", max_loss=0.01)
+    upper = {1: 0.5, 2: 0.005, 3: 0.02, 4: 0.009, 5: 0.001}
+    sweep = [{"patience": p, "loss_upper": u} for p, u in upper.items()]
+    assert study.boundary(sweep) == 4  # 2 passes by chance, behind 3 that fails
+    assert study.boundary(sweep[:3]) is None
+
+
+def test_too_few_samples_cannot_show_the_boundary(run: str) -> None:
+    with pytest.raises(CdlmError, match="at least"):
+        studies.make("patience-sweep", models=[run], n=20, max_loss=0.01).find()
+
+
+def test_of_each_sweep_the_settings_nearest_to_the_budgets_and_the_best_are_shown() -> None:
+    rows: list[dict[str, Any]] = [{"rule": VANILLA, "steps": s, "calls": float(s)} for s in (10, 40)]
+    gaps = {90: None, 60: None, 30: 0.2, 20: -0.1, 12: 0.5, 2: None}
+    rows += [{"rule": f"P({c})", "steps": 100, "calls": float(c), "beside_vanilla": gap} for c, gap in gaps.items()]
+    assert [row["calls"] for row in _shown(rows)] == [10, 40, 30, 20, 12]
+
+
+def test_pictures_refuse_to_be_empty_and_draw_bands_and_categories(tmp_path: Path) -> None:
+    with pytest.raises(CdlmError, match="at least one panel"):
+        draw([], tmp_path / "nothing.png")
+    x = np.arange(3.0)
+    panels = [
+        Panel("curves", "x", "y", [Line("a", x, x, (x - 1, x + 1)), Line("b", x, x, dashed=True)], levels=[("1", 1.0)]),
+        Panel("places", "x", "", [Line("a", x, x, (x - 1, x + 1), dots=True)], ticks=("p", "q", "r")),
+    ]  # fmt: skip
+    assert draw(panels, tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finding_is_a_table_in_markdown() -> None:
+    found = Finding([{"a": 1}], [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}], "What it says.", [])
+    assert found.markdown == "| a | b |\n| --: | --: |\n| 1 | 2 |\n| 3 | 4 |\n\nWhat it says.\n"
