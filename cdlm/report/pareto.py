@@ -71,7 +71,7 @@ def plot_pareto(panels: Sequence[Panel], path: Path, label: str = "AR-NLL, nats 
         axis.set_visible(False)
     handles = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=4 * columns, frameon=False, fontsize=9
+        handles.values(), handles.keys(), loc="outside lower center", ncols=1 + 2 * columns, frameon=False, fontsize=8
     )
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
