@@ -170,7 +170,7 @@ class JoT(Criterion):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"tokens", "top1", "top2", "logsumexp"})
+        return frozenset({"tokens", "top1", "top2"})
 
     @property
     def freezes(self) -> bool:
@@ -180,8 +180,8 @@ class JoT(Criterion):
         return rows.valid
 
     def look(self, memory: Any, state: StepState) -> tuple[Memory, Decision]:
-        second = (state.top2 - state.logsumexp).exp()
-        ratio = (state.top1 - state.logsumexp).exp() / (second + 1e-12)
+        # p1 / (p2 + 1e-12) without the normaliser: where the 1e-12 counts, p1 is 1.
+        ratio = 1 / ((state.top2 - state.top1).exp() + 1e-12)
         settled = state.open & (ratio >= self.threshold(~state.open & memory))
         share = 1 - (state.open & ~settled).sum(1) / memory.sum(1)
         return memory, Decision(torch.zeros_like(state.open[:, 0]), settled, {"decided": share})
