@@ -76,10 +76,11 @@ def make_sampler(
     steering: Steering | None = None,
     init_scale: float = 1.0,
     folder: Path | None = None,
+    length: int | None = None,
 ) -> Sampler:
     """A sampler from objects or their texts; `record` adds the signals of a record.
 
-    `halt="auto"` is the rule that was calibrated for the model in `folder` and these settings.
+    `halt="auto"` is the rule that was calibrated for the model in `folder`, samples of this length and these settings.
     """
     plain = Sampler(
         steps=steps,
@@ -93,7 +94,7 @@ def make_sampler(
     if halt == "auto":
         if folder is None:
             raise CdlmError('halt="auto" needs a model that was loaded from a folder: give a rule')
-        halt = automatic(folder, hub.fingerprint(folder), plain.settings)
+        halt = automatic(folder, hub.fingerprint(folder), {**plain.settings, "length": length})
     return replace(plain, criterion=names.criterion(halt))
 
 
@@ -134,7 +135,7 @@ def generate(
     """
     sampler = make_sampler(
         steps, halt, seed, record, solver=solver, grid=grid, steering=steering, init_scale=init_scale,
-        folder=system.folder,
+        folder=system.folder, length=system.length if length is None else length,
     )  # fmt: skip
     asked = requests(prompts, n, system.length if length is None else length, _tokenizer(system))
     return draw(system, sampler, asked, BATCH if batch_size is None else batch_size, progress)
@@ -174,9 +175,10 @@ def recording_of(samples: Samples, sampler: Sampler, run: Folder, precision: Pre
     """Recorded samples as something to keep and replay, with what is known of the model and the sampler."""
     if samples.record is None:
         raise CdlmError("the samples have no record to keep: draw them with record=True")
+    settings = {**sampler.settings, "length": samples.tokens.shape[1], "precision": precision}
     return Recording(
         samples.record, samples.tokens, samples.given, samples.valid, samples.index, samples.seed,
-        run.path.name, hub.fingerprint(run.path), {**sampler.settings, "precision": precision},
+        run.path.name, hub.fingerprint(run.path), settings,
     )  # fmt: skip
 
 
@@ -187,7 +189,9 @@ def keep(recording: Recording, tokenizer: PreTrainedTokenizerFast, folder: Path)
         CdlmError: the folder holds recordings of another model.
     """
     check_same_model(folder, recording.weights)
-    what = json.dumps([recording.settings, recording.index.tolist(), recording.given.tolist()], sort_keys=True)
+    given = recording.given & recording.valid
+    asked = [recording.index, given, recording.valid, np.where(given, recording.tokens, 0)]
+    what = json.dumps([recording.settings, *(part.tolist() for part in asked)], sort_keys=True)
     digest = hashlib.sha256(what.encode()).hexdigest()[:8]
     file = folder / f"{recording.record.steps}-steps-seed-{recording.seed}-{digest}.safetensors"
     recording.write(file)

@@ -26,7 +26,7 @@ def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure
 
     trials = halting.choose(candidates, trial, goal, n)
     return Calibration(
-        settings=bench.sampler.settings,
+        settings=bench.settings,
         rule=halting.chosen(trials).rule,
         measure=measure,
         goal=goal,

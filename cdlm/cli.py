@@ -147,6 +147,7 @@ def _lists(function: Callable[..., Any], argv: list[str], leading: bool = True) 
     first = next(iter(inspect.signature(function).parameters)) if leading else None
     values: dict[str, list[str]] = {}
     rest: list[str] = []
+    named: set[str] = set()
     current = first if first in lists else None
     for word in argv:
         name, given, value = word.removeprefix("--").partition("=")
@@ -154,6 +155,7 @@ def _lists(function: Callable[..., Any], argv: list[str], leading: bool = True) 
             name = name.replace("-", "_")  # --max-loss is --max_loss
             word = f"--{name}{given}{value}"
             current = name if name in lists else None
+            named.add(name)
             if current is None:
                 rest.append(word)
             elif given:
@@ -162,6 +164,8 @@ def _lists(function: Callable[..., Any], argv: list[str], leading: bool = True) 
             values.setdefault(current, []).append(word)
         else:
             rest.append(word)
+    for name in lists.keys() & named - values.keys():
+        raise CdlmError(f"--{name} needs at least one value")
     texts = {name: json.dumps([item if lists[name] is str else _number(item) for item in items])
              for name, items in values.items()}  # fmt: skip
     positional = [texts.pop(first)] if first in texts else []

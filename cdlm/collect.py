@@ -11,15 +11,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from cdlm.record import Record, Switches, in_order
+from cdlm.record import RECORDED, Record, Switches, in_order
 from cdlm.sampling import Request
 from cdlm.types import Finished, HaltReason, Samples, StepState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-RECORDED = ("mean_entropy", "mean_kl", "margin", "span_margin", "z_norm", "x0_norm", "score_cosine")
-"""Row signals of a record, which also keeps each step's tokens."""
 NEEDED = frozenset({"tokens", *RECORDED})
 """Signals that the sampler of a recorded run computes."""
 

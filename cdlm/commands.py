@@ -14,11 +14,12 @@ from cdlm.config import criterion, read_run, sweep
 from cdlm.continuous.denoiser import Steering
 from cdlm.continuous.system import Precision
 from cdlm.errors import CdlmError
+from cdlm.evaluation.mauve import check as check_mauve
 from cdlm.files import write_text
 from cdlm.frontier import Machine, open_bench
-from cdlm.halting.calibration import Goal
+from cdlm.halting.calibration import Goal, check_file
 from cdlm.halting.recording import check_same_model, read_folder
-from cdlm.halting.replay import check_replayable
+from cdlm.halting.replay import check_kept, check_replayable
 from cdlm.prompts import requests
 from cdlm.report.pareto import plot_pareto
 from cdlm.types import HaltReason
@@ -84,6 +85,7 @@ def sample(
     sampler = api.make_sampler(
         steps, halt, seed, plot is not None or record is not None, solver=solver, grid=grid, init_scale=init_scale,
         steering=Steering(softmax_temperature, score_temperature, guidance), folder=folder.path,
+        length=folder.length if length is None else length,
     )  # fmt: skip
     samples = api.draw_spread(
         run, sampler, asked, batch_size=batch_size, precision=precision, device=device, devices=devices,
@@ -114,12 +116,12 @@ def replay(recordings: Path, halt: list[str] | None = None, out: Path | None = N
     if not halt:
         raise CdlmError('replay needs rules to try: --halt "Patience(20)" "Entropy(0.05)"')
     rules = [criterion(rule) for rule in halt]
-    tokenizer = hub.read_tokenizer(recordings)
     kept = read_folder(recordings)
-    for recording, rule in product(kept, rules):
+    tokenizer = hub.read_tokenizer(recordings)
+    for recording, rule in product(kept.values(), rules):
         check_replayable(recording, rule)
     print(f"{'steps':>6} {'seed':>5} {'n':>6} {'calls':>8} {'saved':>7} {'halted':>7} {'as full':>8}  rule")
-    for recording, (number, rule) in product(kept, enumerate(halt, 1)):
+    for (name, recording), (number, rule) in product(kept.items(), enumerate(halt, 1)):
         samples = api.replayed(recording, rule, tokenizer)
         saved = 1 - samples.nfe.sum() / recording.record.nfe[-1].sum()
         halted = sum(reason is HaltReason.CRITERION for reason in samples.reason) / len(samples)
@@ -129,8 +131,7 @@ def replay(recordings: Path, halt: list[str] | None = None, out: Path | None = N
             f" {halted:7.1%} {same:8.2%}  {rule}"
         )
         if out is not None:
-            name = f"{samples.budget}-steps-seed-{samples.seed}-rule-{number}.jsonl"
-            api.write_lines(out / name, api.lines(samples, tokenizer))
+            api.write_lines(out / f"{name}-rule-{number}.jsonl", api.lines(samples, tokenizer))
 
 
 def calibrate(
@@ -189,7 +190,9 @@ def calibrate(
         steering=Steering(softmax_temperature, score_temperature, guidance),
     )  # fmt: skip
     candidates = sweep(rule, steps)
+    check_kept(candidates)
     goal.check(n)
+    check_file(hub.read(run).path)
     machine = Machine(batch_size, precision, device, devices, not quiet)
     bench = open_bench(run, sampler, n, machine, recordings=recordings, judge=judge, judge_steps=judge_steps)
     found = calibration.calibrate(bench, candidates, goal, measure)
@@ -268,6 +271,12 @@ def compare(
     goal, machine = Goal(_share(max_loss), confidence), Machine(batch_size, precision, device, devices, not quiet)
     budgets = steps or [200]
     families = {budget: {rule: sweep(rule, budget) for rule in rules or RULES_TO_COMPARE} for budget in budgets}
+    for rule in (rule for swept in families.values() for sweep_ in swept.values() for rule in sweep_):
+        check_kept([rule])
+    if mauve:
+        check_mauve(n)
+    for model in models:
+        hub.read(model)
     points: list[Point] = []
     for model, budget in product(dict.fromkeys(models), dict.fromkeys(budgets)):
         sampler = api.make_sampler(

@@ -16,12 +16,13 @@ import numpy as np
 from jaxtyping import Float
 
 from cdlm import api
+from cdlm.errors import CdlmError
 from cdlm.evaluation.diversity import sample_entropy, unigram_entropy
 from cdlm.evaluation.judge import features
 from cdlm.evaluation.mauve import mauve
 from cdlm.files import write_text
 from cdlm.frontier import Bench, Drawn
-from cdlm.halting import Criterion, Never
+from cdlm.halting import Criterion, FixedSteps, Never
 from cdlm.halting.calibration import Goal, Scores, bootstrap
 from cdlm.report.pareto import Curve, Panel
 
@@ -84,7 +85,7 @@ class Point:
         """Beside the plain sampler with as many calls."""
         if self.against_low is None or self.against_high is None:
             return ""
-        return "better" if self.against_high < 0 else "worse" if self.against_low > 0 else "equal"
+        return "better" if self.against_high < 0 else "worse" if self.against_low > 0 else "unclear"
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Plain:
         spent = [float(d.nfe.mean()) for d in self.drawn]
         cut = [Scores(s.total[:m], s.weight[:m]) for s in self.scores]
         for (low, before), (high, after) in pairwise(zip(spent, cut, strict=True)):
-            if low <= calls <= high:
+            if low <= calls <= high and low < high:
                 share = (calls - low) / (high - low)
                 return lambda times, a=before, b=after, w=share: (1 - w) * a(times) + w * b(times)
         return None
@@ -142,10 +143,20 @@ class Comparison:
             found = [self.point(family, repr(rule), d) for rule, d in zip(tried, drawn, strict=True)]
             best = self.choice(found)
             if best is not None:
-                wall = self.seconds(Never()) / self.seconds(tried[best]) if self.live else None
+                wall = self.full_seconds / self.seconds(tried[best]) if self.live else None
                 found[best] = self._add_mauve(replace(found[best], chosen=True, wall_speedup=wall), drawn[best])
             points += found
         return points
+
+    def __post_init__(self) -> None:
+        if self.live < 0 or min(self.fewer, default=1) < 1:
+            raise CdlmError(f"a comparison needs live >= 0 and fewer >= 1, got {self.live} and {list(self.fewer)}")
+
+    @cached_property
+    def full_seconds(self) -> float:
+        """Wall time of the full run, after a few steps to warm up."""
+        self.seconds(FixedSteps(2))
+        return self.seconds(Never())
 
     @cached_property
     def plain(self) -> Plain:
@@ -220,11 +231,9 @@ class Comparison:
     def _add_mauve(self, point: Point, drawn: Drawn) -> Point:
         if not self.mauve_seeds:
             return point
-        real = self.bench.real_texts
+        real, seeds = self.bench.real_features, tuple(range(1, self.mauve_seeds + 1))
         texts = self.bench.texts(drawn)[: len(real)]
-        judge = self.bench.scorer.judge
-        target, seeds = features(judge, real[: len(texts)]), tuple(range(1, self.mauve_seeds + 1))
-        result = mauve(features(judge, texts), target, seeds)
+        result = mauve(features(self.bench.scorer.judge, texts), real[: len(texts)], seeds)
         return replace(point, mauve=result.mean, mauve_sd=result.sd)
 
 
@@ -258,8 +267,9 @@ def markdown(points: Sequence[Point], goal: Goal) -> str:
         for family in families:
             own = [p for p in there if p.family == family]
             if own and not any(p.chosen for p in own):
-                lines.append(_line([model, steps, family, own[0].samples, "-", "no setting within the goal"]
-                                   + [""] * (len(COLUMNS) - 6)))  # fmt: skip
+                few = own[0].samples < goal.fewest
+                why = f"a bound needs {goal.fewest} samples" if few else "no setting within the goal"
+                lines.append(_line([model, steps, family, own[0].samples, "-", why] + [""] * (len(COLUMNS) - 6)))
     return "\n".join(lines) + (
         f"\n\nOf each rule the loosest setting whose loss of AR-NLL is at most {goal.max_loss:.2%} with"
         f" {goal.confidence:.0%} confidence. Intervals are 95 %, bootstrap over samples. QPS is the step speed-up times"

@@ -91,6 +91,8 @@ class RunConfig:
 
 def criterion(rule: str | Criterion | None) -> Criterion:
     """A halting rule from its text, such as `For(NormConvergence(0.01), 5) | Patience(20)`; None never halts."""
+    if rule == "auto":
+        raise CdlmError("auto is a rule that was calibrated for a model and its sampler: here, name the rule itself")
     return Never() if rule is None else _object(rule, Criterion, RULES, "halting rule")
 
 

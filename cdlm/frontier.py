@@ -18,11 +18,12 @@ from cdlm.continuous.system import Precision
 from cdlm.data.store import Rows
 from cdlm.errors import CdlmError
 from cdlm.evaluation.ar_nll import ar_nll
-from cdlm.evaluation.judge import Judge
+from cdlm.evaluation.judge import Judge, features
 from cdlm.halting import Criterion
 from cdlm.halting.calibration import Bootstrap, Scores, bootstrap
-from cdlm.halting.recording import Recording, read_folder
+from cdlm.halting.recording import Recording, check_same_model, read_folder
 from cdlm.halting.replay import replay
+from cdlm.hub import Folder
 from cdlm.prompts import requests
 from cdlm.sampling import Request, Sampler
 from cdlm.types import Samples
@@ -105,6 +106,16 @@ class Bench:
         rows = [self.held_out[i] for i in range(min(len(self.recording), len(self.held_out)))]
         return [row.tokens[row.valid].tolist() for row in rows]
 
+    @cached_property
+    def real_features(self) -> Float[np.ndarray, "m w"]:
+        """What MAUVE compares samples with."""
+        return features(self.scorer.judge, self.real_texts)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a choice for this bench holds for."""
+        return {**self.sampler.settings, "length": self.recording.tokens.shape[1]}
+
     @property
     def real_texts(self) -> list[str]:
         """Held-out text: as many rows as the full run has samples, or as there are."""
@@ -185,17 +196,17 @@ def open_bench(
     folder, config = hub.read(run), read_run(run)
     data = api.Data.of(config, folder.tokenizer)
     asked = requests(None, n, folder.length, folder.tokenizer)
-    if recordings is None:
-        bench_sampler = replace(sampler, record=NEEDED)
-        samples = api.draw_spread(run, bench_sampler, asked, **_options(machine))
-        recording = api.recording_of(samples, sampler, folder, machine.precision)
-    else:
-        recording = _find(recordings, hub.fingerprint(folder.path), sampler, machine.precision, n)
     asked_judge = (
         Judge.load(judge, machine.device)
         if judge
         else api.own_judge(data, config, judge_steps, machine.device, machine.progress)
     )
+    if recordings is None:
+        bench_sampler = replace(sampler, record=NEEDED)
+        samples = api.draw_spread(run, bench_sampler, asked, **_options(machine))
+        recording = api.recording_of(samples, sampler, folder, machine.precision)
+    else:
+        recording = _find(recordings, folder, sampler, machine.precision, n)
     scorer = Scorer(asked_judge, folder.tokenizer)
     return Bench(run, sampler, asked, recording, folder.tokenizer, scorer, machine, data.valid)
 
@@ -205,12 +216,11 @@ def _options(machine: Machine) -> dict[str, Any]:
     return {name: getattr(machine, name) for name in names}
 
 
-def _find(folder: Path, weights: str, sampler: Sampler, precision: Precision, n: int) -> Recording:
-    wanted = {**sampler.settings, "precision": precision}
-    there = read_folder(folder)
-    if there[0].weights != weights:
-        raise CdlmError(f"{folder} holds recordings of another model ({there[0].model}): record this one")
-    for recording in there:
+def _find(folder: Path, run: Folder, sampler: Sampler, precision: Precision, n: int) -> Recording:
+    weights, length = hub.fingerprint(run.path), run.length
+    wanted = {**sampler.settings, "length": length, "precision": precision}
+    check_same_model(folder, weights)
+    for recording in read_folder(folder).values():
         plain = not recording.given.any()
         if dict(recording.settings) == wanted and recording.seed == sampler.seed and len(recording) >= n and plain:
             return recording.first(n)

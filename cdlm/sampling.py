@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -70,8 +70,9 @@ class Sampler:
     @property
     def settings(self) -> dict[str, int | float | str]:
         """What fixes the run besides seed and rule: two runs with equal settings walk the same steps."""
-        parts = {name: repr(getattr(self, name)) for name in ("grid", "solver", "steering")}
-        return {"steps": self.steps, **parts, "init_scale": self.init_scale}
+        parts = {name: repr(getattr(self, name)) for name in ("grid", "solver")}
+        steering = {name: float(value) for name, value in asdict(self.steering).items()}
+        return {"steps": self.steps, **parts, **steering, "init_scale": float(self.init_scale)}
 
 
 class Live(NamedTuple):

@@ -18,7 +18,7 @@ from cdlm.compare import FULL, PLAIN, REAL, Comparison, Plain, Point, markdown
 from cdlm.config import RULES, criterion, parse_run, sweep
 from cdlm.errors import CdlmError
 from cdlm.frontier import Bench, Drawn, Machine, open_bench
-from cdlm.halting import AfterStep, FixedSteps, For, JoT, Never, Patience
+from cdlm.halting import AfterStep, Criterion, FixedSteps, For, JoT, Never, Patience
 from cdlm.halting.calibration import (
     Bootstrap,
     Calibration,
@@ -124,10 +124,21 @@ def test_too_few_samples_say_how_many_are_needed() -> None:
     with pytest.raises(CdlmError, match="needs at least 299 samples, got 100"):
         Goal(0.01).check(100)
     Goal(0.01).check(299)
+    assert Goal(1e-17).fewest > 10**17
     with pytest.raises(CdlmError, match="about 9000 samples would"):
         trials([-0.1, 0.05] + [0.2] * 18, Goal(0.1), noise=0.15 / 0.9)  # the bound is three times too far away
     with pytest.raises(CdlmError, match="allow more"):
         trials([0.0, 0.2] + [0.2] * 18, Goal(0.1), noise=0.01)
+
+
+def test_choices_that_save_nothing_are_refused() -> None:
+    def nothing(rule: Criterion) -> tuple[float, float, Bootstrap]:
+        return 9.0, 0.0, Bootstrap(0.0, np.zeros(9))
+
+    with pytest.raises(CdlmError, match="no setting that was tried saves a call"):
+        choose([Never()], nothing, Goal(0.1), 1000)
+    with pytest.raises(CdlmError, match="nothing that can be judged"):
+        choose([Never()], lambda _: (9.0, 0.0, Bootstrap(float("nan"), np.zeros(9))), Goal(0.1), 1000)
 
 
 @pytest.mark.parametrize("goal", [(0.0, 0.9), (1.0, 0.9), (-0.1, 0.9), (0.1, 1.0), (0.1, 0.0), (float("nan"), 0.9)])
@@ -284,7 +295,7 @@ def test_the_table_of_a_comparison(bench: Bench) -> None:
     points = comparison.table(rules)
     by = {name: [p for p in points if p.family == name] for name in (FULL, REAL, PLAIN, *rules)}
     (full,) = by[FULL]
-    assert (full.saved, full.loss, full.agreement, full.qps, full.verdict) == (0, 0, 1, 1, "equal")
+    assert (full.saved, full.loss, full.agreement, full.qps, full.verdict) == (0, 0, 1, 1, "unclear")
     assert [p.calls for p in by[PLAIN]] == [3, 6]
     assert all(p.against_plain == pytest.approx(0, abs=1e-12) for p in by[PLAIN])
     assert by[REAL][0].calls is None
@@ -296,7 +307,8 @@ def test_the_table_of_a_comparison(bench: Bench) -> None:
     assert by["JoT"][0].samples == 8
     assert not by["Never"][0].chosen  # it saves nothing
     text = markdown(points, goal)
-    assert text.count("no setting within the goal") == sum(not any(p.chosen for p in by[name]) for name in rules)
+    assert f"| JoT | 8 | - | a bound needs {goal.fewest} samples |" in text
+    assert "| Never | 30 | - | no setting within the goal |" in text
 
 
 @pytest.mark.parametrize(("losses", "best"), [([0.0, 0.1, 0.3, 0.1], 1), ([0.3, 0.1], None), ([0.1] * 4, 3)])
@@ -375,6 +387,11 @@ def test_compare_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[
         (("calibrate", "--rule", "Patiense"), "cannot read|Patiense|did you mean"),
         (("compare", "--rules", "Patience", "Zzz(...)"), "no halting rule 'Zzz'"),
         (("compare", "--recordings", "nowhere"), "no recordings"),
+        (("compare", "--rules", "Prophet(..., region=(0, 5))"), "no recording keeps"),
+        (("calibrate", "--rule", "Prophet(..., region=(0, 5))"), "no recording keeps"),
+        (("compare", "--mauve", "true", "--n", 10), "at least 20 texts"),
+        (("compare", "--rules"), "needs at least one value"),
+        (("compare", "--n", 4, "--steps", 4, "--live", -1), "live >= 0|expected one argument"),
     ],
 )
 def test_mistakes_end_with_one_line(place: Path, words: tuple, advice: str, capsys, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from toys import system, tokenizer, with_tokenizer
 
 from cdlm import api
-from cdlm.collect import RECORDED, given_spans
+from cdlm.collect import given_spans
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.errors import CdlmError
 from cdlm.prompts import requests
+from cdlm.record import RECORDED
 from cdlm.types import HaltReason, Samples
 
 LENGTH = 12

@@ -184,6 +184,48 @@ def test_other_files_and_empty_folders_are_refused(tmp_path: Path) -> None:
         read_folder(tmp_path)
 
 
+def damage(path: Path, header: dict[str, str], columns: dict[str, np.ndarray]) -> None:
+    """The recording with other values in its header and columns; None leaves a value out."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    with safe_open(path, "np") as file:
+        old, kept = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    changed = {key: value for key, value in {**old, **header}.items() if value}
+    save_file({**kept, **columns}, path, changed)
+
+
+@pytest.mark.parametrize(
+    ("header", "columns"),
+    [
+        ({"seed": ""}, {}),
+        ({"seed": "x"}, {}),
+        ({"settings": "{"}, {}),
+        ({"settings": "3"}, {}),
+        ({}, {"nfe": np.ones((3, 2), np.int32)}),
+        ({}, {"signal.margin": np.ones((3, 2), np.float32)}),
+        ({}, {"given": np.zeros((1, N), bool)}),
+        ({}, {"switch.sample": np.full(9, 99, np.uint32)}),
+        ({}, {"switch.position": np.full(9, 99, np.uint16)}),
+    ],
+    ids=str,
+)
+def test_damaged_recordings_are_refused_in_one_line(header: dict, columns: dict, tmp_path: Path) -> None:
+    recorded(Euler()).write(tmp_path / "a.safetensors")
+    damage(tmp_path / "a.safetensors", header, columns)
+    with pytest.raises(CdlmError, match="damaged") as caught:
+        read_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_version_with_other_columns_is_one_too(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"other": np.zeros(3)}, tmp_path / "a.safetensors", {"cdlm_recording": "2"})
+    with pytest.raises(CdlmError, match="version 2"):
+        read_folder(tmp_path)
+
+
 def test_recordings_of_two_models_do_not_mix(tmp_path: Path) -> None:
     recording = recorded(Euler())
     recording.write(tmp_path / "a.safetensors")
@@ -262,6 +304,16 @@ def test_sample_record_and_replay_on_the_command_line(run: Path, tmp_path: Path,
     assert again == expected
 
 
+def test_recordings_that_differ_in_anything_have_files_of_their_own(run: Path, tmp_path: Path, capsys) -> None:
+    common = ("--n", 2, "--steps", 4, "--record", tmp_path / "kept", "--quiet", "true")
+    for more in ((), ("--prompt", "the"), ("--prompt", "a"), ("--grid", "LogT()"), ("--length", 9)):
+        say("sample", run, *common, *more)
+    assert len(read_folder(tmp_path / "kept")) == 5
+    say("replay", tmp_path / "kept", "--halt", "Patience(2)", "--out", tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 5
+    capsys.readouterr()
+
+
 def test_mistakes_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None:
     other = tmp_path / "other"
     with_tokenizer(seed=1).save_pretrained(other)
@@ -274,7 +326,9 @@ def test_mistakes_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None
         (("replay", kept), "needs rules"),
         (("replay", kept, "--halt", "JoT()"), "freezes positions"),
         (("replay", kept, "--halt", "Patiense(3)"), "did you mean Patience"),
-        (("replay", tmp_path, "--halt", "Never()"), "tokenizer.json"),
+        (("replay", tmp_path, "--halt", "Never()"), "holds no recordings"),
+        (("replay", kept, "--halt", "auto"), "name the rule itself"),
+        (("replay", kept, "--halt"), "needs at least one value"),
     ):
         with pytest.raises(SystemExit) as caught:
             say(*words)

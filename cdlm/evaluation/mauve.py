@@ -55,6 +55,13 @@ def library() -> ModuleType:
     return mauve
 
 
+def check(texts: int) -> None:
+    """Raise if MAUVE of so many texts could not be computed here."""
+    library()
+    if texts < FEWEST_TEXTS:
+        raise CdlmError(f"expected at least {FEWEST_TEXTS} texts a side for MAUVE, got {texts}; generate more texts")
+
+
 def mauve(
     p_features: Float[np.ndarray, "m w"], q_features: Float[np.ndarray, "k w"], seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
 ) -> Mauve:
@@ -66,8 +73,7 @@ def mauve(
     texts = len(p_features)
     if texts != len(q_features):
         raise CdlmError(f"expected equally many texts on both sides of MAUVE, got {texts} and {len(q_features)}")
-    if texts < FEWEST_TEXTS:
-        raise CdlmError(f"expected at least {FEWEST_TEXTS} texts a side for MAUVE, got {texts}; generate more texts")
+    check(texts)
     if not seeds:
         raise CdlmError("expected at least one k-means seed for MAUVE, got none")
     compute = library().compute_mauve

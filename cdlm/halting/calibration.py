@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def bootstrap(statistic: Callable[[Float[np.ndarray, "r m"]], Float[np.ndarray, 
     return Bootstrap(float(statistic(np.ones((1, samples)))[0]), statistic(_multiplicities(samples)))
 
 
-@cache
+@lru_cache(4)
 def _multiplicities(samples: int) -> Float[np.ndarray, "r m"]:
     rng = np.random.default_rng(0)
     return rng.multinomial(samples, np.full(samples, 1 / samples), size=RESAMPLES).astype(np.float64)
@@ -109,7 +109,7 @@ class Goal:
     @property
     def fewest(self) -> int:
         """Samples below which a share `max_loss` of ruined samples can stay unseen more often than asked."""
-        return math.ceil(math.log(1 - self.confidence) / math.log(1 - self.max_loss))
+        return math.ceil(math.log1p(-self.confidence) / math.log1p(-self.max_loss))
 
     def check(self, samples: int) -> None:
         """Raise if so few samples cannot show it."""
@@ -145,11 +145,15 @@ def choose(
     for rule in candidates:
         calls, saved, loss = measure(rule)
         upper = loss.upper(goal.confidence)
+        if not math.isfinite(loss.value):
+            raise CdlmError(f"the loss of {rule!r} cannot be computed: the samples have nothing that can be judged")
         trials.append(Trial(repr(rule), calls, saved, loss.value, upper, upper <= goal.max_loss))
         if not trials[-1].passed:
             if not any(trial.passed and trial.saved > 0 for trial in trials):
                 raise CdlmError(_nothing_passed(trials[-1], goal, goal.samples_for(loss, samples), samples))
-            break
+            return trials
+    if not any(trial.saved > 0 for trial in trials):
+        raise CdlmError("no setting that was tried saves a call: try another rule, or more steps")
     return trials
 
 
@@ -177,6 +181,12 @@ class Calibration:
     seed: int
     judge: Mapping[str, Any] | None
     trials: list[Trial]
+
+
+def check_file(folder: Path) -> None:
+    """Raise if there is a halting.json that cannot be read, which `keep` would have to replace."""
+    if (folder / FILE).exists():
+        _read(folder)
 
 
 def keep(folder: Path, weights: str, entry: Calibration) -> None:

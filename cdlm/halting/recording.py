@@ -30,7 +30,6 @@ from cdlm.record import Record, Switches
 VERSION = 1
 _PREFIX = "signal."
 _REQUESTS = ("tokens", "given", "valid", "index")
-_COLUMNS = frozenset({*_REQUESTS, "t", "nfe", *(f"switch.{name}" for name in Switches._fields)})
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,19 @@ class Recording:
         """
         header, columns = _open(path)
         found = header.get("cdlm_recording")
-        if found is None or not columns.keys() >= _COLUMNS:
+        if found is None:
             raise CdlmError(f"{path} is no recording: write one with cdlm sample --record")
         if found != str(VERSION):
             raise CdlmError(f"{path} is a recording of version {found}, this program reads {VERSION}: record again")
+        try:
+            recording = Recording._from(header, columns)
+            recording._check()
+        except (KeyError, ValueError, TypeError) as error:
+            raise CdlmError(f"{path} is a damaged recording ({error!r}): record again") from error
+        return recording
+
+    @staticmethod
+    def _from(header: Mapping[str, str], columns: Mapping[str, np.ndarray]) -> Recording:
         signals = {name.removeprefix(_PREFIX): column for name, column in columns.items() if name.startswith(_PREFIX)}
         switches = Switches(*(columns[f"switch.{name}"] for name in Switches._fields))
         return Recording(
@@ -104,8 +112,19 @@ class Recording:
             seed=int(header["seed"]),
             model=header["model"],
             weights=header["weights"],
-            settings=json.loads(header["settings"]),
+            settings=dict(json.loads(header["settings"])),
         )
+
+    def _check(self) -> None:
+        """Raise ValueError unless all columns are of one run."""
+        (m, n), steps, record = self.tokens.shape, self.record.steps, self.record
+        shapes = {"given": (m, n), "valid": (m, n), "index": (m,)}
+        wrong = [name for name, shape in shapes.items() if getattr(self, name).shape != shape]
+        wrong += [name for name, column in record.signals.items() if column.shape != (steps, m)]
+        ends = {"step": steps, "sample": m, "position": n}
+        wrong += [name for name, end in ends.items() if getattr(record.switches, name).max(initial=0) >= end]
+        if wrong or record.nfe.shape != (steps, m) or len({len(part) for part in record.switches}) > 1:
+            raise ValueError(f"columns of different runs: {', '.join(wrong) or 'nfe or switches'}")
 
 
 def _open(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
@@ -118,17 +137,18 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         raise CdlmError(f"{path} cannot be read, it is truncated or damaged ({error}): record again") from error
 
 
-def read_folder(folder: Path) -> list[Recording]:
-    """Every recording of a folder, which must be of one model; in the order of their names."""
+def read_folder(folder: Path) -> dict[str, Recording]:
+    """Every recording of a folder, which must be of one model, by the name of its file."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CdlmError(f"{folder} holds no recordings: write some with cdlm sample --record {folder}")
-    recordings = [Recording.read(file) for file in files]
-    for file, recording in zip(files, recordings, strict=True):
-        if recording.weights != recordings[0].weights:
+    recordings = {file.stem: Recording.read(file) for file in files}
+    first = recordings[files[0].stem]
+    for file, recording in zip(files, recordings.values(), strict=True):
+        if recording.weights != first.weights:
             raise CdlmError(
                 f"{file} was recorded with the model {recording.model}, {files[0].name} with other weights"
-                f" ({recordings[0].model}): keep one folder for each model"
+                f" ({first.model}): keep one folder for each model"
             )
     return recordings
 
@@ -136,6 +156,6 @@ def read_folder(folder: Path) -> list[Recording]:
 def check_same_model(folder: Path, weights: str) -> None:
     """Raise if `folder` already holds recordings made with other weights."""
     if any(folder.glob("*.safetensors")):
-        there = read_folder(folder)[0]
+        there = next(iter(read_folder(folder).values()))
         if there.weights != weights:
             raise CdlmError(f"{folder} holds recordings of another model ({there.model}): choose another folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,11 @@ from jaxtyping import Bool, Int
 from cdlm.errors import CdlmError
 from cdlm.halting.criterion import Criterion
 from cdlm.halting.recording import Recording
+from cdlm.record import RECORDED
 from cdlm.types import Rows, StepState
+
+MADE = ("switches", "tokens")
+"""Signals that are made from the switches of a recording."""
 
 
 class Replayed(NamedTuple):
@@ -66,13 +71,24 @@ def check_replayable(recording: Recording, rule: Criterion) -> None:
             f"{rule!r} freezes positions, which changes the steps that follow; a recording cannot tell how:"
             " run it live, with cdlm sample --halt"
         )
-    kept = {*recording.record.signals, "switches", "tokens"}
+    kept = {*recording.record.signals, *MADE}
     missing = sorted(rule.needs - kept)
     if missing:
         raise CdlmError(
             f"{rule!r} reads {missing[0]!r}, which the recording of {recording.model} does not keep"
             f" (it has {', '.join(sorted(kept))}): run it live, with cdlm sample --halt"
         )
+
+
+def check_kept(rules: Iterable[Criterion]) -> None:
+    """Raise before a run is recorded for a rule that could not be replayed on it, nor freezes and so must be run."""
+    for rule in rules:
+        missing = sorted(rule.needs - {*RECORDED, *MADE})
+        if missing and not rule.freezes:
+            raise CdlmError(
+                f"{rule!r} reads {missing[0]!r}, which no recording keeps (they have {', '.join((*RECORDED, *MADE))}):"
+                " it can only be run, with cdlm sample --halt"
+            )
 
 
 class _Tokens:

@@ -43,7 +43,10 @@ class Finding:
         """The table and its note."""
         heads = list(self.table[0])
         lines = [heads, ["--:"] * len(heads), *([row[head] for head in heads] for row in self.table)]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{self.note}\n"
+        return (
+            "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+            + f"\n\n{self.note}\n"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
