@@ -160,3 +160,13 @@ def test_double_integrates_in_float64_and_keeps_the_type_of_the_state() -> None:
 def test_an_unknown_method_is_refused(method: str) -> None:
     with pytest.raises(CdlmError, match="dopri5"):
         TorchDiffEq(method)
+
+
+def test_a_field_that_no_step_is_small_enough_for_is_an_error_in_one_line() -> None:
+    def wild(z: Tensor, t: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        return 1e30 * torch.sin(1e30 * z), z
+
+    z, t = torch.ones(1, 2, 3), torch.ones(1, dtype=torch.float64)
+    with pytest.raises(CdlmError, match="cannot keep its tolerances") as caught:
+        TorchDiffEq("dopri5", rtol=1e-9, atol=1e-9).advance(wild, z, z, t, t / 2)
+    assert "\n" not in str(caught.value)
