@@ -133,11 +133,12 @@ def generate(
     Raises:
         CdlmError: a setting is out of range, or a prompt leaves nothing to generate.
     """
+    length = system.length if length is None else length
     sampler = make_sampler(
         steps, halt, seed, record, solver=solver, grid=grid, steering=steering, init_scale=init_scale,
-        folder=system.folder, length=system.length if length is None else length,
+        folder=system.folder, length=length,
     )  # fmt: skip
-    asked = requests(prompts, n, system.length if length is None else length, _tokenizer(system))
+    asked = requests(prompts, n, length, _tokenizer(system))
     return draw(system, sampler, asked, BATCH if batch_size is None else batch_size, progress)
 
 
@@ -408,7 +409,7 @@ def evaluate(
     data = Data.of(config, hub.read_tokenizer(Path(run)))
     corpora = [corpus_of(name, items, config.source) for name, items in samples.items()]
     real, more = real_text(data, config.source, len(corpora[0].texts))
-    asked = Judge.load(judge, device) if judge else own_judge(data, config, judge_steps, device, progress)
+    asked = open_judge(judge, data, config, judge_steps, device, progress)
     return table.evaluate(
         corpora,
         real,
@@ -441,6 +442,13 @@ def _features(devices: int, device: str, judge: Judge, texts: list[str]) -> Floa
 
 def _features_share(judge: Judge, texts: list[str], rank: int, world: int, device: str) -> Float[np.ndarray, "m w"]:
     return features(replace(judge, device=device), texts[rank::world])
+
+
+def open_judge(
+    judge: str | None, data: Data, config: RunConfig, steps: int, device: str = "cpu", progress: bool = True
+) -> Judge:
+    """The judge of that folder or Hub id; without one, the small GPT-2 of the run's text."""
+    return Judge.load(judge, device) if judge else own_judge(data, config, steps, device, progress)
 
 
 def own_judge(data: Data, config: RunConfig, steps: int, device: str = "cpu", progress: bool = True) -> Judge:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdlm import hub
 from cdlm.frontier import Bench
 from cdlm.halting import Criterion
 from cdlm.halting import calibration as halting
@@ -39,6 +38,5 @@ def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure
 
 def keep(bench: Bench, found: Calibration) -> Path:
     """Write the choice beside the weights; returns the file."""
-    folder = hub.read(bench.run).path
-    halting.keep(folder, bench.recording.weights, found)
-    return folder / halting.FILE
+    halting.keep(bench.folder, bench.recording.weights, found)
+    return bench.folder / halting.FILE

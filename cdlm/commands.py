@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Literal
 
@@ -271,8 +271,8 @@ def compare(
     goal, machine = Goal(_share(max_loss), confidence), Machine(batch_size, precision, device, devices, not quiet)
     budgets = steps or [200]
     families = {budget: {rule: sweep(rule, budget) for rule in rules or RULES_TO_COMPARE} for budget in budgets}
-    for rule in (rule for swept in families.values() for sweep_ in swept.values() for rule in sweep_):
-        check_kept([rule])
+    for swept in families.values():
+        check_kept(chain.from_iterable(swept.values()))
     if mauve:
         check_mauve(n)
     for model in models:

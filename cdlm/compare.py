@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from cdlm.errors import CdlmError
 from cdlm.evaluation.diversity import sample_entropy, unigram_entropy
 from cdlm.evaluation.judge import features
 from cdlm.evaluation.mauve import mauve
-from cdlm.files import write_text
+from cdlm.files import write_rows
 from cdlm.frontier import Bench, Drawn
 from cdlm.halting import Criterion, FixedSteps, Never
 from cdlm.halting.calibration import Goal, Scores, bootstrap
@@ -210,14 +208,9 @@ class Comparison:
 
     def choice(self, points: Sequence[Point]) -> int | None:
         """The last setting before the first that fails the goal; None if it saves no call, or samples are too few."""
-        best = None
-        for i, point in enumerate(points):
-            if point.loss_upper is None or point.loss_upper > self.goal.max_loss:
-                break
-            best = i
-        if best is None or points[best].samples < self.goal.fewest or not points[best].saved:
-            return None
-        return best
+        passed = list(takewhile(lambda p: p.loss_upper is not None and p.loss_upper <= self.goal.max_loss, points))
+        good = passed and passed[-1].samples >= self.goal.fewest and passed[-1].saved
+        return len(passed) - 1 if good else None
 
     def seconds(self, rule: Criterion) -> float:
         """Wall time of the first `live` samples under a rule, in one process."""
@@ -243,11 +236,7 @@ def _interval(name: str, value: float, ends: tuple[float, float]) -> dict[str, f
 
 def write_csv(points: Sequence[Point], path: Path) -> None:
     """Every point and every column."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*(f.name for f in fields(Point)), "verdict"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**asdict(point), "verdict": point.verdict} for point in points)
-    write_text(path, text.getvalue())
+    write_rows(path, [{**asdict(point), "verdict": point.verdict} for point in points])
 
 
 COLUMNS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how things run."""
+    """Where and how things run; the fields are those of `api.draw_spread`."""
 
     batch_size: int = api.BATCH
     precision: Precision = "fp32"
@@ -90,6 +90,8 @@ class Bench:
     machine: Machine
     held_out: Rows
     """Rows of the run's held-out text."""
+    folder: Path
+    """Where the model's files are."""
 
     @cached_property
     def full(self) -> Scores:
@@ -150,7 +152,7 @@ class Bench:
 
     def draw(self, sampler: Sampler, live: int) -> Samples:
         """The first `live` requests as samples."""
-        return api.draw_spread(self.run, sampler, self.asked[:live], **_options(self.machine))
+        return api.draw_spread(self.run, sampler, self.asked[:live], **asdict(self.machine))
 
     def loss(self, drawn: Drawn, measure: str = "ar-nll") -> Bootstrap:
         """What was lost against the full run: relative AR-NLL, or the share of tokens that differ."""
@@ -196,24 +198,15 @@ def open_bench(
     folder, config = hub.read(run), read_run(run)
     data = api.Data.of(config, folder.tokenizer)
     asked = requests(None, n, folder.length, folder.tokenizer)
-    asked_judge = (
-        Judge.load(judge, machine.device)
-        if judge
-        else api.own_judge(data, config, judge_steps, machine.device, machine.progress)
-    )
+    asked_judge = api.open_judge(judge, data, config, judge_steps, machine.device, machine.progress)
     if recordings is None:
         bench_sampler = replace(sampler, record=NEEDED)
-        samples = api.draw_spread(run, bench_sampler, asked, **_options(machine))
+        samples = api.draw_spread(run, bench_sampler, asked, **asdict(machine))
         recording = api.recording_of(samples, sampler, folder, machine.precision)
     else:
         recording = _find(recordings, folder, sampler, machine.precision, n)
     scorer = Scorer(asked_judge, folder.tokenizer)
-    return Bench(run, sampler, asked, recording, folder.tokenizer, scorer, machine, data.valid)
-
-
-def _options(machine: Machine) -> dict[str, Any]:
-    names = ("batch_size", "precision", "device", "devices", "progress")
-    return {name: getattr(machine, name) for name in names}
+    return Bench(run, sampler, asked, recording, folder.tokenizer, scorer, machine, data.valid, folder.path)
 
 
 def _find(folder: Path, run: Folder, sampler: Sampler, precision: Precision, n: int) -> Recording:

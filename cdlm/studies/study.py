@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +15,7 @@ from jaxtyping import Float
 from cdlm import api, hub
 from cdlm.continuous.denoiser import Steering
 from cdlm.continuous.system import Precision
-from cdlm.files import write_text
+from cdlm.files import write_rows, write_text
 from cdlm.frontier import Bench, Machine, open_bench
 from cdlm.halting.calibration import Bootstrap
 from cdlm.prompts import requests
@@ -92,16 +90,13 @@ class Study(ABC):
     def draw(self, model: str, sampler: Sampler, prompts: list[str] | None = None) -> Samples:
         """n samples of each prompt, or of none."""
         folder = hub.read(model)
-        return api.draw_spread(
-            model, sampler, requests(prompts, self.n, folder.length, folder.tokenizer),
-            batch_size=self.batch_size, precision=self.precision, device=self.device, devices=self.devices,
-            progress=not self.quiet,
-        )  # fmt: skip
+        asked = requests(prompts, self.n, folder.length, folder.tokenizer)
+        return api.draw_spread(model, sampler, asked, **asdict(self.machine))
 
     def run(self, name: str) -> str:
         """Do the experiment, write NAME.csv, NAME.md and NAME.png into `out`, and return the table."""
         found = self.find()
-        write_text(self.out / f"{name}.csv", _csv(found.rows))
+        write_rows(self.out / f"{name}.csv", found.rows)
         settings = yaml.safe_dump({key: _plain(value) for key, value in asdict(self).items()}, sort_keys=False)
         write_text(self.out / f"{name}.md", f"{found.markdown}\nSettings:\n\n```yaml\n{settings}```\n")
         draw(found.panels, self.out / f"{name}.png")
@@ -162,14 +157,6 @@ def curve(title: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, dashed:
 def column(rows: Sequence[Mapping[str, Any]], name: str) -> Float[np.ndarray, " k"]:
     """One column as numbers."""
     return np.array([row[name] for row in rows], np.float64)
-
-
-def _csv(rows: Sequence[Mapping[str, object]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _plain(value: object) -> object:
