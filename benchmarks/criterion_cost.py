@@ -25,7 +25,7 @@ from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.halting import Criterion
 from cdlm.halting.criterion import Pair
 from cdlm.sampling import Sampler
-from cdlm.signals import Glance, first_past, observe
+from cdlm.signals import Glance, Space, first_past, observe
 from cdlm.types import Prediction
 
 TARGET = 0.02
@@ -87,7 +87,8 @@ def largest(needs: frozenset[str], length: int) -> float:
     past, open_ = first_past(needs, state, None), torch.ones(4, length, dtype=torch.bool)
     for i, prediction in enumerate(steps):
         first = torch.full((4,), i == 0)
-        glance = Glance(state, torch.ones(4), 1.0, prediction, open_, open_, first, past, needs)
+        space = Space(state, torch.ones(4), 1.0, prediction.x0)
+        glance = Glance(prediction.logits, open_, open_, first, past, needs, space)
         with made:
             _, past = observe(needs, glance)
     return made.bytes / steps[0].logits.nbytes

@@ -23,10 +23,10 @@ from cdlm.config import RunConfig
 from cdlm.continuous.denoiser import Steering
 from cdlm.continuous.levels import Grid
 from cdlm.continuous.solvers import Solver
-from cdlm.continuous.system import EmbeddingDiffusion, Precision
+from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.data.order import RowLoader, fixed_batches
 from cdlm.data.sources import Source, Stories
-from cdlm.data.store import DocumentRows, PackedRows, Rows, build_store
+from cdlm.data.store import DocumentRows, FilledRows, PackedRows, Rows, build_store
 from cdlm.data.stories import is_sentence, whole_sentences
 from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
 from cdlm.errors import CdlmError
@@ -40,9 +40,11 @@ from cdlm.halting.calibration import automatic
 from cdlm.halting.recording import Recording, check_same_model
 from cdlm.halting.replay import replay
 from cdlm.hub import Folder
+from cdlm.loop import Request
 from cdlm.prompts import requests
-from cdlm.sampling import Request, Run, Sampler
+from cdlm.sampling import Run, Sampler
 from cdlm.spread import spread
+from cdlm.system import Precision, Special, System
 from cdlm.types import Finished, HaltReason, Samples
 
 if TYPE_CHECKING:
@@ -267,7 +269,7 @@ class Data:
         if tokenizer is None:
             tokenizer = train_tokenizer(config.source.documents("train"), config.vocab_size)
         cache = Path(config.cache).expanduser() / "tokens"
-        cut = PackedRows if config.rows == "pack" else DocumentRows
+        cut = {"pack": PackedRows, "document": DocumentRows, "filled": FilledRows}[config.rows]
         train = cut(build_store(config.source, "train", tokenizer, cache), config.length)
         return Data(tokenizer, train, cut(build_store(config.source, "valid", tokenizer, cache), config.length))
 
@@ -285,10 +287,11 @@ def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, 
     options = config.training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        system = config.system.build(len(data.tokenizer))
+        special = Special(data.tokenizer.mask_token_id, data.tokenizer.eos_token_id)
+        system = config.system.build(len(data.tokenizer), special)
     system.tokenizer, system.length = data.tokenizer, config.length
 
-    def export(averaged: EmbeddingDiffusion, folder: Path) -> None:
+    def export(averaged: System, folder: Path) -> None:
         write_text(folder / "config.yaml", config_text)
         averaged.save_pretrained(folder, card(config, averaged, config_text))
 
@@ -297,7 +300,7 @@ def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, 
         system,
         RowLoader(data.train, config.batch_size, options.seed, rank, world, config.workers),
         lambda: fixed_batches(data.valid, config.batch_size, config.validation_rows),
-        names.masking(config.masking),
+        names.masking(config.masking).bind(data.tokenizer),
         options,
         out,
         samples=lambda s: generate(s, n=config.preview, steps=PREVIEW_STEPS).texts if config.preview else [],
@@ -313,7 +316,7 @@ def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, 
     )
 
 
-def card(config: RunConfig, system: EmbeddingDiffusion, config_text: str) -> str:
+def card(config: RunConfig, system: System, config_text: str) -> str:
     """The model card of a run: its size, data and full configuration."""
     size = sum(p.numel() for p in system.parameters()) / 1e6
     shape = f"{config.training.steps} steps of {config.batch_size} rows of {config.length} tokens"

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from cdlm.loop import Request
 from cdlm.record import RECORDED, Record, Switches, in_order
-from cdlm.sampling import Request
 from cdlm.types import Finished, HaltReason, Samples, StepState
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from cdlm import calibrate as calibration
 from cdlm.compare import Comparison, Point, markdown, panels, write_csv
 from cdlm.config import criterion, read_run, sweep
 from cdlm.continuous.denoiser import Steering
-from cdlm.continuous.system import Precision
 from cdlm.errors import CdlmError
 from cdlm.evaluation.mauve import check as check_mauve
 from cdlm.files import write_text
@@ -22,6 +21,7 @@ from cdlm.halting.recording import check_same_model, read_folder
 from cdlm.halting.replay import check_kept, check_replayable
 from cdlm.prompts import requests
 from cdlm.report.pareto import plot_pareto
+from cdlm.system import Precision
 from cdlm.types import HaltReason
 
 

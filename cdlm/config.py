@@ -15,11 +15,12 @@ from cdlm import halting
 from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.levels import Grid, LogT, UniformT, Warped
 from cdlm.continuous.solvers import Euler, Heun, Solver, TorchDiffEq
-from cdlm.continuous.system import EmbeddingDiffusion
-from cdlm.data.masking import Masking, Mixture, Prefix, RandomSubset, Span, Unconditional
+from cdlm.data.masking import Completion, Masking, Mixture, Prefix, RandomSubset, Span, Unconditional
 from cdlm.data.sources import Source, Stories
 from cdlm.errors import CdlmError
 from cdlm.halting import Criterion, Never
+from cdlm.masked.system import Masked
+from cdlm.system import Special, System, SystemConfig
 from cdlm.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ RULES: Mapping[str, type[Criterion]] = MappingProxyType(
 )
 SOLVERS = _names(Euler, Heun, TorchDiffEq)
 GRIDS = _names(Warped, UniformT, LogT)
-MASKINGS = _names(Prefix, RandomSubset, Span, Unconditional, Mixture)
-SYSTEMS = MappingProxyType({"cdcd": CDCD})
+MASKINGS = _names(Prefix, RandomSubset, Span, Unconditional, Completion, Mixture)
+SYSTEMS: Mapping[str, type[SystemConfig]] = MappingProxyType({"cdcd": CDCD, "masked": Masked})
 
 DEFAULT_MASKING = "Mixture(((0.4, Prefix()), (0.4, RandomSubset()), (0.2, Unconditional())))"
 
@@ -50,12 +51,13 @@ class RunConfig:
     """A training run.
 
     Args:
-        source: the text: Stories, Stdlib, Files or Hub, with its settings.
-        system: the model: CDCD, with its settings.
+        source: the text: Stories, Arithmetic, Stdlib, Files or Hub, with its settings.
+        system: the model: CDCD or Masked, with its settings.
         tokenizer: name or folder of a Hugging Face tokenizer; by default a byte-level BPE is trained on the text.
         vocab_size: tokens of the BPE that is trained.
         length: positions of a row.
-        rows: pack joins documents and cuts rows from them; document gives each its own row.
+        rows: pack joins documents and cuts rows from them; document gives each its own row, filled too, with the
+            end-of-text token as text up to the row's end, so that the model learns where to end.
         masking: which positions are to be generated, as a constructor text.
         batch_size: rows of a batch, per process.
         validation_rows: held-out rows that are scored at each validation.
@@ -66,11 +68,11 @@ class RunConfig:
     """
 
     source: Source = field(default_factory=Stories)
-    system: CDCD = field(default_factory=CDCD)
+    system: SystemConfig = field(default_factory=CDCD)
     tokenizer: str | None = None
     vocab_size: int = 480
     length: int = 64
-    rows: Literal["pack", "document"] = "pack"
+    rows: Literal["pack", "document", "filled"] = "pack"
     masking: str = DEFAULT_MASKING
     batch_size: int = 64
     validation_rows: int = 256
@@ -168,14 +170,15 @@ def read_run(folder: str | Path) -> RunConfig:
     return parse_run(["--config", str(file)])[0]
 
 
-def build_system(config: Mapping[str, Any]) -> EmbeddingDiffusion:
+def build_system(config: Mapping[str, Any]) -> System:
     """The system that a `config.json` describes, with fresh weights."""
     settings = dict(config)
     name, vocab = settings.pop("system", None), settings.pop("vocab", None)
+    special = Special(settings.pop("mask_id", None), settings.pop("eos_id", None))
     if not isinstance(name, str) or name not in SYSTEMS:
         raise CdlmError(f"config.json asks for the system {name!r}: this version knows {', '.join(SYSTEMS)}")
     try:
-        return SYSTEMS[name](**settings).build(vocab)
+        return SYSTEMS[name](**settings).build(vocab, special)
     except TypeError as error:
         raise CdlmError(f"config.json does not fit the system {name!r} of this version ({error})") from error
 

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 from cdlm import api, hub
 from cdlm.collect import NEEDED, decode, given_spans, texts_of
 from cdlm.config import read_run
-from cdlm.continuous.system import Precision
 from cdlm.data.store import Rows
 from cdlm.errors import CdlmError
 from cdlm.evaluation.ar_nll import ar_nll
@@ -24,8 +23,10 @@ from cdlm.halting.calibration import Bootstrap, Scores, bootstrap
 from cdlm.halting.recording import Recording, check_same_model, read_folder
 from cdlm.halting.replay import replay
 from cdlm.hub import Folder
+from cdlm.loop import Request
 from cdlm.prompts import requests
-from cdlm.sampling import Request, Sampler
+from cdlm.sampling import Sampler
+from cdlm.system import Precision
 from cdlm.types import Samples
 
 if TYPE_CHECKING:

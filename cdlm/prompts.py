@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from cdlm.errors import CdlmError
-from cdlm.sampling import Request
+from cdlm.loop import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -75,3 +76,54 @@ def _pad(
     valid = torch.arange(length) < len(tokens) if ragged else None
     tokens = torch.cat([tokens, torch.zeros(missing, dtype=torch.int64)])
     return tokens, torch.cat([given, torch.ones(missing, dtype=torch.bool)]), valid
+
+
+def canvases(
+    prompts: Sequence[Sequence[int | None]],
+    length: int,
+    n: int = 1,
+    constraints: Mapping[int, int] | None = None,
+    first: int = 0,
+) -> list[Request]:
+    """`n` samples of each prompt of tokens, followed by `length` positions to generate; numbered from `first`.
+
+    Prompts of different lengths are padded on the left, so that what is generated stands in the same columns.
+
+    Args:
+        prompts: tokens; None stands for a position to generate.
+        length: >= 0, and >= 1 unless every prompt has something to generate.
+        constraints: tokens that are given in the generated part, by their place in it: a suffix such as "The answer is".
+    """
+    _check_canvases(prompts, length, n)
+    part = _constrained(length, constraints or {})
+    rows = [[*prompt, *part] for prompt in prompts]
+    width = max(len(row) for row in rows)
+    ragged = any(len(row) < width for row in rows)
+    made = []
+    for row in rows:
+        padding = width - len(row)
+        whole = [0] * padding + row
+        given = torch.tensor([token is not None for token in whole])
+        tokens = torch.tensor([token or 0 for token in whole])
+        valid = torch.arange(width) >= padding if ragged else None
+        made.append((tokens, given, valid, width - length if length else None))
+    return [Request(first + i, *made[i // n]) for i in range(n * len(made))]
+
+
+def _check_canvases(prompts: Sequence[Sequence[int | None]], length: int, n: int) -> None:
+    if n < 1:
+        raise CdlmError(f"n is the number of samples and must be >= 1, got {n}")
+    if not prompts:
+        raise CdlmError("there are no prompts: give one or more; [[]] is one that says nothing")
+    if length < 0 or (length == 0 and not all(None in prompt for prompt in prompts)):
+        raise CdlmError(f"length is the number of tokens to generate and must be >= 1, got {length}")
+    wrong = [token for prompt in prompts for token in prompt if token is not None and token < 0]
+    if wrong:
+        raise CdlmError(f"a prompt holds {wrong[0]}, which is no token: None stands for a position to generate")
+
+
+def _constrained(length: int, constraints: Mapping[int, int]) -> list[int | None]:
+    outside = [place for place in constraints if not 0 <= place < length]
+    if outside:
+        raise CdlmError(f"a constraint at {outside[0]} lies outside the {length} generated positions, 0 to {length - 1}")
+    return [constraints.get(place) for place in range(length)]

@@ -1,11 +1,9 @@
-"""The sampling loop: in-flight batching, per-row halting, compaction. It yields; everything else consumes."""
+"""Sampling from a continuous model: one step of a solver for each row. It yields; everything else consumes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -17,23 +15,10 @@ from cdlm.continuous.levels import Grid, Warped
 from cdlm.continuous.solvers import Euler, Solver
 from cdlm.errors import CdlmError
 from cdlm.halting import Criterion, Never
+from cdlm.loop import Loop, Request, stack_masks
 from cdlm.noise import row_normal
-from cdlm.signals import Glance, Past, check_signals, first_past, most_likely, observe
-from cdlm.types import Condition, Decision, Finished, Prediction, Rows, StepState, join, take
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One sample to draw."""
-
-    index: int
-    """Its number: with the run's seed it fixes the sample's noise."""
-    tokens: Int[Tensor, " n"]
-    """Prompt tokens; ignored where not given."""
-    given: Bool[Tensor, " n"]
-    """True at prompt positions and padding; at least one position must be open."""
-    valid: Bool[Tensor, " n"] | None = None
-    """False on padding; None when no request of the run has any."""
+from cdlm.signals import Glance, Past, Space, check_signals, first_past, most_likely, observe
+from cdlm.types import Condition, Decision, Finished, Prediction, Rows, StepState, take
 
 
 @dataclass(frozen=True)
@@ -90,41 +75,24 @@ class Live(NamedTuple):
     memory: Any
 
 
-class Run:
-    """One run of a sampler on a denoiser, `batch_size` rows at a time.
+class Run(Loop[Live]):
+    """One run of a sampler on a denoiser.
 
     Row i is the same in any batch, order or batch size (bit for bit where the denoiser's arithmetic is), and a halted
     row is a prefix of the row that is not halted.
     """
 
     def __init__(self, denoiser: Denoiser, sampler: Sampler, batch_size: int, device: torch.device | str = "cpu"):
-        if batch_size < 1:
-            raise CdlmError(f"batch_size must be >= 1, got {batch_size}")
-        self.denoiser, self.sampler, self.batch_size, self.device = denoiser, sampler, batch_size, torch.device(device)
+        super().__init__(batch_size, device)
+        self.denoiser, self.sampler = denoiser, sampler
         self.needs = sampler.record | sampler.criterion.needs
         self.grid = sampler.grid.levels(denoiser.schedule, sampler.steps).to(self.device)
 
-    def steps(self, requests: Iterable[Request]) -> Iterator[Finished]:
-        """One item a step, until every request is served. Rows that finish leave; waiting requests enter at once."""
-        waiting, live = iter(requests), None
-        while True:
-            fresh = list(islice(waiting, self.batch_size - (0 if live is None else len(live.row))))
-            if fresh:
-                live = self._admit(fresh, None) if live is None else join(live, self._admit(fresh, live.past))
-            if live is None:
-                return
-            finished, live, x0 = self._step(live)
-            yield finished
-            if finished.done.any():
-                kept = (~finished.done).nonzero().squeeze(1)
-                live, x0 = take((live, x0), kept)
-            live = self._advance(live, x0) if len(live.row) else None
-
     @torch.no_grad()
-    def _admit(self, requests: list[Request], beside: Past | None) -> Live:
+    def admit(self, requests: list[Request], beside: Live | None) -> Live:
         tokens = torch.stack([request.tokens for request in requests]).to(self.device)
         open_ = ~torch.stack([request.given for request in requests]).to(self.device)
-        valid = _stack([request.valid for request in requests], self.device)
+        valid = stack_masks([request.valid for request in requests], self.device)
         if not bool(open_.any(1).all()):
             raise CdlmError("a prompt leaves nothing to generate: shorten it, or raise the length")
         clean = self.denoiser.embed(tokens)
@@ -135,14 +103,16 @@ class Run:
         real = torch.ones_like(open_) if valid is None else valid
         memory = self.sampler.criterion.start(Rows(open_, zero + self.sampler.steps, real))
         condition = Condition(clean * (~open_ & real)[..., None], open_, torch.zeros_like(z), valid)
-        return Live(index, zero, zero, z, tokens, open_, condition, first_past(self.needs, z, beside), memory)
+        past = first_past(self.needs, z, None if beside is None else beside.past)
+        return Live(index, zero, zero, z, tokens, open_, condition, past, memory)
 
     @torch.no_grad()
-    def _step(self, live: Live) -> tuple[Finished, Live, Tensor]:
+    def step(self, live: Live) -> tuple[Finished, tuple[Live, Tensor]]:
         t, span = self.grid[live.step], live.condition.noised
         prediction, x0 = self.sampler.steering.predict(self.denoiser, live.z, t, live.condition)
         rho, first = self.denoiser.rho, live.step == 0
-        glance = Glance(live.z, t, rho, prediction, live.open, span, first, live.past, self.needs)
+        space = Space(live.z, t, rho, prediction.x0)
+        glance = Glance(prediction.logits, live.open, span, first, live.past, self.needs, space)
         signals, past = observe(self.needs, glance)
         nfe = live.nfe + self.sampler.steering.calls
         budget = torch.full_like(live.step, self.sampler.steps)
@@ -155,10 +125,11 @@ class Run:
         finished = Finished(state, done, decision.halt, full & ~decision.halt, tokens, decision.info)
         live = live._replace(nfe=nfe, past=past, memory=memory)
         live = live._replace(condition=live.condition._replace(x0=self._held(live, prediction.x0)))
-        return finished, live, self._held(live, x0)
+        return finished, (live, self._held(live, x0))
 
     @torch.no_grad()
-    def _advance(self, live: Live, x0: Tensor) -> Live:
+    def advance(self, carried: tuple[Live, Tensor]) -> Live:
+        live, x0 = carried
         steering, condition = self.sampler.steering, live.condition
 
         def estimate(z: Tensor, t: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -178,11 +149,6 @@ class Run:
             return x0
         frozen = live.condition.noised & ~live.open
         return torch.where(frozen[..., None], self.denoiser.embed(live.tokens).to(x0), x0)
-
-
-def _stack(masks: list[Tensor | None], device: torch.device) -> Tensor | None:
-    present = [mask for mask in masks if mask is not None]
-    return torch.stack(present).to(device) if present else None
 
 
 def _freeze(live: Live, decision: Decision, glance: Glance) -> Live:

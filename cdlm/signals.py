@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.errors import CdlmError
-from cdlm.types import Prediction
 
 
 class Past(NamedTuple):
@@ -25,6 +24,15 @@ class Past(NamedTuple):
     """The very tensor of the step before, no copy; without a vocabulary axis (v = 0) while no row has a past."""
     scale: Float[Tensor, "b n 2"] | None = None
     """Of those logits: the largest, and the log of the sum of exp(logit - largest); as `Glance.scale`."""
+
+
+class Space(NamedTuple):
+    """What a step of a continuous model has beside its logits."""
+
+    z: Float[Tensor, "b n d"]
+    t: Float[Tensor, " b"]
+    rho: float
+    x0: Float[Tensor, "b n d"]
 
 
 class Sums(NamedTuple):
@@ -57,10 +65,7 @@ class Glance:
     piece by piece, each piece once for all sums, and what is in between is no larger than a piece.
     """
 
-    z: Float[Tensor, "b n d"]
-    t: Float[Tensor, " b"]
-    rho: float
-    prediction: Prediction
+    logits: Float[Tensor, "b n v"]
     open: Bool[Tensor, "b n"]
     span: Bool[Tensor, "b n"]
     """Positions that are generated, frozen ones included."""
@@ -69,27 +74,29 @@ class Glance:
     past: Past
     needs: frozenset[str] = SUMMED | RANKED
     """Signals that will be asked for, so that one pass serves them all."""
+    space: Space | None = None
+    """None in a model without embeddings to move in; the signals of `SPATIAL` are then not to be had."""
 
     @cached_property
     def sums(self) -> Sums:
         before = self.past.logits
         known = before is not None and before.shape[-1] > 0
-        return _sums(self.prediction.logits, before if known else None, self.needs)
+        return _sums(self.logits, before if known else None, self.needs)
 
     @cached_property
     def peaks(self) -> Float[Tensor, "b n c"]:
         peaks = None if self.needs.isdisjoint(SUMMED) else self.sums.peaks
-        return chunk_maxima(self.prediction.logits) if peaks is None else peaks
+        return chunk_maxima(self.logits) if peaks is None else peaks
 
     @cached_property
     def tokens(self) -> Int[Tensor, "b n"]:
-        return _argmax(self.prediction.logits, self.peaks)
+        return _argmax(self.logits, self.peaks)
 
     @cached_property
     def top(self) -> Float[Tensor, "b n 2"]:
         # The two largest logits lie in the two chunks with the largest maxima.
         best = self.peaks.topk(min(2, self.peaks.shape[-1]), -1).indices
-        return _members(self.prediction.logits, best).topk(2, -1).values
+        return _members(self.logits, best).topk(2, -1).values
 
     @cached_property
     def scale(self) -> Float[Tensor, "b n 2"]:
@@ -113,8 +120,14 @@ class Glance:
     @cached_property
     def score(self) -> Float[Tensor, "b n d"]:
         """(x0 - z) / t**2 at open positions, zero elsewhere."""
-        t = self.t.to(self.z.dtype)[:, None, None]
-        return (self.prediction.x0 - self.z) / t.square() * self.open[..., None]
+        z, t, _, x0 = self.here
+        return (x0 - z) / t.to(z.dtype)[:, None, None].square() * self.open[..., None]
+
+    @property
+    def here(self) -> Space:
+        """The space, where there is one."""
+        assert self.space is not None
+        return self.space
 
     def mean(self, values: Float[Tensor, "b n"], over: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, " b"]:
         """Mean over the open positions of each row, or over others, in float32."""
@@ -201,9 +214,9 @@ def _score_cosine(glance: Glance) -> Float[Tensor, " b"]:
 
 SIGNALS: Mapping[str, Callable[[Glance], Tensor]] = MappingProxyType(
     {
-        "logits": lambda glance: glance.prediction.logits,
-        "x0": lambda glance: glance.prediction.x0,
-        "z": lambda glance: glance.z,
+        "logits": lambda glance: glance.logits,
+        "x0": lambda glance: glance.here.x0,
+        "z": lambda glance: glance.here.z,
         "score": lambda glance: glance.score,
         "tokens": lambda glance: glance.tokens,
         "top1": lambda glance: glance.top[..., 0],
@@ -215,17 +228,26 @@ SIGNALS: Mapping[str, Callable[[Glance], Tensor]] = MappingProxyType(
         "mean_kl": lambda glance: glance.mean(glance.kl),
         "margin": lambda glance: glance.mean(glance.top[..., 0] - glance.top[..., 1]),
         "span_margin": lambda glance: glance.mean(glance.top[..., 0] - glance.top[..., 1], glance.span),
-        "z_norm": lambda glance: glance.mean(glance.z.norm(dim=-1)) / glance.rho,
-        "x0_norm": lambda glance: glance.mean(glance.prediction.x0.norm(dim=-1)) / glance.rho,
+        "z_norm": lambda glance: glance.mean(glance.here.z.norm(dim=-1)) / glance.here.rho,
+        "x0_norm": lambda glance: glance.mean(glance.here.x0.norm(dim=-1)) / glance.here.rho,
         "score_cosine": _score_cosine,
     }
 )
 """The signals that a criterion may list in its `needs`; docs/write-a-criterion.md says what each is."""
 
+SPATIAL = frozenset({"x0", "z", "score", "z_norm", "x0_norm", "score_cosine"})
+"""Signals of a state in embedding space; models of tokens alone have the others."""
 
-def check_signals(names: Iterable[str], known: Iterable[str] = SIGNALS) -> frozenset[str]:
-    """The names as a set; an error for one that is not among the known ones."""
+
+def check_signals(names: Iterable[str], spatial: bool = True) -> frozenset[str]:
+    """The names as a set; an error for one that there is not, or not without a state in embedding space."""
+    known = [name for name in SIGNALS if spatial or name not in SPATIAL]
     unknown = sorted(set(names) - set(known))
+    if unknown and unknown[0] in SPATIAL:
+        raise CdlmError(
+            f"{unknown[0]!r} is of a state in embedding space, and a masked model has none: use a rule that reads"
+            f" {', '.join(known)}"
+        )
     if unknown:
         raise CdlmError(f"there is no signal {unknown[0]!r} here: use some of {', '.join(known)}")
     return frozenset(names)
@@ -249,7 +271,7 @@ def observe(needs: frozenset[str], glance: Glance) -> tuple[dict[str, Tensor], P
     past = Past(
         glance.tokens if "switches" in needs else None,
         glance.score if "score_cosine" in needs else None,
-        glance.prediction.logits if "mean_kl" in needs else None,
+        glance.logits if "mean_kl" in needs else None,
         glance.scale if "mean_kl" in needs else None,
     )
     return signals, past

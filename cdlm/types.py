@@ -143,6 +143,10 @@ class Finished(NamedTuple):
     """Final tokens of the m rows that leave, prompts filled in."""
     info: Mapping[str, Tensor]
     """What the criterion logged, one value a row."""
+    canvas: Int[Tensor, "b n"] | None = None
+    """Of a masked model: every row after the step, the mask where it is open."""
+    settled: Int[Tensor, " b"] | None = None
+    """Of a masked model: calls after which the text up to its first end was decided; 0 while it is not."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,11 @@ def join(first: Any, second: Any) -> Any:
     if isinstance(first, Mapping):
         return {key: join(first[key], second[key]) for key in first}
     return _rebuild(first, [join(a, b) for a, b in zip(first, second, strict=True)])
+
+
+def blank(tree: Any, rows: int) -> Any:
+    """A nest of the same form with `rows` rows of zeros."""
+    return _map(lambda x: x.new_zeros((rows, *x.shape[1:])), tree)
 
 
 def _map(function: Any, tree: Any) -> Any:

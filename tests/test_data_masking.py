@@ -9,10 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from cdlm.data.masking import Masking, Mixture, Prefix, RandomSubset, Span, Unconditional, mixed
+from cdlm.data.masking import Completion, Masking, Mixture, Prefix, RandomSubset, Span, Unconditional, mixed
+from cdlm.data.tokenizer import encode_batch, train_tokenizer
 from cdlm.errors import CdlmError
 
-LAWS = [Prefix(), RandomSubset(), Span(), Span(max_spans=2, unconditional=0.0), Unconditional(), mixed()]
+TOKENIZER = train_tokenizer(["one\n\ntwo three"], 261)  # bytes, and two merges
+NEWLINE = encode_batch(TOKENIZER, ["\n"])[0][0]
+FREE = [Prefix(), RandomSubset(), Span(), Span(max_spans=2, unconditional=0.0), Unconditional(), mixed()]
+LAWS = [*FREE, Completion().bind(TOKENIZER), Mixture(((1.0, Completion()), (1.0, Prefix()))).bind(TOKENIZER)]
 P = 1e-4  # seeds are fixed, so a law that passes once passes always
 
 
@@ -20,9 +24,21 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def tokens_like(valid: torch.Tensor, seed: int = 3) -> torch.Tensor:
+    """Random tokens, one in four a line break."""
+    return NEWLINE + torch.randint(0, 4, valid.shape, generator=generator(seed))
+
+
 def draw(law: Masking, length: int, rows: int = 20000, pad: int = 0, seed: int = 1) -> torch.Tensor:
     valid = torch.arange(length + pad).expand(rows, -1) < length
-    return law(valid, generator(seed))[:, :length]
+    return law(tokens_like(valid), valid, generator(seed))[:, :length]
+
+
+def completion(row: list[int], valid: list[bool] | None = None) -> list[bool]:
+    """The mask that Completion draws for one row."""
+    tokens = torch.tensor([row])
+    known = torch.tensor([valid or [True] * len(row)])
+    return Completion().bind(TOKENIZER)(tokens, known, generator())[0].tolist()
 
 
 def assert_law(observed: torch.Tensor, expected: dict[int, float]) -> None:
@@ -44,17 +60,18 @@ def code(mask: torch.Tensor) -> torch.Tensor:
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8), pad=st.integers(0, 3), seed=st.integers(0, 2**32))
 def test_never_on_padding_never_empty_and_repeatable(law, lengths, pad, seed):
     valid = torch.arange(max(lengths) + pad) < torch.tensor(lengths)[:, None]
-    mask = law(valid, generator(seed))
+    tokens = tokens_like(valid, seed)
+    mask = law(tokens, valid, generator(seed))
     assert not (mask & ~valid).any()
     assert mask.any(1).all()
-    assert torch.equal(mask, law(valid, generator(seed)))
+    assert torch.equal(mask, law(tokens, valid, generator(seed)))
 
 
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_valid_positions_need_not_be_on_the_left(law):
     valid = torch.rand(500, 9, generator=generator()) < 0.6
     valid[:, 4] = True
-    mask = law(valid, generator())
+    mask = law(tokens_like(valid), valid, generator())
     assert not (mask & ~valid).any()
     assert mask.any(1).all()
 
@@ -124,7 +141,7 @@ def test_unconditional_is_every_valid_position():
 
 def test_mixture_chooses_a_law_for_each_row():
     class Last(Masking):
-        def __call__(self, valid, generator):
+        def __call__(self, tokens, valid, generator):
             return torch.arange(valid.shape[1]).expand_as(valid) == valid.shape[1] - 1
 
     mask = draw(Mixture(((3.0, Last()), (1.0, Unconditional()))), 4)
@@ -137,6 +154,62 @@ def test_mixed_is_half_prefix_half_subset():
     by_size = [[sum(1 << i for i in noisy) for noisy in combinations(range(length), n)] for n in range(1, length + 1)]
     subset = {mask: 1 / length / len(masks) for masks in by_size for mask in masks}
     assert_law(code(draw(mixed(), length)), {mask: 0.5 * p + 0.5 * prefix.get(mask, 0) for mask, p in subset.items()})
+
+
+def test_completion_is_all_after_the_first_separator():
+    a, b = NEWLINE + 1, NEWLINE + 2
+    assert completion([a, b, NEWLINE, a, NEWLINE, b]) == [False, False, False, True, True, True]
+    assert completion([NEWLINE, a, a]) == [False, True, True]
+    assert completion([a, NEWLINE, b, a], [True, True, True, False]) == [False, False, True, False]
+
+
+def test_completion_counts_separators_on_valid_positions_only():
+    a = NEWLINE + 1
+    assert completion([NEWLINE, a, NEWLINE, a], [False, True, True, True]) == [False, False, False, True]
+
+
+def test_a_row_with_nothing_after_a_separator_is_generated_whole():
+    a = NEWLINE + 1
+    assert completion([a, a, a]) == [True, True, True]
+    assert completion([a, a, NEWLINE]) == [True, True, True]
+    assert completion([a, NEWLINE, a], [True, True, False]) == [True, True, False]
+    assert completion([NEWLINE, a], [False, False]) == [False, False]
+
+
+def test_completion_of_tokenised_text():
+    text = "one two\nthree\none"
+    ids = encode_batch(TOKENIZER, [text])[0]
+    generated = [token for token, chosen in zip(ids, completion(ids), strict=True) if chosen]
+    assert TOKENIZER.decode(generated) == "three\none"
+
+
+def test_completion_is_bound_to_a_tokenizer_first():
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(CdlmError, match=r"\.bind\(tokenizer\)"):
+        Completion()(tokens_like(valid), valid, generator())
+    with pytest.raises(CdlmError, match=r"\.bind\(tokenizer\)"):
+        Mixture(((1.0, Completion()),))(tokens_like(valid), valid, generator())
+
+
+@pytest.mark.parametrize("separator", ["", "three"])
+def test_a_separator_is_one_token(separator):
+    for law in (Completion(separator), Mixture(((1.0, Completion(separator)),))):
+        with pytest.raises(CdlmError, match="separator of one token"):
+            law.bind(TOKENIZER)
+
+
+def test_another_separator():
+    ids = encode_batch(TOKENIZER, ["one=two"])[0]
+    law = Completion("=").bind(TOKENIZER)
+    mask = law(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), generator())[0]
+    assert TOKENIZER.decode(torch.tensor(ids)[mask]) == "two"
+
+
+@pytest.mark.parametrize("law", FREE, ids=repr)
+def test_a_law_that_looks_at_no_token_needs_no_tokenizer(law):
+    assert law.bind(TOKENIZER) == law
+    valid = torch.arange(9) < torch.tensor([3, 9])[:, None]
+    assert torch.equal(*(law(tokens_like(valid, seed), valid, generator()) for seed in (1, 2)))
 
 
 @pytest.mark.parametrize(

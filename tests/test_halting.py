@@ -28,7 +28,8 @@ from cdlm.halting import (
     Patience,
     Stateless,
 )
-from cdlm.sampling import Request, Run, Sampler
+from cdlm.loop import Request
+from cdlm.sampling import Run, Sampler
 from cdlm.types import Decision, Rows, StepState, take
 
 ROWS = 3

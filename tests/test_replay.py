@@ -37,7 +37,8 @@ from cdlm.halting import (
 from cdlm.halting.recording import Recording, read_folder
 from cdlm.halting.replay import replay
 from cdlm.record import Record
-from cdlm.sampling import Request, Run, Sampler
+from cdlm.loop import Request
+from cdlm.sampling import Run, Sampler
 from cdlm.types import Decision, StepState
 
 M, N, STEPS = 6, 5, 14

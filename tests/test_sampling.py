@@ -15,7 +15,8 @@ from cdlm.continuous.levels import LogT, UniformT, Warped
 from cdlm.continuous.solvers import Euler, Heun, Solver, TorchDiffEq
 from cdlm.errors import CdlmError
 from cdlm.halting import AfterStep, AngleConvergence, Criterion, FixedSteps, For, Never, NormConvergence, Patience
-from cdlm.sampling import Request, Run, Sampler
+from cdlm.loop import Request
+from cdlm.sampling import Run, Sampler
 
 N = 6
 SOLVERS = (Euler(), Heun(), TorchDiffEq("midpoint", double=True), TorchDiffEq("dopri5", double=True))

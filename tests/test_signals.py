@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cdlm.signals import SIGNALS, Glance, Past, chunk_maxima, first_past, most_likely, observe
-from cdlm.types import Prediction
+from cdlm.signals import SIGNALS, Glance, Past, Space, chunk_maxima, first_past, most_likely, observe
 
 EVERYTHING = frozenset(SIGNALS)
 VOCABULARIES = [1, 2, 7, 480, 2047, 2048, 2049, 5000]  # one chunk below 2048, and chunks of 64 from there on
@@ -27,17 +26,8 @@ def glance(logits: Tensor, past: Past | None = None, needs: frozenset[str] = EVE
     z, open_ = torch.ones(b, n, 3, dtype=logits.dtype), torch.ones(b, n, dtype=torch.bool)
     first = torch.full((b,), past is None)
     past = first_past(needs, z, None) if past is None else past
-    return Glance(
-        z,
-        torch.ones(b, dtype=torch.float64),
-        1.0,
-        Prediction(logits, z + logits[..., :1]),
-        open_,
-        open_,
-        first,
-        past,
-        needs,
-    )
+    space = Space(z, torch.ones(b, dtype=torch.float64), 1.0, z + logits[..., :1])
+    return Glance(logits, open_, open_, first, past, needs, space)
 
 
 def look(logits: Tensor, before: Tensor | None = None, needs: frozenset[str] = EVERYTHING) -> dict[str, Tensor]:

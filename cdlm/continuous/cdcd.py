@@ -10,11 +10,12 @@ from cdlm.continuous.levels import check_range
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.warping import TimeWarp
 from cdlm.errors import CdlmError
+from cdlm.system import Special, SystemConfig
 from cdlm.transformer import Transformer
 
 
 @dataclass(frozen=True)
-class CDCD:
+class CDCD(SystemConfig):
     """Score interpolation with learned time warping. The defaults suit laptops; `ddlm.yaml` has the published size.
 
     Args:
@@ -29,10 +30,6 @@ class CDCD:
         guidance_dropout: share of training rows whose prompt is hidden.
     """
 
-    width: int = 128
-    depth: int = 3
-    heads: int = 4
-    mlp_ratio: int = 4
     dim: int = 64
     t_min: float = 0.0625
     t_max: float = 18.75
@@ -43,21 +40,15 @@ class CDCD:
     guidance_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "mlp_ratio", "dim"):
-            if getattr(self, name) < 1:
-                raise CdlmError(f"{name} must be >= 1, got {getattr(self, name)}")
+        super().__post_init__()
+        if self.dim < 1:
+            raise CdlmError(f"dim must be >= 1, got {self.dim}")
         check_range(self.t_min, self.t_max)
-        if self.width % (2 * self.heads):
-            raise CdlmError(
-                f"width must be a multiple of 2 * heads, got width={self.width} and heads={self.heads}:"
-                f" try width={max(1, self.width // (2 * self.heads)) * 2 * self.heads}"
-            )
         for name in ("self_conditioning", "guidance_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise CdlmError(f"{name} is a share of rows in [0, 1], got {getattr(self, name)}")
 
-    def build(self, vocab: int) -> EmbeddingDiffusion:
-        """A freshly initialised system over `vocab` tokens. Draws from torch's global generator: seed it first."""
+    def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion:
         embedding = TokenEmbedding(vocab, self.dim)
         return EmbeddingDiffusion(
             embedding,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,26 +14,11 @@ from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.embedding import TokenEmbedding, expected_embedding
 from cdlm.continuous.levels import alpha_of
 from cdlm.continuous.warping import Schedule
-from cdlm.hub import Pretrained
+from cdlm.system import Loss, System, row_cross_entropy, stratified
 from cdlm.types import Condition, Prediction, join, take
 
-Precision = Literal["fp32", "bf16"]
 
-
-@dataclass(frozen=True)
-class Loss:
-    """One training batch."""
-
-    total: Float[Tensor, ""]
-    """What to differentiate: cross-entropy plus the schedule's own regression."""
-    nats: Float[Tensor, " b"]
-    """Cross-entropy of each row in nats per generated token, float32, detached."""
-    t: Float[Tensor, " b"]
-    count: Int[Tensor, " b"]
-    """Generated tokens of each row."""
-
-
-class EmbeddingDiffusion(Pretrained, Denoiser):
+class EmbeddingDiffusion(System, Denoiser):
     """Tokens are embedded, noised as z = e + t eps, and recovered by a network that sees all positions at once.
 
     Trained with cross-entropy, which interpolates the score: softmax(logits) averages the table to x0, and
@@ -67,8 +51,6 @@ class EmbeddingDiffusion(Pretrained, Denoiser):
         )  # fmt: skip
         self.config = dict(config)
         self.rho, self.dim = embedding.rho, embedding.weight.shape[1]
-        self.precision: Precision = "fp32"
-        """Arithmetic of the network alone; everything around it is at least float32."""
 
     def denoise(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition) -> Prediction:
         table = self.embedding.table()
@@ -89,15 +71,8 @@ class EmbeddingDiffusion(Pretrained, Denoiser):
         generator: torch.Generator,
         u: Float[Tensor, " b"] | None = None,
     ) -> Loss:
-        """The training loss (CDCD, sections 3 and 4); in evaluation mode all rows get a first pass
-        and no prompt is hidden.
-
-        Args:
-            noised: positions to generate, at least one a row.
-            valid: False on padding; None when there is none.
-            generator: source of all randomness of the step, on the device of the tokens.
-            u: fixed noise levels, as u of the schedule; by default stratified over the batch.
-        """
+        """Cross-entropy (CDCD, sections 3 and 4) and the schedule's own regression; in evaluation mode all rows get a
+        first pass and no prompt is hidden."""
         u = stratified(len(tokens), generator) if u is None else u
         t = self.schedule.t_of_u(u).detach()
         table = self.embedding.table()
@@ -111,17 +86,19 @@ class EmbeddingDiffusion(Pretrained, Denoiser):
         fit = self.schedule.fit(t, (nats / count).detach())
         return Loss(nats.sum() / count.sum() + fit.to(nats.dtype), (nats / count).detach(), t, count)
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """`matrices`: hidden 2-D weights (what Muon is for); `schedule`: the noise schedule's own; `rest`."""
-        schedule = list(self.schedule.parameters())
-        blocks = self.network.get_submodule("blocks")
-        matrices = [p for name, p in blocks.named_parameters() if p.ndim == 2 and "modulation" not in name]
-        taken = {id(p) for p in schedule + matrices}
-        return {
-            "matrices": matrices,
-            "schedule": schedule,
-            "rest": [p for p in self.parameters() if id(p) not in taken],
-        }
+    def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        return self.schedule.t_of_u(u)
+
+    @property
+    def own_schedule(self) -> nn.Module:
+        return self.schedule
+
+    def after_step(self) -> None:
+        self.schedule.after_step()
+
+    def facts(self) -> dict[str, float]:
+        """KL divergence in nats, of one embedding at the noisiest level from the prior: rho**2 / (2 t_max**2)."""
+        return {"prior_mismatch": 0.5 * (self.rho / self.schedule.t_max) ** 2}
 
     def _first_pass(self, z: Tensor, t: Tensor, condition: Condition) -> Float[Tensor, "b n d"]:
         # Levels are a random permutation of the rows, so the first rows are a random share.
@@ -141,25 +118,7 @@ class EmbeddingDiffusion(Pretrained, Denoiser):
         scaled = z * alpha_of(t).to(z.dtype)[:, None, None] * open_
         features = torch.cat([scaled, condition.clean, condition.x0 * open_, open_], -1)
         level = (t / self.rho).log().float()
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.network(features, level, condition.valid)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = self.run_network(features, level, condition.valid)
         if self.own_position:
             logits = logits + open_ * (z / t.square().to(z.dtype)[:, None, None]) @ table.T
         return logits
-
-
-def stratified(rows: int, generator: torch.Generator) -> Float[Tensor, " rows"]:
-    """One u in [0, 1) per row, evenly spaced with a random offset, in random order (low discrepancy)."""
-    device = generator.device
-    offset = torch.rand(1, generator=generator, dtype=torch.float64, device=device)
-    order = torch.randperm(rows, generator=generator, device=device)
-    return (offset + order / rows) % 1
-
-
-def row_cross_entropy(
-    logits: Float[Tensor, "b n v"], tokens: Int[Tensor, "b n"], scored: Bool[Tensor, "b n"]
-) -> tuple[Float[Tensor, " b"], Int[Tensor, " b"]]:
-    """Summed cross-entropy of each row's scored positions in nats, and their number."""
-    nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
-    return (nats * scored).sum(1), scored.sum(1)

@@ -1,33 +1,47 @@
 """Masking laws: which positions of a training row are to be generated and which are given as clean context.
 
-Every law maps the valid positions of a batch to a mask of the same shape, True where a position is to be generated
-(noised, or replaced by the mask token). L below is the number of valid positions of a row; padding is never chosen,
-and a row with L >= 1 always has at least one position to generate.
+Every law maps the tokens and the valid positions of a batch to a mask of the same shape, True where a position is to
+be generated (noised, or replaced by the mask token). L below is the number of valid positions of a row; padding is
+never chosen, and a row with L >= 1 always has at least one position to generate. A law that looks at the tokens is
+bound to their tokenizer first: `law.bind(tokenizer)`.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cdlm.data.tokenizer import encode_batch
 from cdlm.errors import CdlmError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class Masking(ABC):
     """A random law of masks, independent over rows and a pure function of its arguments and the generator's state."""
 
     @abstractmethod
-    def __call__(self, valid: Bool[Tensor, "b n"], generator: torch.Generator) -> Bool[Tensor, "b n"]:
-        """Draw one mask a row; `generator` lives on the device of `valid`."""
+    def __call__(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], generator: torch.Generator
+    ) -> Bool[Tensor, "b n"]:
+        """Draw one mask a row; `generator` lives on the device of `tokens` and `valid`."""
+
+    def bind(self, tokenizer: "PreTrainedTokenizerFast") -> "Masking":
+        """The law for tokens of this tokenizer: itself, unless it looks at them."""
+        return self
 
 
 @dataclass(frozen=True)
 class Prefix(Masking):
     """The first k valid positions are given, k uniform over {0, ..., L-1} (CDCD, arXiv 2211.15089, section 4.1)."""
 
-    def __call__(self, valid: Bool[Tensor, "b n"], generator: torch.Generator) -> Bool[Tensor, "b n"]:
+    def __call__(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], generator: torch.Generator
+    ) -> Bool[Tensor, "b n"]:
         clean = _uniform_below(valid.sum(1), generator)
         return valid & (_index_among_valid(valid) >= clean[:, None])
 
@@ -39,7 +53,9 @@ class RandomSubset(Masking):
     The size is uniform, so this is not independent coin flips, which would give nearly half of every long row.
     """
 
-    def __call__(self, valid: Bool[Tensor, "b n"], generator: torch.Generator) -> Bool[Tensor, "b n"]:
+    def __call__(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], generator: torch.Generator
+    ) -> Bool[Tensor, "b n"]:
         clean = _uniform_below(valid.sum(1), generator)
         return valid & (_random_rank(valid, generator) >= clean[:, None])
 
@@ -63,7 +79,9 @@ class Span(Masking):
         if not 0 <= self.unconditional <= 1:
             raise CdlmError(f"Span: unconditional is a probability in [0, 1], got {self.unconditional}")
 
-    def __call__(self, valid: Bool[Tensor, "b n"], generator: torch.Generator) -> Bool[Tensor, "b n"]:
+    def __call__(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], generator: torch.Generator
+    ) -> Bool[Tensor, "b n"]:
         length = valid.sum(1)
         spans = 1 + _uniform_below(((length + 1) // 2).clamp(max=self.max_spans), generator)
         points = torch.arange(valid.shape[1] + 1, device=valid.device) <= length[:, None]
@@ -78,8 +96,57 @@ class Span(Masking):
 class Unconditional(Masking):
     """Every valid position is to be generated; nothing is given."""
 
-    def __call__(self, valid: Bool[Tensor, "b n"], generator: torch.Generator) -> Bool[Tensor, "b n"]:
+    def __call__(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], generator: torch.Generator
+    ) -> Bool[Tensor, "b n"]:
         return valid.clone()
+
+
+@dataclass(frozen=True)
+class Completion(Masking):
+    r"""What follows the first separator is to be generated, the prompt up to and with it is given.
+
+    The law of supervised fine-tuning (LLaDA, arXiv 2502.09992, section 2.3), for rows of one document each: a prompt,
+    the separator, an answer. A row without anything after a separator is generated whole.
+
+    Args:
+        separator: One token of the tokenizer that the law is bound to; it must not merge with the text around it.
+    """
+
+    separator: str = "\n"
+
+    def __call__(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], generator: torch.Generator
+    ) -> Bool[Tensor, "b n"]:
+        raise CdlmError(f"{self!r} looks for a token and knows no tokenizer; use the law that .bind(tokenizer) returns")
+
+    def bind(self, tokenizer: "PreTrainedTokenizerFast") -> Masking:
+        """The law that knows the separator's id.
+
+        Raises:
+            CdlmError: The separator is not exactly one token.
+        """
+        ids = encode_batch(tokenizer, [self.separator])[0]
+        if len(ids) != 1:
+            raise CdlmError(
+                f"Completion: expected a separator of one token, {self.separator!r} has {len(ids)} in this tokenizer; "
+                "choose another separator or tokenizer"
+            )
+        return _AfterToken(ids[0])
+
+
+@dataclass(frozen=True)
+class _AfterToken(Masking):
+    """The valid positions after the first valid `separator`; all of them where there are none."""
+
+    separator: int
+
+    def __call__(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], generator: torch.Generator
+    ) -> Bool[Tensor, "b n"]:
+        found = valid & (tokens == self.separator)
+        after = valid & (found.cumsum(1) > found)
+        return torch.where(after.any(1, keepdim=True), after, valid)
 
 
 @dataclass(frozen=True)
@@ -95,12 +162,18 @@ class Mixture(Masking):
         if not all(isinstance(law, Masking) for _, law in self.parts):
             raise CdlmError(f"Mixture: expected pairs of a weight and a law, got {self.parts}")
 
-    def __call__(self, valid: Bool[Tensor, "b n"], generator: torch.Generator) -> Bool[Tensor, "b n"]:
+    def __call__(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], generator: torch.Generator
+    ) -> Bool[Tensor, "b n"]:
         weights = torch.tensor([weight for weight, _ in self.parts], device=valid.device)
         edges = (weights / weights.sum()).cumsum(0)[:-1]
         choice = torch.bucketize(_uniform(valid.shape[0], generator), edges, right=True)
-        masks = torch.stack([law(valid, generator) for _, law in self.parts])
+        masks = torch.stack([law(tokens, valid, generator) for _, law in self.parts])
         return masks[choice, torch.arange(valid.shape[0], device=valid.device)]
+
+    def bind(self, tokenizer: "PreTrainedTokenizerFast") -> Masking:
+        """The mixture of the bound laws."""
+        return Mixture(tuple((weight, law.bind(tokenizer)) for weight, law in self.parts))
 
 
 def mixed() -> Mixture:

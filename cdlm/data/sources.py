@@ -1,4 +1,4 @@
-"""Where text comes from: English shipped with Python, generated stories, files, the Hugging Face Hub."""
+"""Where text comes from: English shipped with Python, generated stories and problems, files, the Hugging Face Hub."""
 
 import ast
 import csv
@@ -18,6 +18,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
+from cdlm.data import arithmetic
 from cdlm.data.stories import grammar_fingerprint, stories
 from cdlm.errors import CdlmError
 
@@ -88,6 +89,38 @@ class Stories(Source):
     def fingerprint(self) -> str:
         """A hash of the settings and the grammar."""
         return _digest("stories", asdict(self), grammar_fingerprint())
+
+
+@dataclass(frozen=True)
+class Arithmetic(Source):
+    """Arithmetic word problems with reasoning and answer, one a document: `cdlm.data.arithmetic`.
+
+    Made for rows of one document each and the masking law `Completion()`. The splits share no calculation.
+
+    Attributes:
+        n: Problems in the training split; the validation split has n // 20 (at least one).
+        seed: Fixes both splits.
+        steps: Difficulties, numbers of equations, that take turns.
+    """
+
+    n: int = 100_000
+    seed: int = 0
+    steps: tuple[int, ...] = (1, 2, 3)
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.seed < 0:
+            got = f"{self.n} and {self.seed}"
+            raise CdlmError(f"Arithmetic: expected n of at least 1 and a seed of at least 0, got {got}")
+        arithmetic.check_steps(self.steps)
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """One problem a document: the prompt, a line break, the reasoning and the answer."""
+        count = self.n if split == "train" else max(1, self.n // 20)
+        return (problem.document for problem in arithmetic.problems(count, self.seed, split, self.steps))
+
+    def fingerprint(self) -> str:
+        """A hash of the settings and the grammar."""
+        return _digest("arithmetic", asdict(self), arithmetic.grammar_fingerprint())
 
 
 @dataclass(frozen=True)
@@ -193,7 +226,7 @@ class Hub(Source):
                 self.name, self.config, split=split, revision=self.revision, streaming=self.streaming
             )
             for number, row in enumerate(rows):
-                text = _text_of(row, self.field, f"data set {self.name}, row {number}")
+                text = text_of(row, self.field, f"data set {self.name}, row {number}")
                 if text.strip():
                     yield text
 
@@ -340,15 +373,23 @@ def _read_txt(path: Path, sample_by: SampleBy) -> Iterator[str]:
     return iter(["\n".join(lines)])
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each line of a JSONL file that is not blank: its place, to name in messages, and its value.
+
+    Raises:
+        CdlmError: A line is not UTF-8 or not JSON.
+    """
     for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CdlmError(f"{path}, line {number}: expected one JSON object a line ({error}); mend it") from error
-        yield _text_of(row, field, f"{path}, line {number}")
+        if line.strip():
+            place = f"{path}, line {number}"
+            try:
+                yield place, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise CdlmError(f"{place}: expected one JSON object a line ({error}); mend it") from error
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    return (text_of(row, field, place) for place, row in jsonl_rows(path))
 
 
 def _read_csv(path: Path, field: str) -> Iterator[str]:
@@ -357,7 +398,7 @@ def _read_csv(path: Path, field: str) -> Iterator[str]:
         if field not in (columns := reader.fieldnames or []):
             raise CdlmError(f"{path}: expected a column {field!r}, found {list(columns)}; set field to one of them")
         for row in reader:
-            yield _text_of(row, field, f"{path}, line {reader.line_num}")
+            yield text_of(row, field, f"{path}, line {reader.line_num}")
     except csv.Error as error:
         raise CdlmError(
             f"{path}, after line {reader.line_num}: not valid CSV ({error}); mend it or use jsonl"
@@ -373,13 +414,17 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
                 raise CdlmError(f"{path}: expected a column {field!r}, found {columns}; set field to one of them")
             for batch in file.iter_batches(columns=[field]):
                 for row in batch.to_pylist():
-                    yield _text_of(row, field, str(path))
+                    yield text_of(row, field, str(path))
     except pyarrow.ArrowException as error:
         raise CdlmError(f"{path}: not a valid parquet file ({error}); write it again") from error
 
 
-def _text_of(row: Any, field: str, place: str) -> str:
-    """The text of a record, empty for null."""
+def text_of(row: Any, field: str, place: str) -> str:
+    """The text of a record, empty for null.
+
+    Raises:
+        CdlmError: The record is no object with this field, or the field holds no text; `place` says where.
+    """
     if not isinstance(row, dict):
         raise CdlmError(f"{place}: expected an object with a field {field!r}, got {type(row).__name__}")
     if field not in row:

@@ -183,6 +183,20 @@ class DocumentRows(Rows):
         return Row(tokens, np.arange(self.length) <= len(text))
 
 
+class FilledRows(DocumentRows):
+    """One document a row, filled up with EOS, which counts as text: so a model learns where to end (LLaDA, 2502.09992,
+    section 2.3). It can then be asked for more positions than an answer needs."""
+
+    def __init__(self, store: TokenStore, length: int) -> None:
+        super().__init__(store, length)
+        self.key = f"filled-{self.key}"
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`, from the end if negative."""
+        tokens, valid = super().__getitem__(index)
+        return Row(np.where(valid, tokens, self.store.eos_id), np.ones_like(valid))
+
+
 def _key(source: Source, split: Split, tokenizer: "PreTrainedTokenizerFast") -> str:
     parts = [_FORMAT, source.fingerprint(), split, tokenizer_hash(tokenizer)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -7,11 +7,13 @@ from cdlm.halting.rules import (
     AngleConvergence,
     Entropy,
     FixedSteps,
+    Full,
     Never,
     NormConvergence,
     Patience,
     StableAndConfident,
 )
+from cdlm.halting.transformers import for_transformers
 
 __all__ = [
     "KL",
@@ -22,6 +24,7 @@ __all__ = [
     "Entropy",
     "FixedSteps",
     "For",
+    "Full",
     "JoT",
     "Never",
     "NormConvergence",
@@ -31,4 +34,5 @@ __all__ = [
     "SchED",
     "StableAndConfident",
     "Stateless",
+    "for_transformers",
 ]

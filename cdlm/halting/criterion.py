@@ -36,6 +36,11 @@ class Criterion(ABC):
         """Whether it can freeze positions, which changes the run; a recording of another run cannot tell how."""
         return False
 
+    @property
+    def waits(self) -> bool:
+        """Whether a row goes on to its last step although nothing in it may change any more."""
+        return False
+
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
         """Settings to try on runs of `budget` steps, from strict to loose; `fixed` are the parameters not swept."""

@@ -27,7 +27,8 @@ class Prophet(Criterion):
     The threshold is `tau_high` while the share of the budget spent is below 0.33, `tau_mid` below 0.67, then `tau_low`.
 
     Args:
-        region: positions [start, end) of the answer, all of them, decided or not; by default all that is generated.
+        region: the answer, positions [start, end) counted from the first one to generate, all of them, decided or not;
+            by default all that is generated.
         one_based: count the present step as spent, as the published code does; the paper does not.
 
     The earliest halt is at the first step. With a region that holds nothing to generate it never halts.
@@ -60,9 +61,10 @@ class Prophet(Criterion):
         if self.region is None:
             return ()
         start, end = self.region
-        if end > rows.open.shape[1]:
-            raise CdlmError(f"Prophet's region {self.region} does not fit: samples have {rows.open.shape[1]} positions")
-        place = torch.arange(rows.open.shape[1], device=rows.open.device)
+        place = torch.arange(rows.open.shape[1], device=rows.open.device) - rows.open.long().argmax(1)[:, None]
+        room = int(torch.where(rows.valid, place + 1, 0).amax(1).min())
+        if end > room:
+            raise CdlmError(f"Prophet's region {self.region} does not fit: a sample has {room} positions to generate")
         return rows.open & (place >= start) & (place < end)
 
     def look(self, memory: Any, state: StepState) -> tuple[Memory, Decision]:

@@ -216,8 +216,12 @@ class FixedSteps(Stateless):
 
 
 @dataclass(frozen=True)
-class Never(Stateless):
-    """Never halt: the plain sampler."""
+class Full(Stateless):
+    """End when nothing may change any more, and otherwise never: the free rule that every other one includes.
+
+    On a masked model it skips the steps for which a schedule has nothing left, and gives the same tokens. It costs no
+    call to see that a row is full. On a continuous model only a rule that freezes can fill a row.
+    """
 
     @property
     def needs(self) -> frozenset[str]:
@@ -225,6 +229,15 @@ class Never(Stateless):
 
     def decide(self, state: StepState) -> Decision:
         return Decision(torch.zeros_like(state.step, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class Never(Full):
+    """Never halt: the plain sampler with all its steps, also those in which nothing may change."""
+
+    @property
+    def waits(self) -> bool:
+        return True
 
 
 def past(warmup: float, state: StepState) -> torch.Tensor:

@@ -16,9 +16,10 @@ from cdlm import api
 from cdlm.continuous.solvers import Advance, Estimate, Euler, Solver
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.halting.calibration import Bootstrap, Scores
+from cdlm.loop import Request
 from cdlm.noise import row_normal
 from cdlm.prompts import requests
-from cdlm.sampling import Request, Sampler
+from cdlm.sampling import Sampler
 from cdlm.studies.measures import reached, zero_switch
 from cdlm.studies.norms import NEAR, batches
 from cdlm.studies.picture import Line, Panel

@@ -15,8 +15,9 @@ from torch import Tensor
 from cdlm import api
 from cdlm.continuous.levels import alpha_of
 from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.loop import Request
 from cdlm.prompts import requests
-from cdlm.sampling import Request, Run, Sampler
+from cdlm.sampling import Run, Sampler
 from cdlm.studies.measures import reached
 from cdlm.studies.picture import Line, Panel
 from cdlm.studies.study import Finding, Study, label

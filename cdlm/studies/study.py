@@ -14,13 +14,13 @@ from jaxtyping import Float
 
 from cdlm import api, hub
 from cdlm.continuous.denoiser import Steering
-from cdlm.continuous.system import Precision
 from cdlm.files import write_rows, write_text
 from cdlm.frontier import Bench, Machine, open_bench
 from cdlm.halting.calibration import Bootstrap
 from cdlm.prompts import requests
 from cdlm.sampling import Sampler
 from cdlm.studies.picture import Line, Panel, draw
+from cdlm.system import Precision
 from cdlm.types import Samples
 
 

@@ -13,9 +13,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.errors import CdlmError
 from cdlm.noise import generator
+from cdlm.system import System
 from cdlm.training import sharding
 from cdlm.training.average import Average
 from cdlm.training.optimizers import build_optimizer, set_rates
@@ -32,15 +32,15 @@ class TrainingModule(LightningModule):
 
     Args:
         loader: infinite; batches have `.tokens [b n]` and `.valid [b n]`; `load_state_dict({"batches": int})` seeks.
-        masking: (valid, generator) -> positions to generate.
+        masking: (tokens, valid, generator) -> positions to generate.
         context: what must not change when the run is resumed.
     """
 
     def __init__(
         self,
-        system: EmbeddingDiffusion,
+        system: System,
         loader: Any,
-        masking: Callable[[Tensor, torch.Generator], Tensor],
+        masking: Callable[[Tensor, Tensor, torch.Generator], Tensor],
         options: TrainOptions,
         context: Mapping[str, Any],
     ):
@@ -52,7 +52,7 @@ class TrainingModule(LightningModule):
             system.network.compile()
         self.feed = Feed(loader)
         self.masking, self.options, self.context = masking, options, dict(context)
-        self._whole: list[EmbeddingDiffusion] = []  # in a list, where torch does not look for submodules
+        self._whole: list[System] = []  # in a list, where torch does not look for submodules
         self.batches = 0
         """Batches that this process has consumed."""
         self.window: list[Float[Tensor, " columns"]] = []
@@ -63,7 +63,7 @@ class TrainingModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         noise = generator(self.options.seed, TRAINING, self.batches, self.global_rank, device=self.device)
         self.batches += 1
-        noised = self.masking(batch.valid, noise)
+        noised = self.masking(batch.tokens, batch.valid, noise)
         loss = self.system(batch.tokens, noised, batch.valid, noise)
         row = (loss.total.detach(), (loss.nats * loss.count).sum(), loss.count.sum(), batch.valid.sum())
         self.window.append(torch.stack([x.double() for x in row]))
@@ -88,7 +88,7 @@ class TrainingModule(LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         set_rates(optimizer, self.global_step, self.options)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.system.schedule.after_step()
+        self.system.after_step()
         self.average.update(self.system, self.global_step + 1)  # the trainer counts the step when this returns
 
     def configure_model(self) -> None:
@@ -99,7 +99,7 @@ class TrainingModule(LightningModule):
         for system in (self.system, self.average.system):
             sharding.shard(system, self.device_mesh["data_parallel"])
 
-    def averaged(self) -> EmbeddingDiffusion:
+    def averaged(self) -> System:
         """The averaged system, unsharded and up to date on rank 0. Every process must call this."""
         if not self._whole:
             return self.average.system

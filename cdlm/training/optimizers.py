@@ -41,7 +41,7 @@ class Together(Optimizer):
 
 
 def build_optimizer(groups: Mapping[str, list[nn.Parameter]], options: TrainOptions) -> Optimizer:
-    """The optimiser of `matrices`, `rest` and `schedule` (see `EmbeddingDiffusion.parameter_groups`).
+    """The optimiser of `matrices`, `rest` and `schedule` (see `System.parameter_groups`).
 
     Each group carries its name; `set_rates` must be called before each step.
     """

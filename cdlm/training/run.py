@@ -18,8 +18,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 
-from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.errors import CdlmError
+from cdlm.system import System
 from cdlm.training.files import AtomicCheckpoints
 from cdlm.training.module import TrainingModule
 from cdlm.training.options import TrainOptions
@@ -35,15 +35,15 @@ HARMLESS = (
 
 
 def train(
-    system: EmbeddingDiffusion,
+    system: System,
     loader: Any,
     valid_batches: Callable[[], Iterable[Any]],
-    masking: Callable[[Tensor, torch.Generator], Tensor],
+    masking: Callable[[Tensor, Tensor, torch.Generator], Tensor],
     options: TrainOptions,
     run_dir: str | Path,
     *,
-    samples: Callable[[EmbeddingDiffusion], list[str]] | None = None,
-    export: Callable[[EmbeddingDiffusion, Path], None] | None = None,
+    samples: Callable[[System], list[str]] | None = None,
+    export: Callable[[System, Path], None] | None = None,
     resume: bool = False,
     progress: bool = True,
     context: Mapping[str, str | int] | None = None,
@@ -57,7 +57,7 @@ def train(
         loader: infinite iterable of this rank's batches, with `.tokens [b n]` and `.valid [b n]`; its
             `load_state_dict({"batches": int})` seeks.
         valid_batches: gives this rank's held-out batches, the same ones each time.
-        masking: (valid, generator) -> positions to generate, at least one a row.
+        masking: (tokens, valid, generator) -> positions to generate, at least one a row.
         samples: texts to write beside each validation.
         export: called with the averaged system and the folder after each checkpoint, so that the folder can be used
             while the run goes on and after it was interrupted.

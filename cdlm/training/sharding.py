@@ -9,19 +9,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.system import System
 from cdlm.transformer import Block
 
 
-def shard(system: EmbeddingDiffusion, mesh: DeviceMesh) -> None:
+def shard(system: System, mesh: DeviceMesh) -> None:
     """Shard each block, then the rest, in place. The noise schedule, small and changing its own values, stays whole."""
     for module in system.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh)
-    fully_shard(system, mesh=mesh, ignored_params=set(system.schedule.parameters()))
+    fully_shard(system, mesh=mesh, ignored_params=set(system.parameter_groups()["schedule"]))
 
 
-def gather(sharded: EmbeddingDiffusion, whole: EmbeddingDiffusion) -> None:
+def gather(sharded: System, whole: System) -> None:
     """Copy the weights of all processes into `whole` on rank 0. Every process must call this."""
     state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if state:  # empty on the other ranks

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.errors import CdlmError
 from cdlm.files import write_text
+from cdlm.system import System
 from cdlm.training.files import MetricsFile
 from cdlm.training.module import TrainingModule
 from cdlm.training.progress import Reporter
@@ -29,8 +29,8 @@ class Outputs:
 
     run_dir: Path
     valid_batches: Callable[[], Iterable[Any]]
-    samples: Callable[[EmbeddingDiffusion], list[str]] | None
-    export: Callable[[EmbeddingDiffusion, Path], None] | None
+    samples: Callable[[System], list[str]] | None
+    export: Callable[[System, Path], None] | None
 
     @property
     def metrics(self) -> MetricsFile:
@@ -58,7 +58,7 @@ class Supervisor(Callback):
             self.outputs.metrics.cut(self._step or -1)  # a run that starts writes row 0 itself
         self.reporter.start(self._step, module.options.steps)
         if self._step == 0:
-            self._log(trainer, {"prior_mismatch": prior_mismatch(module.system)})
+            self._log(trainer, module.system.facts())
             if module.options.strategy != "fsdp":  # there, saving makes an optimiser that never stepped take a step
                 self._save(trainer, module)  # also finds out now whether the folder can be written
         self._since, self._restored = time.perf_counter(), len(module.window)
@@ -121,7 +121,7 @@ class Supervisor(Callback):
         now = time.perf_counter()
         seconds, batches = now - self._since, len(module.window) - self._restored
         module.window, self._since, self._restored = [], now, 0
-        quantiles = module.system.schedule.t_of_u(torch.tensor([0.1, 0.5, 0.9])).tolist()
+        quantiles = module.system.levels(torch.tensor([0.1, 0.5, 0.9])).tolist()
         return {
             "loss": loss,
             "nats_per_token": nats / count,
@@ -163,8 +163,3 @@ class Supervisor(Callback):
 def _ours(module: LightningModule) -> TrainingModule:
     assert isinstance(module, TrainingModule)
     return module
-
-
-def prior_mismatch(system: EmbeddingDiffusion) -> float:
-    """KL divergence in nats, of one embedding at the noisiest level from the prior: rho**2 / (2 t_max**2)."""
-    return 0.5 * (system.rho / system.schedule.t_max) ** 2

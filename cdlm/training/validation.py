@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.noise import generator
+from cdlm.system import System
 from cdlm.training.module import VALIDATION
 
 BUCKETS = 10
@@ -18,9 +18,9 @@ BUCKETS = 10
 
 @torch.no_grad()
 def losses_by_level(
-    system: EmbeddingDiffusion,
+    system: System,
     batches: Iterable[Any],
-    masking: Callable[[Tensor, torch.Generator], Tensor],
+    masking: Callable[[Tensor, Tensor, torch.Generator], Tensor],
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, "2 buckets"]:
@@ -35,7 +35,7 @@ def losses_by_level(
         noise = generator(seed, VALIDATION, index, device=device)
         tokens, valid = batch.tokens.to(device), batch.valid.to(device)
         bucket = torch.arange(row, row + len(tokens), device=device) % BUCKETS
-        noised = masking(valid, noise)
+        noised = masking(tokens, valid, noise)
         loss = system(tokens, noised, valid, noise, (bucket.double() + 0.5) / BUCKETS)
         sums.index_add_(1, bucket, torch.stack([loss.nats.double() * loss.count, loss.count.double()]))
         row += len(tokens)

@@ -1,0 +1,197 @@
+"""A seeded generator of arithmetic word problems with reasoning and answer, and the checker of answers.
+
+Somebody has some things, events change how many, and the question is how many there are now. The reasoning writes one
+equation a step, in the order of the story:
+
+    Ann has 12 apples. She buys 3 bags of 4. She loses 5. How many apples has Ann now?
+    3 * 4 = 12. 12 + 12 = 24. 24 - 5 = 19. #### 19
+
+Every number is a whole number in 1..99. A problem belongs to the training or the validation split by a hash of its
+reasoning, so no calculation of one split occurs in the other, under whatever names.
+"""
+
+import hashlib
+import json
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+
+from cdlm.errors import CdlmError
+
+SEPARATOR = "\n"
+"""Between the prompt and the completion of a document; the first one counts."""
+MARK = "####"
+"""Stands before the answer, as in GSM8K."""
+LARGEST = 99
+"""Numbers of generated problems lie in 1..LARGEST."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, the way to its answer, and the answer, a number in digits."""
+
+    prompt: str
+    reasoning: str
+    answer: str
+
+    @property
+    def document(self) -> str:
+        """What a model is trained on: the prompt, a line break, the reasoning and the marked answer."""
+        return f"{self.prompt}{SEPARATOR}{self.reasoning} {MARK} {self.answer}"
+
+
+class _Event(NamedTuple):
+    """What happens, and how to compute it: `have` is the number before, `it` the result of the last operation."""
+
+    predicate: str
+    operations: tuple[str, ...]
+
+
+_PRONOUN = {
+    "Ann": "She", "Eve": "She", "Lucy": "She", "Mary": "She",
+    "Ben": "He", "Max": "He", "Sam": "He", "Tom": "He",
+}  # fmt: skip
+_THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
+
+# the operands, with their smallest and largest value
+_OPERANDS = {"start": (2, 50), "n": (1, 20), "bags": (2, 5), "each": (2, 9)}
+
+# groups of the same calculation: the group is drawn first, then the words
+_EVENTS: tuple[tuple[_Event, ...], ...] = (
+    tuple(_Event(f"{verb} {{n}} more", ("have + n",)) for verb in ("buys", "finds", "gets")),
+    tuple(_Event(predicate, ("have - n",)) for predicate in ("loses {n}", "sells {n}", "gives {n} away")),
+    (_Event("doubles them", ("have * 2",)), _Event("triples them", ("have * 3",))),
+    tuple(_Event(f"keeps {part}", (f"have / {k}",)) for part, k in (("half", 2), ("a third", 3), ("a quarter", 4))),
+    tuple(_Event(f"{verb} {{bags}} bags of {{each}}", ("bags * each", "have + it")) for verb in ("buys", "finds")),
+    tuple(_Event(f"{verb} {{bags}} bags of {{each}}", ("bags * each", "have - it")) for verb in ("loses", "sells")),
+)
+
+_SIGNS: Mapping[str, Callable[[int, int], int]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv,
+}  # fmt: skip
+
+_HELD_OUT = 16  # of 256 values of the hash's first byte
+
+_NUMBER = re.compile(r"(-?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.([0-9]*))?")
+
+_T = TypeVar("_T")
+
+
+def problems(n: int, seed: int, split: Literal["train", "valid"], steps: tuple[int, ...]) -> Iterator[Problem]:
+    """`n` problems of a split, the same for the same arguments; fewer are a prefix of more.
+
+    Args:
+        n: How many.
+        seed: Of the draws; the split of a problem does not depend on it.
+        split: About one calculation in 16 is held out for "valid", whatever its difficulty.
+        steps: The difficulties, numbers of equations: problem i has steps[i % len(steps)] of them.
+
+    Raises:
+        CdlmError: There is no difficulty, or one below 1.
+    """
+    check_steps(steps)
+    rng = np.random.default_rng(seed)
+    return (_draw_until(rng, steps[i % len(steps)], split == "valid") for i in range(n))
+
+
+def check_steps(steps: tuple[int, ...]) -> None:
+    """Refuse difficulties that no problem has."""
+    if not steps or min(steps) < 1:
+        raise CdlmError(f"steps: expected one or more numbers of equations, each at least 1, got {steps}")
+
+
+def answer_of(text: str) -> str | None:
+    """The number that a text gives as its answer: all that follows the first "####" on its line.
+
+    Blanks around it, "$" and the commas of thousands do not count, nor do zeros that change nothing: "$1,200.0",
+    "1200." and "01200" are "1200". None if there is no mark or no number, or something else beside the number.
+    """
+    _, mark, rest = text.partition(MARK)
+    return _canonical(re.split(r"[\r\n]", rest, maxsplit=1)[0]) if mark else None
+
+
+def is_correct(text: str, answer: str) -> bool:
+    """Whether the text's answer is this number.
+
+    Raises:
+        CdlmError: `answer` is not a number.
+    """
+    if (expected := _canonical(answer)) is None:
+        raise CdlmError(f"expected a number as the answer to compare with, got {answer!r}; give digits, such as '19'")
+    return answer_of(text) == expected
+
+
+def grammar_fingerprint() -> str:
+    """64 hex digits that change when the problems change."""
+    tables = [_PRONOUN, _THINGS, _OPERANDS, _EVENTS, LARGEST, _HELD_OUT, SEPARATOR, MARK]
+    return hashlib.sha256(json.dumps(tables).encode()).hexdigest()
+
+
+def _draw_until(rng: np.random.Generator, steps: int, held_out: bool) -> Problem:
+    """The next problem that belongs to the split."""
+    while True:
+        drawn = _problem(rng, steps)
+        if _is_held_out(drawn.reasoning) == held_out:
+            return drawn
+
+
+def _is_held_out(reasoning: str) -> bool:
+    return hashlib.sha256(reasoning.encode()).digest()[0] < _HELD_OUT
+
+
+def _problem(rng: np.random.Generator, steps: int) -> Problem:
+    """Draw one problem, of either split."""
+    name, thing, have = _pick(rng, tuple(_PRONOUN)), _pick(rng, _THINGS), _draw(rng, "start")
+    told, equations = [f"{name} has {have} {thing}."], []
+    while len(equations) < steps:
+        predicate, more, have = _happen(rng, have, steps - len(equations))
+        told.append(f"{_PRONOUN[name]} {predicate}.")
+        equations += more
+    told.append(f"How many {thing} has {name} now?")
+    return Problem(" ".join(told), " ".join(equations), str(have))
+
+
+def _happen(rng: np.random.Generator, have: int, most: int) -> tuple[str, list[str], int]:
+    """An event of at most `most` equations whose numbers stay in range: its words, equations and result."""
+    while True:
+        event = _pick(rng, _pick(rng, _EVENTS))
+        if len(event.operations) <= most:
+            operands = {slot: _draw(rng, slot) for slot in re.findall(r"\{(\w+)\}", event.predicate)}
+            if (computed := _compute(event.operations, {"have": have, **operands})) is not None:
+                return event.predicate.format_map(operands), *computed
+
+
+def _compute(operations: tuple[str, ...], facts: dict[str, int]) -> tuple[list[str], int] | None:
+    """The operations as equations, and the last result; None if a number is not whole or out of range."""
+    equations, it = [], 0
+    for operation in operations:
+        left, sign, right = operation.split()
+        a, b = (it if word == "it" else facts[word] if word in facts else int(word) for word in (left, right))
+        it = _SIGNS[sign](a, b)
+        if not 1 <= it <= LARGEST or (sign == "/" and a % b):
+            return None
+        equations.append(f"{a} {sign} {b} = {it}.")
+    return equations, it
+
+
+def _draw(rng: np.random.Generator, slot: str) -> int:
+    smallest, largest = _OPERANDS[slot]
+    return int(rng.integers(smallest, largest + 1))
+
+
+def _pick(rng: np.random.Generator, options: tuple[_T, ...]) -> _T:
+    return options[int(rng.integers(len(options)))]
+
+
+def _canonical(text: str) -> str | None:
+    """One spelling for each number; None if the text is not a number."""
+    match = _NUMBER.fullmatch(text.replace("$", "").strip())
+    if match is None:
+        return None
+    sign, whole, fraction = match[1], match[2].replace(",", "").lstrip("0") or "0", (match[3] or "").rstrip("0")
+    number = f"{whole}.{fraction}" if fraction else whole
+    return number if number == "0" else sign + number

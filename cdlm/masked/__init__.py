@@ -1,0 +1,1 @@
+"""Masked diffusion: quotas, confidences, unmasking policies, the objective, and the model families."""

@@ -1,0 +1,79 @@
+"""The contract between masked models and everything that decodes with them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cdlm.errors import CdlmError
+
+Cache = Any
+"""Keys and values of whole rows: a nest of row-first tensors, so that rows can be dropped, added and reordered."""
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What there is to know of a masked model besides its logits.
+
+    Args:
+        mask_id: the absorbing token.
+        eos_id: the end of a text; None if the model has none.
+        eot_id: the end of a turn, of models that have one.
+        shift: the logits at position i - 1 predict token i (Dream); position 0 keeps its own, which nobody needs.
+    """
+
+    mask_id: int
+    eos_id: int | None = None
+    eot_id: int | None = None
+    shift: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("mask_id", "eos_id", "eot_id"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or value < 0):
+                raise CdlmError(f"{name} is a token, a whole number >= 0, got {value!r}")
+            if value is not None and name != "mask_id" and value == self.mask_id:
+                raise CdlmError(f"{name} and mask_id are both {value}: the mask must be a token of its own")
+
+
+class MaskedModel(ABC):
+    """`tokens -> logits`, row by row: no row sees another. Decoding sees nothing else of a model."""
+
+    constants: Constants
+
+    @abstractmethod
+    def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
+        """One call of the network. `valid` is False on padding, which may stand on either side; None: there is none.
+
+        Unshifted, as the network gives them, in float32 or float64.
+        """
+
+
+class CachedModel(MaskedModel):
+    """A masked model whose keys and values can be kept while a block is decoded."""
+
+    @abstractmethod
+    def fill(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None
+    ) -> tuple[Float[Tensor, "b n v"], Cache]:
+        """As `logits`, with the keys and values of every position."""
+
+    @abstractmethod
+    def partial(
+        self,
+        tokens: Int[Tensor, "b q"],
+        slots: Int[Tensor, "b q"],
+        cache: Cache,
+        valid: Bool[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b q v"]:
+        """A call for some positions alone. They attend to all n, with the cached keys and values of the others.
+
+        Args:
+            slots: place of each token in its row, which may differ between rows.
+            cache: from `fill`; what stands at the slots is overwritten.
+            valid: of the whole rows.
+        """

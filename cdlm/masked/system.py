@@ -1,0 +1,105 @@
+"""A masked diffusion model on the shared backbone, and its objective."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from cdlm.errors import CdlmError
+from cdlm.masked.model import Constants, MaskedModel
+from cdlm.system import Loss, Special, System, SystemConfig, row_cross_entropy, stratified
+from cdlm.transformer import Transformer
+
+EPS = 1e-3
+"""Least share of masked tokens: t = (1 - EPS) u + EPS, so that 1 / t stays bounded (MDLM and LLaDA alike)."""
+
+
+class MaskedDiffusion(System, MaskedModel):
+    """Tokens are masked, each with probability t, and recovered by a network that sees all positions at once.
+
+    The network is not told t: it can count masks (MDLM, arXiv 2406.07524, section 3.5; LLaDA, arXiv 2502.09992). The
+    mask itself is never predicted. Trained with the bound on the negative log likelihood, E_t[1/t sum CE over masked
+    positions], which `weight="flat"` replaces in training by the mean over masked positions; evaluation is the bound.
+    """
+
+    def __init__(
+        self, network: nn.Module, embedding: nn.Embedding, constants: Constants, *, flat: bool, config: dict[str, Any]
+    ):
+        super().__init__()
+        self.network, self.embedding, self.constants, self.flat = network, embedding, constants, flat
+        self.config = config
+
+    def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
+        level = torch.zeros(len(tokens), device=tokens.device)
+        logits = self.run_network(self.embedding(tokens), level, valid)
+        ruled_out = torch.arange(logits.shape[-1], device=logits.device) == self.constants.mask_id
+        return logits.masked_fill(ruled_out, -torch.inf)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b n"],
+        noised: Bool[Tensor, "b n"],
+        valid: Bool[Tensor, "b n"] | None,
+        generator: torch.Generator,
+        u: Float[Tensor, " b"] | None = None,
+    ) -> Loss:
+        """The negative evidence lower bound over the positions to generate (MDLM, eq. 10; LLaDA, eq. 3)."""
+        u = stratified(len(tokens), generator) if u is None else u
+        t = self.levels(u.to(tokens.device))
+        coin = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+        masked = noised & (coin < t.float()[:, None])
+        logits = self.logits(tokens.masked_fill(masked, self.constants.mask_id), valid)
+        # The mask itself, which some text may hold, is nothing to predict.
+        nats, hidden = row_cross_entropy(logits, tokens, masked & (tokens != self.constants.mask_id))
+        count = noised.sum(1)
+        bound = nats / t.to(nats.dtype)
+        total = nats.sum() / hidden.sum().clamp(min=1) if self.flat and self.training else bound.sum() / count.sum()
+        return Loss(total, (bound / count).detach(), t, count)
+
+    def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        return (1 - EPS) * u.double() + EPS
+
+
+@dataclass(frozen=True)
+class Masked(SystemConfig):
+    """Masked diffusion (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992) on the backbone of the continuous systems.
+
+    Args:
+        width, depth, heads, mlp_ratio: the transformer.
+        dim: width of the token embeddings that feed it.
+        gates: AdaLN-Zero gates on the branches, here constants that are learned.
+        weight: what training weighs a row by: "elbo" is the likelihood bound's 1 / t, "flat" counts each masked token
+            the same, which has less variance. Validation is always the bound.
+    """
+
+    dim: int = 64
+    gates: bool = False
+    weight: Literal["elbo", "flat"] = "elbo"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim < 1:
+            raise CdlmError(f"dim must be >= 1, got {self.dim}")
+        if self.weight not in ("elbo", "flat"):
+            raise CdlmError(f"weight must be elbo or flat, got {self.weight!r}")
+
+    def build(self, vocab: int, special: Special | None = None) -> MaskedDiffusion:
+        mask = None if special is None else special.mask_id
+        if mask is None or special is None:
+            raise CdlmError("a masked model needs a tokenizer with a mask token: set its mask_token, or train one")
+        embedding = nn.Embedding(vocab, self.dim)
+        network = Transformer(
+            self.dim, vocab, width=self.width, depth=self.depth, heads=self.heads, mlp_ratio=self.mlp_ratio,
+            gates=self.gates,
+        )  # fmt: skip
+        return MaskedDiffusion(
+            network,
+            embedding,
+            Constants(mask, special.eos_id),
+            flat=self.weight == "flat",
+            config={"system": "masked", "vocab": vocab, "mask_id": mask, "eos_id": special.eos_id, **asdict(self)},
+        )

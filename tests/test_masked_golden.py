@@ -1,0 +1,204 @@
+"""Decoding equals the published decoders, token for token at every step and call for call, on recorded traces."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cdlm.decoding import Decoder, Decoding, Quirks
+from cdlm.halting import Criterion, Never, Prophet
+from cdlm.masked.draws import ORDER, TOKENS, Draws, Site
+from cdlm.masked.model import CachedModel, Constants
+from cdlm.masked.policies import Dream, DreamThreshold, Factor, LLaDA, Policy, Threshold
+from cdlm.prompts import canvases
+from tests.tiny import GOLDEN, Tiny
+
+MASK, EOS, EOT = 63, 1, 2
+
+
+def cases(name: str) -> list[Any]:
+    found = json.loads((GOLDEN / name).read_text())["cases"]
+    return [pytest.param(case, id=case["id"]) for case in found]
+
+
+@dataclass(frozen=True)
+class Recorded(Draws):
+    """What the published decoder drew, in the order of its steps."""
+
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def uniform(self, site: Site, purpose: int, *tail: int) -> Float[Tensor, "k ..."]:
+        return self.arrays[{TOKENS: "rand_like", ORDER: "rand"}[purpose]][int(site.step[0])][site.at].double()
+
+
+@dataclass(frozen=True)
+class Drawn(Draws):
+    """Numbers of the recorded draws of Dream, one array a step, in the order of the masked positions."""
+
+    arrays: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def uniform(self, site: Site, purpose: int, *tail: int) -> Float[Tensor, "k ..."]:
+        return self.arrays[int(site.step[0])].double()
+
+    def category(self, site: Site, log_p: Float[Tensor, "k v"]) -> Int[Tensor, " k"]:
+        return self.arrays[int(site.step[0])].flatten()
+
+    def order(self, site: Site, score: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        places = self.arrays[int(site.step[0])].flatten()
+        chosen = torch.zeros(site.at.shape[1], dtype=torch.bool).index_fill(0, places, True)
+        return chosen[site.at[0]].double()
+
+
+def noise_of(folder: str, case: Mapping[str, Any]) -> Draws | None:
+    if case.get("noise_seed") is None:
+        return None
+    arrays = load_file(GOLDEN / folder / "arrays.safetensors")
+    prefix = f"{case['id']}."
+    own = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+    if folder == "dream":
+        return Drawn(0, {int(name.split(".")[0]): value for name, value in own.items() if name[0].isdigit()})
+    return Recorded(0, own)
+
+
+def replayed(
+    model: CachedModel, decoder: Decoder, case: Mapping[str, Any], length: int, draws: Draws | None = None,
+    constraints: Mapping[int, int] | None = None,
+) -> tuple[list[Any], list[int], list[int]]:  # fmt: skip
+    """The canvas after each step, and calls and steps of each row."""
+    prompts = [[None if t == MASK else t for t in row] for row in case["prompt"]]
+    requests = canvases(prompts, length, constraints=constraints)
+    masks = case.get("attention_mask")
+    if masks is not None:
+        valid = [torch.tensor([*map(bool, row), *[True] * length]) for row in masks]
+        requests = [replace(request, valid=real) for request, real in zip(requests, valid, strict=True)]
+    run = Decoding(model, decoder, len(requests), draws=draws)
+    seen, nfe, steps = [], [0] * len(requests), [0] * len(requests)
+    canvas = [request.tokens.tolist() for request in requests]
+    for finished in run.steps(requests):
+        assert finished.canvas is not None
+        rows = zip(finished.state.row.tolist(), finished.canvas.tolist(), finished.state.nfe.tolist(), strict=True)
+        for row, tokens, calls in rows:
+            canvas[row], nfe[row], steps[row] = tokens, calls, steps[row] + 1
+        seen.append(list(canvas))
+    return seen, nfe, steps
+
+
+def llada(settings: Mapping[str, Any], **switches: Any) -> Policy:
+    return LLaDA(settings["steps"], settings["block_length"], settings["remasking"], **switches)
+
+
+LLADA_QUIRKS: dict[str, tuple[dict[str, bool], Quirks]] = {
+    "mask_in_prompt": ({"block_quota": True}, Quirks(leave_masks=True)),
+    "model_predicts_mask": ({}, Quirks(propose_mask=True, leave_masks=True)),
+    "confidence_eos_eot_inf_temperature": ({"eot_only": True}, Quirks()),
+}
+
+
+@pytest.mark.parametrize("case", cases("llada/cases.json"))
+def test_llada(case: Mapping[str, Any]) -> None:
+    settings = case["settings"]
+    switches, quirks = LLADA_QUIRKS.get(case["id"], ({}, Quirks()))
+    ends = {"no_eos": settings.get("logits_eos_inf", False), "eos_last": settings.get("confidence_eos_eot_inf", False)}
+    decoder = Decoder(
+        llada(settings, **ends, **switches), temperature=settings["temperature"], cfg_scale=settings["cfg_scale"],
+        quirks=quirks,
+    )  # fmt: skip
+    model = Tiny(GOLDEN / case["model"], Constants(MASK, EOS, EOT))
+    seen, nfe, steps = replayed(model, decoder, case, settings["gen_length"], noise_of("llada", case))
+    assert seen == case["tokens_after_step"]
+    assert model.calls == case["model_calls"] == steps[0]
+    assert model.rows == case["model_rows"] == sum(nfe)
+
+
+FAST_QUIRKS: dict[str, tuple[dict[str, Any], Quirks]] = {
+    "threshold_0.1_prefix_extra_call": ({}, Quirks(extra_call=True)),
+    "threshold_0.9_dual_v1_runs_out": ({"calls": 3}, Quirks(leave_masks=True)),
+    "factor_0.5_no_cache": ({"last_rank": True}, Quirks()),
+    "factor_1.0_no_cache": ({"last_rank": True}, Quirks()),
+    "factor_1.0_last_rank": ({"last_rank": True}, Quirks()),
+}
+
+
+def fast(case: Mapping[str, Any], model: CachedModel, folder: str) -> None:
+    settings = case["settings"]
+    switches, quirks = FAST_QUIRKS.get(case["id"], ({}, Quirks()))
+    quota = "threshold" not in settings and "factor" not in settings
+    if case["revision"] == "2506" and case["cache"] != "none" and not quota:
+        quirks = Quirks(extra_call=True)
+    if "threshold" in settings:
+        policy: Policy = Threshold(settings["threshold"], settings["block_length"], **switches)
+    elif "factor" in settings:
+        policy = Factor(settings["factor"], settings["block_length"], **switches)
+    else:
+        policy = llada(settings)
+    cache = None if case["cache"] == "none" else case["cache"]
+    decoder = Decoder(policy, temperature=settings["temperature"], cache=cache, quirks=quirks)
+    seen, _, steps = replayed(model, decoder, case, settings["gen_length"], noise_of(folder, case))
+    assert seen == case["tokens_after_step"]
+    assert max(steps) == case["nfe"]
+
+
+@pytest.mark.parametrize("case", cases("fastdllm/cases.json"))
+def test_fast_dllm(case: Mapping[str, Any]) -> None:
+    fast(case, Tiny(GOLDEN / case["model"], Constants(MASK, EOS)), "fastdllm")
+
+
+@pytest.mark.parametrize("case", cases("prophet/cases.json"))
+def test_prophet(case: Mapping[str, Any]) -> None:
+    settings = case["settings"]
+    rule: Criterion = Never()
+    offset = settings.get("answer_start_offset")
+    if settings.get("analyze_gap") and offset is not None:
+        taus = settings.get("early_exit_thresholds") or {"high": 7.5, "mid": 5.0, "low": 2.5}
+        end = min(offset + 5, settings["gen_length"])
+        rule = Prophet(*(float(t) for t in taus.values()), region=(offset, end), one_based=True)
+    decoder = Decoder(
+        llada(settings), rule, settings["temperature"], settings["cfg_scale"], quirks=Quirks(noisy_fill=True)
+    )
+    constraints = {int(k): v for k, v in (settings.get("constraints") or {}).items()}
+    model = Tiny(GOLDEN / case["model"], Constants(MASK, EOS))
+    seen, _, _ = replayed(model, decoder, case, settings["gen_length"], noise_of("prophet", case), constraints)
+    assert seen == case["tokens_after_step"]
+    assert model.calls == case["model_calls"]
+
+
+def dream(settings: Mapping[str, Any], **switches: Any) -> Policy:
+    return Dream(
+        settings["steps"], settings["alg"], settings["alg_temp"], settings["eps"], settings.get("top_p"),
+        settings.get("top_k"), **switches,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", cases("dream/cases.json"))
+def test_dream(case: Mapping[str, Any]) -> None:
+    settings, odd = case["settings"], case["id"] == "uneven_batch"
+    quirks = Quirks(leave_masks=odd)
+    decoder = Decoder(dream(settings, pooled=odd), temperature=settings["temperature"], quirks=quirks)
+    model = Tiny(GOLDEN / case["model"], Constants(MASK, EOS, shift=True), running=True)
+    seen, _, _ = replayed(model, decoder, case, settings["max_new_tokens"], noise_of("dream", case))
+    assert seen == case["tokens_after_step"]
+    assert model.calls == case["model_calls"]
+
+
+@pytest.mark.parametrize("case", cases("dream/fastdllm_cases.json"))
+def test_fast_dllm_for_dream(case: Mapping[str, Any]) -> None:
+    settings = case["settings"]
+    quirks, cache = Quirks(), None
+    if case["variant"] == "whole":
+        policy: Policy = DreamThreshold(settings["steps"], settings["threshold"])
+    else:
+        quirks, cache = Quirks(first_from_full=True), "dual" if settings["dual_cache"] else "prefix"
+        block = settings["block_length"]
+        quota = Dream(settings["steps"], "entropy", eps=settings["eps"], block=block)
+        policy = Threshold(settings["threshold"], block) if "threshold" in settings else quota
+    decoder = Decoder(policy, temperature=settings["temperature"], cache=cache, quirks=quirks)
+    model = Tiny(GOLDEN / case["model"], Constants(MASK, EOS, shift=True), running=True)
+    seen, _, _ = replayed(model, decoder, case, settings["max_new_tokens"])
+    assert seen == case["tokens_after_step"]
+    assert model.calls == case["model_calls"]
