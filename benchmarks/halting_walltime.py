@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from untrained import parameters, untrained
 
-from cdlm import api
+from cdlm import generation
 from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.halting import Criterion, Stateless
@@ -51,7 +51,7 @@ class Cost:
 def cost(system: EmbeddingDiffusion, args: argparse.Namespace, halt: str | Criterion | None) -> Cost:
     """One run, decoded texts included: wall seconds, processor seconds and mean calls of a sample."""
     wall, cpu = time.perf_counter(), time.process_time()
-    samples = api.generate(system, args.n, steps=args.steps, halt=halt, seed=0, batch_size=args.batch_size)
+    samples = generation.generate(system, args.n, steps=args.steps, halt=halt, seed=0, batch_size=args.batch_size)
     return Cost(time.perf_counter() - wall, time.process_time() - cpu, float(samples.nfe.mean()))
 
 
@@ -68,13 +68,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.run:
-        system, halt = api.load(args.run, args.device), args.halt
+        system, halt = generation.load(args.run, args.device), args.halt
     else:
         settings = CDCD(width=args.width, depth=args.depth, heads=args.heads)
         system, halt = untrained(settings, args.vocab, args.length).to(args.device), Scattered()
     print(f"{parameters(system)}, {args.n} samples, {args.batch_size} in flight, {args.steps} steps, {halt}")
 
-    api.generate(system, args.batch_size, steps=3)  # warm up
+    generation.generate(system, args.batch_size, steps=3)  # warm up
     print("pair  full, s halted, s wall ratio CPU ratio calls ratio wall/calls")
     rows = []
     for pair in range(args.repeats):

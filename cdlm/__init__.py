@@ -6,12 +6,17 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cdlm.api import generate, load
+    from cdlm.generation import decode, generate, load
     from cdlm.types import Samples
 
-__all__ = ["Samples", "generate", "load"]
+__all__ = ["Samples", "decode", "generate", "load"]
 
-_HOMES = {"generate": "cdlm.api", "load": "cdlm.api", "Samples": "cdlm.types"}
+_HOMES = {
+    "decode": "cdlm.generation",
+    "generate": "cdlm.generation",
+    "load": "cdlm.generation",
+    "Samples": "cdlm.types",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What users call: load, generate, train, evaluate. The command line is these functions and nothing more."""
+"""What commands do besides drawing samples: train, keep and replay recordings, evaluate."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cdlm import config as names
-from cdlm import hub
-from cdlm.collect import NEEDED, collect, decode, given_spans, texts_of, with_progress
+from cdlm import generation, hub
+from cdlm.collect import given_spans, text_of, texts_of
 from cdlm.config import RunConfig
-from cdlm.continuous.denoiser import Steering
-from cdlm.continuous.levels import Grid
-from cdlm.continuous.solvers import Solver
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.data.order import RowLoader, fixed_batches
 from cdlm.data.sources import Source, Stories
 from cdlm.data.store import DocumentRows, FilledRows, PackedRows, Rows, build_store
 from cdlm.data.stories import is_sentence, whole_sentences
 from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
+from cdlm.decoding import Decoder
 from cdlm.errors import CdlmError
 from cdlm.evaluation import table
 from cdlm.evaluation.ar_nll import ArNll, Spans, ar_nll
@@ -36,16 +34,14 @@ from cdlm.evaluation.judge import Judge, cached_judge, features, train_judge
 from cdlm.evaluation.table import Corpus, Evaluation
 from cdlm.files import write_text
 from cdlm.halting import Criterion
-from cdlm.halting.calibration import automatic
 from cdlm.halting.recording import Recording, check_same_model
 from cdlm.halting.replay import replay
 from cdlm.hub import Folder
-from cdlm.loop import Request
-from cdlm.prompts import requests
-from cdlm.sampling import Run, Sampler
+from cdlm.masked.model import MaskedModel
+from cdlm.sampling import Sampler
 from cdlm.spread import spread
-from cdlm.system import Precision, Special, System
-from cdlm.types import Finished, HaltReason, Samples
+from cdlm.system import Precision, System, special_of
+from cdlm.types import HaltReason, Samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,128 +49,9 @@ if TYPE_CHECKING:
 PREVIEW_STEPS = 64
 LINE = ("text", "tokens", "nfe", "steps", "budget", "reason", "seed", "index", "given")
 """Fields of a sample's JSON object."""
-BATCH = 64
-"""Samples in flight, unless said otherwise."""
 
 
-def load(name: str | Path, device: str = "cpu", precision: Precision = "fp32") -> EmbeddingDiffusion:
-    """A trained system from a run folder or a Hub id, ready to sample from. Strict, and runs no code of the model."""
-    folder = hub.read(name)
-    system = names.build_system(folder.config)
-    hub.load_weights(system, folder)
-    system.precision = precision
-    hub.to_device(system, device)
-    return system.eval()
-
-
-def make_sampler(
-    steps: int = 200,
-    halt: str | Criterion | None = None,
-    seed: int = 0,
-    record: bool = False,
-    *,
-    solver: str | Solver = "Euler()",
-    grid: str | Grid = "Warped()",
-    steering: Steering | None = None,
-    init_scale: float = 1.0,
-    folder: Path | None = None,
-    length: int | None = None,
-) -> Sampler:
-    """A sampler from objects or their texts; `record` adds the signals of a record.
-
-    `halt="auto"` is the rule that was calibrated for the model in `folder`, samples of this length and these settings.
-    """
-    plain = Sampler(
-        steps=steps,
-        grid=names.grid(grid),
-        solver=names.solver(solver),
-        steering=steering or Steering(),
-        init_scale=init_scale,
-        seed=seed,
-        record=NEEDED if record else frozenset(),
-    )
-    if halt == "auto":
-        if folder is None:
-            raise CdlmError('halt="auto" needs a model that was loaded from a folder: give a rule')
-        halt = automatic(folder, hub.fingerprint(folder), {**plain.settings, "length": length})
-    return replace(plain, criterion=names.criterion(halt))
-
-
-def generate(
-    system: EmbeddingDiffusion,
-    n: int = 1,
-    length: int | None = None,
-    steps: int = 200,
-    halt: str | Criterion | None = None,
-    seed: int = 0,
-    prompts: list[str] | None = None,
-    batch_size: int | None = None,
-    record: bool = False,
-    *,
-    solver: str | Solver = "Euler()",
-    grid: str | Grid = "Warped()",
-    steering: Steering | None = None,
-    init_scale: float = 1.0,
-    progress: bool = False,
-) -> Samples:
-    """Draw samples.
-
-    Args:
-        system: from `load`, or freshly trained.
-        n: samples of each prompt, or in all when there are none.
-        length: positions of a sample; by default those of training.
-        steps: grid points, one prediction each; with Euler the calls of a sample that is not halted.
-        halt: a halting rule, as an object or as its text; "auto" is the one that cdlm calibrate has chosen.
-        seed: with the number of a sample it fixes the sample, whatever the batch.
-        prompts: prefixes, or templates such as "The [8] sat on the [2]." whose numbers are tokens to generate.
-        batch_size: samples in flight; by default 64.
-        record: keep per-step statistics of every sample.
-        solver, grid, steering, init_scale: see `Sampler`.
-        progress: show a bar on a terminal.
-
-    Raises:
-        CdlmError: a setting is out of range, or a prompt leaves nothing to generate.
-    """
-    length = system.length if length is None else length
-    sampler = make_sampler(
-        steps, halt, seed, record, solver=solver, grid=grid, steering=steering, init_scale=init_scale,
-        folder=system.folder, length=length,
-    )  # fmt: skip
-    asked = requests(prompts, n, length, _tokenizer(system))
-    return draw(system, sampler, asked, BATCH if batch_size is None else batch_size, progress)
-
-
-def draw(
-    system: EmbeddingDiffusion, sampler: Sampler, asked: Sequence[Request], batch_size: int, progress: bool = False
-) -> Samples:
-    """Serve the requests with a sampler, on the device and in the arithmetic of the system."""
-    run = Run(system, sampler, batch_size, next(system.parameters()).device)
-    steps: Iterable[Finished] = run.steps(asked)
-    if progress:
-        steps = with_progress(steps, len(asked))
-    record = NEEDED <= sampler.record
-    return collect(steps, asked, _tokenizer(system), budget=sampler.steps, seed=sampler.seed, record=record)
-
-
-def draw_spread(
-    run: str, sampler: Sampler, asked: Sequence[Request], *, batch_size: int = BATCH, precision: Precision = "fp32",
-    device: str = "cpu", devices: int = 1, progress: bool = True,
-) -> Samples:  # fmt: skip
-    """Serve the requests from a model folder, dealt out to one process a device."""
-    work = partial(draw_share, run, precision, sampler, asked, batch_size, progress)
-    return Samples.merge(spread(work, min(devices, len(asked)), device))
-
-
-def draw_share(
-    run: str, precision: Precision, sampler: Sampler, asked: Sequence[Request], batch_size: int, progress: bool,
-    rank: int, world: int, device: str,
-) -> Samples:  # fmt: skip
-    """One process's share of `asked`, drawn from a model folder; see `cdlm.spread`."""
-    system = load(run, device, precision)
-    return draw(system, sampler, asked[rank::world], batch_size, progress and rank == 0)
-
-
-def recording_of(samples: Samples, sampler: Sampler, run: Folder, precision: Precision) -> Recording:
+def recording_of(samples: Samples, sampler: Sampler | Decoder, run: Folder, precision: Precision) -> Recording:
     """Recorded samples as something to keep and replay, with what is known of the model and the sampler."""
     if samples.record is None:
         raise CdlmError("the samples have no record to keep: draw them with record=True")
@@ -216,6 +93,7 @@ def replayed(recording: Recording, rule: str | Criterion, tokenizer: PreTrainedT
         index=recording.index,
         given=recording.given,
         valid=recording.valid,
+        settled=run.nfe,
     )
 
 
@@ -223,12 +101,6 @@ def agreement(tokens: Int[np.ndarray, "m n"], recording: Recording) -> Float[np.
     """Share of each sample's generated tokens that are those of the full run."""
     same = (tokens == recording.tokens) & ~recording.given
     return same.sum(1) / (~recording.given).sum(1)
-
-
-def _tokenizer(system: EmbeddingDiffusion) -> PreTrainedTokenizerFast:
-    if system.tokenizer is None:
-        raise CdlmError("the system has no tokenizer: load it from a folder, or set system.tokenizer")
-    return system.tokenizer
 
 
 def lines(samples: Samples, tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
@@ -287,9 +159,8 @@ def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, 
     options = config.training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        special = Special(data.tokenizer.mask_token_id, data.tokenizer.eos_token_id)
-        system = config.system.build(len(data.tokenizer), special)
-    system.tokenizer, system.length = data.tokenizer, config.length
+        system = config.system.build(len(data.tokenizer), special_of(data.tokenizer))
+    system.tokenizer, system.length, system.ends = data.tokenizer, config.length, config.rows != "pack"
 
     def export(averaged: System, folder: Path) -> None:
         write_text(folder / "config.yaml", config_text)
@@ -303,7 +174,7 @@ def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, 
         names.masking(config.masking).bind(data.tokenizer),
         options,
         out,
-        samples=lambda s: generate(s, n=config.preview, steps=PREVIEW_STEPS).texts if config.preview else [],
+        samples=partial(preview, config),
         export=export,
         resume=resume,
         progress=progress,
@@ -314,6 +185,14 @@ def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, 
             "batch_size": config.batch_size,
         },
     )
+
+
+def preview(config: RunConfig, system: System) -> list[str]:
+    """A few samples of a system in training."""
+    if not config.preview or not isinstance(system, EmbeddingDiffusion | MaskedModel):
+        return []
+    steps = PREVIEW_STEPS if isinstance(system, EmbeddingDiffusion) else None
+    return generation.generate(system, n=config.preview, steps=steps).texts
 
 
 def card(config: RunConfig, system: System, config_text: str) -> str:
@@ -376,7 +255,7 @@ def real_text(data: Data, source: Source, n: int) -> tuple[Corpus, Corpus]:
         )
     rows = [data.valid[i] for i in range(2 * n)]  # neighbours stay together: no document is in both sets but one
     tokens = [row.tokens[row.valid].tolist() for row in rows]
-    texts = [decode(data.tokenizer, ids) for ids in tokens]
+    texts = [text_of(data.tokenizer, ids) for ids in tokens]
     extra = _grammar(texts[:n], source)
     return Corpus("real text", tokens[:n], texts[:n], extra=extra), Corpus("more real text", tokens[n:], texts[n:])
 
@@ -417,7 +296,7 @@ def evaluate(
         corpora,
         real,
         asked,
-        decode=partial(decode, data.tokenizer),
+        decode=partial(text_of, data.tokenizer),
         mauve_reference=more if mauve_seeds else None,
         mauve_seeds=mauve_seeds,
         score=partial(_score, devices, device),

@@ -7,7 +7,7 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Literal
 
-from cdlm import api, hub
+from cdlm import api, generation, hub
 from cdlm import calibrate as calibration
 from cdlm.compare import Comparison, Point, markdown, panels, write_csv
 from cdlm.config import criterion, read_run, sweep
@@ -82,12 +82,12 @@ def sample(
     if record is not None:
         check_same_model(record, hub.fingerprint(folder.path))
     asked = requests(_prompts(prompt, prompts), n, folder.length if length is None else length, folder.tokenizer)
-    sampler = api.make_sampler(
+    sampler = generation.make_sampler(
         steps, halt, seed, plot is not None or record is not None, solver=solver, grid=grid, init_scale=init_scale,
         steering=Steering(softmax_temperature, score_temperature, guidance), folder=folder.path,
         length=folder.length if length is None else length,
     )  # fmt: skip
-    samples = api.draw_spread(
+    samples = generation.draw_spread(
         run, sampler, asked, batch_size=batch_size, precision=precision, device=device, devices=devices,
         progress=not quiet,
     )  # fmt: skip
@@ -185,7 +185,7 @@ def calibrate(
         quiet: show no progress.
     """
     goal = Goal(_share(max_loss), confidence)
-    sampler = api.make_sampler(
+    sampler = generation.make_sampler(
         steps, None, seed, solver=solver, grid=grid, init_scale=init_scale,
         steering=Steering(softmax_temperature, score_temperature, guidance),
     )  # fmt: skip
@@ -279,7 +279,7 @@ def compare(
         hub.read(model)
     points: list[Point] = []
     for model, budget in product(dict.fromkeys(models), dict.fromkeys(budgets)):
-        sampler = api.make_sampler(
+        sampler = generation.make_sampler(
             budget, None, seed, solver=solver, grid=grid, init_scale=init_scale,
             steering=Steering(softmax_temperature, score_temperature, guidance),
         )  # fmt: skip

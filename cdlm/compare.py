@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cdlm import api
+from cdlm import generation
 from cdlm.errors import CdlmError
 from cdlm.evaluation.diversity import sample_entropy, unigram_entropy
 from cdlm.evaluation.judge import features
@@ -215,10 +215,10 @@ class Comparison:
     def seconds(self, rule: Criterion) -> float:
         """Wall time of the first `live` samples under a rule, in one process."""
         machine = self.bench.machine
-        system = api.load(self.bench.run, machine.device, machine.precision)
+        system = generation.load(self.bench.run, machine.device, machine.precision)
         sampler = replace(self.bench.sampler, criterion=rule)
         start = time.perf_counter()
-        api.draw(system, sampler, self.bench.asked[: self.live], machine.batch_size)
+        generation.draw(system, sampler, self.bench.asked[: self.live], machine.batch_size)
         return time.perf_counter() - start
 
     def _add_mauve(self, point: Point, drawn: Drawn) -> Point:

@@ -19,6 +19,7 @@ from cdlm.data.masking import Completion, Masking, Mixture, Prefix, RandomSubset
 from cdlm.data.sources import Source, Stories
 from cdlm.errors import CdlmError
 from cdlm.halting import Criterion, Never
+from cdlm.masked.policies import KLASS, Dream, DreamThreshold, EntropyBound, Factor, LLaDA, Policy, Threshold
 from cdlm.masked.system import Masked
 from cdlm.system import Special, System, SystemConfig
 from cdlm.training.options import TrainOptions
@@ -38,6 +39,7 @@ _rules = [o for o in vars(halting).values() if isinstance(o, type) and not inspe
 RULES: Mapping[str, type[Criterion]] = MappingProxyType(
     {rule.__name__: rule for rule in (halting.Patience, *_rules)}  # the first is the example of messages
 )
+POLICIES = _names(LLaDA, Dream, DreamThreshold, Threshold, Factor, EntropyBound, KLASS)
 SOLVERS = _names(Euler, Heun, TorchDiffEq)
 GRIDS = _names(Warped, UniformT, LogT)
 MASKINGS = _names(Prefix, RandomSubset, Span, Unconditional, Completion, Mixture)
@@ -122,6 +124,11 @@ def sweep(text: str, budget: int) -> list[Criterion]:
         raise CdlmError(f"cannot sweep {text!r} ({error}): it is {_example(RULES, name)}") from error
     start, end = holes[0].col_offset, holes[0].end_col_offset
     return [criterion(text[:start] + repr(rule) + text[end:]) for rule in rules]
+
+
+def policy(text: str | Policy) -> Policy:
+    """An unmasking policy from its text, such as `LLaDA(steps=64, block=32)` or `Threshold(0.9, block=32)`."""
+    return _object(text, Policy, POLICIES, "unmasking policy")
 
 
 def solver(text: str | Solver) -> Solver:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -88,6 +89,27 @@ class Decoder:
             raise CdlmError("a record needs the logits of whole rows at every step: leave out the cache")
 
     @property
+    def settings(self) -> dict[str, int | float | str]:
+        """What fixes the run besides seed and rule: two runs with equal settings walk the same steps."""
+        return {
+            "policy": repr(self.policy),
+            "temperature": float(self.temperature),
+            "cfg_scale": float(self.cfg_scale),
+            "cache": str(self.cache),
+            **({} if self.quirks == Quirks() else {"quirks": repr(self.quirks)}),
+        }
+
+    def with_steps(self, steps: int) -> Decoder:
+        """The same with so many steps.
+
+        Raises:
+            CdlmError: the policy has no number of steps.
+        """
+        if not any(field.name == "steps" for field in fields(self.policy)):
+            raise CdlmError(f"{self.policy!r} has no number of steps: of the policies, LLaDA and Dream have one")
+        return replace(self, policy=replace(self.policy, **{"steps": steps}))
+
+    @property
     def asked(self) -> frozenset[str]:
         """Signals of a step that the criterion or a consumer reads, or whose past the policy needs."""
         return self.record | self.criterion.needs | (self.policy.needs & {"mean_kl"})
@@ -146,6 +168,10 @@ class Decoding(Loop[Live]):
         self.draws = Draws(decoder.seed) if draws is None else draws
         mask = () if decoder.quirks.propose_mask else (model.constants.mask_id,)
         self.suppressed = (*mask, *decoder.policy.suppressed(model.constants))
+
+    def budget(self, requests: Sequence[Request]) -> int:
+        """Most steps that any of the requests may take."""
+        return max(int(self.admit([request], None).budget) for request in requests)
 
     @torch.no_grad()
     def admit(self, requests: list[Request], beside: Live | None) -> Live:

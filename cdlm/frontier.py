@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from cdlm import api, hub
-from cdlm.collect import NEEDED, decode, given_spans, texts_of
+from cdlm import api, generation, hub
+from cdlm.collect import NEEDED, given_spans, text_of, texts_of
 from cdlm.config import read_run
 from cdlm.data.store import Rows
 from cdlm.errors import CdlmError
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how things run; the fields are those of `api.draw_spread`."""
+    """Where and how things run; the fields are those of `generation.draw_spread`."""
 
-    batch_size: int = api.BATCH
+    batch_size: int = generation.BATCH
     precision: Precision = "fp32"
     device: str = "cpu"
     devices: int = 1
@@ -122,7 +122,7 @@ class Bench:
     @property
     def real_texts(self) -> list[str]:
         """Held-out text: as many rows as the full run has samples, or as there are."""
-        return [decode(self.tokenizer, ids) for ids in self._real]
+        return [text_of(self.tokenizer, ids) for ids in self._real]
 
     @property
     def real(self) -> tuple[list[list[int]], Scores]:
@@ -153,7 +153,7 @@ class Bench:
 
     def draw(self, sampler: Sampler, live: int) -> Samples:
         """The first `live` requests as samples."""
-        return api.draw_spread(self.run, sampler, self.asked[:live], **asdict(self.machine))
+        return generation.draw_spread(self.run, sampler, self.asked[:live], **asdict(self.machine))
 
     def loss(self, drawn: Drawn, measure: str = "ar-nll") -> Bootstrap:
         """What was lost against the full run: relative AR-NLL, or the share of tokens that differ."""
@@ -202,7 +202,7 @@ def open_bench(
     asked_judge = api.open_judge(judge, data, config, judge_steps, machine.device, machine.progress)
     if recordings is None:
         bench_sampler = replace(sampler, record=NEEDED)
-        samples = api.draw_spread(run, bench_sampler, asked, **asdict(machine))
+        samples = generation.draw_spread(run, bench_sampler, asked, **asdict(machine))
         recording = api.recording_of(samples, sampler, folder, machine.precision)
     else:
         recording = _find(recordings, folder, sampler, machine.precision, n)

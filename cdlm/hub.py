@@ -32,6 +32,8 @@ class Pretrained(nn.Module):
 
     config: dict[str, Any]
     length: int = 0
+    ends: bool = False
+    """Whether a text ends at its first end-of-text token, as in a model of whole documents."""
     tokenizer: PreTrainedTokenizerFast | None = None
     folder: Path | None = None
     """Where it was loaded from."""
@@ -46,7 +48,7 @@ class Pretrained(nn.Module):
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        config = {"cdlm_format": FORMAT, "length": self.length, "model": self.config}
+        config = {"cdlm_format": FORMAT, "length": self.length, "ends": self.ends, "model": self.config}
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -80,6 +82,7 @@ class Folder:
     path: Path
     config: dict[str, Any]
     length: int
+    ends: bool
     weights: Mapping[str, Tensor]
     tokenizer: PreTrainedTokenizerFast
 
@@ -93,7 +96,7 @@ def read(name: str | Path) -> Folder:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = _local(name)
+    path = locate(name)
     config = _read_config(path)
     weights_file = path / "model.safetensors"
     if not weights_file.exists():
@@ -104,7 +107,8 @@ def read(name: str | Path) -> Folder:
         raise CdlmError(
             f"{weights_file} cannot be read, it is truncated or damaged ({error}); copy it again"
         ) from error
-    return Folder(path, config["model"], int(config["length"]), weights, read_tokenizer(path))
+    ends = bool(config.get("ends", False))
+    return Folder(path, config["model"], int(config["length"]), ends, weights, read_tokenizer(path))
 
 
 def load_weights(module: Pretrained, folder: Folder) -> None:
@@ -122,6 +126,7 @@ def load_weights(module: Pretrained, folder: Folder) -> None:
             raise CdlmError(f"tensor {name!r} has shape {found[name]}, config.json asks for {shape}: of another model")
     module.load_state_dict(dict(folder.weights))
     module.tokenizer, module.length, module.folder = folder.tokenizer, folder.length, folder.path
+    module.ends = folder.ends
 
 
 def model_card(config: Mapping[str, Any], sections: Mapping[str, str] | None = None) -> str:
@@ -138,7 +143,21 @@ def model_card(config: Mapping[str, Any], sections: Mapping[str, str] | None = N
     return "\n".join(lines)
 
 
-def _local(name: str | Path) -> Path:
+def is_foreign(path: Path) -> bool:
+    """Whether the folder's config.json is that of another library's model: it names a `model_type`."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # reading it as ours says what is wrong
+    return isinstance(config, dict) and "model_type" in config and "cdlm_format" not in config
+
+
+def locate(name: str | Path) -> Path:
+    """The folder of that path, or of that Hub repository, whose files are fetched.
+
+    Raises:
+        CdlmError: there is neither, or the Hub cannot be reached.
+    """
     path = Path(name)
     if path.is_dir():
         return path
@@ -149,7 +168,7 @@ def _local(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "merges.txt", "*.jinja"]))
     except Exception as error:  # the client raises its HTTP library's errors as well as its own
         raise CdlmError(
             f"{name} is no folder here and could not be fetched from the Hub ({_first_line(error)});"

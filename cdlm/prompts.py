@@ -43,7 +43,8 @@ def requests(
     return [Request(first + i, *padded[i // n]) for i in range(n * len(padded))]
 
 
-def _parse(prompt: str, length: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+def _fill(prompt: str, length: int, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[bool]]:
+    """Tokens of the prompt's text, 0 in its holes, and which of them are text."""
     parts = _HOLE.split(prompt)  # text, number, text, number, ..., text
     tokens: list[int] = []
     given: list[bool] = []
@@ -53,7 +54,12 @@ def _parse(prompt: str, length: int, tokenizer: PreTrainedTokenizerFast) -> tupl
         ids = _hole(part, length) if place % 2 else tokenizer.encode(part, add_special_tokens=False)
         tokens += ids
         given += [place % 2 == 0] * len(ids)
-    if len(parts) == 1 and len(tokens) < length:
+    return tokens, given
+
+
+def _parse(prompt: str, length: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    tokens, given = _fill(prompt, length, tokenizer)
+    if not _HOLE.search(prompt) and len(tokens) < length:
         given += [False] * (length - len(tokens))
         tokens += [0] * (length - len(tokens))
     if len(tokens) > length or all(given):
@@ -78,6 +84,22 @@ def _pad(
     return tokens, torch.cat([given, torch.ones(missing, dtype=torch.bool)]), valid
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool = False) -> list[int | None]:
+    """Tokens of a prompt, in which "[8]" is eight positions to generate; of a message in the chat template if `chat`.
+
+    Raises:
+        CdlmError: the tokenizer has no chat template.
+    """
+    if not chat:
+        tokens, given = _fill(prompt, 2**31, tokenizer)
+        return [token if told else None for token, told in zip(tokens, given, strict=True)]
+    if not tokenizer.chat_template:
+        raise CdlmError("the tokenizer has no chat template: leave out chat, and write the whole prompt")
+    message = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer.encode(str(text), add_special_tokens=False))
+
+
 def canvases(
     prompts: Sequence[Sequence[int | None]],
     length: int,
@@ -92,7 +114,7 @@ def canvases(
     Args:
         prompts: tokens; None stands for a position to generate.
         length: >= 0, and >= 1 unless every prompt has something to generate.
-        constraints: tokens that are given in the generated part, by their place in it: a suffix such as "The answer is".
+        constraints: tokens given in the generated part, by their place in it, such as a suffix "The answer is".
     """
     _check_canvases(prompts, length, n)
     part = _constrained(length, constraints or {})
@@ -125,5 +147,5 @@ def _check_canvases(prompts: Sequence[Sequence[int | None]], length: int, n: int
 def _constrained(length: int, constraints: Mapping[int, int]) -> list[int | None]:
     outside = [place for place in constraints if not 0 <= place < length]
     if outside:
-        raise CdlmError(f"a constraint at {outside[0]} lies outside the {length} generated positions, 0 to {length - 1}")
+        raise CdlmError(f"a constraint at {outside[0]} lies outside the generated positions 0 to {length - 1}")
     return [constraints.get(place) for place in range(length)]

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer
+
+from cdlm.errors import CdlmError
 
 RECORDED = ("mean_entropy", "mean_kl", "margin", "span_margin", "z_norm", "x0_norm", "score_cosine")
 """Row signals that a record keeps, beside each step's tokens."""
@@ -35,6 +37,10 @@ class Record:
     signals: Mapping[str, Float[np.ndarray, "steps m"]]
     """Row signals by name, float32; NaN after a row has left."""
     switches: Switches
+    commits: Switches | None = None
+    """Of a masked model: every token that was committed, with its step; None of a model that decides all at once."""
+    budget: Int[np.ndarray, " m"] | None = None
+    """Steps that each sample may take at most; None: those of the grid."""
 
     @property
     def steps(self) -> int:
@@ -42,6 +48,20 @@ class Record:
 
     def __len__(self) -> int:
         return self.nfe.shape[1]
+
+    @property
+    def budgets(self) -> Int[np.ndarray, " m"]:
+        """Steps that each sample may take at most."""
+        return np.full(len(self), self.steps) if self.budget is None else self.budget
+
+    def last_step(self, committed: bool) -> Int[np.ndarray, " m"]:
+        """The last recorded step of each sample; or, of a masked model, the one at which all is `committed`."""
+        last = np.maximum((self.nfe > 0).sum(0) - 1, 0)
+        if self.commits is None or not committed:
+            return last
+        full = np.zeros(len(self), np.int64)
+        np.maximum.at(full, self.commits.sample, self.commits.step.astype(np.int64))
+        return np.minimum(full, last)
 
     def switch_counts(self) -> Int[np.ndarray, "steps m"]:
         """The signal `switches`: how many positions switch at each step."""
@@ -54,35 +74,86 @@ class Record:
         tokens = start.copy()
         # Of several switches of one position the last is the one that stays.
         tokens[self.switches.sample[past], self.switches.position[past]] = self.switches.token[past]
+        if self.commits is not None:  # a rule that halts fills what is open at its step, and nothing else
+            before = self.commits.step < step[self.commits.sample]
+            kept = Switches(*(part[before] for part in self.commits))
+            tokens[kept.sample, kept.position] = kept.token
         return tokens
+
+    def canvases(
+        self, start: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], mask_id: int
+    ) -> Int[np.ndarray, "steps m n"]:
+        """Of a masked model: every sample after each step, the mask where it is open.
+
+        Raises:
+            CdlmError: the model decides all positions at once and has no canvas.
+        """
+        if self.commits is None:
+            raise CdlmError("a continuous model has no canvas of masks: tokens_at gives its tokens at a step")
+        now, frames = np.where(given, start, mask_id), []
+        for step in range(self.steps):
+            here = self.commits.step == step
+            now = now.copy()
+            now[self.commits.sample[here], self.commits.position[here]] = self.commits.token[here]
+            frames.append(now)
+        return np.stack(frames)
 
     def select(self, samples: Int[np.ndarray, " k"]) -> Record:
         """The samples of these columns, in this order."""
         place = np.full(len(self), -1, np.int64)
         place[samples] = np.arange(len(samples))
-        kept = place[self.switches.sample] >= 0
-        switches = Switches(*(part[kept] for part in self.switches))
+
+        def of(switches: Switches) -> Switches:
+            kept = place[switches.sample] >= 0
+            switches = Switches(*(part[kept] for part in switches))
+            return switches._replace(sample=place[switches.sample].astype(np.uint32))
+
         return Record(
             self.t,
             self.nfe[:, samples],
             {name: values[:, samples] for name, values in self.signals.items()},
-            switches._replace(sample=place[switches.sample].astype(np.uint32)),
+            of(self.switches),
+            None if self.commits is None else of(self.commits),
+            None if self.budget is None else self.budget[samples],
         )
 
     @staticmethod
     def join(parts: Sequence[Record]) -> Record:
         """The samples of several records of the same grid, side by side."""
         first = np.cumsum([0, *(len(part) for part in parts)])
-        shifted = [
-            part.switches._replace(sample=(part.switches.sample + offset).astype(np.uint32))
-            for part, offset in zip(parts, first, strict=False)
-        ]
+        commits = [part.commits for part in parts if part.commits is not None]
+        steps = max(part.steps for part in parts)
+        if any(part.steps < steps for part in parts):
+            parts = [part.padded(steps) for part in parts]
         return Record(
             np.fmax.reduce([part.t for part in parts]),  # of parts that halted early the longest knows the levels
             np.concatenate([part.nfe for part in parts], 1),
             {name: np.concatenate([part.signals[name] for part in parts], 1) for name in parts[0].signals},
-            in_order(Switches(*(np.concatenate(column) for column in zip(*shifted, strict=True)))),
+            _side_by_side([part.switches for part in parts], first),
+            _side_by_side(commits, first) if commits else None,
+            np.concatenate([part.budgets for part in parts]) if commits else None,
         )
+
+    def padded(self, steps: int) -> Record:
+        """The same samples on a longer grid, which they left before its end."""
+        more = [(0, steps - self.steps), (0, 0)]
+        signals = {name: np.pad(values, more, constant_values=np.nan) for name, values in self.signals.items()}
+        t = np.pad(self.t, more[:1], constant_values=np.nan)
+        return Record(t, np.pad(self.nfe, more), signals, self.switches, self.commits, self.budgets)
+
+
+def _side_by_side(parts: Sequence[Switches], first: Int[np.ndarray, " k"]) -> Switches:
+    """Switches of several records, whose columns begin at `first`."""
+    shifted = [
+        part._replace(sample=(part.sample + offset).astype(np.uint32))
+        for part, offset in zip(parts, first, strict=False)
+    ]
+    return in_order(joined(shifted))
+
+
+def joined(parts: Sequence[Switches]) -> Switches:
+    """One after the other."""
+    return Switches(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def in_order(switches: Switches) -> Switches:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +58,10 @@ class Sampler:
         parts = {name: repr(getattr(self, name)) for name in ("grid", "solver")}
         steering = {name: float(value) for name, value in asdict(self.steering).items()}
         return {"steps": self.steps, **parts, **steering, "init_scale": float(self.init_scale)}
+
+    def with_steps(self, steps: int) -> Sampler:
+        """The same with so many steps."""
+        return replace(self, steps=steps)
 
 
 class Live(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from cdlm.errors import CdlmError
 from cdlm.hub import Pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Precision = Literal["fp32", "bf16"]
 
@@ -23,6 +26,15 @@ class Special:
 
     mask_id: int | None = None
     eos_id: int | None = None
+
+
+def special_of(tokenizer: PreTrainedTokenizerFast) -> Special:
+    """Special tokens of a tokenizer."""
+
+    def whole(value: object) -> int | None:
+        return value if isinstance(value, int) else None
+
+    return Special(whole(tokenizer.mask_token_id), whole(tokenizer.eos_token_id))
 
 
 @dataclass(frozen=True)

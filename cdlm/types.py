@@ -155,6 +155,7 @@ class Samples:
 
     tokens: Int[np.ndarray, "m n"]
     texts: list[str]
+    """Empty when there is no tokenizer."""
     nfe: Int[np.ndarray, " m"]
     """Denoiser calls spent on each sample."""
     steps: Int[np.ndarray, " m"]
@@ -169,11 +170,19 @@ class Samples:
     """True at prompt positions and padding."""
     valid: Bool[np.ndarray, "m n"]
     """False on padding, which a template shorter than the length leaves."""
+    settled: Int[np.ndarray, " m"]
+    """Calls after which the text up to its first end-of-text token was decided: what was spent beyond, was spent after
+    the end. Of a continuous model all calls."""
     record: Record | None = None
     """Statistics of every step; None unless asked for."""
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.tokens)
+
+    @property
+    def calls_after_end(self) -> Int[np.ndarray, " m"]:
+        """Calls that each sample spent when its text was already decided."""
+        return self.nfe - self.settled
 
     @staticmethod
     def merge(parts: Sequence[Samples]) -> Samples:
@@ -188,8 +197,8 @@ class Samples:
         records = [part.record for part in parts if part.record is not None]
         record = Record.join(records).select(order) if records else None
         return Samples(
-            **{name: all_of(name) for name in ("tokens", "nfe", "steps", "index", "given", "valid")},
-            texts=[texts[i] for i in order],
+            **{name: all_of(name) for name in ("tokens", "nfe", "steps", "index", "given", "valid", "settled")},
+            texts=[texts[i] for i in order] if texts else [],
             reason=[reasons[i] for i in order],
             seed=parts[0].seed,
             budget=parts[0].budget,

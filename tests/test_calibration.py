@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import TEXT, with_tokenizer
 
-from cdlm import api, cli
+from cdlm import api, cli, generation
 from cdlm.compare import FULL, PLAIN, REAL, Comparison, Plain, Point, markdown
 from cdlm.config import RULES, criterion, parse_run, sweep
 from cdlm.errors import CdlmError
@@ -239,7 +239,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bench(place: Path) -> Bench:
     machine = Machine(progress=False)
-    return open_bench(str(place / "toy"), api.make_sampler(steps=12), 30, machine, judge=str(place / "judge"))
+    return open_bench(str(place / "toy"), generation.make_sampler(steps=12), 30, machine, judge=str(place / "judge"))
 
 
 def test_the_full_run_loses_nothing(bench: Bench) -> None:
@@ -358,12 +358,12 @@ def test_calibrate_then_sample_with_auto(place: Path, capsys: pytest.CaptureFixt
     say("sample", run, "--n", 3, *settings_, "--halt", "auto", "--out", tmp_path / "auto.jsonl")
     say("sample", run, "--n", 3, *settings_, "--halt", rule, "--out", tmp_path / "rule.jsonl")
     assert (tmp_path / "auto.jsonl").read_text() == (tmp_path / "rule.jsonl").read_text()
-    system = api.load(run)
-    assert api.generate(system, n=3, steps=12, halt="auto").nfe.max() < 12
+    system = generation.load(run)
+    assert generation.generate(system, n=3, steps=12, halt="auto").nfe.max() < 12
     with pytest.raises(CdlmError, match="no rule for steps=13"):
-        api.generate(system, n=3, steps=13, halt="auto")
+        generation.generate(system, n=3, steps=13, halt="auto")
     with pytest.raises(CdlmError, match="loaded from a folder"):
-        api.generate(with_tokenizer(), n=1, steps=12, halt="auto")
+        generation.generate(with_tokenizer(), n=1, steps=12, halt="auto")
 
 
 def test_compare_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import tokenizer, with_tokenizer
 
-from cdlm import api
+from cdlm import generation
 from cdlm.config import build_system
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.errors import CdlmError
@@ -47,12 +47,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_loaded_model_is_the_saved_one(model: EmbeddingDiffusion, folder: Path) -> None:
-    again = api.load(folder)
+    again = generation.load(folder)
     assert torch.equal(logits(again), logits(model))
     assert again.config == model.config
     assert again.length == model.length
     assert not again.training
-    ours, theirs = (api.generate(m, n=3, steps=5, prompts=["the"]) for m in (model, again))
+    ours, theirs = (generation.generate(m, n=3, steps=5, prompts=["the"]) for m in (model, again))
     assert (ours.tokens == theirs.tokens).all()
     assert ours.texts == theirs.texts
 
@@ -62,11 +62,11 @@ def test_the_schedule_travels_with_the_model(model: EmbeddingDiffusion, folder: 
     weights["schedule.averaged"] = torch.randn(weights["schedule.averaged"].shape)
     save_file(weights, folder / "model.safetensors")
     u = torch.tensor([0.3], dtype=torch.float64)
-    assert not torch.equal(api.load(folder).schedule.t_of_u(u), model.schedule.t_of_u(u))
+    assert not torch.equal(generation.load(folder).schedule.t_of_u(u), model.schedule.t_of_u(u))
 
 
 def test_saving_what_was_loaded_changes_no_byte(folder: Path, tmp_path: Path) -> None:
-    api.load(folder).save_pretrained(tmp_path / "again")
+    generation.load(folder).save_pretrained(tmp_path / "again")
     before, after = contents(folder), contents(tmp_path / "again")
     del before["tokenizer_config.json"], after["tokenizer_config.json"]  # transformers notes where it loaded from
     assert after == before
@@ -182,7 +182,7 @@ def test_a_broken_folder_is_refused_in_one_line(folder: Path, case: str) -> None
     break_it, message = BROKEN[case]
     break_it(folder)
     with pytest.raises(CdlmError) as caught:
-        api.load(folder)
+        generation.load(folder)
     assert message in str(caught.value)
     said = str(caught.value)
     assert "\n" not in said or "Type-check" in said  # the type checks of these tests speak at length
@@ -192,12 +192,12 @@ def test_a_broken_folder_is_refused_in_one_line(folder: Path, case: str) -> None
 def test_no_folder(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CdlmError, match="expected"):
-        api.load(name)
+        generation.load(name)
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:
     with pytest.raises(CdlmError, match="not a model folder"):
-        api.load(folder / "config.json")
+        generation.load(folder / "config.json")
 
 
 def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -207,14 +207,14 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CdlmError, match="could not be fetched from the Hub") as caught:
-        api.load("nobody/nothing")
+        generation.load("nobody/nothing")
     assert "\n" not in str(caught.value)
 
 
 def test_a_device_that_is_not_there(folder: Path) -> None:
     for device in ("cuda:99", "abacus"):
         with pytest.raises(CdlmError, match="use cpu"):
-            api.load(folder, device)
+            generation.load(folder, device)
 
 
 @pytest.mark.parametrize("config", [{}, {"system": None}, {"system": "cdcd"}, {"system": "cdcd", "vocab": 5, "x": 1}])
@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_the_old_weights(
     finally:
         assert contents(folder)["model.safetensors"] == before["model.safetensors"]
         assert set(contents(folder)) == set(before)
-    assert torch.equal(logits(api.load(folder)), logits(model))
+    assert torch.equal(logits(generation.load(folder)), logits(model))
 
 
 # --- replacing ---
@@ -323,7 +323,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_survives(folder: Path) -> None:
-    again = api.load(folder).tokenizer
+    again = generation.load(folder).tokenizer
     assert again is not None
     text = "the cat — añ  <|endoftext|>\n"
     assert again.encode(text) == tokenizer().encode(text)

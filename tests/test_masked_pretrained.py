@@ -416,13 +416,9 @@ def test_a_tokenizer_without_foreign_code(family: str, tmp_path: Path) -> None:
     assert max(ids[:-1]) < 120
     assert tokenizer.decode(ids, skip_special_tokens=True) == "the cat sat"
     chat = tokenizer.apply_chat_template([{"role": "on", "content": "the mat"}], tokenize=False)
-    assert (
-        chat
-        == {
-            "llada": "<|start_header_id|>on<|end_header_id|>the mat<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
-            "Dream": "<|im_start|>on the mat<|im_end|>",
-        }[family]
-    )
+    start, end = "<|start_header_id|>", "<|end_header_id|>"
+    llada, dream = f"{start}on{end}the mat<|eot_id|>{start}assistant{end}", "<|im_start|>on the mat<|im_end|>"
+    assert chat == (llada if family == "llada" else dream)
 
 
 def test_dreams_tokenizer_in_one_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import system, tokenizer, with_tokenizer
 
-from cdlm import api
+from cdlm import api, generation
 from cdlm.collect import given_spans
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.errors import CdlmError
@@ -109,14 +109,14 @@ def test_asking_for_nothing_is_refused(prompts: list[str] | None, n: int, length
 
 
 def test_prompts_stay_in_the_output(model: EmbeddingDiffusion) -> None:
-    samples = api.generate(model, n=2, prompts=["the cat", "a dog ran"], length=30, steps=3)
+    samples = generation.generate(model, n=2, prompts=["the cat", "a dog ran"], length=30, steps=3)
     for text, prompt in zip(samples.texts, ["the cat", "the cat", "a dog ran", "a dog ran"], strict=True):
         assert text.startswith(prompt)
 
 
 def test_padding_is_in_neither_text_nor_tokens(model: EmbeddingDiffusion) -> None:
     prompts = ["the [2] sat", "the cat"]
-    samples = api.generate(model, n=1, prompts=prompts, length=20, steps=3)
+    samples = generation.generate(model, n=1, prompts=prompts, length=20, steps=3)
     short, long = api.lines(samples, tokenizer())
     assert len(short["tokens"]) == len(ids("the")) + 2 + len(ids(" sat"))
     assert len(long["tokens"]) == 20
@@ -129,8 +129,8 @@ def test_padding_is_in_neither_text_nor_tokens(model: EmbeddingDiffusion) -> Non
 def test_padding_does_not_change_a_sample(model: EmbeddingDiffusion) -> None:
     """A short template draws the same noise whatever stands beside it; its padding is unseen."""
     exact = len(ids("the")) + 4
-    alone = api.generate(model, prompts=["the [4]"], length=exact, steps=6)
-    beside = api.generate(model, prompts=["the [4]", "the"], length=exact, steps=6)
+    alone = generation.generate(model, prompts=["the [4]"], length=exact, steps=6)
+    beside = generation.generate(model, prompts=["the [4]", "the"], length=exact, steps=6)
     assert beside.texts[0] == alone.texts[0]
 
 
@@ -138,7 +138,7 @@ def test_padding_does_not_change_a_sample(model: EmbeddingDiffusion) -> None:
 @given(words=st.lists(st.sampled_from(["the cat ", "añ", "猫猫", "on the roof", "\n", " "]), min_size=1, max_size=3))
 def test_spans_point_at_the_characters_of_the_prompt(words: list[str]) -> None:
     model = with_tokenizer()
-    samples = api.generate(model, prompts=["[1]".join(words), words[0]], length=60, steps=1)
+    samples = generation.generate(model, prompts=["[1]".join(words), words[0]], length=60, steps=1)
     lines = api.lines(samples, tokenizer())
     for line, parts in zip(lines, (words, words[:1]), strict=True):
         holes = sum(bytes_left(line["tokens"], line["text"]))
@@ -165,7 +165,7 @@ def test_spans_of_known_tokens() -> None:
 def test_the_end_of_text_is_a_line_break() -> None:
     end = tokenizer().eos_token_id
     assert isinstance(end, int)
-    assert api.decode(tokenizer(), [*ids("the cat"), end, *ids("a dog")]) == "the cat\na dog"
+    assert generation.decode(tokenizer(), [*ids("the cat"), end, *ids("a dog")]) == "the cat\na dog"
 
 
 def same(a: Samples, b: Samples) -> None:
@@ -184,16 +184,16 @@ def same(a: Samples, b: Samples) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
 def test_dealt_shares_merge_to_the_single_run(model: EmbeddingDiffusion, world: int) -> None:
-    sampler = api.make_sampler(steps=6, halt="Patience(2)", seed=4, record=True)
+    sampler = generation.make_sampler(steps=6, halt="Patience(2)", seed=4, record=True)
     asked = requests(["the [3] sat", "a"], 3, LENGTH, tokenizer())
-    whole = api.draw(model, sampler, asked, batch_size=6)
-    parts = [api.draw(model, sampler, asked[rank::world], batch_size=2) for rank in range(world)]
+    whole = generation.draw(model, sampler, asked, batch_size=6)
+    parts = [generation.draw(model, sampler, asked[rank::world], batch_size=2) for rank in range(world)]
     same(Samples.merge(parts), whole)
     same(Samples.merge(parts[::-1]), whole)
 
 
 def test_records_are_numbers_exactly_while_a_row_is_there(model: EmbeddingDiffusion) -> None:
-    samples = api.generate(model, n=8, length=6, steps=12, halt="Patience(3)", record=True)
+    samples = generation.generate(model, n=8, length=6, steps=12, halt="Patience(3)", record=True)
     assert samples.record is not None
     assert set(samples.record.signals) == set(RECORDED)
     there = np.arange(12)[:, None] < samples.steps
@@ -207,36 +207,36 @@ def test_records_are_numbers_exactly_while_a_row_is_there(model: EmbeddingDiffus
 
 
 def test_without_record_there_is_none(model: EmbeddingDiffusion) -> None:
-    assert api.generate(model, steps=2).record is None
+    assert generation.generate(model, steps=2).record is None
 
 
 def test_reasons_and_steps_agree(model: EmbeddingDiffusion) -> None:
-    samples = api.generate(model, n=4, steps=10, halt="FixedSteps(4)")
+    samples = generation.generate(model, n=4, steps=10, halt="FixedSteps(4)")
     assert samples.steps.tolist() == samples.nfe.tolist() == [4] * 4
     assert samples.reason == [HaltReason.CRITERION] * 4
     assert samples.budget == 10
-    full = api.generate(model, n=4, steps=10)
+    full = generation.generate(model, n=4, steps=10)
     assert full.reason == [HaltReason.BUDGET] * 4
     assert full.steps.tolist() == [10] * 4
 
 
 def test_samples_are_in_the_order_of_the_requests(model: EmbeddingDiffusion) -> None:
     asked = requests(None, 5, LENGTH, tokenizer())
-    sampler = api.make_sampler(steps=6, halt="Patience(2)")
-    forward, backward = (api.draw(model, sampler, order, 2) for order in (asked, asked[::-1]))
+    sampler = generation.make_sampler(steps=6, halt="Patience(2)")
+    forward, backward = (generation.draw(model, sampler, order, 2) for order in (asked, asked[::-1]))
     assert backward.index.tolist() == [4, 3, 2, 1, 0]
     same(Samples.merge([backward]), forward)
 
 
 def test_a_sample_is_fixed_by_seed_and_index(model: EmbeddingDiffusion) -> None:
     before = torch.random.get_rng_state()
-    one = api.generate(model, n=3, steps=4, seed=1)
-    assert api.generate(model, n=3, steps=4, seed=1).texts == one.texts
-    assert api.generate(model, n=2, steps=4, seed=1).texts == one.texts[:2]
-    assert api.generate(model, n=3, steps=4, seed=2).texts != one.texts
+    one = generation.generate(model, n=3, steps=4, seed=1)
+    assert generation.generate(model, n=3, steps=4, seed=1).texts == one.texts
+    assert generation.generate(model, n=2, steps=4, seed=1).texts == one.texts[:2]
+    assert generation.generate(model, n=3, steps=4, seed=2).texts != one.texts
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_a_system_without_a_tokenizer_says_so() -> None:
     with pytest.raises(CdlmError, match="tokenizer"):
-        api.generate(system(270), length=4, steps=2)
+        generation.generate(system(270), length=4, steps=2)

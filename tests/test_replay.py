@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import Oracle
 from toys import with_tokenizer
 
-from cdlm import api, cli
+from cdlm import api, cli, generation
 from cdlm.collect import NEEDED, Tape
 from cdlm.continuous.solvers import Euler, Heun, Solver, TorchDiffEq
 from cdlm.errors import CdlmError
@@ -36,8 +36,8 @@ from cdlm.halting import (
 )
 from cdlm.halting.recording import Recording, read_folder
 from cdlm.halting.replay import replay
-from cdlm.record import Record
 from cdlm.loop import Request
+from cdlm.record import Record
 from cdlm.sampling import Run, Sampler
 from cdlm.types import Decision, StepState
 
@@ -343,7 +343,7 @@ def test_mistakes_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None
 def test_a_recording_needs_recorded_samples(run: Path) -> None:
     from cdlm import hub
 
-    system = api.load(run)
-    samples = api.generate(system, n=1, steps=2)
+    system = generation.load(run)
+    samples = generation.generate(system, n=1, steps=2)
     with pytest.raises(CdlmError, match="record=True"):
-        api.recording_of(samples, api.make_sampler(2), hub.read(run), "fp32")
+        api.recording_of(samples, generation.make_sampler(2), hub.read(run), "fp32")

@@ -8,6 +8,8 @@ Columns (m samples, n positions, `steps` grid points, e switches):
     signal.NAME [steps m] float32                            row signals, see docs/write-a-criterion.md
     switch.step [e] uint32, switch.sample [e] uint32,        every switch of a token, in order of step;
     switch.position [e] uint16, switch.token [e] uint32      a sample's first step switches all its open positions
+    commit.step, .sample, .position, .token [e],             of a masked model: every token committed, the same kinds,
+    budget [m] int64                                         and the steps each sample may take
 
 The header holds the format's version, the seed, and what is known of the model and the sampler.
 """
@@ -52,6 +54,10 @@ class Recording:
 
     def __post_init__(self) -> None:
         left = (self.record.nfe == 0).any(0)
+        if self.record.commits is not None:  # a row of a masked model is at its end when all is committed
+            done = np.zeros(self.tokens.shape, bool)
+            done[self.record.commits.sample, self.record.commits.position] = True
+            left &= ~(done | self.given).all(1)
         if left.any():
             raise CdlmError(
                 f"replay needs full-length runs, and {int(left.sum())} of {len(left)} samples halted early:"
@@ -70,12 +76,15 @@ class Recording:
         """Write the file, whole or not at all."""
         from safetensors.numpy import save_file
 
+        commits = {} if self.record.commits is None else self.record.commits._asdict()
         columns = {
             **{name: getattr(self, name) for name in _REQUESTS},
             "t": self.record.t,
             "nfe": self.record.nfe,
             **{_PREFIX + name: values for name, values in self.record.signals.items()},
             **{f"switch.{name}": values for name, values in self.record.switches._asdict().items()},
+            **{f"commit.{name}": values for name, values in commits.items()},
+            **({} if self.record.budget is None else {"budget": self.record.budget}),
         }
         header = {"cdlm_recording": str(VERSION), "seed": str(self.seed), "model": self.model, "weights": self.weights,
                   "settings": json.dumps(self.settings)}  # fmt: skip
@@ -106,8 +115,10 @@ class Recording:
     def _from(header: Mapping[str, str], columns: Mapping[str, np.ndarray]) -> Recording:
         signals = {name.removeprefix(_PREFIX): column for name, column in columns.items() if name.startswith(_PREFIX)}
         switches = Switches(*(columns[f"switch.{name}"] for name in Switches._fields))
+        masked = "commit.step" in columns
+        commits = Switches(*(columns[f"commit.{name}"] for name in Switches._fields)) if masked else None
         return Recording(
-            Record(columns["t"], columns["nfe"], signals, switches),
+            Record(columns["t"], columns["nfe"], signals, switches, commits, columns.get("budget")),
             *(columns[name] for name in _REQUESTS),
             seed=int(header["seed"]),
             model=header["model"],

@@ -39,29 +39,30 @@ def replay(recording: Recording, rule: Criterion) -> Replayed:
     """
     check_replayable(recording, rule)
     record, m = recording.record, len(recording)
-    open_ = torch.from_numpy(~recording.given)
-    budget, row = torch.full((m,), record.steps), torch.from_numpy(np.array(recording.index))
+    open_, frames = torch.from_numpy(~recording.given), _Open(recording)
+    budget, row = torch.from_numpy(record.budgets.astype(np.int64)), torch.from_numpy(np.array(recording.index))
     signals = {name: torch.from_numpy(record.signals[name]) for name in rule.needs & record.signals.keys()}
     if "switches" in rule.needs:
         signals["switches"] = torch.from_numpy(record.switch_counts())
     t, nfe = torch.from_numpy(record.t), torch.from_numpy(record.nfe).long()
     tokens = _Tokens(recording) if "tokens" in rule.needs else None
     memory = rule.start(Rows(open_, budget, torch.from_numpy(recording.valid)))
-    last = torch.full((m,), record.steps - 1)
+    end = last = torch.from_numpy(record.last_step(committed=not rule.waits))
     halted = torch.zeros(m, dtype=torch.bool)
     for k in range(record.steps):
         now = {name: values[k] for name, values in signals.items()}
         if tokens is not None:
             now["tokens"] = tokens.after(k)
-        state = StepState(row, torch.full((m,), k), budget, t[k].expand(m), nfe[k], open_, now)
+        state = StepState(row, torch.full((m,), k), budget, t[k].expand(m), nfe[k], frames.at(k), now)
         memory, decision = rule.look(memory, state)
-        last = torch.where(decision.halt & ~halted, k, last)
-        halted = halted | decision.halt
-        if bool(halted.all()):
+        fresh = decision.halt & ~halted & (k <= end)
+        last, halted = torch.where(fresh, k, last), halted | fresh
+        if bool((halted | (end <= k)).all()):
             break
-    step = last.numpy()
+    step, fired = last.numpy(), halted.numpy()
     calls = record.nfe[step, np.arange(m)].astype(np.int64)
-    return Replayed(step + 1, halted.numpy(), calls, record.tokens_at(step, recording.tokens))
+    tokens_then = record.tokens_at(step, recording.tokens)
+    return Replayed(step + 1, fired, calls, np.where(fired[:, None], tokens_then, recording.tokens))
 
 
 def check_replayable(recording: Recording, rule: Criterion) -> None:
@@ -89,6 +90,24 @@ def check_kept(rules: Iterable[Criterion]) -> None:
                 f"{rule!r} reads {missing[0]!r}, which no recording keeps (they have {', '.join((*RECORDED, *MADE))}):"
                 " it can only be run, with cdlm sample --halt"
             )
+
+
+class _Open:
+    """Positions that are open at the start of each step, walked forward; in a continuous model all the generated."""
+
+    def __init__(self, recording: Recording):
+        self.commits, self.now = recording.record.commits, torch.from_numpy(~recording.given)
+        self.seen = 0
+
+    def at(self, step: int) -> Bool[torch.Tensor, "m n"]:
+        if self.commits is None:
+            return self.now
+        until = int(np.searchsorted(self.commits.step, step))
+        where = [torch.from_numpy(c[self.seen : until].astype(np.int64)) for c in self.commits[1:3]]
+        self.now = self.now.clone()
+        self.now[where[0], where[1]] = False
+        self.seen = until
+        return self.now
 
 
 class _Tokens:

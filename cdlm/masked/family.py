@@ -75,7 +75,7 @@ class Settings:
                 raise self.wrong(name, f"{_word(values[0])}, the only kind that {architecture} can express")
 
     def groups(self, width: str, heads: str, groups: str, default: int) -> int:
-        """Heads of the keys, `default` if absent; raises unless everything divides evenly, as rotary attention needs."""
+        """Heads of the keys, `default` if absent. Raises unless all divides evenly, as rotary attention needs."""
         count = self.count(groups) if self.has(groups) else default
         if self.count(width) % (2 * self.count(heads)):
             raise self.wrong(width, f"a multiple of 2 * {heads}, which is {2 * self.count(heads)}")

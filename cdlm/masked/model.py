@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -51,6 +53,26 @@ class MaskedModel(ABC):
 
         Unshifted, as the network gives them, in float32 or float64.
         """
+
+
+LogitsFn = Callable[[Tensor, Tensor | None], Tensor]
+"""(tokens [b n], attention mask [b n] or None) -> logits [b n v]."""
+
+
+class Function(MaskedModel):
+    """A masked model that is a plain function; its logits may be of any precision and are read as float32 or more."""
+
+    def __init__(self, logits_fn: LogitsFn, constants: Constants):
+        self.logits_fn, self.constants = logits_fn, constants
+
+    def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
+        found = self.logits_fn(tokens, valid)
+        if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim != 3:
+            raise CdlmError(
+                "logits_fn must give floating-point logits [rows, positions, vocabulary], got"
+                f" {list(found.shape) if isinstance(found, Tensor) else type(found).__name__}"
+            )
+        return found if found.dtype == torch.float64 else found.float()
 
 
 class CachedModel(MaskedModel):

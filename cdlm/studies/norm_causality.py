@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cdlm import api
+from cdlm import generation
 from cdlm.continuous.solvers import Advance, Estimate, Euler, Solver
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.halting.calibration import Bootstrap, Scores
@@ -143,7 +143,7 @@ class NormCausality(Study):
         return self.sampler(self.steps, self.seed, self.grid)
 
     def _watch(self, model: str) -> dict[str, Seen]:
-        system = api.load(model, self.device, self.precision)
+        system = generation.load(model, self.device, self.precision)
         assert system.tokenizer is not None
         groups = list(batches(requests(None, self.n, system.length, system.tokenizer), self.batch_size))
         made = [self.solvers(system, [r.index for r in group]) for group in groups]
@@ -153,7 +153,7 @@ class NormCausality(Study):
         }
 
     def _run(self, system: EmbeddingDiffusion, solver: Solver, group: list[Request]) -> Samples:
-        return api.draw(system, replace(self._plain, solver=solver), group, len(group))
+        return generation.draw(system, replace(self._plain, solver=solver), group, len(group))
 
     def _rows(self, model: str, name: str, run: Seen, plain: Seen) -> list[dict[str, Any]]:
         same = (run.tokens == plain.tokens).mean(1)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cdlm import api
+from cdlm import generation
 from cdlm.continuous.levels import alpha_of
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.loop import Request
@@ -55,7 +55,7 @@ class Norms(Study):
         return Finding(rows, table, NOTE, [panel for key, path in paths.items() for panel in self._panels(key, path)])
 
     def _path(self, model: str, grid: str) -> Course:
-        system = api.load(model, self.device, self.precision)
+        system = generation.load(model, self.device, self.precision)
         sampler = replace(self.sampler(self.steps, self.seed, grid), record=NEEDED)
         assert system.tokenizer is not None
         asked = requests(None, self.n, system.length, system.tokenizer)

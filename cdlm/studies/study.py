@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 
-from cdlm import api, hub
+from cdlm import generation, hub
 from cdlm.continuous.denoiser import Steering
 from cdlm.files import write_rows, write_text
 from cdlm.frontier import Bench, Machine, open_bench
@@ -67,7 +67,7 @@ class Study(ABC):
     n: int
     score_temperature: float
     out: Path = Path("studies")
-    batch_size: int = api.BATCH
+    batch_size: int = generation.BATCH
     precision: Precision = "fp32"
     device: str = "cpu"
     devices: int = 1
@@ -85,13 +85,13 @@ class Study(ABC):
     def sampler(self, steps: int, seed: int, grid: str, record: bool = True) -> Sampler:
         """Without a rule, with or without what a record needs."""
         steering = Steering(score_temperature=self.score_temperature)
-        return api.make_sampler(steps, None, seed, record, grid=grid, steering=steering)
+        return generation.make_sampler(steps, None, seed, record, grid=grid, steering=steering)
 
     def draw(self, model: str, sampler: Sampler, prompts: list[str] | None = None) -> Samples:
         """n samples of each prompt, or of none."""
         folder = hub.read(model)
         asked = requests(prompts, self.n, folder.length, folder.tokenizer)
-        return api.draw_spread(model, sampler, asked, **asdict(self.machine))
+        return generation.draw_spread(model, sampler, asked, **asdict(self.machine))
 
     def run(self, name: str) -> str:
         """Do the experiment, write NAME.csv, NAME.md and NAME.png into `out`, and return the table."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cdlm import api
+from cdlm import generation
 from cdlm.continuous.warping import Schedule
 from cdlm.evaluation.diversity import sample_entropy, unigram_entropy
 from cdlm.frontier import Bench
@@ -60,7 +60,7 @@ class TMax(Judged):
         return Finding(rows, [_line(row) for row in rows], note, self._panels(found))
 
     def _measure(self, model: str) -> tuple[dict[str, Any], np.ndarray]:
-        system, bench = api.load(model), self.bench(model, self.steps)
+        system, bench = generation.load(model), self.bench(model, self.steps)
         level = top_level(system.schedule, system.rho)
         drawn = bench.run_rule(Patience(self.patience), self.n)
         last = zero_switch(bench.recording.record)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cdlm import api
+from cdlm import generation
 from cdlm.halting.calibration import Scores
 from cdlm.studies.measures import position_zero_switch, settled_by, zero_switch
 from cdlm.studies.picture import Line, Panel
@@ -77,7 +77,7 @@ class ZeroSwitch(Study):
         assert samples.record is not None
         last = zero_switch(samples.record)
         each = position_zero_switch(samples.record, samples.tokens.shape[1])
-        rho = api.load(cell.model).rho
+        rho = generation.load(cell.model).rho
         return [
             {
                 "model": label(cell.model), "prompt": cell.prompt, "seed": cell.seed, "index": int(index),

@@ -1,0 +1,361 @@
+"""Samples from any model: load one, and draw from it, as an object or as a plain function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from cdlm import config as names
+from cdlm import hub
+from cdlm.collect import NEEDED, NEEDED_MASKED, collect, with_progress
+from cdlm.continuous.denoiser import Steering
+from cdlm.continuous.levels import Grid
+from cdlm.continuous.solvers import Solver
+from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.decoding import Decoder, Decoding, Quirks
+from cdlm.errors import CdlmError
+from cdlm.halting import Criterion
+from cdlm.halting.calibration import automatic
+from cdlm.loop import Request
+from cdlm.masked.model import Constants, Function, LogitsFn, MaskedModel
+from cdlm.masked.policies import Dream, LLaDA, Policy
+from cdlm.masked.system import MaskedDiffusion
+from cdlm.prompts import canvases, encode_prompt, requests
+from cdlm.sampling import Run, Sampler
+from cdlm.spread import spread
+from cdlm.system import Precision, special_of
+from cdlm.types import Finished, Samples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BATCH, FEW = 64, 4
+"""Samples in flight, unless said otherwise: of our own models, and of foreign ones."""
+
+
+def load(
+    name: str | Path, device: str = "cpu", precision: Precision | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+) -> Any:  # fmt: skip
+    """A trained system from a run folder or a Hub id, ready to sample from. Strict, and runs no code of the model.
+
+    Also LLaDA and Dream in their published format, such as "GSAI-ML/LLaDA-8B-Instruct", on transformers' own Llama and
+    Qwen2.
+
+    Args:
+        precision: of our own systems, the arithmetic of the network ("fp32" unless said otherwise); of foreign ones,
+            what the weights are held in (as in their files).
+        device_map: of foreign ones, how to spread them over devices, such as "auto".
+    """
+    path = hub.locate(name)
+    if hub.is_foreign(path):
+        from cdlm.masked.pretrained import open_checkpoint
+
+        return open_checkpoint(path, dtype=precision, device=device, device_map=device_map)
+    if device_map is not None:
+        raise CdlmError("device_map is for foreign checkpoints: give a device")
+    folder = hub.read(path)
+    system = names.build_system(folder.config)
+    hub.load_weights(system, folder)
+    system.precision = precision or "fp32"
+    hub.to_device(system, device)
+    return system.eval()
+
+
+def make_sampler(
+    steps: int = 200,
+    halt: str | Criterion | None = None,
+    seed: int = 0,
+    record: bool = False,
+    *,
+    solver: str | Solver = "Euler()",
+    grid: str | Grid = "Warped()",
+    steering: Steering | None = None,
+    init_scale: float = 1.0,
+    folder: Path | None = None,
+    length: int | None = None,
+) -> Sampler:
+    """A sampler from objects or their texts; `record` adds the signals of a record.
+
+    `halt="auto"` is the rule that was calibrated for the model in `folder`, samples of this length and these settings.
+    """
+    plain = Sampler(
+        steps=steps,
+        grid=names.grid(grid),
+        solver=names.solver(solver),
+        steering=steering or Steering(),
+        init_scale=init_scale,
+        seed=seed,
+        record=NEEDED if record else frozenset(),
+    )
+    if halt == "auto":
+        if folder is None:
+            raise CdlmError('halt="auto" needs a model that was loaded from a folder: give a rule')
+        halt = automatic(folder, hub.fingerprint(folder), {**plain.settings, "length": length})
+    return replace(plain, criterion=names.criterion(halt))
+
+
+def make_decoder(
+    model: MaskedModel,
+    positions: int,
+    steps: int | None = None,
+    halt: str | Criterion | None = None,
+    seed: int = 0,
+    record: bool = False,
+    *,
+    policy: str | Policy | None = None,
+    temperature: float | None = None,
+    cfg_scale: float = 0.0,
+    cache: Literal["prefix", "dual"] | None = None,
+    quirks: Quirks | None = None,
+) -> Decoder:
+    """A decoder from objects or their texts, for samples that generate so many `positions`; see `generate`."""
+    if policy is not None and steps is not None:
+        raise CdlmError(f"a policy has its own steps: write them in {policy}, or leave out the policy")
+    usual, warm = usual_policy(model, positions if steps is None else steps)
+    plain = Decoder(
+        policy=usual if policy is None else names.policy(policy),
+        temperature=(warm if policy is None else 0.0) if temperature is None else temperature,
+        cfg_scale=cfg_scale,
+        cache=cache,
+        seed=seed,
+        record=NEEDED_MASKED if record else frozenset(),
+        quirks=quirks or Quirks(),
+    )
+    folder = getattr(model, "folder", None)
+    if halt == "auto":
+        if folder is None:
+            raise CdlmError('halt="auto" needs a model that was loaded from a folder: give a rule')
+        halt = automatic(folder, hub.fingerprint(folder), {**plain.settings, "length": positions})
+    return replace(plain, criterion=names.criterion(halt))
+
+
+def usual_policy(model: MaskedModel, steps: int) -> tuple[Policy, float]:
+    """How a model is decoded unless said otherwise, and at what temperature: our own are sampled from, token by token
+    in random order; LLaDA and Dream follow their published samplers."""
+    if isinstance(model, MaskedDiffusion):
+        return LLaDA(steps, remasking="random"), 1.0
+    return (Dream(steps) if model.constants.shift else LLaDA(steps)), 0.0
+
+
+def generate(
+    system: EmbeddingDiffusion | MaskedModel,
+    n: int = 1,
+    length: int | None = None,
+    steps: int | None = None,
+    halt: str | Criterion | None = None,
+    seed: int = 0,
+    prompts: list[str] | None = None,
+    batch_size: int | None = None,
+    record: bool = False,
+    *,
+    solver: str | Solver | None = None,
+    grid: str | Grid | None = None,
+    steering: Steering | None = None,
+    init_scale: float | None = None,
+    policy: str | Policy | None = None,
+    temperature: float | None = None,
+    cfg_scale: float | None = None,
+    cache: Literal["prefix", "dual"] | None = None,
+    new_tokens: int | None = None,
+    chat: bool = False,
+    progress: bool = False,
+) -> Samples:
+    """Draw samples.
+
+    Args:
+        system: from `load`, or freshly trained.
+        n: samples of each prompt, or in all when there are none.
+        length: positions of a sample; by default those of training.
+        steps: grid points, one prediction each (by default 200; of a masked model one for each position).
+        halt: a halting rule, as an object or as its text; "auto" is the one that cdlm calibrate has chosen.
+        seed: with the number of a sample it fixes the sample, whatever the batch.
+        prompts: prefixes, or templates such as "The [8] sat on the [2]." whose numbers are tokens to generate.
+        batch_size: samples in flight; by default 64 (4 of a foreign model).
+        record: keep per-step statistics of every sample, and of masked models the canvas after every step.
+        solver, grid, steering, init_scale: of continuous models, see `Sampler`.
+        policy, temperature, cfg_scale, cache: of masked models, see `Decoder`; the policy as an object or as its text,
+            such as "Threshold(0.9, block=32)". Without one, our own models are sampled from at temperature 1 in random
+            order, foreign ones decoded as they are published; with one, the temperature is 0 unless given.
+        new_tokens: of masked models, positions after each prompt, in place of `length`.
+        chat: of masked models, the prompts are a user's messages, put into the tokenizer's chat template.
+        progress: show a bar on a terminal.
+
+    Raises:
+        CdlmError: a setting is out of range or of the other kind of model, or a prompt leaves nothing to generate.
+    """
+    if isinstance(system, MaskedModel):
+        _not_given("continuous", solver=solver, grid=grid, steering=steering, init_scale=init_scale)
+        asked = masked_requests(system, prompts, n, length, new_tokens, chat)
+        sampler: Sampler | Decoder = make_decoder(
+            system, _positions(asked), steps, halt, seed, record, policy=policy, temperature=temperature,
+            cfg_scale=cfg_scale or 0.0, cache=cache,
+        )  # fmt: skip
+    else:
+        masked = {"policy": policy, "temperature": temperature, "cfg_scale": cfg_scale, "cache": cache}
+        _not_given("masked", **masked, new_tokens=new_tokens, chat=chat or None)
+        length = system.length if length is None else length
+        sampler = make_sampler(
+            200 if steps is None else steps, halt, seed, record, solver=solver or "Euler()", grid=grid or "Warped()",
+            init_scale=1.0 if init_scale is None else init_scale, steering=steering, folder=system.folder,
+            length=length,
+        )  # fmt: skip
+        asked = requests(prompts, n, length, tokenizer_of(system))
+    return draw(system, sampler, asked, batch_size, progress)
+
+
+def _not_given(kind: str, **settings: object) -> None:
+    for name, value in settings.items():
+        if value is not None:
+            other = "masked" if kind == "continuous" else "continuous"
+            raise CdlmError(f"{name} is a setting of {kind} models, and this one is {other}: leave it out")
+
+
+def masked_requests(
+    model: MaskedModel, prompts: list[str] | None, n: int, length: int | None, new_tokens: int | None, chat: bool
+) -> list[Request]:
+    """Requests of a masked model: rows of `length` positions, or prompts with `new_tokens` positions after each."""
+    tokenizer = tokenizer_of(model)
+    if isinstance(model, MaskedDiffusion) and new_tokens is None and not chat:
+        return requests(prompts, n, model.length if length is None else length, tokenizer)
+    if length is not None or new_tokens is None:
+        raise CdlmError("prompts of this model are followed by new_tokens positions: give new_tokens, and no length")
+    return canvases([encode_prompt(tokenizer, prompt, chat) for prompt in prompts or [""]], new_tokens, n)
+
+
+def _positions(asked: Sequence[Request]) -> int:
+    return max(int((~request.given).sum()) for request in asked)
+
+
+def decode(
+    logits_fn: LogitsFn | MaskedModel,
+    prompts: Sequence[Sequence[int | None]],
+    length: int,
+    mask_id: int | None = None,
+    eos_id: int | None = None,
+    shift: bool = False,
+    *,
+    policy: str | Policy,
+    halt: str | Criterion | None = None,
+    cfg_scale: float = 0.0,
+    temperature: float = 0.0,
+    seed: int = 0,
+    record: bool = False,
+    n: int = 1,
+    eot_id: int | None = None,
+    constraints: Mapping[int, int] | None = None,
+    cache: Literal["prefix", "dual"] | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str = "cpu",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    quirks: Quirks | None = None,
+) -> Samples:
+    """Decode with any masked model, given as a plain function.
+
+    Args:
+        logits_fn: (tokens [b n], attention mask [b n] or None) -> logits [b n v]; or a model from `load`, which knows
+            its constants.
+        prompts: tokens; None stands for a position to generate. Different lengths are padded on the left.
+        length: positions to generate after each prompt.
+        mask_id, eos_id, eot_id: the mask, and the ends of a text and of a turn.
+        shift: the logits at position i - 1 predict token i, as in Dream.
+        policy, cfg_scale, temperature, cache, quirks: see `Decoder`.
+        halt: a halting rule; without one all steps of the policy's schedule are taken.
+        n: samples of each prompt.
+        constraints: tokens that are given in the generated part, by their place in it.
+        batch_size: samples in flight; by default 64.
+        tokenizer: makes the texts, cut at their end; without one there are none.
+
+    Raises:
+        CdlmError: a setting is out of range, the model's logits are not numbers or of another vocabulary, or a prompt
+            holds the mask.
+    """
+    if isinstance(logits_fn, MaskedModel):
+        model, given = logits_fn, {"mask_id": mask_id, "eos_id": eos_id, "eot_id": eot_id, "shift": shift or None}
+        for name, value in given.items():
+            if value is not None:
+                raise CdlmError(f"the model knows its own {name}: leave it out")
+    elif mask_id is None:
+        raise CdlmError("a model that is a function needs mask_id, the token of the mask")
+    else:
+        model = Function(logits_fn, Constants(mask_id, eos_id, eot_id, shift))
+    asked = canvases(prompts, length, n, constraints)
+    decoder = make_decoder(
+        model, _positions(asked), None, halt, seed, record, policy=policy, temperature=temperature,
+        cfg_scale=cfg_scale, cache=cache, quirks=quirks,
+    )  # fmt: skip
+    run = Decoding(model, decoder, batch_size or BATCH, device)
+    return collect_decoded(run, asked, tokenizer, ends=True)
+
+
+def collect_decoded(
+    run: Decoding, asked: Sequence[Request], tokenizer: PreTrainedTokenizerFast | None, ends: bool,
+    progress: bool = False,
+) -> Samples:  # fmt: skip
+    """The samples of a decoding run."""
+    steps: Iterable[Finished] = run.steps(asked)
+    if progress:
+        steps = with_progress(steps, len(asked))
+    constants, decoder = run.model.constants, run.decoder
+    return collect(
+        steps, asked, tokenizer, budget=run.budget(asked), seed=decoder.seed, record=bool(decoder.record),
+        mask_id=constants.mask_id, eos_id=constants.eos_id if ends else None,
+    )  # fmt: skip
+
+
+def draw(
+    system: EmbeddingDiffusion | MaskedModel,
+    sampler: Sampler | Decoder,
+    asked: Sequence[Request],
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Samples:
+    """Serve the requests with a sampler, on the device and in the arithmetic of the system."""
+    if isinstance(sampler, Decoder):
+        if not isinstance(system, MaskedModel):
+            raise CdlmError("a decoder needs a masked model, and this one is continuous")
+        own = isinstance(system, MaskedDiffusion)
+        device = next(system.parameters()).device if own else getattr(system, "device", "cpu")
+        run = Decoding(system, sampler, batch_size or (BATCH if own else FEW), device)
+        return collect_decoded(run, asked, tokenizer_of(system), not own or system.ends, progress)
+    if not isinstance(system, EmbeddingDiffusion):
+        raise CdlmError("a sampler needs a continuous model, and this one is masked")
+    run = Run(system, sampler, batch_size or BATCH, next(system.parameters()).device)
+    steps: Iterable[Finished] = run.steps(asked)
+    if progress:
+        steps = with_progress(steps, len(asked))
+    record = NEEDED <= sampler.record
+    tokenizer = tokenizer_of(system)
+    eos = special_of(tokenizer).eos_id if system.ends else None
+    return collect(steps, asked, tokenizer, budget=sampler.steps, seed=sampler.seed, record=record, eos_id=eos)
+
+
+def draw_spread(
+    run: str, sampler: Sampler | Decoder, asked: Sequence[Request], *, batch_size: int | None = None,
+    precision: Precision | None = None, device: str = "cpu", devices: int = 1, progress: bool = True,
+) -> Samples:  # fmt: skip
+    """Serve the requests from a model folder, dealt out to one process a device."""
+    work = partial(draw_share, run, precision, sampler, asked, batch_size, progress)
+    return Samples.merge(spread(work, min(devices, len(asked)), device))
+
+
+def draw_share(
+    run: str, precision: Precision | None, sampler: Sampler | Decoder, asked: Sequence[Request],
+    batch_size: int | None, progress: bool,
+    rank: int, world: int, device: str,
+) -> Samples:  # fmt: skip
+    """One process's share of `asked`, drawn from a model folder; see `cdlm.spread`."""
+    system = load(run, device, precision)
+    return draw(system, sampler, asked[rank::world], batch_size, progress and rank == 0)
+
+
+def tokenizer_of(system: EmbeddingDiffusion | MaskedModel) -> PreTrainedTokenizerFast:
+    tokenizer = getattr(system, "tokenizer", None)
+    if tokenizer is None:
+        raise CdlmError("the system has no tokenizer: load it from a folder, or set system.tokenizer")
+    return tokenizer
