@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from itertools import chain, product
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cdlm import api, generation, hub
 from cdlm import calibrate as calibration
@@ -19,16 +19,18 @@ from cdlm.frontier import Machine, open_bench
 from cdlm.halting.calibration import Goal, check_file
 from cdlm.halting.recording import check_same_model, read_folder
 from cdlm.halting.replay import check_kept, check_replayable
-from cdlm.prompts import requests
 from cdlm.report.pareto import plot_pareto
 from cdlm.system import Precision
-from cdlm.types import HaltReason
+from cdlm.types import HaltReason, Samples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def sample(
     run: str,
     n: int = 8,
-    steps: int = 200,
+    steps: int | None = None,
     halt: str | None = None,
     seed: int = 0,
     out: Path | None = None,
@@ -36,14 +38,20 @@ def sample(
     prompt: str | None = None,
     prompts: Path | None = None,
     length: int | None = None,
-    batch_size: int = 64,
-    solver: str = "Euler()",
-    grid: str = "Warped()",
+    batch_size: int | None = None,
+    solver: str | None = None,
+    grid: str | None = None,
     softmax_temperature: float = 1.0,
     score_temperature: float = 1.0,
     guidance: float = 1.0,
-    init_scale: float = 1.0,
-    precision: Precision = "fp32",
+    init_scale: float | None = None,
+    policy: str | None = None,
+    temperature: float | None = None,
+    cfg_scale: float | None = None,
+    cache: Literal["prefix", "dual"] | None = None,
+    new_tokens: int | None = None,
+    chat: bool = False,
+    precision: Precision | None = None,
     device: str = "cpu",
     devices: int = 1,
     plot: Path | None = None,
@@ -52,9 +60,9 @@ def sample(
     """Draw samples from a trained model, with adaptive halting.
 
     Args:
-        run: run folder or Hub id.
+        run: run folder or Hub id, also of LLaDA and Dream in their published format.
         n: samples, of each prompt if there are any.
-        steps: grid points; with Euler the calls of a sample that is not halted.
+        steps: grid points, by default 200; of a masked model steps, by default one for each position.
         halt: halting rule, such as "Patience(20)" or "For(NormConvergence(0.01), 5) | Patience(40)"; auto is the one
             that cdlm calibrate has chosen.
         seed: fixes every sample, whatever the batch and the number of devices.
@@ -63,14 +71,21 @@ def sample(
         prompt: a prefix, or a template such as "The [8] sat on the [2]." whose numbers are tokens to generate.
         prompts: file with one prompt a line.
         length: tokens of a sample; by default as in training.
-        batch_size: samples in flight.
-        solver: Euler(), Heun() or TorchDiffEq("rk4"), ("dopri5"), ...
-        grid: Warped(), LogT() or UniformT().
-        softmax_temperature: divides the logits; below 1 sharpens.
-        score_temperature: divides the score; below 1 sharpens.
-        guidance: classifier-free guidance scale; 1 is off, others double the calls.
-        init_scale: scale of the starting noise.
-        precision: arithmetic of the network.
+        batch_size: samples in flight; by default 64, of a foreign model 4.
+        solver: of a continuous model, Euler() unless given, Heun() or TorchDiffEq("rk4"), ("dopri5"), ...
+        grid: of a continuous model, Warped() unless given, LogT() or UniformT().
+        softmax_temperature: of a continuous model, divides the logits; below 1 sharpens.
+        score_temperature: of a continuous model, divides the score; below 1 sharpens.
+        guidance: of a continuous model, classifier-free guidance scale; 1 is off, others double the calls.
+        init_scale: of a continuous model, scale of the starting noise, 1 unless given.
+        policy: of a masked model: LLaDA(64, block=32), Dream(64), Threshold(0.9, block=32), Factor(1.0), KLASS(),
+            EntropyBound(0.01); by default LLaDA's in random order, of a foreign model the published one.
+        temperature: of a masked model's proposals; without a policy 1 of our own models, else 0 unless given.
+        cfg_scale: of a masked model, classifier-free guidance; 0 is off, others double the calls.
+        cache: of LLaDA and Dream, keep keys and values while a block is decoded.
+        new_tokens: of a masked model, tokens after each prompt, in place of length.
+        chat: the prompts are a user's messages to a foreign model, put into its chat template.
+        precision: arithmetic of the network, fp32 unless given; of a foreign model as in its files.
         device: cpu, cuda, cuda:1, ...
         devices: processes to spread the samples over.
         plot: PNG file for switches, norms and angles against the step.
@@ -78,31 +93,55 @@ def sample(
     """
     if record is not None and halt is not None:
         raise CdlmError("a recording is of full-length runs, on which cdlm replay tries rules: leave out --halt")
-    folder = hub.read(run)
-    if record is not None:
-        check_same_model(record, hub.fingerprint(folder.path))
-    asked = requests(_prompts(prompt, prompts), n, folder.length if length is None else length, folder.tokenizer)
-    sampler = generation.make_sampler(
-        steps, halt, seed, plot is not None or record is not None, solver=solver, grid=grid, init_scale=init_scale,
-        steering=Steering(softmax_temperature, score_temperature, guidance), folder=folder.path,
-        length=folder.length if length is None else length,
-    )  # fmt: skip
-    samples = generation.draw_spread(
-        run, sampler, asked, batch_size=batch_size, precision=precision, device=device, devices=devices,
-        progress=not quiet,
-    )  # fmt: skip
-    lines = api.lines(samples, folder.tokenizer)
+    steered = (softmax_temperature, score_temperature, guidance) != (1.0, 1.0, 1.0)
+    settings = {
+        "solver": solver, "grid": grid, "init_scale": init_scale, "policy": policy, "temperature": temperature,
+        "cfg_scale": cfg_scale, "cache": cache, "new_tokens": new_tokens, "chat": chat,
+        "steering": Steering(softmax_temperature, score_temperature, guidance) if steered else None,
+    }  # fmt: skip
+    asked = _prompts(prompt, prompts)
+    if hub.is_foreign(hub.locate(run)):
+        if record is not None or plot is not None or devices > 1:
+            raise CdlmError("record, plot and devices are for our own models: leave them out")
+        system = generation.load(run, device, precision)
+        tokenizer = generation.tokenizer_of(system)
+        samples = generation.generate(
+            system, n, length, steps, halt, seed, asked, batch_size, progress=not quiet, **settings
+        )
+    else:
+        folder = hub.read(run)
+        tokenizer = folder.tokenizer
+        if record is not None:
+            check_same_model(record, hub.fingerprint(folder.path))
+        keeps = plot is not None or record is not None
+        about = generation.About.of(folder)
+        requested, sampler = generation.prepare(about, n, length, steps, halt, seed, asked, keeps, **settings)
+        samples = generation.draw_spread(
+            run, sampler, requested, batch_size=batch_size, precision=precision, device=device, devices=devices,
+            progress=not quiet,
+        )  # fmt: skip
+        if record is not None:
+            recording = api.recording_of(samples, sampler, folder, precision or "fp32")
+            file = api.keep(recording, tokenizer, record)
+            print(f"{file}: {file.stat().st_size:,} bytes", file=sys.stderr)
+        if plot is not None:
+            api.plot(samples, plot, f"{run}, {samples.budget} steps, {halt or 'no halting'}")
+    _show(samples, tokenizer, out, record is not None)
+
+
+def _show(samples: Samples, tokenizer: PreTrainedTokenizerFast, out: Path | None, quiet: bool) -> None:
+    lines = api.lines(samples, tokenizer)
     if out is not None:
         api.write_lines(out, lines)
-    elif record is None:
+    elif not quiet:
         for line in lines:
             print(f"--- sample {line['index']}, {line['nfe']} calls, {line['reason']}\n{line['text'].strip()}")
-    if record is not None:
-        file = api.keep(api.recording_of(samples, sampler, folder, precision), folder.tokenizer, record)
-        print(f"{file}: {file.stat().st_size:,} bytes", file=sys.stderr)
-    if plot is not None:
-        api.plot(samples, plot, f"{run}, {steps} steps, {halt or 'no halting'}")
-    print(f"{len(samples)} samples, {samples.nfe.mean():.1f} calls a sample of {steps} steps", file=sys.stderr)
+    late = samples.calls_after_end.mean()
+    after = f", {late:.1f} of them after the end of the text" if late > 0 else ""
+    print(
+        f"{len(samples)} samples, {samples.nfe.mean():.1f} calls a sample of {samples.budget} steps{after}",
+        file=sys.stderr,
+    )
 
 
 def replay(recordings: Path, halt: list[str] | None = None, out: Path | None = None) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,7 @@ from cdlm.decoding import Decoder, Decoding, Quirks
 from cdlm.errors import CdlmError
 from cdlm.halting import Criterion
 from cdlm.halting.calibration import automatic
+from cdlm.hub import Folder
 from cdlm.loop import Request
 from cdlm.masked.model import Constants, Function, LogitsFn, MaskedModel
 from cdlm.masked.policies import Dream, LLaDA, Policy
@@ -101,33 +103,28 @@ def make_sampler(
 
 
 def make_decoder(
-    model: MaskedModel,
+    policy: Policy,
+    temperature: float,
     positions: int,
-    steps: int | None = None,
     halt: str | Criterion | None = None,
     seed: int = 0,
     record: bool = False,
     *,
-    policy: str | Policy | None = None,
-    temperature: float | None = None,
     cfg_scale: float = 0.0,
     cache: Literal["prefix", "dual"] | None = None,
     quirks: Quirks | None = None,
+    folder: Path | None = None,
 ) -> Decoder:
-    """A decoder from objects or their texts, for samples that generate so many `positions`; see `generate`."""
-    if policy is not None and steps is not None:
-        raise CdlmError(f"a policy has its own steps: write them in {policy}, or leave out the policy")
-    usual, warm = usual_policy(model, positions if steps is None else steps)
+    """A decoder of samples that generate so many `positions`; `halt="auto"` is what was calibrated for them."""
     plain = Decoder(
-        policy=usual if policy is None else names.policy(policy),
-        temperature=(warm if policy is None else 0.0) if temperature is None else temperature,
+        policy=policy,
+        temperature=temperature,
         cfg_scale=cfg_scale,
         cache=cache,
         seed=seed,
         record=NEEDED_MASKED if record else frozenset(),
         quirks=quirks or Quirks(),
     )
-    folder = getattr(model, "folder", None)
     if halt == "auto":
         if folder is None:
             raise CdlmError('halt="auto" needs a model that was loaded from a folder: give a rule')
@@ -135,12 +132,104 @@ def make_decoder(
     return replace(plain, criterion=names.criterion(halt))
 
 
-def usual_policy(model: MaskedModel, steps: int) -> tuple[Policy, float]:
-    """How a model is decoded unless said otherwise, and at what temperature: our own are sampled from, token by token
-    in random order; LLaDA and Dream follow their published samplers."""
-    if isinstance(model, MaskedDiffusion):
-        return LLaDA(steps, remasking="random"), 1.0
-    return (Dream(steps) if model.constants.shift else LLaDA(steps)), 0.0
+@dataclass(frozen=True)
+class About:
+    """What there is to know of a model before anything is drawn from it.
+
+    Args:
+        kind: our own systems are continuous or masked, other people's masked models foreign.
+        length: positions it was trained on.
+        shift: see `cdlm.masked.model.Constants`.
+    """
+
+    kind: Literal["continuous", "masked", "foreign"]
+    length: int
+    tokenizer: PreTrainedTokenizerFast
+    folder: Path | None
+    shift: bool = False
+
+    @staticmethod
+    def of(model: EmbeddingDiffusion | MaskedModel | Folder) -> About:
+        """Of a model, or of its folder."""
+        if isinstance(model, Folder):
+            kind: Literal["masked", "continuous"] = "masked" if "mask_id" in model.config else "continuous"
+            return About(kind, model.length, model.tokenizer, model.path)
+        if isinstance(model, EmbeddingDiffusion):
+            return About("continuous", model.length, tokenizer_of(model), model.folder)
+        own = isinstance(model, MaskedDiffusion)
+        length, folder = getattr(model, "length", 0), getattr(model, "folder", None)
+        return About("masked" if own else "foreign", length, tokenizer_of(model), folder, model.constants.shift)
+
+    def usual(self, steps: int) -> tuple[Policy, float]:
+        """How a masked model is decoded unless said otherwise, and at what temperature: our own are sampled from, in
+        random order; LLaDA and Dream follow their published samplers."""
+        if self.kind == "masked":
+            return LLaDA(steps, remasking="random"), 1.0
+        return (Dream(steps) if self.shift else LLaDA(steps)), 0.0
+
+
+def prepare(
+    about: About,
+    n: int,
+    length: int | None = None,
+    steps: int | None = None,
+    halt: str | Criterion | None = None,
+    seed: int = 0,
+    prompts: list[str] | None = None,
+    record: bool = False,
+    *,
+    solver: str | Solver | None = None,
+    grid: str | Grid | None = None,
+    steering: Steering | None = None,
+    init_scale: float | None = None,
+    policy: str | Policy | None = None,
+    temperature: float | None = None,
+    cfg_scale: float | None = None,
+    cache: Literal["prefix", "dual"] | None = None,
+    new_tokens: int | None = None,
+    chat: bool = False,
+) -> tuple[list[Request], Sampler | Decoder]:
+    """The requests, and what serves them; see `generate`."""
+    if about.kind == "continuous":
+        masked = {"policy": policy, "temperature": temperature, "cfg_scale": cfg_scale, "cache": cache}
+        _not_given("masked", **masked, new_tokens=new_tokens, chat=chat or None)
+        length = about.length if length is None else length
+        sampler = make_sampler(
+            200 if steps is None else steps, halt, seed, record, solver=solver or "Euler()", grid=grid or "Warped()",
+            init_scale=1.0 if init_scale is None else init_scale, steering=steering, folder=about.folder,
+            length=length,
+        )  # fmt: skip
+        return requests(prompts, n, length, about.tokenizer), sampler
+    _not_given("continuous", solver=solver, grid=grid, steering=steering, init_scale=init_scale)
+    if policy is not None and steps is not None:
+        raise CdlmError(f"a policy has its own steps: write them in {policy}, or leave out the policy")
+    asked = masked_requests(about, prompts, n, length, new_tokens, chat)
+    positions = max(int((~request.given).sum()) for request in asked)
+    usual, warm = about.usual(positions if steps is None else steps)
+    chosen, degree = (usual, warm) if policy is None else (names.policy(policy), 0.0)
+    decoder = make_decoder(
+        chosen, degree if temperature is None else temperature, positions, halt, seed, record,
+        cfg_scale=cfg_scale or 0.0, cache=cache, folder=about.folder,
+    )  # fmt: skip
+    return asked, decoder
+
+
+def _not_given(kind: str, **settings: object) -> None:
+    for name, value in settings.items():
+        if value is not None:
+            other = "masked" if kind == "continuous" else "continuous"
+            raise CdlmError(f"{name} is a setting of {kind} models, and this one is {other}: leave it out")
+
+
+def masked_requests(
+    about: About, prompts: list[str] | None, n: int, length: int | None, new_tokens: int | None, chat: bool
+) -> list[Request]:
+    """Requests of a masked model: rows of `length` positions, or prompts with `new_tokens` positions after each."""
+    if about.kind == "masked" and new_tokens is None and not chat:
+        return requests(prompts, n, about.length if length is None else length, about.tokenizer)
+    if length is not None or new_tokens is None:
+        raise CdlmError("prompts of this model are followed by new_tokens positions: give new_tokens, and no length")
+    return canvases([encode_prompt(about.tokenizer, prompt, chat) for prompt in prompts or [""]], new_tokens, n)
 
 
 def generate(
@@ -154,17 +243,8 @@ def generate(
     batch_size: int | None = None,
     record: bool = False,
     *,
-    solver: str | Solver | None = None,
-    grid: str | Grid | None = None,
-    steering: Steering | None = None,
-    init_scale: float | None = None,
-    policy: str | Policy | None = None,
-    temperature: float | None = None,
-    cfg_scale: float | None = None,
-    cache: Literal["prefix", "dual"] | None = None,
-    new_tokens: int | None = None,
-    chat: bool = False,
     progress: bool = False,
+    **settings: Any,
 ) -> Samples:
     """Draw samples.
 
@@ -177,59 +257,24 @@ def generate(
         seed: with the number of a sample it fixes the sample, whatever the batch.
         prompts: prefixes, or templates such as "The [8] sat on the [2]." whose numbers are tokens to generate.
         batch_size: samples in flight; by default 64 (4 of a foreign model).
-        record: keep per-step statistics of every sample, and of masked models the canvas after every step.
-        solver, grid, steering, init_scale: of continuous models, see `Sampler`.
-        policy, temperature, cfg_scale, cache: of masked models, see `Decoder`; the policy as an object or as its text,
-            such as "Threshold(0.9, block=32)". Without one, our own models are sampled from at temperature 1 in random
-            order, foreign ones decoded as they are published; with one, the temperature is 0 unless given.
-        new_tokens: of masked models, positions after each prompt, in place of `length`.
-        chat: of masked models, the prompts are a user's messages, put into the tokenizer's chat template.
+        record: keep per-step statistics of every sample, and of masked models every token that is committed.
         progress: show a bar on a terminal.
+        settings: the further arguments of `prepare`. Of continuous models `solver`, `grid`, `steering`, `init_scale`
+            (see `Sampler`). Of masked models `policy`, `temperature`, `cfg_scale`, `cache` (see `Decoder`; the policy
+            as an object or as its text, such as "Threshold(0.9, block=32)"); `new_tokens`, positions after each prompt,
+            in place of `length`; and `chat=True` for prompts that are a user's messages. Without a policy our own
+            models are sampled from at temperature 1 in random order, foreign ones decoded as they are published; with
+            one, the temperature is 0 unless given.
 
     Raises:
         CdlmError: a setting is out of range or of the other kind of model, or a prompt leaves nothing to generate.
     """
-    if isinstance(system, MaskedModel):
-        _not_given("continuous", solver=solver, grid=grid, steering=steering, init_scale=init_scale)
-        asked = masked_requests(system, prompts, n, length, new_tokens, chat)
-        sampler: Sampler | Decoder = make_decoder(
-            system, _positions(asked), steps, halt, seed, record, policy=policy, temperature=temperature,
-            cfg_scale=cfg_scale or 0.0, cache=cache,
-        )  # fmt: skip
-    else:
-        masked = {"policy": policy, "temperature": temperature, "cfg_scale": cfg_scale, "cache": cache}
-        _not_given("masked", **masked, new_tokens=new_tokens, chat=chat or None)
-        length = system.length if length is None else length
-        sampler = make_sampler(
-            200 if steps is None else steps, halt, seed, record, solver=solver or "Euler()", grid=grid or "Warped()",
-            init_scale=1.0 if init_scale is None else init_scale, steering=steering, folder=system.folder,
-            length=length,
-        )  # fmt: skip
-        asked = requests(prompts, n, length, tokenizer_of(system))
+    known = list(inspect.signature(prepare).parameters)
+    for name in settings:
+        if name not in known:
+            raise CdlmError(f"generate has no setting {name!r}: it has {', '.join(known[1:])}, batch_size and progress")
+    asked, sampler = prepare(About.of(system), n, length, steps, halt, seed, prompts, record, **settings)
     return draw(system, sampler, asked, batch_size, progress)
-
-
-def _not_given(kind: str, **settings: object) -> None:
-    for name, value in settings.items():
-        if value is not None:
-            other = "masked" if kind == "continuous" else "continuous"
-            raise CdlmError(f"{name} is a setting of {kind} models, and this one is {other}: leave it out")
-
-
-def masked_requests(
-    model: MaskedModel, prompts: list[str] | None, n: int, length: int | None, new_tokens: int | None, chat: bool
-) -> list[Request]:
-    """Requests of a masked model: rows of `length` positions, or prompts with `new_tokens` positions after each."""
-    tokenizer = tokenizer_of(model)
-    if isinstance(model, MaskedDiffusion) and new_tokens is None and not chat:
-        return requests(prompts, n, model.length if length is None else length, tokenizer)
-    if length is not None or new_tokens is None:
-        raise CdlmError("prompts of this model are followed by new_tokens positions: give new_tokens, and no length")
-    return canvases([encode_prompt(tokenizer, prompt, chat) for prompt in prompts or [""]], new_tokens, n)
-
-
-def _positions(asked: Sequence[Request]) -> int:
-    return max(int((~request.given).sum()) for request in asked)
 
 
 def decode(
@@ -285,9 +330,10 @@ def decode(
     else:
         model = Function(logits_fn, Constants(mask_id, eos_id, eot_id, shift))
     asked = canvases(prompts, length, n, constraints)
+    positions = max(int((~request.given).sum()) for request in asked)
     decoder = make_decoder(
-        model, _positions(asked), None, halt, seed, record, policy=policy, temperature=temperature,
-        cfg_scale=cfg_scale, cache=cache, quirks=quirks,
+        names.policy(policy), temperature, positions, halt, seed, record, cfg_scale=cfg_scale, cache=cache,
+        quirks=quirks,
     )  # fmt: skip
     run = Decoding(model, decoder, batch_size or BATCH, device)
     return collect_decoded(run, asked, tokenizer, ends=True)

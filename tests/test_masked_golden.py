@@ -15,7 +15,8 @@ from cdlm.decoding import Decoder, Decoding, Quirks
 from cdlm.halting import Criterion, Never, Prophet
 from cdlm.masked.draws import ORDER, TOKENS, Draws, Site
 from cdlm.masked.model import CachedModel, Constants
-from cdlm.masked.policies import Dream, DreamThreshold, Factor, LLaDA, Policy, Threshold
+from cdlm.masked.policies import Dream, DreamThreshold, Factor, LLaDA, Policy, Threshold, entropy_bounded
+from cdlm.masked.pretrained import open_checkpoint
 from cdlm.prompts import canvases
 from tests.tiny import GOLDEN, Tiny
 
@@ -149,6 +150,11 @@ def test_fast_dllm(case: Mapping[str, Any]) -> None:
     fast(case, Tiny(GOLDEN / case["model"], Constants(MASK, EOS)), "fastdllm")
 
 
+@pytest.mark.parametrize("case", cases("llada_arch/cases.json"))
+def test_fast_dllm_on_the_architecture_of_llada(case: Mapping[str, Any]) -> None:
+    fast(case, open_checkpoint(GOLDEN / "llada_arch"), "llada_arch")
+
+
 @pytest.mark.parametrize("case", cases("prophet/cases.json"))
 def test_prophet(case: Mapping[str, Any]) -> None:
     settings = case["settings"]
@@ -202,3 +208,12 @@ def test_fast_dllm_for_dream(case: Mapping[str, Any]) -> None:
     seen, _, _ = replayed(model, decoder, case, settings["max_new_tokens"])
     assert seen == case["tokens_after_step"]
     assert model.calls == case["model_calls"]
+
+
+def test_the_entropy_bound_accepts_what_the_sampler_of_diffusion_gemma_accepts() -> None:
+    folder = GOLDEN.parent / "diffusion_gemma"
+    entropy = load_file(folder / "arrays.safetensors")["entropy_bound.entropy"]
+    every = torch.ones_like(entropy, dtype=torch.bool)
+    for case in json.loads((folder / "cases.json").read_text())["entropy_bound"]:
+        accepted = entropy_bounded(entropy, -entropy, every, case["entropy_bound"])  # its order is that of the entropy
+        assert accepted.long().tolist() == case["accept_mask"]

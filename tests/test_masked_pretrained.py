@@ -234,7 +234,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
         {"d_model": ...}, {"n_layers": 0}, {"n_heads": 2.0}, {"n_heads": 3}, {"n_kv_heads": 3},
         {"rms_norm_eps": "1e-5"},
         {"rope_theta": None}, {"max_sequence_length": True}, {"mlp_hidden_size": None, "mlp_ratio": None},
-        {"weight_tying": "no"}, {"attention_dropout": 1}, {"rope_full_precision": 1}, {"mask_token_id": 128},
+        {"weight_tying": "no"}, {"rope_full_precision": 1}, {"mask_token_id": 128},
         {"mask_token_id": "<mask>"}, {"eos_token_id": -1}, {"eos_token_id": 126},
     ],
     "Dream": [

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from toys import system, tokenizer, with_tokenizer
 
 from cdlm import api, generation
-from cdlm.collect import given_spans
+from cdlm.collect import given_spans, text_of
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.errors import CdlmError
 from cdlm.prompts import requests
@@ -165,11 +165,11 @@ def test_spans_of_known_tokens() -> None:
 def test_the_end_of_text_is_a_line_break() -> None:
     end = tokenizer().eos_token_id
     assert isinstance(end, int)
-    assert generation.decode(tokenizer(), [*ids("the cat"), end, *ids("a dog")]) == "the cat\na dog"
+    assert text_of(tokenizer(), [*ids("the cat"), end, *ids("a dog")]) == "the cat\na dog"
 
 
 def same(a: Samples, b: Samples) -> None:
-    for name in ("tokens", "nfe", "steps", "index", "given", "valid"):
+    for name in ("tokens", "nfe", "steps", "index", "given", "valid", "settled"):
         assert np.array_equal(getattr(a, name), getattr(b, name)), name
     assert (a.texts, a.reason, a.seed, a.budget) == (b.texts, b.reason, b.seed, b.budget)
     assert (a.record is None) == (b.record is None)
@@ -215,6 +215,7 @@ def test_reasons_and_steps_agree(model: EmbeddingDiffusion) -> None:
     assert samples.steps.tolist() == samples.nfe.tolist() == [4] * 4
     assert samples.reason == [HaltReason.CRITERION] * 4
     assert samples.budget == 10
+    assert samples.calls_after_end.tolist() == [0] * 4  # a continuous model decides every position to the last step
     full = generation.generate(model, n=4, steps=10)
     assert full.reason == [HaltReason.BUDGET] * 4
     assert full.steps.tolist() == [10] * 4

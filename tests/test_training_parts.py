@@ -152,7 +152,7 @@ def test_accumulated_gradients_are_the_mean_of_the_batches(tmp_path: Path, monke
     system, total = tiny(), 0.0
     for index in range(3):
         batch, noise = Loader().batch(index), generator(0, TRAINING, index, 0)
-        noised = masking(batch.valid, noise)
+        noised = masking(batch.tokens, batch.valid, noise)
         total = total + system(batch.tokens, noised, batch.valid, noise).total / 3
     assert isinstance(total, torch.Tensor)
     total.backward()

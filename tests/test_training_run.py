@@ -64,7 +64,7 @@ class Loader:
         self.batches = state["batches"]
 
 
-def masking(valid: Tensor, generator: torch.Generator) -> Tensor:
+def masking(tokens: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
     noised = torch.rand(valid.shape, generator=generator) < 0.7
     noised[:, 0] = True
     return noised
@@ -87,10 +87,12 @@ DEFAULTS: dict[str, Any] = dict(
 )
 
 
-def run(folder: Path, *, act: Any = None, resume: bool = False, context: Any = None, **changes: Any) -> Loader:
+def run(
+    folder: Path, *, act: Any = None, resume: bool = False, context: Any = None, system: Any = None, **changes: Any
+) -> Loader:
     loader = Loader(act)
     train(
-        tiny(), loader, valid_batches, masking, TrainOptions(**{**DEFAULTS, **changes}), folder,
+        system or tiny(), loader, valid_batches, masking, TrainOptions(**{**DEFAULTS, **changes}), folder,
         samples=lambda system: [str(system.embedding.weight.sum().item())], resume=resume, progress=False,
         context=context,
     )  # fmt: skip
@@ -443,7 +445,7 @@ def by_hand(steps: int) -> dict[str, Tensor]:
         optimizer.zero_grad()
         for rank, loader in enumerate(loaders):
             batch, noise = next(loader), generator(0, TRAINING, step, rank)
-            noised = masking(batch.valid, noise)
+            noised = masking(batch.tokens, batch.valid, noise)
             (system(batch.tokens, noised, batch.valid, noise).total / 2).backward()
         torch.nn.utils.clip_grad_norm_(groups["matrices"] + groups["rest"], options.clip)
         set_rates(optimizer, step, options)

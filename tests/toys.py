@@ -1,18 +1,23 @@
 """A tokenizer and systems small enough for tests."""
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.data.tokenizer import train_tokenizer
+from cdlm.masked.system import Masked, MaskedDiffusion
+from cdlm.system import Special, System, SystemConfig, special_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+S = TypeVar("S", bound=System)
+
 VOCAB = 270
+SMALL = {"width": 16, "depth": 2, "heads": 2, "dim": 8}
 TEXT = ("the cat sat on the mat.", "the dog saw the cat.", "a bird sang on the roof, and the cat ran.") * 8
 
 
@@ -23,14 +28,48 @@ def tokenizer() -> "PreTrainedTokenizerFast":
 
 def system(vocab: int = 11, seed: int = 0, **settings: Any) -> EmbeddingDiffusion:
     """A fresh float32 system; the global generator stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return CDCD(**{"width": 16, "depth": 2, "heads": 2, "dim": 8, **settings}).build(vocab)
+    made = _built(CDCD(**{**SMALL, **settings}), vocab, seed)
+    assert isinstance(made, EmbeddingDiffusion)
+    return made
 
 
 def lively(vocab: int = 11, seed: int = 0, **settings: Any) -> EmbeddingDiffusion:
     """A float64 system in which no weight is zero, as after training."""
-    made = system(vocab, seed, **settings).double()
+    return _alive(system(vocab, seed, **settings), seed)
+
+
+def with_tokenizer(seed: int = 0, length: int = 12, **settings: Any) -> EmbeddingDiffusion:
+    """A system that samples can be drawn from as texts."""
+    return _speaking(system(VOCAB, seed, **settings), length)
+
+
+def masked(vocab: int = 11, seed: int = 0, **settings: Any) -> MaskedDiffusion:
+    """A fresh float32 masked system, whose mask is token 2 and whose texts end with token 0."""
+    made = _built(Masked(**{**SMALL, **settings}), vocab, seed, Special(mask_id=2, eos_id=0))
+    assert isinstance(made, MaskedDiffusion)
+    return made
+
+
+def lively_masked(vocab: int = 11, seed: int = 0, **settings: Any) -> MaskedDiffusion:
+    """A float64 masked system in which no weight is zero, as after training."""
+    return _alive(masked(vocab, seed, **settings), seed)
+
+
+def masked_with_tokenizer(seed: int = 0, length: int = 12, **settings: Any) -> MaskedDiffusion:
+    """A masked system that samples can be drawn from as texts."""
+    made = masked(VOCAB, seed, **settings)
+    assert special_of(tokenizer()) == Special(made.constants.mask_id, made.constants.eos_id)
+    return _speaking(made, length)
+
+
+def _built(config: SystemConfig, vocab: int, seed: int, special: Special | None = None) -> System:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return config.build(vocab, special)
+
+
+def _alive(made: S, seed: int) -> S:
+    made = made.double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -39,8 +78,6 @@ def lively(vocab: int = 11, seed: int = 0, **settings: Any) -> EmbeddingDiffusio
     return made.eval()
 
 
-def with_tokenizer(seed: int = 0, length: int = 12, **settings: Any) -> EmbeddingDiffusion:
-    """A system that samples can be drawn from as texts."""
-    made = system(VOCAB, seed, **settings)
+def _speaking(made: S, length: int) -> S:
     made.tokenizer, made.length = tokenizer(), length
     return made.eval()

@@ -41,7 +41,6 @@ def config(settings: Settings) -> Qwen2Config:
         rms_norm_eps=settings.number("rms_norm_eps"),
         rope_parameters={"rope_type": "default", "rope_theta": settings.number("rope_theta")},
         tie_word_embeddings=settings.flag("tie_word_embeddings", False),
-        attention_dropout=settings.share("attention_dropout"),
         use_sliding_window=False,
         **BIDIRECTIONAL,
     )

@@ -47,13 +47,6 @@ class Settings:
             raise self.wrong(name, "a number > 0")
         return float(value)
 
-    def share(self, name: str) -> float:
-        """A number in [0, 1), 0 if it is absent."""
-        value = self.values.get(name) or 0.0
-        if not isinstance(value, int | float) or not 0 <= value < 1:
-            raise self.wrong(name, "a number in [0, 1)")
-        return float(value)
-
     def flag(self, name: str, default: bool) -> bool:
         """True or false; `default` if it is absent."""
         value = self.values.get(name) if self.has(name) else default

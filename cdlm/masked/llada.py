@@ -85,7 +85,6 @@ def config(settings: Settings) -> LlamaConfig:
         rms_norm_eps=settings.number("rms_norm_eps"),
         rope_parameters={"rope_type": "default", "rope_theta": settings.number("rope_theta")},
         tie_word_embeddings=settings.flag("weight_tying", True),
-        attention_dropout=settings.share("attention_dropout"),
         **BIDIRECTIONAL,
     )
 
