@@ -139,7 +139,7 @@ class Data:
         if tokenizer is None and config.tokenizer:
             tokenizer = load_tokenizer(config.tokenizer)
         if tokenizer is None:
-            tokenizer = train_tokenizer(config.source.documents("train"), config.vocab_size)
+            tokenizer = train_tokenizer(config.source.documents("train"), config.vocab_size, config.digits)
         cache = Path(config.cache).expanduser() / "tokens"
         cut = {"pack": PackedRows, "document": DocumentRows, "filled": FilledRows}[config.rows]
         train = cut(build_store(config.source, "train", tokenizer, cache), config.length)

@@ -12,6 +12,7 @@ from cdlm import calibrate as calibration
 from cdlm.compare import Comparison, Point, markdown, panels, write_csv
 from cdlm.config import criterion, read_run, sweep
 from cdlm.continuous.denoiser import Steering
+from cdlm.decoding import Decoder
 from cdlm.errors import CdlmError
 from cdlm.evaluation.mauve import check as check_mauve
 from cdlm.files import write_text
@@ -19,7 +20,9 @@ from cdlm.frontier import Machine, open_bench
 from cdlm.halting.calibration import Goal, check_file
 from cdlm.halting.recording import check_same_model, read_folder
 from cdlm.halting.replay import check_kept, check_replayable
+from cdlm.hub import Folder
 from cdlm.report.pareto import plot_pareto
+from cdlm.sampling import Sampler
 from cdlm.system import Precision
 from cdlm.types import HaltReason, Samples
 
@@ -180,7 +183,7 @@ def calibrate(
     confidence: float = 0.95,
     measure: Literal["ar-nll", "agreement"] = "ar-nll",
     n: int = 512,
-    steps: int = 200,
+    steps: int | None = None,
     seed: int = 1000,
     solver: str = "Euler()",
     grid: str = "Warped()",
@@ -188,6 +191,8 @@ def calibrate(
     score_temperature: float = 1.0,
     guidance: float = 1.0,
     init_scale: float = 1.0,
+    policy: str | None = None,
+    temperature: float | None = None,
     recordings: Path | None = None,
     judge: str | None = None,
     judge_steps: int = 500,
@@ -206,7 +211,8 @@ def calibrate(
         confidence: how surely.
         measure: what is lost: relative AR-NLL, or the share of tokens that differ from the full run.
         n: samples to draw.
-        steps: grid points of the sampler that is calibrated; the other settings of cdlm sample follow.
+        steps: of the sampler that is calibrated, by default 200, of a masked model one for each position; the other
+            settings of cdlm sample follow.
         seed: of the calibration samples; use others than those you will report.
         solver: see cdlm sample.
         grid: see cdlm sample.
@@ -214,6 +220,8 @@ def calibrate(
         score_temperature: see cdlm sample.
         guidance: see cdlm sample.
         init_scale: see cdlm sample.
+        policy: see cdlm sample.
+        temperature: see cdlm sample.
         recordings: folder of cdlm sample --record with the full runs; by default they are drawn.
         judge: see cdlm evaluate.
         judge_steps: see cdlm evaluate.
@@ -224,14 +232,15 @@ def calibrate(
         quiet: show no progress.
     """
     goal = Goal(_share(max_loss), confidence)
-    sampler = generation.make_sampler(
-        steps, None, seed, solver=solver, grid=grid, init_scale=init_scale,
-        steering=Steering(softmax_temperature, score_temperature, guidance),
+    folder = hub.read(run)
+    steps, sampler = _full(
+        folder, steps, seed, solver, grid, Steering(softmax_temperature, score_temperature, guidance), init_scale,
+        policy, temperature,
     )  # fmt: skip
     candidates = sweep(rule, steps)
     check_kept(candidates)
     goal.check(n)
-    check_file(hub.read(run).path)
+    check_file(folder.path)
     machine = Machine(batch_size, precision, device, devices, not quiet)
     bench = open_bench(run, sampler, n, machine, recordings=recordings, judge=judge, judge_steps=judge_steps)
     found = calibration.calibrate(bench, candidates, goal, measure)
@@ -245,7 +254,7 @@ def calibrate(
 
 RULES_TO_COMPARE = (
     "Patience", "Entropy", "KL", "NormConvergence", "AngleConvergence", "StableAndConfident", "Prophet", "SchED",
-    "SchED(..., variant='paper')", "JoT", "FixedSteps",
+    "SchED(..., variant='paper')", "JoT", "Full()", "FixedSteps",
 )  # fmt: skip
 
 
@@ -268,6 +277,8 @@ def compare(
     score_temperature: float = 1.0,
     guidance: float = 1.0,
     init_scale: float = 1.0,
+    policy: str | None = None,
+    temperature: float | None = None,
     recordings: Path | None = None,
     judge: str | None = None,
     judge_steps: int = 500,
@@ -280,9 +291,9 @@ def compare(
     """Draw quality over calls of halting rules, and of the plain sampler with fewer steps: table, CSV and plot.
 
     Args:
-        models: run folders.
+        models: run folders, of continuous and of masked models.
         rules: names to sweep, such as Patience or "KL(..., warmup=0.3)", or whole rules; by default all.
-        steps: grid points of the full runs, one or more; by default 200.
+        steps: steps of the full runs, one or more; by default 200, of a masked model one for each position.
         n: samples of each full run.
         out: folder for compare.csv, compare.md and compare.png.
         max_loss: of AR-NLL, for the setting of each rule that the table shows.
@@ -298,6 +309,8 @@ def compare(
         score_temperature: see cdlm sample.
         guidance: see cdlm sample.
         init_scale: see cdlm sample.
+        policy: of masked models, see cdlm sample; its steps are those of the full run.
+        temperature: of masked models, see cdlm sample.
         recordings: folder with a folder of recordings for each model, by its name; by default the runs are drawn.
         judge: see cdlm evaluate.
         judge_steps: see cdlm evaluate.
@@ -308,28 +321,43 @@ def compare(
         quiet: show no progress.
     """
     goal, machine = Goal(_share(max_loss), confidence), Machine(batch_size, precision, device, devices, not quiet)
-    budgets = steps or [200]
-    families = {budget: {rule: sweep(rule, budget) for rule in rules or RULES_TO_COMPARE} for budget in budgets}
-    for swept in families.values():
-        check_kept(chain.from_iterable(swept.values()))
     if mauve:
         check_mauve(n)
-    for model in models:
-        hub.read(model)
+    steering = Steering(softmax_temperature, score_temperature, guidance)
+    runs = []
+    for model, asked in product(dict.fromkeys(models), dict.fromkeys(steps or [None])):
+        given = (solver, grid, steering, init_scale, policy, temperature)
+        budget, sampler = _full(hub.read(model), asked, seed, *given)
+        families = {rule: sweep(rule, budget) for rule in rules or RULES_TO_COMPARE}
+        check_kept(chain.from_iterable(families.values()))
+        runs.append((model, sampler, families))
     points: list[Point] = []
-    for model, budget in product(dict.fromkeys(models), dict.fromkeys(budgets)):
-        sampler = generation.make_sampler(
-            budget, None, seed, solver=solver, grid=grid, init_scale=init_scale,
-            steering=Steering(softmax_temperature, score_temperature, guidance),
-        )  # fmt: skip
+    for model, sampler, families in runs:
         kept = None if recordings is None else recordings / Path(model).name
         bench = open_bench(model, sampler, n, machine, recordings=kept, judge=judge, judge_steps=judge_steps)
-        points += Comparison(bench, goal, live, mauve_seeds if mauve else 0, fewer or ()).table(families[budget])
+        points += Comparison(bench, goal, live, mauve_seeds if mauve else 0, fewer or ()).table(families)
         write_csv(points, out / "compare.csv")  # after each model: long work is not lost
     text = markdown(points, goal)
     write_text(out / "compare.md", text)
     plot_pareto(panels(points), out / "compare.png")
     print(text)
+
+
+def _full(
+    folder: Folder, steps: int | None, seed: int, solver: str, grid: str, steering: Steering, init_scale: float,
+    policy: str | None, temperature: float | None,
+) -> tuple[int, Sampler | Decoder]:  # fmt: skip
+    """The sampler of a full run of a model, and its steps; settings of the other kind of model do not matter to it."""
+    about = generation.About.of(folder)
+    if about.kind == "continuous":
+        budget = 200 if steps is None else steps
+        return budget, generation.make_sampler(
+            budget, None, seed, solver=solver, grid=grid, init_scale=init_scale, steering=steering
+        )
+    own = None if policy is not None else steps
+    asked, decoder = generation.prepare(about, 1, None, own, None, seed, policy=policy, temperature=temperature)
+    assert isinstance(decoder, Decoder)
+    return decoder.steps(asked[0]), decoder
 
 
 def _share(text: str) -> float:

@@ -97,9 +97,9 @@ class Plain:
     @staticmethod
     def of(bench: Bench, budgets: Sequence[int]) -> Plain:
         """Draw it with these numbers of steps, from the same noise as the full run."""
-        most, n = bench.sampler.steps, len(bench.recording)
+        most, n = bench.steps, len(bench.recording)
         steps = sorted({budget for budget in budgets if budget < most})
-        drawn = [bench.run_live(replace(bench.sampler, steps=budget), n) for budget in steps]
+        drawn = [bench.run_live(bench.sampler.with_steps(budget), n) for budget in steps]
         drawn.append(Drawn(bench.recording.tokens, bench.full_calls.astype(np.int64)))
         return Plain([*steps, most], drawn, [bench.score(d.tokens) for d in drawn])
 
@@ -136,7 +136,7 @@ class Comparison:
         points = [self._add_mauve(self.point(FULL, "Never()", plain.drawn[-1]), plain.drawn[-1]), self.real()]
         points += [self.point(PLAIN, f"{s} steps", d) for s, d in zip(plain.steps[:-1], plain.drawn, strict=False)]
         for family, rules in families.items():
-            tried = [rule for rule in rules if self.live or not rule.freezes]
+            tried = [rule for rule in rules if (self.live or not rule.freezes) and not bench.refuses(rule)]
             drawn = [bench.run_rule(rule, self.live) for rule in tried]
             found = [self.point(family, repr(rule), d) for rule, d in zip(tried, drawn, strict=True)]
             best = self.choice(found)
@@ -159,7 +159,7 @@ class Comparison:
     @cached_property
     def plain(self) -> Plain:
         """The rival."""
-        most = self.bench.sampler.steps
+        most = self.bench.steps
         return Plain.of(self.bench, self.fewer or [max(1, round(share * most)) for share in SHARES])
 
     def point(self, family: str, setting: str, drawn: Drawn) -> Point:
@@ -197,7 +197,7 @@ class Comparison:
         nll = scores.bootstrap()
         return {
             "model": self.bench.run,
-            "steps": self.bench.sampler.steps,
+            "steps": self.bench.steps,
             "family": family,
             "setting": setting,
             "samples": len(rows),

@@ -39,7 +39,9 @@ _rules = [o for o in vars(halting).values() if isinstance(o, type) and not inspe
 RULES: Mapping[str, type[Criterion]] = MappingProxyType(
     {rule.__name__: rule for rule in (halting.Patience, *_rules)}  # the first is the example of messages
 )
-POLICIES = _names(LLaDA, Dream, DreamThreshold, Threshold, Factor, EntropyBound, KLASS)
+POLICIES: Mapping[str, type[Policy]] = MappingProxyType(
+    {p.__name__: p for p in (LLaDA, Dream, DreamThreshold, Threshold, Factor, EntropyBound, KLASS)}
+)
 SOLVERS = _names(Euler, Heun, TorchDiffEq)
 GRIDS = _names(Warped, UniformT, LogT)
 MASKINGS = _names(Prefix, RandomSubset, Span, Unconditional, Completion, Mixture)
@@ -57,6 +59,7 @@ class RunConfig:
         system: the model: CDCD or Masked, with its settings.
         tokenizer: name or folder of a Hugging Face tokenizer; by default a byte-level BPE is trained on the text.
         vocab_size: tokens of the BPE that is trained.
+        digits: its numbers are split into digits.
         length: positions of a row.
         rows: pack joins documents and cuts rows from them; document gives each its own row, filled too, with the
             end-of-text token as text up to the row's end, so that the model learns where to end.
@@ -73,6 +76,7 @@ class RunConfig:
     system: SystemConfig = field(default_factory=CDCD)
     tokenizer: str | None = None
     vocab_size: int = 480
+    digits: bool = False
     length: int = 64
     rows: Literal["pack", "document", "filled"] = "pack"
     masking: str = DEFAULT_MASKING
@@ -98,6 +102,12 @@ def criterion(rule: str | Criterion | None) -> Criterion:
     if rule == "auto":
         raise CdlmError("auto is a rule that was calibrated for a model and its sampler: here, name the rule itself")
     return Never() if rule is None else _object(rule, Criterion, RULES, "halting rule")
+
+
+def policies(text: str) -> list[Policy]:
+    """A policy, or the settings to try of one that is only named, from strict to loose."""
+    kind = POLICIES.get(text.strip())
+    return [policy(text)] if kind is None else list(kind.sweep())
 
 
 def sweep(text: str, budget: int) -> list[Criterion]:

@@ -99,6 +99,12 @@ class Decoder:
             **({} if self.quirks == Quirks() else {"quirks": repr(self.quirks)}),
         }
 
+    def steps(self, request: Request) -> int:
+        """Most steps of a request."""
+        open_ = int((~request.given).sum())
+        size = self.policy.size or open_
+        return int(self.policy.budget(torch.tensor([open_]), torch.tensor([-(-open_ // size)])))
+
     def with_steps(self, steps: int) -> Decoder:
         """The same with so many steps.
 

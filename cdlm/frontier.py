@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cdlm import api, generation, hub
-from cdlm.collect import NEEDED, given_spans, text_of, texts_of
+from cdlm.collect import NEEDED, NEEDED_MASKED, given_spans, text_of, texts_of
 from cdlm.config import read_run
 from cdlm.data.store import Rows
+from cdlm.decoding import Decoder
 from cdlm.errors import CdlmError
 from cdlm.evaluation.ar_nll import ar_nll
 from cdlm.evaluation.judge import Judge, features
@@ -26,6 +27,7 @@ from cdlm.hub import Folder
 from cdlm.loop import Request
 from cdlm.prompts import requests
 from cdlm.sampling import Sampler
+from cdlm.signals import check_signals
 from cdlm.system import Precision
 from cdlm.types import Samples
 
@@ -82,7 +84,7 @@ class Bench:
     """A model, a sampler and a judge, with the full-length run that everything is compared with."""
 
     run: str
-    sampler: Sampler
+    sampler: Sampler | Decoder
     """Without a rule."""
     asked: Sequence[Request]
     recording: Recording
@@ -102,7 +104,7 @@ class Bench:
     @cached_property
     def full_calls(self) -> Float[np.ndarray, " m"]:
         """Calls of the full run."""
-        return self.recording.record.nfe[-1].astype(np.float64)
+        return self.recording.record.nfe.max(0).astype(np.float64)
 
     @cached_property
     def _real(self) -> list[list[int]]:
@@ -113,6 +115,19 @@ class Bench:
     def real_features(self) -> Float[np.ndarray, "m w"]:
         """What MAUVE compares samples with."""
         return features(self.scorer.judge, self.real_texts)
+
+    @property
+    def steps(self) -> int:
+        """Of the full run."""
+        return self.recording.record.steps
+
+    def refuses(self, rule: Criterion) -> str:
+        """Why the model has no use for a rule; empty if it has."""
+        try:
+            check_signals(rule.needs, spatial=isinstance(self.sampler, Sampler))
+        except CdlmError as error:
+            return str(error)
+        return ""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -146,12 +161,12 @@ class Bench:
         run = replay(self.recording, rule)
         return Drawn(run.tokens, run.nfe)
 
-    def run_live(self, sampler: Sampler, live: int) -> Drawn:
+    def run_live(self, sampler: Sampler | Decoder, live: int) -> Drawn:
         """The first `live` requests, drawn from the model."""
         samples = self.draw(sampler, live)
         return Drawn(samples.tokens, samples.nfe)
 
-    def draw(self, sampler: Sampler, live: int) -> Samples:
+    def draw(self, sampler: Sampler | Decoder, live: int) -> Samples:
         """The first `live` requests as samples."""
         return generation.draw_spread(self.run, sampler, self.asked[:live], **asdict(self.machine))
 
@@ -183,7 +198,7 @@ MEASURES: dict[str, Callable[[Bench, Drawn], Bootstrap]] = {"ar-nll": _relative_
 
 def open_bench(
     run: str,
-    sampler: Sampler,
+    sampler: Sampler | Decoder,
     n: int,
     machine: Machine,
     *,
@@ -201,7 +216,7 @@ def open_bench(
     asked = requests(None, n, folder.length, folder.tokenizer)
     asked_judge = api.open_judge(judge, data, config, judge_steps, machine.device, machine.progress)
     if recordings is None:
-        bench_sampler = replace(sampler, record=NEEDED)
+        bench_sampler = replace(sampler, record=NEEDED_MASKED if isinstance(sampler, Decoder) else NEEDED)
         samples = generation.draw_spread(run, bench_sampler, asked, **asdict(machine))
         recording = api.recording_of(samples, sampler, folder, machine.precision)
     else:
@@ -210,7 +225,7 @@ def open_bench(
     return Bench(run, sampler, asked, recording, folder.tokenizer, scorer, machine, data.valid, folder.path)
 
 
-def _find(folder: Path, run: Folder, sampler: Sampler, precision: Precision, n: int) -> Recording:
+def _find(folder: Path, run: Folder, sampler: Sampler | Decoder, precision: Precision, n: int) -> Recording:
     weights, length = hub.fingerprint(run.path), run.length
     wanted = {**sampler.settings, "length": length, "precision": precision}
     check_same_model(folder, weights)

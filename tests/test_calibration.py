@@ -188,7 +188,7 @@ def test_broken_files_are_refused_in_one_line(content: str, tmp_path: Path) -> N
 # --- sweeps as text ---
 
 
-@pytest.mark.parametrize("name", sorted(set(RULES) - {"Never", "For", "AfterStep", "And", "Or"}))
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"Full", "Never", "For", "AfterStep", "And", "Or"}))
 @pytest.mark.parametrize("budget", [1, 7, 200])
 def test_a_name_is_its_sweep(name: str, budget: int) -> None:
     assert sweep(name, budget) == sweep(f" {name}(...) ", budget) == list(RULES[name].sweep(budget))
@@ -208,6 +208,7 @@ def test_what_stands_around_a_sweep_stays() -> None:
         ("Patiense(...)", "did you mean Patience"),
         ("KL(..., warm=0.5)", "cannot sweep"),
         ("Never", "no settings to sweep"),
+        ("Full", "no settings to sweep"),
         ("Patience(...) | Entropy(...)", "one rule at a time"),
         ("Patience(..., 3)", "one rule at a time"),
         ("For(..., 3)", "no settings to sweep|one rule"),

@@ -149,7 +149,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "broken config": (write("config.json", b'{"cdlm_format": 1,'), "not valid JSON"),
     "config that is no text": (write("config.json", b"\xff\xfe\x00"), "not valid JSON"),
     "config that is a list": (write("config.json", b"[]"), "not a model of this toolkit"),
-    "foreign config": (write("config.json", b'{"model_type": "gpt2"}'), "not a model of this toolkit"),
+    "foreign config": (write("config.json", b'{"model_type": "gpt2"}'), "model_type is 'gpt2', expected one of"),
     "later format": (edit(lambda c: c.update(cdlm_format=99)), "cdlm_format 1"),
     "no model": (edit(lambda c: c.pop("model")), "model"),
     "model that is no object": (edit(lambda c: c.update(model=3)), "model"),

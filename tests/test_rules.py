@@ -32,6 +32,7 @@ from cdlm.halting import (
     Entropy,
     FixedSteps,
     For,
+    Full,
     JoT,
     Never,
     NormConvergence,
@@ -43,7 +44,7 @@ from cdlm.halting import (
 from cdlm.loop import Request
 from cdlm.sampling import Run, Sampler
 from cdlm.signals import SIGNALS, Glance, Space, first_past, observe
-from cdlm.types import Decision, Finished, Prediction, Rows, StepState, join, take
+from cdlm.types import Decision, Finished, Rows, StepState, join, take
 
 GOLDEN = Path(__file__).parent / "golden" / "diffusion_gemma_stopping"
 N, STEPS = 8, 16
@@ -229,7 +230,7 @@ def test_short_runs_have_sweeps_too(budget: int) -> None:
 
 
 def test_what_cannot_be_swept_says_so() -> None:
-    for family in (Never, For, AfterStep):
+    for family in (Full, Never, For, AfterStep):
         with pytest.raises(CdlmError, match="no settings to sweep"):
             family.sweep(10)
 
@@ -309,6 +310,8 @@ INFINITE = (
     AfterStep(Entropy(1e9), 10**9),
     JoT() & Never(),
     Never() | Never(),
+    Full(),
+    Full() | Never(),
 )
 
 
@@ -739,6 +742,7 @@ atoms = st.one_of(
     st.builds(Patience, st.integers(1, 2)),
     st.builds(FixedSteps, st.integers(1, 6)),
     st.just(Never()),
+    st.just(Full()),
 )
 rules = st.recursive(
     atoms,
@@ -759,6 +763,7 @@ def test_neutral_elements(a: Criterion, walk: list[StepState]) -> None:
     for same in (
         a | Never(),
         Never() | a,
+        a | Full(),
         a & FixedSteps(1),
         FixedSteps(1) & a,
         a & a,
@@ -898,7 +903,7 @@ def test_mistakes_are_named(text: str, advice: str) -> None:
 
 
 def test_every_rule_is_under_test_here_and_can_be_written() -> None:
-    tested = {type(rule).__name__ for rule in (*PLAIN, *FREEZING, Never())} | {"And", "Or"}
+    tested = {type(rule).__name__ for rule in (*PLAIN, *FREEZING, Full(), Never())} | {"And", "Or"}
     assert set(RULES) == tested - ({"And", "Or"} - set(RULES))
 
 
@@ -1014,7 +1019,7 @@ def test_signals_are_what_they_say(seed: int, scale: float, v: int, dtype: torch
     signals, past = observe(frozenset(SIGNALS), seen)
     logits, x0, z, open_ = seen.logits.double(), seen.here.x0.double(), seen.here.z.double(), seen.open
     ordered = logits.sort(-1, descending=True)
-    score = (x0 - z) / seen.t[:, None, None] ** 2 * open_[..., None]
+    score = (x0 - z) / seen.here.t[:, None, None] ** 2 * open_[..., None]
     margin = ordered.values[..., 0] - ordered.values[..., 1]
     assert seen.past.score is not None
     assert seen.past.logits is not None
@@ -1066,7 +1071,7 @@ def test_of_equal_logits_the_first_is_the_token(v: int) -> None:
     seen = a_glance(0, torch.float32, (2, 4, v))
     logits = torch.zeros(2, 4, v)
     logits[1, :, [3, v - 1]] = 1.0
-    signals, _ = observe(frozenset({"tokens", "top1", "top2"}), replace(seen, prediction=Prediction(logits, seen.z)))
+    signals, _ = observe(frozenset({"tokens", "top1", "top2"}), replace(seen, logits=logits))
     assert signals["tokens"].tolist() == [[0] * 4, [3] * 4]
     assert torch.equal(signals["top1"], signals["top2"])
 

@@ -32,9 +32,12 @@ from cdlm.types import Samples
 THINGS, PLACES = ("hat", "ball", "kite", "bird"), ("mat", "roof", "road", "hill", "farm", "boat")
 TEXT = "".join(f"the {a} saw the {b} on the {c}.\n" for a in ("cat", "dog", "fox") for b in THINGS for c in PLACES)
 SMALL = (
-    "--system.width", "16", "--system.depth", "1", "--system.heads", "2", "--system.dim", "8", "--length", "12",
-    "--vocab_size", "266", "--batch_size", "4", "--validation_rows", "4", "--preview", "0", "--training.steps", "2",
-    "--training.accelerator", "cpu", "--quiet",
+    "--system.width", "16", "--system.depth", "1", "--system.heads", "2", "--system.dim", "8", "--batch_size", "4",
+    "--validation_rows", "4", "--preview", "0", "--training.steps", "2", "--training.accelerator", "cpu", "--quiet",
+)  # fmt: skip
+TASK = (
+    "--source", "Arithmetic", "--source.n", "300", "--rows", "filled", "--masking", "Completion()", "--length", "64",
+    "--vocab_size", "280",
 )  # fmt: skip
 
 
@@ -44,7 +47,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     place = tmp_path_factory.mktemp("studies")
     text = place / "text.txt"
     text.write_text(TEXT * 3)
-    main(["train", "--text", str(text), "--out", str(place / "run"), "--cache", str(place / "cache"), *SMALL])
+    own = ("--text", str(text), "--length", "12", "--vocab_size", "266")
+    main(["train", *own, "--out", str(place / "run"), "--cache", str(place / "cache"), *SMALL])
+    return str(place / "run")
+
+
+@pytest.fixture(scope="module")
+def masked_run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A masked model, trained on a task with answers."""
+    place = tmp_path_factory.mktemp("masked")
+    own = ("--out", str(place / "run"), "--cache", str(place / "cache"), "--system", "Masked")
+    main(["train", *TASK, *own, *SMALL])
     return str(place / "run")
 
 
@@ -191,9 +204,16 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "norms": ("--n", "3", "--steps", "5", "--grids", "LogT()", "UniformT()"),
     "norm-causality": ("--n", "3", "--steps", "5", "--factors", "0.5", "2", "--noise", "1", "--at", "0.5"),
     "more-steps": ("--n", "4", "--steps", "8", "--vanilla", "2", "4", "--judge-steps", "1"),
+    "accuracy": tuple(
+        "--n 3 --new-tokens 6 --block 3 --steps 1 2 --rules Full() Patience JoT(3.0)"
+        " --policies Threshold(0.5) EntropyBound".split()
+    ),
 }
+MASKED = {"accuracy"}
+"""Studies of masked models."""
 LINES = {  # lines of the table
     "zero-switch": 3, "patience-sweep": 4, "t-max": 1, "norms": 2, "norm-causality": 1 + 2 + 1 + 2 + 1, "more-steps": 3,
+    "accuracy": 1,
 }  # fmt: skip
 
 
@@ -208,8 +228,9 @@ def test_every_study_is_tried_here_and_has_its_page() -> None:
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_a_study_leaves_a_table_its_numbers_and_a_picture(
-    name: str, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, run: str, masked_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    run = masked_run if name in MASKED else run
     main(["study", name, "--models", run, "--out", str(tmp_path), "--quiet", "true", *SETTINGS[name]])
     printed = capsys.readouterr().out
     table = (tmp_path / f"{name}.md").read_text()

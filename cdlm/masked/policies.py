@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -99,6 +100,11 @@ class Policy(ABC):
     def tokenwise(self) -> bool:
         """Whether it can decode one block alone, as a cache asks for."""
         return True
+
+    @classmethod
+    def sweep(cls, **fixed: Any) -> Sequence[Policy]:
+        """Settings to try, from strict to loose; `fixed` are the parameters not swept."""
+        raise CdlmError(f"{cls.__name__} has no settings to sweep: write it with its arguments")
 
     def suppressed(self, constants: Constants) -> tuple[int, ...]:
         """Tokens that are never proposed, and that no statistic sees."""
@@ -424,6 +430,11 @@ class Threshold(Policy):
         if self.calls is not None:
             require_whole("Threshold", "calls", self.calls)
 
+    @classmethod
+    def sweep(cls, **fixed: Any) -> Sequence[Policy]:
+        taus = (0.999, 0.99, 0.97, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+        return [cls(tau, **fixed) for tau in taus]
+
     def schedule(self, plan: Plan) -> Int[Tensor, " b"] | None:
         return None if self.calls is None else torch.full_like(plan.block, self.calls)
 
@@ -457,6 +468,10 @@ class Factor(Policy):
         require_number("Factor", "f", self.f, 0.0)
         require_block("Factor", self.block)
 
+    @classmethod
+    def sweep(cls, **fixed: Any) -> Sequence[Policy]:
+        return [cls(f, **fixed) for f in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)]
+
     def choose(self, view: View) -> Choice:
         tokens, confidence = proposal(view)
         p = confidence.gather(1, ranked(confidence, view.candidates))
@@ -486,6 +501,10 @@ class EntropyBound(Policy):
     def __post_init__(self) -> None:
         require_number("EntropyBound", "nats", self.nats, 0.0)
         require_block("EntropyBound", self.block)
+
+    @classmethod
+    def sweep(cls, **fixed: Any) -> Sequence[Policy]:
+        return [cls(nats, **fixed) for nats in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -527,6 +546,11 @@ class KLASS(Policy):
         require_number("KLASS", "confidence", self.confidence, 0.0, 1.0)
         require_number("KLASS", "nats", self.nats, 0.0)
         require_block("KLASS", self.block)
+
+    @classmethod
+    def sweep(cls, **fixed: Any) -> Sequence[Policy]:
+        confidence = float(fixed.pop("confidence", 0.6))
+        return [cls(confidence, nats, **fixed) for nats in (1e-5, 1e-4, 1e-3, 0.005, 0.015, 0.05, 0.2, 1.0)]
 
     @property
     def needs(self) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,16 +51,16 @@ class MoreSteps(Judged):
         plain = self._plain(benches)
         rows = [_row(benches[0], VANILLA, steps, d, plain) for steps, d in zip(plain.steps, plain.drawn, strict=True)]
         for bench in benches:
-            rules = sweep(self.rule, bench.sampler.steps)
-            rows += [_row(bench, repr(r), bench.sampler.steps, bench.run_rule(r, self.n), plain) for r in rules]
+            rules = sweep(self.rule, bench.steps)
+            rows += [_row(bench, repr(r), bench.steps, bench.run_rule(r, self.n), plain) for r in rules]
         return rows
 
     def _plain(self, benches: Sequence[Bench]) -> Plain:
         """The vanilla sampler: its own budgets, and the full runs."""
-        full = {b.sampler.steps: Drawn(b.recording.tokens, b.full_calls.astype(np.int64)) for b in benches}
+        full = {b.steps: Drawn(b.recording.tokens, b.full_calls.astype(np.int64)) for b in benches}
         first = benches[0]
         budgets = sorted({*self.vanilla, *full})
-        drawn = [full.get(b) or first.run_live(replace(first.sampler, steps=b), self.n) for b in budgets]
+        drawn = [full.get(b) or first.run_live(first.sampler.with_steps(b), self.n) for b in budgets]
         return Plain(budgets, drawn, [first.score(d.tokens) for d in drawn])
 
 

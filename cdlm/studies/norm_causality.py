@@ -23,7 +23,7 @@ from cdlm.sampling import Sampler
 from cdlm.studies.measures import reached, zero_switch
 from cdlm.studies.norms import NEAR, batches
 from cdlm.studies.picture import Line, Panel
-from cdlm.studies.study import Finding, Study, ends, interval, label
+from cdlm.studies.study import Finding, Sampled, ends, interval, label
 from cdlm.types import Samples
 
 UNTOUCHED = "untouched"
@@ -84,7 +84,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormCausality(Study):
+class NormCausality(Sampled):
     """Do norms decide when tokens settle? Norms are rescaled and noise is injected, and the zero-switch step watched.
 
     Args:

@@ -20,7 +20,7 @@ from cdlm.prompts import requests
 from cdlm.sampling import Run, Sampler
 from cdlm.studies.measures import reached
 from cdlm.studies.picture import Line, Panel
-from cdlm.studies.study import Finding, Study, label
+from cdlm.studies.study import Finding, Sampled, label
 
 NEEDED = frozenset({"z", "score", "z_norm", "x0_norm", "switches"})
 NEAR = 0.99
@@ -35,7 +35,7 @@ Course = dict[str, Float[np.ndarray, "steps m"]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Norms(Study):
+class Norms(Sampled):
     """How state and prediction move: their norms along the way, and the cosines to where they end.
 
     Args:

@@ -53,7 +53,7 @@ class PatienceSweep(Judged):
         drawn = bench.run_rule(Patience(patience), self.n)
         loss = bench.loss(drawn)
         return {
-            "model": label(bench.run), "steps": bench.sampler.steps, "samples": len(drawn.tokens), "patience": patience,
+            "model": label(bench.run), "steps": bench.steps, "samples": len(drawn.tokens), "patience": patience,
             "calls": float(drawn.nfe.mean()), "saved": 1 - float(drawn.nfe.sum() / bench.full_calls.sum()),
             "agreement": bench.agreement(drawn), **ends("loss", loss),
             "loss_upper": loss.upper(self.confidence), "ar_nll": float(bench.score(drawn.tokens).bootstrap().value),

@@ -54,7 +54,6 @@ class Study(ABC):
     Args:
         models: run folders, one or more.
         n: samples of each run.
-        score_temperature: divides the score; below 1 sharpens.
         out: folder for the CSV, the table and the picture.
         batch_size: samples in flight.
         precision: arithmetic of the network.
@@ -65,7 +64,6 @@ class Study(ABC):
 
     models: list[str]
     n: int
-    score_temperature: float
     out: Path = Path("studies")
     batch_size: int = generation.BATCH
     precision: Precision = "fp32"
@@ -82,17 +80,6 @@ class Study(ABC):
         """Where the samples are drawn."""
         return Machine(self.batch_size, self.precision, self.device, self.devices, not self.quiet)
 
-    def sampler(self, steps: int, seed: int, grid: str, record: bool = True) -> Sampler:
-        """Without a rule, with or without what a record needs."""
-        steering = Steering(score_temperature=self.score_temperature)
-        return generation.make_sampler(steps, None, seed, record, grid=grid, steering=steering)
-
-    def draw(self, model: str, sampler: Sampler, prompts: list[str] | None = None) -> Samples:
-        """n samples of each prompt, or of none."""
-        folder = hub.read(model)
-        asked = requests(prompts, self.n, folder.length, folder.tokenizer)
-        return generation.draw_spread(model, sampler, asked, **asdict(self.machine))
-
     def run(self, name: str) -> str:
         """Do the experiment, write NAME.csv, NAME.md and NAME.png into `out`, and return the table."""
         found = self.find()
@@ -104,7 +91,29 @@ class Study(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged(Study):
+class Sampled(Study):
+    """A study of continuous models.
+
+    Args:
+        score_temperature: divides the score; below 1 sharpens.
+    """
+
+    score_temperature: float
+
+    def sampler(self, steps: int, seed: int, grid: str, record: bool = True) -> Sampler:
+        """Without a rule, with or without what a record needs."""
+        steering = Steering(score_temperature=self.score_temperature)
+        return generation.make_sampler(steps, None, seed, record, grid=grid, steering=steering)
+
+    def draw(self, model: str, sampler: Sampler, prompts: list[str] | None = None) -> Samples:
+        """n samples of each prompt, or of none."""
+        folder = hub.read(model)
+        asked = requests(prompts, self.n, folder.length, folder.tokenizer)
+        return generation.draw_spread(model, sampler, asked, **asdict(self.machine))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(Sampled):
     """A study that measures text with a judge.
 
     Args:

@@ -12,7 +12,7 @@ from cdlm import generation
 from cdlm.halting.calibration import Scores
 from cdlm.studies.measures import position_zero_switch, settled_by, zero_switch
 from cdlm.studies.picture import Line, Panel
-from cdlm.studies.study import Finding, Study, column, ends, interval, label
+from cdlm.studies.study import Finding, Sampled, column, ends, interval, label
 
 NOTE = (
     "Zero-switch: the last step, from 1, at which any token of a sample changes; as a share of the steps, mean over"
@@ -31,7 +31,7 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroSwitch(Study):
+class ZeroSwitch(Sampled):
     """When do tokens stop changing? Every model with the first prompt and seed; the first model with all of them.
 
     Args:
