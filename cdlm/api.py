@@ -55,6 +55,12 @@ def recording_of(samples: Samples, sampler: Sampler | Decoder, run: Folder, prec
     """Recorded samples as something to keep and replay, with what is known of the model and the sampler."""
     if samples.record is None:
         raise CdlmError("the samples have no record to keep: draw them with record=True")
+    halted = sum(reason is HaltReason.CRITERION for reason in samples.reason)
+    if halted:
+        raise CdlmError(
+            f"replay needs full-length runs, and {halted} of {len(samples)} samples halted early:"
+            " record without a halting rule"
+        )
     settings = {**sampler.settings, "length": samples.tokens.shape[1], "precision": precision}
     return Recording(
         samples.record, samples.tokens, samples.given, samples.valid, samples.index, samples.seed,
@@ -139,7 +145,7 @@ class Data:
         if tokenizer is None and config.tokenizer:
             tokenizer = load_tokenizer(config.tokenizer)
         if tokenizer is None:
-            tokenizer = train_tokenizer(config.source.documents("train"), config.vocab_size, config.digits)
+            tokenizer = train_tokenizer(config.source.documents("train"), config.vocab_size)
         cache = Path(config.cache).expanduser() / "tokens"
         cut = {"pack": PackedRows, "document": DocumentRows, "filled": FilledRows}[config.rows]
         train = cut(build_store(config.source, "train", tokenizer, cache), config.length)

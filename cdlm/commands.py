@@ -17,6 +17,7 @@ from cdlm.errors import CdlmError
 from cdlm.evaluation.mauve import check as check_mauve
 from cdlm.files import write_text
 from cdlm.frontier import Machine, open_bench
+from cdlm.halting import Full
 from cdlm.halting.calibration import Goal, check_file
 from cdlm.halting.recording import check_same_model, read_folder
 from cdlm.halting.replay import check_kept, check_replayable
@@ -94,7 +95,7 @@ def sample(
         plot: PNG file for switches, norms and angles against the step.
         quiet: show no progress.
     """
-    if record is not None and halt is not None:
+    if record is not None and not isinstance(criterion(halt), Full):
         raise CdlmError("a recording is of full-length runs, on which cdlm replay tries rules: leave out --halt")
     steered = (softmax_temperature, score_temperature, guidance) != (1.0, 1.0, 1.0)
     settings = {

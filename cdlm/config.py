@@ -59,7 +59,6 @@ class RunConfig:
         system: the model: CDCD or Masked, with its settings.
         tokenizer: name or folder of a Hugging Face tokenizer; by default a byte-level BPE is trained on the text.
         vocab_size: tokens of the BPE that is trained.
-        digits: its numbers are split into digits.
         length: positions of a row.
         rows: pack joins documents and cuts rows from them; document gives each its own row, filled too, with the
             end-of-text token as text up to the row's end, so that the model learns where to end.
@@ -76,7 +75,6 @@ class RunConfig:
     system: SystemConfig = field(default_factory=CDCD)
     tokenizer: str | None = None
     vocab_size: int = 480
-    digits: bool = False
     length: int = 64
     rows: Literal["pack", "document", "filled"] = "pack"
     masking: str = DEFAULT_MASKING

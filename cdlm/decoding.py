@@ -185,6 +185,8 @@ class Decoding(Loop[Live]):
         given = torch.stack([request.given for request in requests]).to(self.device)
         valid = stack_masks([request.valid for request in requests], self.device)
         mask_id = self.model.constants.mask_id
+        if valid is not None:  # padding must not read as the mask
+            tokens = tokens.masked_fill(~valid, int(mask_id == 0))
         if bool((given & (tokens == mask_id)).any()):
             raise CdlmError(f"a prompt holds the mask, token {mask_id}: leave it out, or mark what is to be generated")
         if bool(given.all(1).any()):
@@ -200,6 +202,8 @@ class Decoding(Loop[Live]):
             decoder.policy.check(length, self.model.constants)
         plan = plan_of(decoder.policy, ~given, start, end, tokens)
         plan = enter(decoder.policy, plan, ~given, decoder.criterion.waits)
+        if decoder.record and decoder.criterion.waits:
+            self._check_replay(plan, ~given)
         budget = decoder.policy.budget((~given).sum(1), plan.last + 1)
         if decoder.quirks.extra_call and decoder.policy.schedule(plan) is None:
             budget = budget + plan.last + 1
@@ -210,11 +214,26 @@ class Decoding(Loop[Live]):
         cache = None if beside is None else blank(beside.cache, len(index))
         return Live(index, zero, budget, zero, zero, tokens, given, valid, plan, past, memory, fresh, cache)
 
+    def _check_replay(self, plan: Plan, open_: Bool[Tensor, "b n"]) -> None:
+        """Raise if rows idle inside their blocks, which every rule but Never passes over: replay could not tell."""
+        steps = self.decoder.policy.schedule(plan)
+        if steps is None:
+            return
+        for block in range(int(plan.last.max())):
+            masks = (open_ & (plan.block_of == block)).sum(1)
+            if bool(((masks < steps) & (plan.last > block)).any()):
+                raise CdlmError(
+                    f"{self.decoder.policy!r} takes more steps for a block than it has masks, and idle steps cannot be"
+                    " replayed: record with the rule Full(), or take fewer steps"
+                )
+
     def choose(self, live: Live) -> Int[Tensor, " k"] | None:
         if self.decoder.cache is None:
             return None
-        # Rows whose calls have the same shape go together, the largest such group first.
-        shape = torch.where(live.fresh, 0, self._block_end(live) - self._block_start(live))
+        # Rows whose calls have the same shape go together, the largest such group first. Of the others, those whose
+        # block begins their row are apart: nothing stands before it.
+        start = self._block_start(live)
+        shape = torch.where(live.fresh, 0, 2 * (self._block_end(live) - start) + (start == 0))
         largest = Counter(shape.tolist()).most_common(1)[0][0]
         return (shape == largest).nonzero().squeeze(1)
 
@@ -244,7 +263,9 @@ class Decoding(Loop[Live]):
         moved = enter(decoder.policy, plan, open_, decoder.criterion.waits)
         if decoder.quirks.extra_call:
             moved = _where(plan.inner >= 2, moved, plan)
-        fresh = torch.ones_like(carried.fresh) if decoder.cache is None else moved.block != plan.block
+        # Holes in the prompt lie outside every block, so that only whole calls see them.
+        holes = (open_ & (plan.block_of < 0)).any(1)
+        fresh = torch.ones_like(carried.fresh) if decoder.cache is None else (moved.block != plan.block) | holes
         return carried._replace(plan=moved, fresh=fresh, step=carried.step + 1)
 
     def _whole(self, live: Live) -> Seen:
@@ -256,7 +277,10 @@ class Decoding(Loop[Live]):
         elif self.decoder.cfg_scale > 0:
             free = tokens.masked_fill(live.given, self.model.constants.mask_id)
             valid = None if live.valid is None else torch.cat([live.valid, live.valid])
-            told, free = self.model.logits(torch.cat([tokens, free]), valid).chunk(2)
+            both = torch.cat([tokens, free])
+            logits = self.model.logits(both, valid)
+            self._check(logits, both)
+            told, free = logits.chunk(2)
             logits = free + (self.decoder.cfg_scale + 1) * (told - free)
         else:
             logits = self.model.logits(tokens, live.valid)
@@ -296,19 +320,20 @@ class Decoding(Loop[Live]):
         return logits.index_fill(-1, torch.tensor(self.suppressed, device=logits.device), -torch.inf)
 
     def _check(self, logits: Tensor, tokens: Int[Tensor, "b n"]) -> None:
-        most = max(int(tokens.max()), self.model.constants.mask_id, *self.suppressed, 0)
-        doubled = (len(tokens), tokens.shape[1])
-        if logits.ndim != 3 or tuple(logits.shape[:2]) != doubled or logits.shape[2] <= most:
+        constants = self.model.constants
+        most = max(int(tokens.max()), constants.mask_id, constants.eos_id or 0, constants.eot_id or 0)
+        if logits.ndim != 3 or logits.shape[:2] != tokens.shape or logits.shape[2] <= most:
             raise CdlmError(
-                f"the model gave logits of shape {list(logits.shape)}, expected {[*doubled]} and a vocabulary of at"
-                f" least {most + 1}: the tokens, or mask_id, are of another vocabulary"
+                f"the model gave logits of shape {list(logits.shape)}, expected {list(tokens.shape)} and a vocabulary"
+                f" of at least {most + 1}: the tokens, or mask_id and the ends, are of another vocabulary"
             )
 
     def _glance(self, live: Live, seen: Seen, masked: Bool[Tensor, "b n"], whole: bool) -> Glance:
         open_ = masked.gather(1, seen.at)
         span = ~live.given.gather(1, seen.at)
         needs = self.decoder.policy.needs | (self.decoder.asked if whole else frozenset())
-        glance = Glance(seen.logits, open_, span, live.step == 0, live.past, needs)
+        past = live.past if whole else Past(None, None, None)
+        glance = Glance(seen.logits, open_, span, live.step == 0, past, needs)
         if bool((glance.peaks.isnan().any(-1) & open_).any()):
             raise CdlmError("the model gave logits that are not numbers (NaN): its weights or its precision are broken")
         return glance
@@ -318,9 +343,11 @@ class Decoding(Loop[Live]):
         if whole and self.decoder.cache is not None and self.decoder.quirks.first_from_full:
             return Choice(seen.at == self._block_start(live)[:, None], glance.tokens, live.plan.own)
         candidates = glance.open & (block_of <= live.plan.block[:, None])
-        decoder = self.decoder
+        decoder, steps = self.decoder, self.decoder.policy.schedule(live.plan)
+        # Of a schedule the clock is its own, so that steps that are skipped change nothing that is drawn.
+        clock = live.step if steps is None else live.plan.block * steps + live.plan.inner
         view = View(
-            glance, candidates, live.row, live.step, live.plan, decoder.temperature, self.model.constants, self.draws
+            glance, candidates, live.row, clock, live.plan, decoder.temperature, self.model.constants, self.draws
         )
         return decoder.policy.choose(view)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cdlm.cli import main
+from cdlm.hub import read_tokenizer
 
 SUBJECTS = ("the cat", "the dog", "a bird", "a mouse", "the old man", "my sister", "a small fox", "the king")
 PLACES = ("on the mat", "by the river", "in the garden", "under a tree", "near the house", "on the roof")
@@ -41,6 +42,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A trained run."""
     made = Place(tmp_path_factory.mktemp("cli"))
     made.train()
+    return made
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A trained run of a masked model."""
+    made = Place(tmp_path_factory.mktemp("masked"))
+    made.train("--system", "Masked", *SMALL, small=())
     return made
 
 
@@ -116,6 +125,39 @@ def test_prompts_from_a_file_and_texts_on_the_terminal(
     shown = capsys.readouterr().out
     assert shown.count("--- sample") == 2
     assert "the cat" in shown
+
+
+def test_a_masked_model_is_sampled_with_policies(masked: Place, tmp_path: Path) -> None:
+    positions = LENGTH - len(read_tokenizer(masked.run).encode("the cat"))
+    expected = {"": positions, "LLaDA(3)": 3, "Threshold(2.0)": positions, "Threshold(0.0)": 1}
+    for number, (policy, steps) in enumerate(expected.items()):
+        out, more = tmp_path / str(number), ["--policy", policy] if policy else []
+        main(["sample", str(masked.run), "--n", "2", "--prompt", "the cat", "--out", str(out), "--seed", "3", *more])
+        for index, line in enumerate(read(out)):
+            assert line["text"].startswith("the cat")
+            assert line["nfe"] == line["steps"] == steps, policy
+            assert (line["seed"], line["index"], line["given"]) == (3, index, [[0, len("the cat")]])
+            assert len(line["tokens"]) == LENGTH
+            assert 2 not in line["tokens"]  # no mask is left
+
+
+def test_samples_of_a_masked_model_do_not_depend_on_the_batch(masked: Place, tmp_path: Path) -> None:
+    for size in ("1", "3"):
+        main(["sample", str(masked.run), "--n", "4", "--batch_size", size, "--out", str(tmp_path / size)])
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
+
+
+def test_recordings_of_a_masked_model_are_replayed(
+    masked: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, rule = str(masked.run), "FixedSteps(5)"
+    main(["sample", run, "--n", "3", "--record", str(tmp_path / "kept")])
+    capsys.readouterr()
+    main(["replay", str(tmp_path / "kept"), "--halt", rule, "--out", str(tmp_path / "replayed")])
+    assert rule in capsys.readouterr().out
+    main(["sample", run, "--n", "3", "--halt", rule, "--out", str(tmp_path / "live")])
+    (replayed,) = (tmp_path / "replayed").iterdir()
+    assert read(replayed) == read(tmp_path / "live")
 
 
 @pytest.mark.slow
@@ -244,6 +286,11 @@ def test_either_a_new_run_or_an_old_one(place: Place, refused: Callable) -> None
         (["--prompt", "a", "--prompts", "b"], "not both"),
         (["--out", "text.txt/below.jsonl"], "cannot write"),
         (["--plot", "text.txt/plot.png"], "plot.png"),
+        (["--policy", "Threshold(0.9)"], "policy is a setting of masked models"),
+        (["--temperature", "1"], "temperature is a setting of masked models"),
+        (["--cfg_scale", "0"], "cfg_scale is a setting of masked models"),
+        (["--cache", "dual"], "cache is a setting of masked models"),
+        (["--new_tokens", "4"], "new_tokens is a setting of masked models"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -256,6 +303,37 @@ def test_bad_samples(
     (tmp_path / "text.txt").write_text("x")
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out.jsonl")]
     assert message in refused(place.sample, *arguments, *out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps >= 1"),
+        (["--policy", "Treshold(0.9)"], "did you mean Threshold?"),
+        (["--policy", "Threshold(-1.0)"], "tau of at least 0"),
+        (["--policy", "LLaDA(4)", "--steps", "4"], "a policy has its own steps"),
+        (["--policy", "LLaDA(16, block=5)"], "block"),
+        (["--temperature", "-1"], "temperature must be"),
+        (["--cfg_scale", "-1"], "cfg_scale must be"),
+        (["--cache", "dual"], "keeps no keys and values"),
+        (["--new_tokens", "0"], "must be >= 1"),
+        (["--new_tokens", "4", "--length", "9"], "no length"),
+        (["--chat", "true", "--prompt", "a", "--new_tokens", "4"], "no chat template"),
+        (["--prompt", "the <|mask|> sat"], "holds the mask"),
+        (["--halt", "NormConvergence(0.1)"], "a masked model has none"),
+        (["--solver", "Heun()"], "solver is a setting of continuous models"),
+        (["--grid", "LogT()"], "grid is a setting of continuous models"),
+        (["--init_scale", "1"], "init_scale is a setting of continuous models"),
+        (["--guidance", "2"], "a setting of continuous models"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_samples_of_a_masked_model(
+    arguments: list[str], message: str, masked: Place, refused: Callable, tmp_path: Path
+) -> None:
+    call = ["sample", str(masked.run), *arguments, "--out", str(tmp_path / "out.jsonl")]
+    assert message in refused(main, call)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- bad input: the text ---

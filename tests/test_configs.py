@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from cdlm.config import parse_run, read_run
+from cdlm.continuous.cdcd import CDCD
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -18,6 +19,7 @@ def test_every_file_is_a_run_and_survives_a_round_trip(path: Path, tmp_path: Pat
 
 def test_the_published_size_is_the_published_size() -> None:
     config, _ = parse_run(["--config", str(Path(CONFIGS[0]).parent / "ddlm.yaml")])
+    assert isinstance(config.system, CDCD)
     assert (config.system.width, config.system.depth, config.system.dim) == (1024, 8, 256)
     assert (config.system.t_min * 16, config.system.t_max * 16) == (1, 300)
 

@@ -275,7 +275,7 @@ def test_bad_calls_end_with_one_line(argv: list[str], capsys: pytest.CaptureFixt
 
 
 def test_the_numbers_of_the_zero_switch_study_are_those_of_its_samples(run: str, tmp_path: Path) -> None:
-    study = studies.make("zero-switch", models=[run], n=3, steps=5, prompts=["the cat"], seeds=[3], quiet=True)
+    study: Any = studies.make("zero-switch", models=[run], n=3, steps=5, prompts=["the cat"], seeds=[3], quiet=True)
     samples: Samples = study.draw(run, study.sampler(5, 3, "LogT()"), ["the cat"])
     assert samples.record is not None
     counts = samples.record.switch_counts()

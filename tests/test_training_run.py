@@ -93,8 +93,8 @@ def run(
     loader = Loader(act)
     train(
         system or tiny(), loader, valid_batches, masking, TrainOptions(**{**DEFAULTS, **changes}), folder,
-        samples=lambda system: [str(system.embedding.weight.sum().item())], resume=resume, progress=False,
-        context=context,
+        samples=lambda system: [str(system.get_parameter("embedding.weight").sum().item())], resume=resume,
+        progress=False, context=context,
     )  # fmt: skip
     return loader
 
@@ -326,7 +326,7 @@ def test_resuming_a_complete_run_exports_what_was_lost(tmp_path: Path) -> None:
     got: list[Tensor] = []
     train(
         tiny(), Loader(), valid_batches, masking, TrainOptions(**DEFAULTS), tmp_path, progress=False, resume=True,
-        export=lambda average, folder: got.append(average.embedding.weight.clone()),
+        export=lambda average, folder: got.append(average.get_parameter("embedding.weight").clone()),
     )  # fmt: skip
     assert len(got) == 1
     assert torch.equal(got[0], saved(tmp_path)["state_dict"]["average.system.embedding.weight"])

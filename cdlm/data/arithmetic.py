@@ -6,8 +6,8 @@ equation a step, in the order of the story:
     Ann has 12 apples. She buys 3 bags of 4. She loses 5. How many apples has Ann now?
     3 * 4 = 12. 12 + 12 = 24. 24 - 5 = 19. #### 19
 
-Every number is a whole number in 1..99. A problem belongs to the training or the validation split by a hash of its
-reasoning, so no calculation of one split occurs in the other, under whatever names.
+Every number is a whole number from 1 to 99, or to less. A problem belongs to the training or the validation split by a
+hash of its reasoning, so no calculation of one split occurs in the other, under whatever names.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ SEPARATOR = "\n"
 MARK = "####"
 """Stands before the answer, as in GSM8K."""
 LARGEST = 99
-"""Numbers of generated problems lie in 1..LARGEST."""
+"""Numbers of generated problems lie in 1..LARGEST, unless they are asked to be smaller."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ _NUMBER = re.compile(r"(-?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.([0-9]*))?")
 _T = TypeVar("_T")
 
 
-def problems(n: int, seed: int, split: Literal["train", "valid"], steps: tuple[int, ...]) -> Iterator[Problem]:
+def problems(
+    n: int, seed: int, split: Literal["train", "valid"], steps: tuple[int, ...], largest: int = LARGEST
+) -> Iterator[Problem]:
     """`n` problems of a split, the same for the same arguments; fewer are a prefix of more.
 
     Args:
@@ -89,19 +91,27 @@ def problems(n: int, seed: int, split: Literal["train", "valid"], steps: tuple[i
         seed: Of the draws; the split of a problem does not depend on it.
         split: About one calculation in 16 is held out for "valid", whatever its difficulty.
         steps: The difficulties, numbers of equations: problem i has steps[i % len(steps)] of them.
+        largest: No number is above it; at least 10, at most 99. Smaller numbers have fewer sums to learn.
 
     Raises:
-        CdlmError: There is no difficulty, or one below 1.
+        CdlmError: There is no difficulty, or one below 1, or `largest` is out of range.
     """
     check_steps(steps)
+    check_largest(largest)
     rng = np.random.default_rng(seed)
-    return (_draw_until(rng, steps[i % len(steps)], split == "valid") for i in range(n))
+    return (_draw_until(rng, steps[i % len(steps)], split == "valid", largest) for i in range(n))
 
 
 def check_steps(steps: tuple[int, ...]) -> None:
     """Refuse difficulties that no problem has."""
     if not steps or min(steps) < 1:
         raise CdlmError(f"steps: expected one or more numbers of equations, each at least 1, got {steps}")
+
+
+def check_largest(largest: int) -> None:
+    """Refuse a largest number that leaves too few problems, or has too many digits."""
+    if not 10 <= largest <= LARGEST:
+        raise CdlmError(f"largest: expected a number from 10 to {LARGEST}, got {largest}")
 
 
 def answer_of(text: str) -> str | None:
@@ -131,10 +141,10 @@ def grammar_fingerprint() -> str:
     return hashlib.sha256(json.dumps(tables).encode()).hexdigest()
 
 
-def _draw_until(rng: np.random.Generator, steps: int, held_out: bool) -> Problem:
+def _draw_until(rng: np.random.Generator, steps: int, held_out: bool, largest: int) -> Problem:
     """The next problem that belongs to the split."""
     while True:
-        drawn = _problem(rng, steps)
+        drawn = _problem(rng, steps, largest)
         if _is_held_out(drawn.reasoning) == held_out:
             return drawn
 
@@ -143,44 +153,44 @@ def _is_held_out(reasoning: str) -> bool:
     return hashlib.sha256(reasoning.encode()).digest()[0] < _HELD_OUT
 
 
-def _problem(rng: np.random.Generator, steps: int) -> Problem:
+def _problem(rng: np.random.Generator, steps: int, largest: int) -> Problem:
     """Draw one problem, of either split."""
-    name, thing, have = _pick(rng, tuple(_PRONOUN)), _pick(rng, _THINGS), _draw(rng, "start")
+    name, thing, have = _pick(rng, tuple(_PRONOUN)), _pick(rng, _THINGS), _draw(rng, "start", largest)
     told, equations = [f"{name} has {have} {thing}."], []
     while len(equations) < steps:
-        predicate, more, have = _happen(rng, have, steps - len(equations))
+        predicate, more, have = _happen(rng, have, steps - len(equations), largest)
         told.append(f"{_PRONOUN[name]} {predicate}.")
         equations += more
     told.append(f"How many {thing} has {name} now?")
     return Problem(" ".join(told), " ".join(equations), str(have))
 
 
-def _happen(rng: np.random.Generator, have: int, most: int) -> tuple[str, list[str], int]:
+def _happen(rng: np.random.Generator, have: int, most: int, largest: int) -> tuple[str, list[str], int]:
     """An event of at most `most` equations whose numbers stay in range: its words, equations and result."""
     while True:
         event = _pick(rng, _pick(rng, _EVENTS))
         if len(event.operations) <= most:
-            operands = {slot: _draw(rng, slot) for slot in re.findall(r"\{(\w+)\}", event.predicate)}
-            if (computed := _compute(event.operations, {"have": have, **operands})) is not None:
+            operands = {slot: _draw(rng, slot, largest) for slot in re.findall(r"\{(\w+)\}", event.predicate)}
+            if (computed := _compute(event.operations, {"have": have, **operands}, largest)) is not None:
                 return event.predicate.format_map(operands), *computed
 
 
-def _compute(operations: tuple[str, ...], facts: dict[str, int]) -> tuple[list[str], int] | None:
+def _compute(operations: tuple[str, ...], facts: dict[str, int], largest: int) -> tuple[list[str], int] | None:
     """The operations as equations, and the last result; None if a number is not whole or out of range."""
     equations, it = [], 0
     for operation in operations:
         left, sign, right = operation.split()
         a, b = (it if word == "it" else facts[word] if word in facts else int(word) for word in (left, right))
         it = _SIGNS[sign](a, b)
-        if not 1 <= it <= LARGEST or (sign == "/" and a % b):
+        if not 1 <= it <= largest or (sign == "/" and a % b):
             return None
         equations.append(f"{a} {sign} {b} = {it}.")
     return equations, it
 
 
-def _draw(rng: np.random.Generator, slot: str) -> int:
+def _draw(rng: np.random.Generator, slot: str, most: int) -> int:
     smallest, largest = _OPERANDS[slot]
-    return int(rng.integers(smallest, largest + 1))
+    return int(rng.integers(smallest, min(largest, most) + 1))
 
 
 def _pick(rng: np.random.Generator, options: tuple[_T, ...]) -> _T:

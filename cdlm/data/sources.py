@@ -101,22 +101,25 @@ class Arithmetic(Source):
         n: Problems in the training split; the validation split has n // 20 (at least one).
         seed: Fixes both splits.
         steps: Difficulties, numbers of equations, that take turns.
+        largest: No number is above it, 10 to 99.
     """
 
     n: int = 100_000
     seed: int = 0
     steps: tuple[int, ...] = (1, 2, 3)
+    largest: int = arithmetic.LARGEST
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.seed < 0:
             got = f"{self.n} and {self.seed}"
             raise CdlmError(f"Arithmetic: expected n of at least 1 and a seed of at least 0, got {got}")
         arithmetic.check_steps(self.steps)
+        arithmetic.check_largest(self.largest)
 
     def documents(self, split: Split) -> Iterator[str]:
         """One problem a document: the prompt, a line break, the reasoning and the answer."""
         count = self.n if split == "train" else max(1, self.n // 20)
-        return (problem.document for problem in arithmetic.problems(count, self.seed, split, self.steps))
+        return (problem.document for problem in arithmetic.problems(count, self.seed, split, self.steps, self.largest))
 
     def fingerprint(self) -> str:
         """A hash of the settings and the grammar."""

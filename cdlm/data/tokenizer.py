@@ -14,15 +14,12 @@ EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"  # ids 0, 1, 2
 _SMALLEST = 256 + 3  # every byte and the special tokens
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, digits: bool = False) -> "PreTrainedTokenizerFast":
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE tokenizer of exactly `vocab_size` tokens, the three special ones included.
 
     Any Unicode text comes back unchanged from encoding and decoding: there is no normaliser and no added space. The
     special tokens are the end of a document (id 0), padding (1) and the mask (2). The same documents in the same order
     give the same tokenizer.
-
-    Args:
-        digits: Every digit is a token of its own, so that numbers are made of parts that can be learned apart.
 
     Raises:
         CdlmError: The size is below 259 (bytes and special tokens), or the text has too few repetitions for it.
@@ -32,9 +29,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, digits: bool = Fa
     if vocab_size < _SMALLEST:
         raise CdlmError(f"vocab_size must be at least {_SMALLEST} (256 bytes and 3 special tokens), got {vocab_size}")
     backend = Tokenizer(models.BPE())
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    split = pre_tokenizers.Digits(individual_digits=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_]) if digits else bytes_
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

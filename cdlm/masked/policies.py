@@ -48,6 +48,7 @@ class View(NamedTuple):
     """Open positions of the current block and those before it."""
     row: Int[Tensor, " b"]
     step: Int[Tensor, " b"]
+    """Of the schedule, or of the row if there is none."""
     plan: Plan
     temperature: float
     constants: Constants
@@ -577,15 +578,20 @@ def check_blocks(policy: str, length: int, block: int | None, steps: int) -> Non
     size = block or length
     if length % size:
         raise CdlmError(
-            f"{policy} needs a length that is a multiple of its block {size}, got {length}:"
-            f" {length // size * size or size} and {(length // size + 1) * size} fit"
+            f"{policy} needs a length that is a multiple of its block {size}, got {length}: {_near(length, size)}"
         )
     blocks = length // size
     if steps % blocks:
         raise CdlmError(
             f"{policy} needs steps that are a multiple of its {blocks} blocks (length {length}, block {size}),"
-            f" got {steps}: {steps // blocks * blocks or blocks} and {(steps // blocks + 1) * blocks} fit"
+            f" got {steps}: {_near(steps, blocks)}"
         )
+
+
+def _near(value: int, unit: int) -> str:
+    """The multiples beside a value that is none."""
+    below = value // unit * unit
+    return f"{below} and {below + unit} fit" if below else f"{unit} fits"
 
 
 def require_whole(policy: str, name: str, value: object) -> None:

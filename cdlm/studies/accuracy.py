@@ -58,6 +58,7 @@ class Accuracy(Study):
         block: positions of a block, of the base policy.
         problems: JSONL file in the format of GSM8K; without one, generated arithmetic that no training split holds.
         steps: difficulties of the generated problems.
+        largest: of their numbers.
         seed: of the generated problems.
         max_drop: share of the answers that may be lost.
         separator: what stands between prompt and answer.
@@ -70,6 +71,7 @@ class Accuracy(Study):
     block: int | None
     problems: Path | None
     steps: list[int]
+    largest: int
     seed: int
     max_drop: float
     separator: str
@@ -79,7 +81,7 @@ class Accuracy(Study):
         """What is asked."""
         if self.problems is not None:
             return read_problems(self.problems)[: self.n]
-        return list(problems(self.n, self.seed, "valid", tuple(self.steps)))
+        return list(problems(self.n, self.seed, "valid", tuple(self.steps), self.largest))
 
     def find(self) -> Finding:
         rows, table, panels = [], [], []

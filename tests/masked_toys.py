@@ -1,0 +1,147 @@
+"""Masked models small enough to be exact: sums of multiples of a power of two, the same in any order and batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cdlm.decoding import Decoder, Decoding
+from cdlm.loop import Request
+from cdlm.masked.model import Cache, CachedModel, Constants, MaskedModel
+
+VOCAB, MASK, EOS, EOT = 12, 11, 1, 2
+PLAIN, SHIFTED = Constants(MASK, EOS, EOT), Constants(MASK, EOS, EOT, shift=True)
+PLACES, REACH = 16, 2
+
+
+class Toy(CachedModel):
+    """Logits of a position: what its place likes, and what each of its neighbours likes to have beside it.
+
+    A key is a token and nothing else, so decoding with a cache is exact.
+
+    Args:
+        sway: of the neighbours; 0 makes positions independent.
+    """
+
+    def __init__(self, constants: Constants = PLAIN, seed: int = 0, sway: float = 1.0):
+        generator = torch.Generator().manual_seed(seed)
+        self.likes = _dyadic(2.0, PLACES, VOCAB, generator=generator)
+        self.beside = _dyadic(1.5 * sway, 2 * REACH + 1, VOCAB, VOCAB, generator=generator)
+        self.constants, self.calls, self.rows = constants, 0, 0
+
+    def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
+        self.calls, self.rows = self.calls + 1, self.rows + len(tokens)
+        real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+        place = (real.cumsum(1) - 1).clamp(min=0) % PLACES  # of real tokens: padding moves nothing
+        out, n = self.likes[place], tokens.shape[1]
+        for offset in range(-REACH, REACH + 1):
+            there = torch.arange(n) + offset
+            inside = ((there >= 0) & (there < n)) & real[:, there.clamp(0, n - 1)]
+            out = out + self.beside[offset + REACH][tokens[:, there.clamp(0, n - 1)]] * inside[..., None]
+        return out
+
+    def fill(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None
+    ) -> tuple[Float[Tensor, "b n v"], Cache]:
+        return self.logits(tokens, valid), (tokens.clone(),)
+
+    def partial(
+        self,
+        tokens: Int[Tensor, "b q"],
+        slots: Int[Tensor, "b q"],
+        cache: Cache,
+        valid: Bool[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b q v"]:
+        whole = self.logits(cache[0].scatter(1, slots, tokens), valid)
+        return whole.gather(1, slots[..., None].expand(-1, -1, whole.shape[-1]))
+
+
+@dataclass(eq=False)
+class Scripted(MaskedModel):
+    """Logits that are a function of the tokens alone."""
+
+    script: Callable[[Tensor], Tensor]
+    constants: Constants = PLAIN
+
+    def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
+        return self.script(tokens)
+
+
+def _dyadic(size: float, *shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(-(2**16), 2**16 + 1, shape, generator=generator).double() * size / 2**16
+
+
+def confident(p: Sequence[float], vocab: int = VOCAB) -> Tensor:
+    """Logits of positions whose likeliest token, 3, has these probabilities; the others share the rest evenly."""
+    chance = torch.tensor(p, dtype=torch.float64)[:, None]
+    rest = ((1 - chance) / (vocab - 2)).expand(-1, vocab).clone()
+    rest[:, 3:4] = chance
+    rest[:, MASK] = 0.0
+    return rest.log()
+
+
+class Row(NamedTuple):
+    """All that happened to a row."""
+
+    canvases: list[tuple[int, ...]]
+    """After each of its steps; the last is what it leaves with."""
+    nfe: int
+    settled: int
+    reason: str
+    logits: list[Tensor]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.canvases[-1]
+
+    @property
+    def result(self) -> tuple[tuple[int, ...], int, int, str]:
+        return self.tokens, self.nfe, self.settled, self.reason
+
+
+def decoded(model: MaskedModel, decoder: Decoder, requests: Sequence[Request], batch_size: int = 8) -> dict[int, Row]:
+    """Every row, by its index. What holds of every run is checked of each: see `sound`."""
+    rows: dict[int, Row] = {}
+    served = model.rows if isinstance(model, Toy) else 0
+    for finished in Decoding(model, decoder, batch_size).steps(requests):
+        assert finished.canvas is not None
+        assert finished.settled is not None
+        state, leaving = finished.state, iter(finished.tokens.tolist())
+        for i, index in enumerate(state.row.tolist()):
+            before = rows.get(index, Row([], 0, 0, "", []))
+            assert not before.reason, "a row that left came back"
+            assert int(state.step[i]) == len(before.canvases) < int(state.budget[i])
+            done, halted, full = (bool(what[i]) for what in (finished.done, finished.halted, finished.full))
+            assert halted + full <= done
+            canvas = tuple(finished.canvas[i].tolist())
+            assert not done or canvas == tuple(next(leaving))
+            reason = "halted" if halted else "full" if full else "budget" if done else ""
+            seen = [*before.logits, *([state.logits[i]] if "logits" in state.signals else [])]
+            calls, settled = int(state.nfe[i]), int(finished.settled[i])
+            rows[index] = Row([*before.canvases, canvas], calls, settled, reason, seen)
+        assert next(leaving, None) is None
+    if isinstance(model, Toy):
+        assert model.rows - served == sum(row.nfe for row in rows.values())
+    for request in requests:
+        sound(rows[request.index], request, decoder, model.constants)
+    return rows
+
+
+def sound(row: Row, request: Request, decoder: Decoder, constants: Constants) -> None:
+    """What is decided or given stays, nothing is left open, and calls are counted as they are made."""
+    assert row.reason
+    given = request.given.tolist()
+    before = [t if g else constants.mask_id for t, g in zip(request.tokens.tolist(), given, strict=True)]
+    settled = 0
+    for step, canvas in enumerate(row.canvases):
+        assert all(old in (new, constants.mask_id) for old, new in zip(before, canvas, strict=True))
+        ends = [i for i, token in enumerate(canvas) if token == constants.eos_id and not given[i]]
+        if not settled and constants.mask_id not in canvas[: min(ends, default=len(canvas))]:
+            settled = (step + 1) * decoder.calls
+        assert row.reason != "full" or (constants.mask_id in canvas) == (step < len(row.canvases) - 1)
+        before = list(canvas)
+    assert constants.mask_id not in row.tokens
+    assert (row.settled, row.nfe) == (settled, len(row.canvases) * decoder.calls)

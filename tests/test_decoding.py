@@ -1,0 +1,650 @@
+"""Laws of decoding with a masked model, for every policy and every rule, bit for bit on a toy that is exact."""
+
+import math
+from collections.abc import Sequence
+from functools import cache, reduce
+from operator import or_
+from typing import Any, Literal, TypeGuard
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from masked_toys import EOS, MASK, PLAIN, SHIFTED, VOCAB, Row, Scripted, Toy, confident, decoded
+from tiny import GOLDEN, Tiny
+from torch import Tensor
+
+from cdlm.decoding import Decoder, Decoding
+from cdlm.errors import CdlmError
+from cdlm.halting import (
+    KL,
+    AfterStep,
+    AngleConvergence,
+    Criterion,
+    Entropy,
+    FixedSteps,
+    For,
+    Full,
+    JoT,
+    Never,
+    NormConvergence,
+    Patience,
+    Prophet,
+    SchED,
+    StableAndConfident,
+)
+from cdlm.loop import Request
+from cdlm.masked.model import Constants
+from cdlm.masked.policies import KLASS, Dream, DreamThreshold, EntropyBound, Factor, LLaDA, Policy, Threshold
+from cdlm.prompts import canvases
+
+INF, LENGTH = math.inf, 8
+
+POLICIES: tuple[Policy, ...] = (
+    LLaDA(8),
+    LLaDA(4),
+    LLaDA(12),
+    LLaDA(8, block=4),
+    LLaDA(4, block=2),
+    LLaDA(16, block=4),
+    LLaDA(8, remasking="random"),
+    LLaDA(4, block=4, remasking="random"),
+    LLaDA(8, eos_last=True),
+    LLaDA(8, block=4, no_eos=True),
+    Dream(8),
+    Dream(5),
+    Dream(11),
+    Dream(8, "origin"),
+    Dream(6, "maskgit_plus"),
+    Dream(8, "topk_margin", top_p=0.9, top_k=5),
+    Dream(8, alg_temp=0.5),
+    Dream(8, block=4),
+    DreamThreshold(8, 0.5),
+    DreamThreshold(4, 0.9),
+    Threshold(0.6),
+    Threshold(0.5, block=4),
+    Factor(2.0),
+    Factor(1.0, block=4),
+    EntropyBound(1.0),
+    EntropyBound(0.5, block=4),
+    KLASS(0.4, 0.5),
+    KLASS(0.3, 1.0, block=4),
+)
+STRICT: tuple[Criterion, ...] = (
+    Prophet(INF, INF, INF),
+    Prophet(INF, INF, INF, region=(2, 5)),
+    SchED(INF, INF),
+    SchED(INF, INF, "linear", variant="paper"),
+    JoT(1e30, 1e29),
+    Patience(99),
+    Entropy(1e-300),  # below what a mean can be
+    KL(1e-300),
+    StableAndConfident(99),
+    FixedSteps(99),
+    For(Prophet(0.0, 0.0, 0.0), 99) | Patience(99),
+    FixedSteps(1) & SchED(INF, INF),
+)
+MIDDLE: tuple[Criterion, ...] = (
+    Prophet(1.3, 0.9, 0.7),
+    Prophet(1.5, 1.0, 0.7, region=(2, 5)),
+    SchED(1.0, 0.2),
+    SchED(1.5, 0.6, "linear", variant="paper"),
+    Patience(2),
+    Entropy(1.3),
+    KL(0.05, warmup=0.1),
+    StableAndConfident(1, 1.6),
+    FixedSteps(4),
+    Patience(1) & Entropy(1.6),
+    For(Prophet(1.5, 1.5, 1.5), 2) | FixedSteps(6),
+)
+JOTS: tuple[Criterion, ...] = (JoT(20.0, 2.0), AfterStep(JoT(5.0), 3) | Patience(3))
+
+every_policy = pytest.mark.parametrize("policy", POLICIES, ids=repr)
+both_temperatures = pytest.mark.parametrize("temperature", [0.0, 0.7])
+
+
+def asked(n: int = 1) -> list[Request]:
+    """Prompts of different lengths, one with a hole, and a token that is given among those to generate."""
+    return canvases([[3, 4, 5], [6], [7, None, 8]], LENGTH, n, constraints={5: 9})
+
+
+def scheduled(policy: Policy) -> TypeGuard[LLaDA | Dream]:
+    return isinstance(policy, LLaDA | Dream)
+
+
+@cache
+def plain(policy: Policy, temperature: float = 0.0, rule: Criterion | None = None) -> dict[int, Row]:
+    """The run without a rule, or that of another, with its logits."""
+    record = frozenset({"logits"})
+    return decoded(Toy(), Decoder(policy, rule or Full(), temperature, record=record), asked())
+
+
+def same(one: dict[int, Row], two: dict[int, Row]) -> bool:
+    return {i: row[:4] for i, row in one.items()} == {i: row[:4] for i, row in two.items()}
+
+
+# --- thresholds that nothing reaches ---
+
+
+@pytest.mark.parametrize("rule", STRICT, ids=repr)
+def test_a_rule_that_nothing_reaches_is_the_plain_run(rule: Criterion) -> None:
+    # Full is the plain run: every rule includes it. Never also takes the steps in which nothing may change.
+    for policy in POLICIES[STRICT.index(rule) % 3 :: 5]:
+        assert same(decoded(Toy(), Decoder(policy, rule), asked()), plain(policy)), policy
+
+
+@every_policy
+@both_temperatures
+def test_nor_do_all_of_them_together_change_any_policy(policy: Policy, temperature: float) -> None:
+    rule = reduce(or_, STRICT)
+    assert same(decoded(Toy(), Decoder(policy, rule, temperature), asked()), plain(policy, temperature))
+
+
+@every_policy
+@both_temperatures
+def test_to_stop_when_full_costs_no_more_and_changes_no_text(policy: Policy, temperature: float) -> None:
+    full, never = plain(policy, temperature), plain(policy, temperature, Never())
+    for i, row in full.items():
+        assert row.tokens == never[i].tokens
+        assert row.nfe <= never[i].nfe
+        assert never[i].nfe == policy.steps if scheduled(policy) else row.nfe
+        assert never[i].reason == ("budget" if scheduled(policy) else "full")
+
+
+def test_full_leaves_out_the_idle_steps_alone() -> None:
+    # Blocks of 4 in 8 steps each: 4 are idle in the first, 5 in the second, where one position is given.
+    assert [row.nfe for row in plain(LLaDA(16, block=4), 0.0, Never()).values()] == [16, 16, 16]
+    assert [row.nfe for row in plain(LLaDA(16, block=4)).values()] == [7, 7, 8]
+
+
+# --- thresholds that everything reaches ---
+
+
+def first_quiet(row: Row) -> int | None:
+    """The first step, from 0, at which no open position's argmax differs from the step before."""
+    for step in range(1, len(row.canvases)):
+        open_ = torch.tensor(row.canvases[step - 1]) == MASK
+        if bool((row.logits[step].argmax(-1) == row.logits[step - 1].argmax(-1))[open_].all()):
+            return step
+    return None
+
+
+AT_ONCE: tuple[Criterion, ...] = (
+    Prophet(-INF, -INF, -INF),
+    Prophet(-INF, -INF, -INF, region=(1, 3)),
+    SchED(-INF, -INF, variant="paper"),
+    Entropy(1e9),
+    StableAndConfident(0, 1e9),
+    FixedSteps(1),
+    JoT(0.5, 0.4),
+    Prophet(-INF, -INF, -INF) & FixedSteps(1),
+    Prophet(INF, INF, INF) | Entropy(1e9),
+)
+AT_FIRST_QUIET: tuple[Criterion, ...] = (
+    SchED(-INF, -INF),
+    Patience(1),
+    SchED(-INF, -INF) & Prophet(-INF, -INF, -INF),
+)
+
+
+@every_policy
+def test_what_is_reached_at_once_ends_at_the_first_call(policy: Policy) -> None:
+    for rule in AT_ONCE:
+        for row in decoded(Toy(), Decoder(policy, rule), asked()).values():
+            assert (row.nfe, row.reason) == (1, "full" if rule.freezes else "halted"), rule
+
+
+@every_policy
+@both_temperatures
+def test_what_waits_for_a_quiet_step_ends_there(policy: Policy, temperature: float) -> None:
+    base = plain(policy, temperature)
+    for rule in AT_FIRST_QUIET:
+        for i, row in decoded(Toy(), Decoder(policy, rule, temperature), asked()).items():
+            step = first_quiet(base[i])
+            expected = (base[i].nfe, base[i].reason) if step is None else (step + 1, "halted")
+            assert (row.nfe, row.reason) == expected, rule
+
+
+def test_sched_ends_dream_at_the_second_call_since_the_first_commits_nothing() -> None:
+    for row in decoded(Toy(), Decoder(Dream(8), SchED(-INF, -INF)), canvases([[3, 4]], 8, n=3)).values():
+        assert (row.nfe, row.reason) == (2, "halted")
+
+
+@every_policy
+def test_a_divergence_needs_a_step_before_it(policy: Policy) -> None:
+    base = plain(policy)
+    for i, row in decoded(Toy(), Decoder(policy, KL(1e9, warmup=0.0)), asked()).items():
+        assert row.nfe == min(2, base[i].nfe)
+
+
+# --- rows and batches ---
+
+
+def alone(model: Toy, decoder: Decoder, requests: Sequence[Request]) -> dict[int, Row]:
+    return {request.index: decoded(model, decoder, [request], 1)[request.index] for request in requests}
+
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.7},
+    {"cfg_scale": 0.8},
+    {"temperature": 1.2, "cfg_scale": 2.0},
+)
+
+
+@every_policy
+def test_a_row_is_the_same_in_any_batch(policy: Policy) -> None:
+    rules, at = (Full(), Never(), *MIDDLE, *JOTS), POLICIES.index(policy)
+    for i in range(4):  # the policies take turns, so that all rules come up with many of them
+        decoder = Decoder(policy, rules[(4 * at + i) % len(rules)], **SETTINGS[i])
+        model = Toy(SHIFTED if isinstance(policy, Dream | DreamThreshold) else PLAIN)
+        assert same(decoded(model, decoder, asked(), batch_size=2), alone(model, decoder, asked())), decoder
+
+
+@settings(max_examples=12)
+@given(
+    policy=st.sampled_from(POLICIES), rule=st.sampled_from((*MIDDLE, *JOTS)), temperature=st.sampled_from([0.0, 1.0]),
+    order=st.permutations(range(6)), batch_size=st.integers(1, 7), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_order_and_batch_size_do_not_matter(
+    policy: Policy, rule: Criterion, temperature: float, order: list[int], batch_size: int, seed: int
+) -> None:
+    decoder, requests = Decoder(policy, rule, temperature, seed=seed), asked(2)
+    one = decoded(Toy(seed=seed), decoder, [requests[i] for i in order], batch_size)
+    assert same(one, decoded(Toy(seed=seed), decoder, requests, 6))
+
+
+@every_policy
+def test_padding_changes_nothing(policy: Policy) -> None:
+    rules = (Full(), *MIDDLE, *JOTS)
+    rule = rules[POLICIES.index(policy) % len(rules)]
+    prompts = [[3, 4, 5], [6], [7, None]]
+    padded = decoded(Toy(), Decoder(policy, rule, 0.7), canvases(prompts, LENGTH))
+    for i, prompt in enumerate(prompts):
+        row = decoded(Toy(), Decoder(policy, rule, 0.7), canvases([prompt], LENGTH, first=i))[i]
+        assert padded[i].tokens[3 - len(prompt) :] == row.tokens
+        assert padded[i].result[1:] == row.result[1:]
+
+
+def test_padding_on_the_right_changes_nothing_either() -> None:
+    tokens = torch.tensor([3, 4, 0, 0, 0, 0, 0, 0])
+    given_, valid = torch.arange(8) < 2, torch.arange(8) < 6
+    padded = Request(0, tokens, given_ | ~valid, valid)
+    short = Request(0, tokens[:6], given_[:6])
+    for policy in (LLaDA(4, block=2), Dream(4), Threshold(0.5, block=2)):
+        for rule in (Full(), *MIDDLE, *JOTS):
+            if isinstance(rule, Prophet) and rule.region:
+                continue  # it does not fit
+            decoder = Decoder(policy, rule, 0.7)
+            one, two = decoded(Toy(), decoder, [padded])[0], decoded(Toy(), decoder, [short])[0]
+            assert (one.tokens[:6], *one.result[1:]) == (two.tokens, *two.result[1:]), decoder
+
+
+def test_padding_that_reads_as_the_mask_is_no_mask() -> None:
+    rows = decoded(Toy(Constants(0)), Decoder(LLaDA(4)), canvases([[3], [4, 5]], 4))
+    assert [row.nfe for row in rows.values()] == [4, 4]
+
+
+def test_samples_of_a_prompt_differ_by_their_index_and_seed_alone() -> None:
+    def texts(seed: int, first: int) -> list[tuple[int, ...]]:
+        decoder = Decoder(LLaDA(8, remasking="random"), temperature=1.5, seed=seed)
+        return [row.tokens for _, row in sorted(decoded(Toy(), decoder, canvases([[3]], 8, 4, first=first)).items())]
+
+    assert len({*texts(0, 0), *texts(1, 0)}) == 8
+    assert texts(0, 2)[:2] == texts(0, 0)[2:]
+
+
+# --- a run that halts is a prefix ---
+
+
+@both_temperatures
+@pytest.mark.parametrize("rule", MIDDLE, ids=repr)
+def test_a_halted_row_is_a_prefix_filled_with_the_likeliest(rule: Criterion, temperature: float) -> None:
+    halted = 0
+    for policy in POLICIES[MIDDLE.index(rule) % 4 :: 4]:
+        base = plain(policy, temperature)
+        for i, row in plain(policy, temperature, rule).items():
+            steps = len(row.canvases)
+            assert all(torch.equal(a, b) for a, b in zip(row.logits, base[i].logits[:steps], strict=True))
+            if row.reason != "halted":
+                assert row[:4] == base[i][:4]
+                continue
+            assert row.canvases[:-1] == base[i].canvases[: steps - 1]
+            before = (
+                torch.tensor(row.canvases[-2]) if steps > 1 else asked()[i].tokens.masked_fill(~asked()[i].given, MASK)
+            )
+            assert row.tokens == tuple(torch.where(before == MASK, row.logits[-1].argmax(-1), before).tolist())
+            halted += steps < len(base[i].canvases)
+    assert halted >= 3
+
+
+@both_temperatures
+def test_a_rule_that_freezes_leaves_the_run_alone_until_it_does(temperature: float) -> None:
+    for policy in POLICIES[::3]:
+        base, late = plain(policy, temperature), plain(policy, temperature, AfterStep(JoT(5.0), 4))
+        assert all(row.canvases[:3] == base[i].canvases[:3] for i, row in late.items())
+
+
+# --- calls ---
+
+
+@every_policy
+def test_freezing_never_costs_a_call(policy: Policy) -> None:
+    # Where positions do not hang together: else other contexts can make a threshold's positions less sure.
+    model, drawn = Toy(sway=0.0), isinstance(policy, Dream) and (policy.alg == "origin" or policy.alg_temp is not None)
+    for rule in (JoT(20.0, 2.0), JoT(3.0)):
+        base = decoded(model, Decoder(policy, Never() if drawn else Full()), asked())
+        for i, row in decoded(model, Decoder(policy, rule), asked()).items():
+            assert row.nfe <= base[i].nfe
+    if scheduled(policy):
+        rows = plain(policy, 0.0, JoT(20.0, 2.0)).values()
+        assert all(row.nfe <= policy.steps for row in rows)
+
+
+def test_freezing_saves_calls_and_reaches_into_later_blocks() -> None:
+    logits = confident([0.2, 0.2, 0.99, 0.3])
+    model = Scripted(lambda tokens: logits.expand(len(tokens), -1, -1))
+    row = decoded(model, Decoder(LLaDA(4, block=2), JoT(50.0, 40.0)), canvases([[]], 4))[0]
+    assert row.canvases == [(3, MASK, 3, MASK), (3, 3, 3, MASK), (3, 3, 3, 3)]
+
+
+@every_policy
+def test_guidance_costs_two_calls_a_step(policy: Policy) -> None:
+    model = Toy()
+    rows = decoded(model, Decoder(policy, Full(), cfg_scale=1.5), asked())
+    assert all(row.nfe == 2 * len(row.canvases) for row in rows.values())
+    assert model.rows == sum(row.nfe for row in rows.values())
+    assert model.calls == max(len(row.canvases) for row in rows.values())
+
+
+def test_guidance_pulls_away_from_what_is_said_without_the_prompt() -> None:
+    model, request = Toy(), canvases([[3, 4]], 6)
+    decoder = Decoder(LLaDA(6), cfg_scale=1.5, record=frozenset({"logits"}))
+    row = decoded(model, decoder, request)[0]
+    told = model.logits(torch.tensor([[3, 4] + [MASK] * 6]))
+    free = model.logits(torch.tensor([[MASK] * 8]))
+    wanted = (free + 2.5 * (told - free))[0].index_fill(-1, torch.tensor(MASK), -INF)
+    assert torch.equal(row.logits[0], wanted)
+
+
+def test_a_shifted_model_is_read_one_place_to_the_left() -> None:
+    record = frozenset({"logits"})
+    row = decoded(Toy(SHIFTED), Decoder(Dream(6), record=record), canvases([[3, 4]], 6))[0]
+    raw = Toy().logits(torch.tensor([[3, 4] + [MASK] * 6]))[0].index_fill(-1, torch.tensor(MASK), -INF)
+    assert torch.equal(row.logits[0], raw[[0, 0, 1, 2, 3, 4, 5, 6]])
+
+
+def test_why_rows_leave() -> None:
+    def reasons(policy: Policy, rule: Criterion) -> set[str]:
+        return {row.reason for row in decoded(Toy(), Decoder(policy, rule), asked()).values()}
+
+    assert reasons(LLaDA(8), Never()) == {"budget"}
+    assert reasons(LLaDA(8), Full()) == {"full"}
+    assert reasons(LLaDA(8), FixedSteps(8)) <= {"halted", "full"}
+    assert reasons(LLaDA(8), FixedSteps(7)) <= {"halted", "full"}
+    assert reasons(Threshold(0.0), Never()) == {"full"}
+    assert reasons(Threshold(0.0), FixedSteps(1)) == {"halted"}  # a row that is halted and full is halted
+
+
+def test_text_is_settled_when_nothing_is_open_before_its_first_end() -> None:
+    # Sure of every place but the first two, and of an end at the third.
+    logits = confident([0.5, 0.6, 0.99, 0.98, 0.97, 0.96])
+    logits[2, [3, EOS]] = logits[2, [EOS, 3]]
+    model = Scripted(lambda tokens: logits.expand(len(tokens), -1, -1))
+    row = decoded(model, Decoder(LLaDA(6)), canvases([[]], 6))[0]
+    assert row.tokens == (3, 3, EOS, 3, 3, 3)
+    assert (row.settled, row.nfe) == (6, 6)  # the two before the end are the last to be decided
+    row = decoded(model, Decoder(LLaDA(6, block=2)), canvases([[]], 6))[0]
+    assert (row.settled, row.nfe) == (3, 6)
+    row = decoded(model, Decoder(LLaDA(6, block=2), cfg_scale=1.0), canvases([[]], 6))[0]
+    assert (row.settled, row.nfe) == (6, 12)
+    assert decoded(model, Decoder(LLaDA(5)), canvases([[EOS]], 5))[0].settled == 5  # a prompt's end is none
+
+
+# --- the cache ---
+
+BLOCKS: tuple[Policy, ...] = (
+    LLaDA(8, block=4),
+    LLaDA(4, block=2),
+    LLaDA(16, block=4),
+    LLaDA(8, block=4, remasking="random"),
+    LLaDA(8),
+    Dream(8, block=4),
+    Dream(8, "origin", block=2),
+    Dream(8, "maskgit_plus", 0.5, block=4, top_p=0.9),
+    Threshold(0.5, block=4),
+    Threshold(0.5, block=3),  # the last block is shorter
+    Threshold(0.6),
+    Factor(1.0, block=2),
+    EntropyBound(0.5, block=4),
+)
+CACHES: tuple[Literal["prefix", "dual"], ...] = ("prefix", "dual")
+both_caches = pytest.mark.parametrize("kind", CACHES)
+
+
+@both_caches
+@pytest.mark.parametrize("policy", BLOCKS, ids=repr)
+@pytest.mark.parametrize("constants", [PLAIN, SHIFTED], ids=["plain", "shifted"])
+def test_where_keys_do_not_change_the_cache_changes_nothing(kind: Any, policy: Policy, constants: Constants) -> None:
+    requests = canvases([[3, 4, 5], [6], [7, 8]], LENGTH, constraints={5: 9})
+    for rule, temperature in ((Full(), 0.0), (Never(), 0.7)):
+        whole = decoded(Toy(constants), Decoder(policy, rule, temperature), requests)
+        cached = Decoder(policy, rule, temperature, cache=kind)
+        assert same(decoded(Toy(constants), cached, requests, 2), whole)
+
+
+@both_caches
+@pytest.mark.parametrize("policy", [LLaDA(4), Dream(4, block=2), Threshold(0.6, block=2)], ids=repr)
+def test_a_hole_in_the_prompt_is_filled_with_a_cache_too(kind: Any, policy: Policy) -> None:
+    requests = canvases([[3, None, 4, None, 5]], 4)
+    for seed in range(4):
+        whole = decoded(Toy(seed=seed), Decoder(policy), requests)
+        assert MASK not in decoded(Toy(seed=seed), Decoder(policy, cache=kind), requests)[0].tokens
+        assert same(decoded(Toy(seed=seed), Decoder(policy, cache=kind), requests), whole)
+
+
+@both_caches
+def test_a_shifted_row_that_starts_at_once_changes_none_beside_it(kind: Any) -> None:
+    requests = canvases([[]], LENGTH, 4)
+    for seed in (3, 4, 6):
+        decoder = Decoder(Threshold(0.5, block=2), temperature=0.7, cache=kind, seed=seed)
+        model = Toy(SHIFTED, seed)
+        assert same(decoded(model, decoder, requests, 3), alone(model, decoder, requests))
+
+
+@both_caches
+@pytest.mark.parametrize("rule", [*MIDDLE, *JOTS], ids=repr)
+def test_rules_with_a_cache_leave_rows_alone(kind: Any, rule: Criterion) -> None:
+    requests = canvases([[3, 4, 5], [6]], LENGTH, 2)
+    for policy in (LLaDA(8, block=2), Threshold(0.5, block=2)):
+        decoder = Decoder(policy, rule, 0.5, cache=kind)
+        assert same(decoded(Toy(), decoder, requests, 3), alone(Toy(), decoder, requests))
+
+
+@both_caches
+def test_with_a_cache_rules_look_at_whole_calls_alone(kind: Any) -> None:
+    one_a_step = Threshold(1.1, block=4)
+    for steps, calls in ((1, 1), (2, 5), (5, 5), (6, 8)):
+        row = decoded(Toy(), Decoder(one_a_step, FixedSteps(steps), cache=kind), canvases([[3]], 8))[0]
+        assert (row.nfe, row.reason) == (calls, "full" if calls == 8 else "halted")
+
+
+def tiny(running: bool = False) -> Tiny:
+    return Tiny(GOLDEN / "models" / "tiny_sharp.safetensors", Constants(63, 1, shift=running), running)
+
+
+@both_caches
+@pytest.mark.parametrize("running", [False, True])
+def test_the_call_that_fills_the_cache_is_a_whole_one(kind: Any, running: bool) -> None:
+    requests = canvases([[5, 9, 12], [7]], 12)
+    for policy in (Threshold(0.0), LLaDA(1), Dream(1)):  # one call
+        whole = decoded(tiny(running), Decoder(policy), requests)
+        assert same(decoded(tiny(running), Decoder(policy, cache=kind), requests), whole)
+    for policy in (Threshold(0.6), LLaDA(12), Dream(12)):  # one block
+        whole, cached = tiny(running), tiny(running)
+        first = decoded(whole, Decoder(policy), requests), decoded(cached, Decoder(policy, cache=kind), requests)
+        for i in range(2):
+            assert first[0][i].canvases[0] == first[1][i].canvases[0]
+
+
+@both_caches
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("policy", [LLaDA(12, block=4), Threshold(0.7, block=4), Dream(12, block=4)], ids=repr)
+def test_rows_of_a_cache_in_flight_are_what_they_are_alone(kind: Any, running: bool, policy: Policy) -> None:
+    prompts = [[5, 9, 12], [7], [3, 8, 20, 21, 22], [30, 31]]
+    requests, decoder = canvases(prompts, 12), Decoder(policy, temperature=0.3, cache=kind)
+    together = decoded(tiny(running), decoder, requests, 3)
+    for i, request in enumerate(requests):
+        row = decoded(tiny(running), decoder, [request], 1)[i]
+        assert row.result == together[i].result
+        if running:  # positions count real tokens, so padding moves nothing
+            bare = decoded(tiny(running), decoder, canvases([prompts[i]], 12, first=i), 1)[i]
+            assert bare.tokens == row.tokens[5 - len(prompts[i]) :]
+
+
+@both_caches
+def test_a_cache_computes_a_block_and_not_the_row(kind: Any) -> None:
+    widths: list[int] = []
+
+    class Watched(Toy):
+        def partial(self, tokens: Tensor, slots: Tensor, cache: Any, valid: Tensor | None = None) -> Tensor:
+            widths.append(tokens.shape[1])
+            return super().partial(tokens, slots, cache, valid)
+
+    decoded(Watched(), Decoder(LLaDA(6, block=3), cache=kind), canvases([[3, 4]], 6))
+    assert widths == ([3] * 4 if kind == "dual" else [6, 6, 3, 3])
+    widths.clear()
+    decoded(Watched(SHIFTED), Decoder(LLaDA(6, block=3), cache=kind), canvases([[3, 4]], 6))
+    assert widths == ([4] * 4 if kind == "dual" else [7, 7, 4, 4])  # and what predicts the block's first position
+
+
+# --- bad input, each refused in one line ---
+
+
+FLAT = Scripted(lambda tokens: torch.zeros(*tokens.shape, VOCAB, dtype=torch.float64))
+
+
+def refused(policy: Policy, prompts: Any, length: int = 8, model: Any = None, **settings_: Any) -> str:
+    with pytest.raises(CdlmError) as caught:
+        decoded(model or Toy(), Decoder(policy, **settings_), canvases(prompts, length))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_prompts_that_cannot_be_continued() -> None:
+    assert f"holds the mask, token {MASK}" in refused(LLaDA(8), [[3, MASK]])
+    with pytest.raises(CdlmError, match="leaves nothing to generate"):
+        decoded(Toy(), Decoder(LLaDA(2)), canvases([[3]], 2, constraints={0: 4, 1: 5}))
+    wrong: list[tuple[list[Any], str]] = [
+        ([[], 4], "no prompts"),
+        ([[[3]], 0], "length is the number of tokens to generate"),
+        ([[[3]], -1], "length is the number of tokens to generate"),
+        ([[[3]], 4, 0], "n is the number of samples"),
+        ([[[3, -2]], 4], "-2, which is no token"),
+        ([[[3]], 4, 1, {4: 5}], "a constraint at 4 lies outside"),
+        ([[[3]], 4, 1, {-1: 5}], "a constraint at -1"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(CdlmError, match=message):
+            canvases(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("policy", "length", "message"),
+    [
+        (LLaDA(8, block=4), 10, "multiple of its block 4, got 10: 8 and 12 fit"),
+        (Dream(8, block=4), 10, "multiple of its block 4, got 10: 8 and 12 fit"),
+        (LLaDA(6, block=2), 8, "multiple of its 4 blocks (length 8, block 2), got 6: 4 and 8 fit"),
+        (Dream(6, block=2), 8, "multiple of its 4 blocks (length 8, block 2), got 6: 4 and 8 fit"),
+        (LLaDA(8, block=8), 5, "multiple of its block 8, got 5: 8 fits"),
+        (LLaDA(3, block=2), 8, "multiple of its 4 blocks (length 8, block 2), got 3: 4 fits"),
+        (DreamThreshold(3), 8, "divides the length 8, got 3: these do: 1, 2, 4, 8"),
+    ],
+)  # fmt: skip
+def test_lengths_and_steps_that_do_not_fit_each_other(policy: Policy, length: int, message: str) -> None:
+    assert message in refused(policy, [[3]], length)
+
+
+def test_a_broken_model() -> None:
+    def broken(tokens: Tensor) -> Tensor:
+        logits = torch.zeros(*tokens.shape, VOCAB)
+        logits[-1, -1, 4] = math.nan
+        return logits
+
+    for policy in (LLaDA(8), Dream(8), Threshold(), KLASS()):
+        assert "not numbers" in refused(policy, [[3]], model=Scripted(broken))
+
+
+def test_a_broken_call_of_a_block() -> None:
+    class Broken(Toy):
+        def partial(self, tokens: Tensor, slots: Tensor, cache: Any, valid: Tensor | None = None) -> Tensor:
+            return super().partial(tokens, slots, cache, valid).fill_(math.nan)
+
+    assert "not numbers" in refused(LLaDA(8, block=4), [[3]], model=Broken(), cache="dual")
+
+
+@pytest.mark.parametrize("shape", [(1, 9, MASK), (1, 9, 1), (1, 8, VOCAB), (2, 9, VOCAB), (9, VOCAB), (1, 9, VOCAB, 1)])
+def test_logits_of_another_shape_or_vocabulary(shape: tuple[int, ...]) -> None:
+    message = refused(LLaDA(8), [[3]], model=Scripted(lambda _: torch.zeros(shape)))
+    assert "expected [1, 9]" in message
+    assert f"at least {MASK + 1}" in message
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_guidance_of_a_model_that_answers_for_other_rows(rows: int) -> None:
+    message = refused(LLaDA(8), [[3]], model=Scripted(lambda _: torch.zeros(rows, 9, VOCAB)), cfg_scale=1.0)
+    assert "the model gave logits of shape" in message
+
+
+def test_a_prompt_of_another_vocabulary() -> None:
+    assert "at least 51" in refused(LLaDA(8), [[50]], model=FLAT)
+
+
+@pytest.mark.parametrize("policy", [LLaDA(8, no_eos=True), LLaDA(8, eos_last=True)], ids=repr)
+def test_ends_that_the_model_does_not_have(policy: Policy) -> None:
+    assert "give eos_id" in refused(policy, [[3]], model=Toy(Constants(MASK)))
+    assert "another vocabulary" in refused(policy, [[3]], model=Toy(Constants(MASK, 50)))
+
+
+@pytest.mark.parametrize("rule", [NormConvergence(0.1), AngleConvergence(0.1), FixedSteps(2) | NormConvergence(0.1)])
+def test_rules_of_an_embedding_space(rule: Criterion) -> None:
+    assert "a masked model has none" in refused(LLaDA(8), [[3]], criterion=rule)
+
+
+def test_a_record_of_what_there_is_not() -> None:
+    assert "a masked model has none" in refused(LLaDA(8), [[3]], record=frozenset({"x0_norm"}))
+    assert "no signal 'typo'" in refused(LLaDA(8), [[3]], record=frozenset({"typo"}))
+
+
+def test_an_answer_outside_the_canvas() -> None:
+    assert "does not fit" in refused(LLaDA(8), [[3], [4, 5]], criterion=Prophet(region=(4, 9)))
+
+
+@both_caches
+def test_what_cannot_be_decoded_with_a_cache(kind: Any) -> None:
+    assert "keeps no keys and values" in refused(LLaDA(8), [[3]], model=FLAT, cache=kind)
+    assert "reads whole rows" in refused(KLASS(), [[3]], cache=kind)
+    assert "reads whole rows" in refused(Dream(8, pooled=True), [[3]], cache=kind)
+    assert "guidance" in refused(LLaDA(8), [[3]], cache=kind, cfg_scale=1.0)
+    assert "record" in refused(LLaDA(8), [[3]], cache=kind, record=frozenset({"tokens"}))
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be a number >= 0, got -0.1"),
+        ({"temperature": math.nan}, "temperature must be a number >= 0"),
+        ({"temperature": INF}, "temperature must be a number >= 0"),
+        ({"cfg_scale": -1.0}, "cfg_scale must be a number >= 0"),
+        ({"cfg_scale": math.nan}, "cfg_scale must be a number >= 0"),
+        ({"seed": -1}, "seed is a whole number >= 0"),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range(settings_: dict[str, Any], message: str) -> None:
+    with pytest.raises(CdlmError, match=message):
+        Decoder(**settings_)
+
+
+def test_a_batch_of_none() -> None:
+    with pytest.raises(CdlmError, match="batch_size must be >= 1"):
+        Decoding(Toy(), Decoder(), 0)
