@@ -36,6 +36,7 @@ NEVER: dict[str, tuple[float, ...]] = {
     "AngleConvergence": (TINY,),
     "Entropy": (TINY,),
     "FixedSteps": (LATE,),
+    "Full": (),
     "JoT": (HUGE,),
     "Never": (),
     "NormConvergence": (TINY,),

@@ -181,23 +181,13 @@ class Decoding(Loop[Live]):
 
     @torch.no_grad()
     def admit(self, requests: list[Request], beside: Live | None) -> Live:
-        tokens = torch.stack([request.tokens for request in requests]).to(self.device)
-        given = torch.stack([request.given for request in requests]).to(self.device)
-        valid = stack_masks([request.valid for request in requests], self.device)
-        mask_id = self.model.constants.mask_id
-        if valid is not None:  # padding must not read as the mask
-            tokens = tokens.masked_fill(~valid, int(mask_id == 0))
-        if bool((given & (tokens == mask_id)).any()):
-            raise CdlmError(f"a prompt holds the mask, token {mask_id}: leave it out, or mark what is to be generated")
-        if bool(given.all(1).any()):
-            raise CdlmError("a prompt leaves nothing to generate: shorten it, or raise the length")
-        tokens = tokens.masked_fill(~given, mask_id)
+        decoder = self.decoder
+        tokens, given, valid = self._canvas(requests)
         real = torch.ones_like(given) if valid is None else valid
         place = torch.arange(tokens.shape[1], device=self.device)
-        first = (~given).long().argmax(1)
-        start = torch.tensor([-1 if r.start is None else r.start for r in requests], device=self.device)
-        start, end = torch.where(start < 0, first, start), torch.where(real, place + 1, 0).amax(1)
-        decoder = self.decoder
+        begin = torch.tensor([-1 if r.start is None else r.start for r in requests], device=self.device)
+        start = torch.where(begin < 0, (~given).long().argmax(1), begin)
+        end = torch.where(real, place + 1, 0).amax(1)
         for length in sorted(set((end - start).tolist())):
             decoder.policy.check(length, self.model.constants)
         plan = plan_of(decoder.policy, ~given, start, end, tokens)
@@ -213,6 +203,20 @@ class Decoding(Loop[Live]):
         memory = decoder.criterion.start(Rows(~given, budget, real))
         cache = None if beside is None else blank(beside.cache, len(index))
         return Live(index, zero, budget, zero, zero, tokens, given, valid, plan, past, memory, fresh, cache)
+
+    def _canvas(self, requests: list[Request]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens with masks where something is to be generated, what is given, and what is no padding."""
+        tokens = torch.stack([request.tokens for request in requests]).to(self.device)
+        given = torch.stack([request.given for request in requests]).to(self.device)
+        valid = stack_masks([request.valid for request in requests], self.device)
+        mask_id = self.model.constants.mask_id
+        if valid is not None:  # padding must not read as the mask
+            tokens = tokens.masked_fill(~valid, int(mask_id == 0))
+        if bool((given & (tokens == mask_id)).any()):
+            raise CdlmError(f"a prompt holds the mask, token {mask_id}: leave it out, or mark what is to be generated")
+        if bool(given.all(1).any()):
+            raise CdlmError("a prompt leaves nothing to generate: shorten it, or raise the length")
+        return tokens.masked_fill(~given, mask_id), given, valid
 
     def _check_replay(self, plan: Plan, open_: Bool[Tensor, "b n"]) -> None:
         """Raise if rows idle inside their blocks, which every rule but Never passes over: replay could not tell."""
@@ -317,7 +321,7 @@ class Decoding(Loop[Live]):
     def _suppress(self, logits: Float[Tensor, "b q v"]) -> Float[Tensor, "b q v"]:
         if not self.suppressed:
             return logits
-        return logits.index_fill(-1, torch.tensor(self.suppressed, device=logits.device), -torch.inf)
+        return logits.index_fill_(-1, torch.tensor(self.suppressed, device=logits.device), -torch.inf)
 
     def _check(self, logits: Tensor, tokens: Int[Tensor, "b n"]) -> None:
         constants = self.model.constants

@@ -9,3 +9,8 @@ class CdlmError(Exception):
 
     exit_code = 2
     """Of the command line."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line without a full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cdlm.errors import CdlmError
+from cdlm.errors import CdlmError, first_line
 from cdlm.files import replacing, write_text
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def locate(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "merges.txt", "*.jinja"]))
     except Exception as error:  # the client raises its HTTP library's errors as well as its own
         raise CdlmError(
-            f"{name} is no folder here and could not be fetched from the Hub ({_first_line(error)});"
+            f"{name} is no folder here and could not be fetched from the Hub ({first_line(error)});"
             " offline, copy the model's folder and give its path, or set HF_HUB_OFFLINE=1 to use the local cache"
         ) from error
 
@@ -216,11 +216,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     try:
         return PreTrainedTokenizerFast.from_pretrained(path, clean_up_tokenization_spaces=False)
     except Exception as error:  # transformers and tokenizers each raise their own kinds
-        raise CdlmError(f"the tokenizer of {path} cannot be read ({_first_line(error)}); copy it again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CdlmError(f"the tokenizer of {path} cannot be read ({first_line(error)}); copy it again") from error
 
 
 def to_device(module: nn.Module, device: str) -> torch.device:
@@ -228,5 +224,5 @@ def to_device(module: nn.Module, device: str) -> torch.device:
     try:
         module.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise CdlmError(f"device {device!r} cannot be used ({_first_line(error)}); use cpu") from error
+        raise CdlmError(f"device {device!r} cannot be used ({first_line(error)}); use cpu") from error
     return torch.device(device)

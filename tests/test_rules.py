@@ -1,5 +1,6 @@
 """Laws of every halting rule in the loop, of rules that freeze, and of the signals that rules read."""
 
+import importlib
 import itertools
 import json
 import math
@@ -905,6 +906,12 @@ def test_mistakes_are_named(text: str, advice: str) -> None:
 def test_every_rule_is_under_test_here_and_can_be_written() -> None:
     tested = {type(rule).__name__ for rule in (*PLAIN, *FREEZING, Full(), Never())} | {"And", "Or"}
     assert set(RULES) == tested - ({"And", "Or"} - set(RULES))
+
+
+def test_the_benchmark_of_rules_measures_every_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    benchmark = importlib.import_module("criterion_cost")
+    assert set(benchmark.rules()) == set(RULES) - {"For", "AfterStep", "And", "Or"}
 
 
 REFUSED = (

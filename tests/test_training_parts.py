@@ -189,7 +189,9 @@ def test_the_average_is_the_recursion_it_claims(decay: float, steps: int) -> Non
         average.update(system, k)
         d = min(decay, (1 + k) / (10 + k))
         expected = d * expected + (1 - d) * system.embedding.weight.detach().double()
-    torch.testing.assert_close(average.system.get_parameter("embedding.weight").double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        average.system.get_parameter("embedding.weight").double(), expected, rtol=1e-4, atol=1e-5
+    )
     assert_same(average.system.get_submodule("schedule").state_dict(), system.schedule.state_dict())
     if decay == 0:
         assert_same(average.system.state_dict(), system.state_dict())

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from cdlm.errors import CdlmError
+from cdlm.errors import CdlmError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,7 +58,7 @@ def load_tokenizer(name_or_dir: str) -> "PreTrainedTokenizerFast":
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
     except Exception as error:  # the Hub client, its HTTP library and the parsers each raise their own kinds
         raise CdlmError(
-            f"no tokenizer could be loaded from {name_or_dir!r} ({_first_line(error)}); give a folder with "
+            f"no tokenizer could be loaded from {name_or_dir!r} ({first_line(error)}); give a folder with "
             "tokenizer.json, or a Hub name; offline, download it first or set HF_HUB_OFFLINE=1 to use the local cache"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -106,7 +106,3 @@ def _wrap(backend: object) -> "PreTrainedTokenizerFast":
         mask_token=MASK,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

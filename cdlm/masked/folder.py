@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cdlm.errors import CdlmError
+from cdlm.errors import CdlmError, first_line
 from cdlm.masked.family import Family, Settings
 from cdlm.masked.model import Constants
 
@@ -121,7 +121,7 @@ def read_tokenizer(folder: Path, family: Family, constants: Constants, rows: int
     try:
         tokenizer = family.tokenizer.from_pretrained(folder, local_files_only=True, clean_up_tokenization_spaces=False)
     except Exception as error:  # transformers and tokenizers each raise their own kinds
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise CdlmError(f"the tokenizer of {folder} cannot be read ({line}); copy it again") from error
     _check_tokenizer(folder, tokenizer, constants, rows)
     return tokenizer

@@ -51,7 +51,7 @@ class MaskedModel(ABC):
     def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
         """One call of the network. `valid` is False on padding, which may stand on either side; None: there is none.
 
-        Unshifted, as the network gives them, in float32 or float64.
+        Unshifted, as the network gives them, in float32 or float64; the caller may write into the result.
         """
 
 
@@ -72,7 +72,7 @@ class Function(MaskedModel):
                 "logits_fn must give floating-point logits [rows, positions, vocabulary], got"
                 f" {list(found.shape) if isinstance(found, Tensor) else type(found).__name__}"
             )
-        return found if found.dtype == torch.float64 else found.float()
+        return found.to(torch.promote_types(found.dtype, torch.float32), copy=True)  # theirs is not ours to write into
 
 
 class CachedModel(MaskedModel):
