@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cdlm import config as names
 from cdlm import generation, hub
-from cdlm.collect import given_spans, text_of, texts_of
+from cdlm.collect import given_spans, shown_of, text_of, texts_of
 from cdlm.config import RunConfig
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.data.order import RowLoader, fixed_batches
@@ -62,6 +62,8 @@ def recording_of(samples: Samples, sampler: Sampler | Decoder, run: Folder, prec
             " record without a halting rule"
         )
     settings = {**sampler.settings, "length": samples.tokens.shape[1], "precision": precision}
+    if run.ends:
+        settings["ends"] = True
     return Recording(
         samples.record, samples.tokens, samples.given, samples.valid, samples.index, samples.seed,
         run.path.name, hub.fingerprint(run.path), settings,
@@ -87,19 +89,29 @@ def keep(recording: Recording, tokenizer: PreTrainedTokenizerFast, folder: Path)
 
 def replayed(recording: Recording, rule: str | Criterion, tokenizer: PreTrainedTokenizerFast) -> Samples:
     """The samples that a live run with the rule would have given."""
-    run = replay(recording, names.criterion(rule))
+    asked = names.criterion(rule)
+    run, eos = replay(recording, asked), special_of(tokenizer).eos_id
+    ends = eos if recording.settings.get("ends") else None
+    shown = shown_of(run.tokens, recording.given, recording.valid, ends)
+    masked, budget = recording.record.commits is not None, recording.record.budgets
+    full = masked & ~run.halted & ((run.steps < budget) | (not asked.waits))
+    reasons = [
+        HaltReason.CRITERION if halted else HaltReason.FULL if done else HaltReason.BUDGET
+        for halted, done in zip(run.halted, full, strict=True)
+    ]
     return Samples(
         tokens=run.tokens,
-        texts=texts_of(tokenizer, run.tokens, recording.valid),
+        texts=texts_of(tokenizer, run.tokens, shown),
         nfe=run.nfe,
         steps=run.steps,
         budget=recording.record.steps,
-        reason=[HaltReason.CRITERION if halted else HaltReason.BUDGET for halted in run.halted],
+        reason=reasons,
         seed=recording.seed,
         index=recording.index,
         given=recording.given,
         valid=recording.valid,
-        settled=run.nfe,
+        shown=shown,
+        settled=recording.record.settled(run.tokens, recording.given, run.steps - 1, eos),
     )
 
 
@@ -113,8 +125,8 @@ def lines(samples: Samples, tokenizer: PreTrainedTokenizerFast) -> list[dict[str
     """One JSON object a sample, with the fields of `LINE`; `given` are the characters [start, end) of the prompt."""
     out = []
     for i, text in enumerate(samples.texts):
-        valid = samples.valid[i]
-        ids, given = samples.tokens[i][valid].tolist(), samples.given[i][valid]
+        shown = samples.shown[i]
+        ids, given = samples.tokens[i][shown].tolist(), samples.given[i][shown]
         out.append(
             {
                 "text": text, "tokens": ids, "nfe": int(samples.nfe[i]), "steps": int(samples.steps[i]),
@@ -260,10 +272,16 @@ def real_text(data: Data, source: Source, n: int) -> tuple[Corpus, Corpus]:
             " take fewer samples, or hold out more text"
         )
     rows = [data.valid[i] for i in range(2 * n)]  # neighbours stay together: no document is in both sets but one
-    tokens = [row.tokens[row.valid].tolist() for row in rows]
+    eos = None if isinstance(data.valid, PackedRows) else special_of(data.tokenizer).eos_id
+    tokens = [text_ids(row.tokens[row.valid].tolist(), eos) for row in rows]
     texts = [text_of(data.tokenizer, ids) for ids in tokens]
     extra = _grammar(texts[:n], source)
     return Corpus("real text", tokens[:n], texts[:n], extra=extra), Corpus("more real text", tokens[n:], texts[n:])
+
+
+def text_ids(ids: list[int], eos_id: int | None) -> list[int]:
+    """Tokens of a row up to its first `eos_id`; None ends no text."""
+    return ids[: ids.index(eos_id)] if eos_id in ids else ids
 
 
 def _grammar(texts: list[str], source: Source) -> dict[str, float]:

@@ -75,6 +75,8 @@ def _train(argv: list[str]) -> None:
     if "-h" in rest or "--help" in rest:
         _extras(run_parser("cdlm train")).print_help()
         return
+    if any(argument.endswith(".help") for argument in rest):
+        run_parser("cdlm train").parse_args(rest)  # prints it and exits
     if extras.text:
         rest = ["--source", "Files", "--source.paths", json.dumps(extras.text), *rest]
     if extras.resume:

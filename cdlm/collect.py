@@ -65,7 +65,7 @@ def collect(
                 reasons[i] = HaltReason.FULL
     valid = np.stack([np.ones(len(r.tokens), bool) if r.valid is None else r.valid.numpy() for r in requests])
     given = np.stack([request.given.numpy() for request in requests])
-    shown = valid if eos_id is None else valid & ~after_end(tokens.numpy(), given, eos_id)
+    shown = shown_of(tokens.numpy(), given, valid, eos_id)
     return Samples(
         tokens=tokens.numpy(),
         texts=[] if tokenizer is None else texts_of(tokenizer, tokens.numpy(), shown),
@@ -77,6 +77,7 @@ def collect(
         index=np.array([request.index for request in requests]),
         given=given,
         valid=valid,
+        shown=shown,
         settled=settled,
         record=None if tape is None else tape.record(),
     )
@@ -142,9 +143,11 @@ def texts_of(
     return [text_of(tokenizer, ids[real].tolist()) for ids, real in zip(tokens, valid, strict=True)]
 
 
-def after_end(tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], eos_id: int) -> Bool[np.ndarray, "m n"]:
-    """Positions from the first generated end-of-text token on."""
-    return np.logical_or.accumulate((tokens == eos_id) & ~given, 1)
+def shown_of(
+    tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"], eos_id: int | None
+) -> Bool[np.ndarray, "m n"]:
+    """Positions that are text: no padding, and nothing from the first generated `eos_id` on; None ends no text."""
+    return valid if eos_id is None else valid & ~np.logical_or.accumulate((tokens == eos_id) & ~given, 1)
 
 
 def given_spans(

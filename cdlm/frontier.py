@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cdlm import api, generation, hub
-from cdlm.collect import NEEDED, NEEDED_MASKED, given_spans, text_of, texts_of
+from cdlm.collect import NEEDED, NEEDED_MASKED, given_spans, shown_of, text_of, texts_of
 from cdlm.config import read_run
 from cdlm.data.store import Rows
 from cdlm.decoding import Decoder
@@ -28,7 +28,7 @@ from cdlm.loop import Request
 from cdlm.prompts import requests
 from cdlm.sampling import Sampler
 from cdlm.signals import check_signals
-from cdlm.system import Precision
+from cdlm.system import Precision, special_of
 from cdlm.types import Samples
 
 if TYPE_CHECKING:
@@ -57,14 +57,15 @@ class Drawn:
 class Scorer:
     """AR-NLL of samples under a judge; each distinct text is judged once."""
 
-    def __init__(self, judge: Judge, tokenizer: PreTrainedTokenizerFast):
-        self.judge, self.tokenizer = judge, tokenizer
+    def __init__(self, judge: Judge, tokenizer: PreTrainedTokenizerFast, eos_id: int | None = None):
+        self.judge, self.tokenizer, self.eos_id = judge, tokenizer, eos_id
         self.known: dict[tuple[bytes, bytes], tuple[float, float]] = {}
 
     def __call__(
         self, tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"]
     ) -> Scores:
-        """Nats and judged tokens of each sample; what was given is context and is not scored."""
+        """Nats and judged tokens of each sample up to its end; what was given is context and is not scored."""
+        valid = shown_of(tokens, given, valid, self.eos_id)
         keys = [
             (row[real].tobytes(), told[real].tobytes()) for row, told, real in zip(tokens, given, valid, strict=True)
         ]
@@ -109,7 +110,7 @@ class Bench:
     @cached_property
     def _real(self) -> list[list[int]]:
         rows = [self.held_out[i] for i in range(min(len(self.recording), len(self.held_out)))]
-        return [row.tokens[row.valid].tolist() for row in rows]
+        return [api.text_ids(row.tokens[row.valid].tolist(), self.scorer.eos_id) for row in rows]
 
     @cached_property
     def real_features(self) -> Float[np.ndarray, "m w"]:
@@ -147,7 +148,9 @@ class Bench:
 
     def texts(self, drawn: Drawn) -> list[str]:
         """Samples as text."""
-        return texts_of(self.tokenizer, drawn.tokens, self.recording.valid[: len(drawn.tokens)])
+        m, kept = len(drawn.tokens), self.recording
+        shown = shown_of(drawn.tokens, kept.given[:m], kept.valid[:m], self.scorer.eos_id)
+        return texts_of(self.tokenizer, drawn.tokens, shown)
 
     def score(self, tokens: Int[np.ndarray, "m n"]) -> Scores:
         """AR-NLL of the first samples of the bench, with these tokens."""
@@ -221,13 +224,13 @@ def open_bench(
         recording = api.recording_of(samples, sampler, folder, machine.precision)
     else:
         recording = _find(recordings, folder, sampler, machine.precision, n)
-    scorer = Scorer(asked_judge, folder.tokenizer)
+    scorer = Scorer(asked_judge, folder.tokenizer, special_of(folder.tokenizer).eos_id if folder.ends else None)
     return Bench(run, sampler, asked, recording, folder.tokenizer, scorer, machine, data.valid, folder.path)
 
 
 def _find(folder: Path, run: Folder, sampler: Sampler | Decoder, precision: Precision, n: int) -> Recording:
     weights, length = hub.fingerprint(run.path), run.length
-    wanted = {**sampler.settings, "length": length, "precision": precision}
+    wanted = {**sampler.settings, "length": length, "precision": precision, **({"ends": True} if run.ends else {})}
     check_same_model(folder, weights)
     for recording in read_folder(folder).values():
         plain = not recording.given.any()

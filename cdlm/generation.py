@@ -218,7 +218,8 @@ def _not_given(kind: str, **settings: object) -> None:
     for name, value in settings.items():
         if value is not None:
             other = "masked" if kind == "continuous" else "continuous"
-            raise CdlmError(f"{name} is a setting of {kind} models, and this one is {other}: leave it out")
+            called = "guidance, or a temperature of softmax or score," if name == "steering" else name
+            raise CdlmError(f"{called} is a setting of {kind} models, and this one is {other}: leave it out")
 
 
 def masked_requests(
@@ -335,7 +336,7 @@ def decode(
         names.policy(policy), temperature, positions, halt, seed, record, cfg_scale=cfg_scale, cache=cache,
         quirks=quirks,
     )  # fmt: skip
-    run = Decoding(model, decoder, batch_size or BATCH, device)
+    run = Decoding(model, decoder, BATCH if batch_size is None else batch_size, device)
     return collect_decoded(run, asked, tokenizer, ends=True)
 
 
@@ -367,11 +368,12 @@ def draw(
             raise CdlmError("a decoder needs a masked model, and this one is continuous")
         own = isinstance(system, MaskedDiffusion)
         device = next(system.parameters()).device if own else getattr(system, "device", "cpu")
-        run = Decoding(system, sampler, batch_size or (BATCH if own else FEW), device)
+        usual = BATCH if own else FEW
+        run = Decoding(system, sampler, usual if batch_size is None else batch_size, device)
         return collect_decoded(run, asked, tokenizer_of(system), not own or system.ends, progress)
     if not isinstance(system, EmbeddingDiffusion):
         raise CdlmError("a sampler needs a continuous model, and this one is masked")
-    run = Run(system, sampler, batch_size or BATCH, next(system.parameters()).device)
+    run = Run(system, sampler, BATCH if batch_size is None else batch_size, next(system.parameters()).device)
     steps: Iterable[Finished] = run.steps(asked)
     if progress:
         steps = with_progress(steps, len(asked))

@@ -149,6 +149,10 @@ class Finished(NamedTuple):
     """Of a masked model: calls after which the text up to its first end was decided; 0 while it is not."""
 
 
+COLUMNS = ("tokens", "nfe", "steps", "index", "given", "valid", "shown", "settled")
+"""Fields of samples that are arrays with a row for each."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """A finished run, in the order of the requests."""
@@ -170,6 +174,8 @@ class Samples:
     """True at prompt positions and padding."""
     valid: Bool[np.ndarray, "m n"]
     """False on padding, which a template shorter than the length leaves."""
+    shown: Bool[np.ndarray, "m n"]
+    """Positions that are text: no padding, and nothing from the end of a text on where texts have one."""
     settled: Int[np.ndarray, " m"]
     """Calls after which the text up to its first end-of-text token was decided: what was spent beyond, was spent after
     the end. Of a continuous model all calls."""
@@ -197,11 +203,11 @@ class Samples:
         records = [part.record for part in parts if part.record is not None]
         record = Record.join(records).select(order) if records else None
         return Samples(
-            **{name: all_of(name) for name in ("tokens", "nfe", "steps", "index", "given", "valid", "settled")},
+            **{name: all_of(name) for name in COLUMNS},
             texts=[texts[i] for i in order] if texts else [],
             reason=[reasons[i] for i in order],
             seed=parts[0].seed,
-            budget=parts[0].budget,
+            budget=max(part.budget for part in parts),
             record=record,
         )
 

@@ -111,6 +111,10 @@ class Pair(Criterion):
 class And(Pair):
     """Halts at a step at which both halt, and freezes what both settle."""
 
+    @property
+    def waits(self) -> bool:
+        return self.first.waits or self.second.waits
+
     def join(self, first: Bool[Tensor, "*b"], second: Bool[Tensor, "*b"]) -> Bool[Tensor, "*b"]:
         return first & second
 
@@ -118,6 +122,10 @@ class And(Pair):
 @dataclass(frozen=True)
 class Or(Pair):
     """Halts at a step at which either halts, and freezes what either settles."""
+
+    @property
+    def waits(self) -> bool:
+        return self.first.waits and self.second.waits
 
     def join(self, first: Bool[Tensor, "*b"], second: Bool[Tensor, "*b"]) -> Bool[Tensor, "*b"]:
         return first | second
@@ -142,6 +150,10 @@ class For(Criterion):
     @property
     def freezes(self) -> bool:
         return self.rule.freezes
+
+    @property
+    def waits(self) -> bool:
+        return self.rule.waits
 
     def start(self, rows: Rows) -> Memory:
         runs = torch.zeros_like(rows.open, dtype=torch.int64) if self.freezes else None
@@ -173,6 +185,10 @@ class AfterStep(Criterion):
     @property
     def freezes(self) -> bool:
         return self.rule.freezes
+
+    @property
+    def waits(self) -> bool:
+        return self.rule.waits
 
     def start(self, rows: Rows) -> Memory:
         return self.rule.start(rows)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cdlm import api, config, generation, hub
-from cdlm.collect import after_end, texts_of
+from cdlm.collect import shown_of, texts_of
 from cdlm.data.arithmetic import Problem, is_correct, problems
 from cdlm.data.gsm8k import read_problems
 from cdlm.decoding import Decoder
@@ -160,7 +160,7 @@ class _Bench:
 
     def right(self, tokens: Int[np.ndarray, "m n"]) -> Float[np.ndarray, " m"]:
         """1.0 where the answer is right."""
-        shown = ~self.given & ~after_end(tokens, self.given, self.decoder_end)
+        shown = shown_of(tokens, self.given, ~self.given, self.decoder_end)
         texts = texts_of(self.folder.tokenizer, tokens, shown)
         return np.array([is_correct(t, p.answer) for t, p in zip(texts, self.study.tasks, strict=True)], np.float64)
 
