@@ -134,7 +134,7 @@ class Copier(nn.Module):
 
     def forward(self, features: Tensor, level: Tensor, valid: Tensor | None) -> Tensor:
         seen = features.sum(1, keepdim=True)
-        return (100 * seen.clamp(max=1) * (torch.arange(V) != MASK)).expand_as(features)
+        return (100 * seen.clamp(max=1) * (torch.arange(V) != MASK)).expand_as(features).clone()
 
 
 @torch.no_grad()

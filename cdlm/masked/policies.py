@@ -18,7 +18,7 @@ from cdlm.masked.model import Constants
 from cdlm.masked.quotas import best, even, falling, ranked, transfer_share
 from cdlm.signals import Glance
 
-LIGHT = frozenset({"tokens", "top1", "logsumexp"})
+LIGHT = frozenset({"tokens", "logsumexp"})
 """Signals from which the most likely token and its probability follow."""
 
 
@@ -171,7 +171,7 @@ def proposal(view: View) -> tuple[Int[Tensor, "b q"], Float[Tensor, "b q"]]:
     """The most likely token, or one drawn at the temperature, and its probability at temperature 1 (LLaDA)."""
     glance = view.glance
     if view.temperature == 0:
-        return glance.tokens, (glance.top[..., 0] - glance.scale.sum(-1)).exp()
+        return glance.tokens, (-glance.scale[..., 1]).exp()  # the scale is relative to the largest logit
     logits = glance.logits[view.candidates]
     drawn = view.draws.token(view.site, logits, view.temperature)
     chance = logits.log_softmax(-1).gather(1, drawn[:, None]).squeeze(1).exp()

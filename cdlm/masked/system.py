@@ -36,8 +36,7 @@ class MaskedDiffusion(System, MaskedModel):
     def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
         level = torch.zeros(len(tokens), device=tokens.device)
         logits = self.run_network(self.embedding(tokens), level, valid)
-        ruled_out = torch.arange(logits.shape[-1], device=logits.device) == self.constants.mask_id
-        return logits.masked_fill(ruled_out, -torch.inf)
+        return logits.index_fill_(-1, torch.tensor([self.constants.mask_id], device=logits.device), -torch.inf)
 
     def forward(
         self,
