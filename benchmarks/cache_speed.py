@@ -45,7 +45,7 @@ def timed(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"width": 384, "depth": 8, "vocab": 8192, "prompt": 512, "length": 256, "block": 32,
-                        "steps": 128, "threads": 1}.items():  # fmt: skip
+                        "steps": 64, "threads": 1}.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

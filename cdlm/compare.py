@@ -257,7 +257,7 @@ def markdown(points: Sequence[Point], goal: Goal) -> str:
             own = [p for p in there if p.family == family]
             if own and not any(p.chosen for p in own):
                 few = own[0].samples < goal.fewest
-                why = f"a bound needs {goal.fewest} samples" if few else "no setting within the goal"
+                why = f"a bound needs {goal.fewest} samples" if few else "saves no call within the goal"
                 lines.append(_line([model, steps, family, own[0].samples, "-", why] + [""] * (len(COLUMNS) - 6)))
     return "\n".join(lines) + (
         f"\n\nOf each rule the loosest setting whose loss of AR-NLL is at most {goal.max_loss:.2%} with"

@@ -309,7 +309,7 @@ def test_the_table_of_a_comparison(bench: Bench) -> None:
     assert not by["Never"][0].chosen  # it saves nothing
     text = markdown(points, goal)
     assert f"| JoT | 8 | - | a bound needs {goal.fewest} samples |" in text
-    assert "| Never | 30 | - | no setting within the goal |" in text
+    assert "| Never | 30 | - | saves no call within the goal |" in text
 
 
 @pytest.mark.parametrize(("losses", "best"), [([0.0, 0.1, 0.3, 0.1], 1), ([0.3, 0.1], None), ([0.1] * 4, 3)])

@@ -101,7 +101,8 @@ def _draw(axis: Axes, panel: Panel, style: dict[str, tuple[str, str]], label: st
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_ylim(*limits(panel))
-    shown = [x for c in panel.curves for x, y in zip(c.calls, c.value, strict=True) if y <= limits(panel)[1]]
+    low, high = limits(panel)
+    shown = [x for c in panel.curves for x, y in zip(c.calls, c.value, strict=True) if low <= y <= high]
     axis.set_xlim(0.85 * min(shown), 1.1 * max(shown))
     axis.set_title(panel.title, fontsize=11, loc="left")
     axis.set_xlabel("mean calls a sample", fontsize=10)
@@ -111,8 +112,9 @@ def _draw(axis: Axes, panel: Panel, style: dict[str, tuple[str, str]], label: st
 
 
 def limits(panel: Panel) -> tuple[float, float]:
-    """From the lowest level or rival to a little over the best, so that settings that fail badly do not flatten it."""
+    """From the lowest level or rival to a little over the first level (or the best, if there is none), so that settings
+    that fail badly, or collapse to text that is too easy, do not flatten it."""
     rival = [v for c in panel.curves if c.rival for v in c.low]
     low = min([*(value for _, value in panel.levels), *(rival or [v for c in panel.curves for v in c.value])])
-    best = min(v for c in panel.curves for v in c.value)
+    best = panel.levels[0][1] if panel.levels else min(v for c in panel.curves for v in c.value)
     return low - 0.05 * (MOST * best - low), MOST * best
