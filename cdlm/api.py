@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cdlm import config as names
 from cdlm import generation, hub
-from cdlm.collect import given_spans, shown_of, text_of, texts_of
+from cdlm.collect import ends_of, given_spans, shown_of, text_of, texts_of
 from cdlm.config import RunConfig
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.data.order import RowLoader, fixed_batches
@@ -111,7 +111,9 @@ def replayed(recording: Recording, rule: str | Criterion, tokenizer: PreTrainedT
         given=recording.given,
         valid=recording.valid,
         shown=shown,
-        settled=recording.record.settled(run.tokens, recording.given, run.steps - 1, eos),
+        settled=recording.record.settled(
+            ends_of(run.tokens, recording.given & recording.valid, ends), recording.given, run.steps - 1
+        ),
     )
 
 

@@ -58,7 +58,7 @@ def collect(
             i = columns[row]
             tokens[i] = final
             nfe[i], taken[i] = int(step.state.nfe[row]), int(step.state.step[row]) + 1
-            settled[i] = nfe[i] if step.settled is None else int(step.settled[row])
+            settled[i] = nfe[i] if step.settled is None else int(step.settled[row]) or nfe[i]
             if bool(step.halted[row]):
                 reasons[i] = HaltReason.CRITERION
             elif bool(step.full[row]):
@@ -147,7 +147,17 @@ def shown_of(
     tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"], eos_id: int | None
 ) -> Bool[np.ndarray, "m n"]:
     """Positions that are text: no padding, and nothing from the first generated `eos_id` on; None ends no text."""
-    return valid if eos_id is None else valid & ~np.logical_or.accumulate((tokens == eos_id) & ~given, 1)
+    if eos_id is None:
+        return valid
+    return valid & ~np.logical_or.accumulate(ends_of(tokens, given & valid, eos_id), 1)
+
+
+def ends_of(
+    tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], eos_id: int | None
+) -> Bool[np.ndarray, "m n"]:
+    """Where a text may end: at an `eos_id` after the last position that was given (padding apart)."""
+    after = ~np.logical_or.accumulate(given[:, ::-1], 1)[:, ::-1]
+    return (tokens == eos_id) & after
 
 
 def given_spans(

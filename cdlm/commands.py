@@ -355,8 +355,9 @@ def _full(
         return budget, generation.make_sampler(
             budget, None, seed, solver=solver, grid=grid, init_scale=init_scale, steering=steering
         )
-    own = None if policy is not None else steps
-    asked, decoder = generation.prepare(about, 1, None, own, None, seed, policy=policy, temperature=temperature)
+    if policy is not None and steps is not None:
+        raise CdlmError(f"a policy has its own steps: write them in {policy}, or leave out the policy")
+    asked, decoder = generation.prepare(about, 1, None, steps, None, seed, policy=policy, temperature=temperature)
     assert isinstance(decoder, Decoder)
     return decoder.steps(asked[0]), decoder
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cdlm import generation
+from cdlm.decoding import Decoder
 from cdlm.errors import CdlmError
 from cdlm.evaluation.diversity import sample_entropy, unigram_entropy
 from cdlm.evaluation.judge import features
@@ -98,6 +99,8 @@ class Plain:
     def of(bench: Bench, budgets: Sequence[int]) -> Plain:
         """Draw it with these numbers of steps, from the same noise as the full run."""
         most, n = bench.steps, len(bench.recording)
+        if isinstance(bench.sampler, Decoder):
+            budgets = bench.sampler.fewer(budgets, bench.asked[0])
         steps = sorted({budget for budget in budgets if budget < most})
         drawn = [bench.run_live(bench.sampler.with_steps(budget), n) for budget in steps]
         drawn.append(Drawn(bench.recording.tokens, bench.full_calls.astype(np.int64)))
@@ -184,8 +187,7 @@ class Comparison:
             gap = bootstrap(lambda times: scores(times) - rival(times), m)
             low, high = gap.interval95
             values |= {"against_plain": gap.value, "against_low": low, "against_high": high}
-        valid = bench.recording.valid[:m]
-        rows = [row[real].tolist() for row, real in zip(drawn.tokens, valid, strict=True)]
+        rows = [row[text].tolist() for row, text in zip(drawn.tokens, bench.shown(drawn), strict=True)]
         return Point(**self._text(family, setting, rows, scores), **values)
 
     def real(self) -> Point:

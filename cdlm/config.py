@@ -136,6 +136,8 @@ def sweep(text: str, budget: int) -> list[Criterion]:
 
 def policy(text: str | Policy) -> Policy:
     """An unmasking policy from its text, such as `LLaDA(steps=64, block=32)` or `Threshold(0.9, block=32)`."""
+    if isinstance(text, str) and text.strip() in POLICIES:
+        text = f"{text.strip()}()"
     return _object(text, Policy, POLICIES, "unmasking policy")
 
 

@@ -17,8 +17,12 @@ from cdlm.loop import Loop, Request, stack_masks
 from cdlm.masked.draws import Draws
 from cdlm.masked.model import Cache, CachedModel, MaskedModel
 from cdlm.masked.policies import Choice, LLaDA, Plan, Policy, View, enter, plan_of
-from cdlm.signals import Glance, Past, check_signals, first_past, observe
+from cdlm.record import RECORDED
+from cdlm.signals import SPATIAL, Glance, Past, check_signals, first_past, observe
 from cdlm.types import Decision, Finished, Rows, StepState, blank
+
+REPLAYED = frozenset(RECORDED) - SPATIAL
+"""What a record that is to be replayed is made of."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,14 @@ class Decoder:
         size = self.policy.size or open_
         return int(self.policy.budget(torch.tensor([open_]), torch.tensor([-(-open_ // size)])))
 
+    def fewer(self, wanted: Sequence[int], request: Request) -> list[int]:
+        """Numbers of steps near those wanted that the request can be decoded with; none if the policy has no number."""
+        if not any(field.name == "steps" for field in fields(self.policy)):
+            return []
+        open_ = int((~request.given).sum())
+        blocks = max(1, -(-open_ // (self.policy.size or open_)))
+        return sorted({max(blocks, steps // blocks * blocks) for steps in wanted})
+
     def with_steps(self, steps: int) -> Decoder:
         """The same with so many steps.
 
@@ -161,16 +173,20 @@ class Decoding(Loop[Live]):
 
     Row i is the same in any batch, order or batch size (bit for bit where the model's arithmetic is), and until it
     halts a row is what it is without a rule. No step writes over a token that is decided, nor over what was given.
+
+    Args:
+        draws: source of randomness; by default that of the decoder's seed.
+        ends: whether a text ends at its first end-of-text token; in packed text that token is only a line break.
     """
 
     def __init__(
         self, model: MaskedModel, decoder: Decoder, batch_size: int, device: torch.device | str = "cpu",
-        draws: Draws | None = None,
+        draws: Draws | None = None, ends: bool = True,
     ):  # fmt: skip
         super().__init__(batch_size, device)
         if decoder.cache is not None and not isinstance(model, CachedModel):
             raise CdlmError(f"{type(model).__name__} keeps no keys and values: decode without a cache")
-        self.model, self.decoder = model, decoder
+        self.model, self.decoder, self.ends = model, decoder, ends
         self.draws = Draws(decoder.seed) if draws is None else draws
         mask = () if decoder.quirks.propose_mask else (model.constants.mask_id,)
         self.suppressed = (*mask, *decoder.policy.suppressed(model.constants))
@@ -192,7 +208,7 @@ class Decoding(Loop[Live]):
             decoder.policy.check(length, self.model.constants)
         plan = plan_of(decoder.policy, ~given, start, end, tokens)
         plan = enter(decoder.policy, plan, ~given, decoder.criterion.waits)
-        if decoder.record and decoder.criterion.waits:
+        if decoder.criterion.waits and decoder.record >= REPLAYED:
             self._check_replay(plan, ~given)
         budget = decoder.policy.budget((~given).sum(1), plan.last + 1)
         if decoder.quirks.extra_call and decoder.policy.schedule(plan) is None:
@@ -209,7 +225,9 @@ class Decoding(Loop[Live]):
         tokens = torch.stack([request.tokens for request in requests]).to(self.device)
         given = torch.stack([request.given for request in requests]).to(self.device)
         valid = stack_masks([request.valid for request in requests], self.device)
-        mask_id = self.model.constants.mask_id
+        mask_id, vocab = self.model.constants.mask_id, self.model.vocab
+        if vocab is not None and int(tokens.max()) >= vocab:
+            raise CdlmError(f"a prompt holds token {int(tokens.max())}, and the model has {vocab}: use its tokenizer")
         if valid is not None:  # padding must not read as the mask
             tokens = tokens.masked_fill(~valid, int(mask_id == 0))
         if bool((given & (tokens == mask_id)).any()):
@@ -321,7 +339,7 @@ class Decoding(Loop[Live]):
     def _suppress(self, logits: Float[Tensor, "b q v"]) -> Float[Tensor, "b q v"]:
         if not self.suppressed:
             return logits
-        return logits.index_fill_(-1, torch.tensor(self.suppressed, device=logits.device), -torch.inf)
+        return logits.contiguous().index_fill_(-1, torch.tensor(self.suppressed, device=logits.device), -torch.inf)
 
     def _check(self, logits: Tensor, tokens: Int[Tensor, "b n"]) -> None:
         constants = self.model.constants
@@ -372,8 +390,11 @@ class Decoding(Loop[Live]):
 
     def _settled(self, live: Live, tokens: Int[Tensor, "b n"]) -> Int[Tensor, " b"]:
         place = torch.arange(tokens.shape[1], device=tokens.device)
-        eos = -1 if self.model.constants.eos_id is None else self.model.constants.eos_id
-        end = torch.where((tokens == eos) & ~live.given, place, tokens.shape[1]).amin(1, keepdim=True)
+        eos = self.model.constants.eos_id
+        real = live.given if live.valid is None else live.given & live.valid
+        told = torch.where(real, place, -1).amax(1, keepdim=True)  # what is given after a hole belongs to the text
+        found = (tokens == eos) & (place > told) if self.ends and eos is not None else torch.zeros_like(real)
+        end = torch.where(found, place, tokens.shape[1]).amin(1, keepdim=True)
         ready = ~((tokens == self.model.constants.mask_id) & (place < end)).any(1)
         return torch.where(ready & (live.settled == 0), live.nfe, live.settled)
 

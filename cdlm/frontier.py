@@ -77,6 +77,8 @@ class Scorer:
             pairs = zip(scored.text_nats.tolist(), scored.text_tokens.tolist(), strict=True)
             self.known.update(zip(fresh, pairs, strict=True))
         total, weight = np.array([self.known[key] for key in keys], np.float64).T
+        if not weight.any():
+            raise CdlmError("all samples are empty, and there is nothing to judge: does this model need prompts?")
         return Scores(total, weight)
 
 
@@ -148,9 +150,12 @@ class Bench:
 
     def texts(self, drawn: Drawn) -> list[str]:
         """Samples as text."""
+        return texts_of(self.tokenizer, drawn.tokens, self.shown(drawn))
+
+    def shown(self, drawn: Drawn) -> Bool[np.ndarray, "m n"]:
+        """Positions that are text."""
         m, kept = len(drawn.tokens), self.recording
-        shown = shown_of(drawn.tokens, kept.given[:m], kept.valid[:m], self.scorer.eos_id)
-        return texts_of(self.tokenizer, drawn.tokens, shown)
+        return shown_of(drawn.tokens, kept.given[:m], kept.valid[:m], self.scorer.eos_id)
 
     def score(self, tokens: Int[np.ndarray, "m n"]) -> Scores:
         """AR-NLL of the first samples of the bench, with these tokens."""

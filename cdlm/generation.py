@@ -160,9 +160,9 @@ class About:
         length, folder = getattr(model, "length", 0), getattr(model, "folder", None)
         return About("masked" if own else "foreign", length, tokenizer_of(model), folder, model.constants.shift)
 
-    def usual(self, steps: int) -> tuple[Policy, float]:
+    def usual(self, steps: int | None) -> tuple[Policy, float]:
         """How a masked model is decoded unless said otherwise, and at what temperature: our own are sampled from, in
-        random order; LLaDA and Dream follow their published samplers."""
+        random order; LLaDA and Dream follow their published samplers. Without steps, one position a step."""
         if self.kind == "masked":
             return LLaDA(steps, remasking="random"), 1.0
         return (Dream(steps) if self.shift else LLaDA(steps)), 0.0
@@ -205,7 +205,7 @@ def prepare(
         raise CdlmError(f"a policy has its own steps: write them in {policy}, or leave out the policy")
     asked = masked_requests(about, prompts, n, length, new_tokens, chat)
     positions = max(int((~request.given).sum()) for request in asked)
-    usual, warm = about.usual(positions if steps is None else steps)
+    usual, warm = about.usual(steps)
     chosen, degree = (usual, warm) if policy is None else (names.policy(policy), 0.0)
     decoder = make_decoder(
         chosen, degree if temperature is None else temperature, positions, halt, seed, record,
@@ -229,8 +229,9 @@ def masked_requests(
     if about.kind == "masked" and new_tokens is None and not chat:
         return requests(prompts, n, about.length if length is None else length, about.tokenizer)
     if length is not None or new_tokens is None:
-        raise CdlmError("prompts of this model are followed by new_tokens positions: give new_tokens, and no length")
-    return canvases([encode_prompt(about.tokenizer, prompt, chat) for prompt in prompts or [""]], new_tokens, n)
+        raise CdlmError("new_tokens is the number of positions after each prompt: give it, and no length beside it")
+    asked = [""] if prompts is None else prompts
+    return canvases([encode_prompt(about.tokenizer, prompt, chat) for prompt in asked], new_tokens, n)
 
 
 def generate(
@@ -270,6 +271,8 @@ def generate(
     Raises:
         CdlmError: a setting is out of range or of the other kind of model, or a prompt leaves nothing to generate.
     """
+    if isinstance(prompts, str):
+        raise CdlmError(f"prompts is a list of texts, got the text {prompts[:40]!r}: put it into a list")
     known = list(inspect.signature(prepare).parameters)
     for name in settings:
         if name not in known:
@@ -297,7 +300,7 @@ def decode(
     constraints: Mapping[int, int] | None = None,
     cache: Literal["prefix", "dual"] | None = None,
     batch_size: int | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     quirks: Quirks | None = None,
 ) -> Samples:
@@ -315,12 +318,15 @@ def decode(
         n: samples of each prompt.
         constraints: tokens that are given in the generated part, by their place in it.
         batch_size: samples in flight; by default 64.
+        device: where tokens go; by default where the model is, or the CPU.
         tokenizer: makes the texts, cut at their end; without one there are none.
 
     Raises:
         CdlmError: a setting is out of range, the model's logits are not numbers or of another vocabulary, or a prompt
             holds the mask.
     """
+    if isinstance(logits_fn, EmbeddingDiffusion) or not (isinstance(logits_fn, MaskedModel) or callable(logits_fn)):
+        raise CdlmError(f"decode needs a masked model or a function of tokens, got a {type(logits_fn).__name__}")
     if isinstance(logits_fn, MaskedModel):
         model, given = logits_fn, {"mask_id": mask_id, "eos_id": eos_id, "eot_id": eot_id, "shift": shift or None}
         for name, value in given.items():
@@ -336,14 +342,13 @@ def decode(
         names.policy(policy), temperature, positions, halt, seed, record, cfg_scale=cfg_scale, cache=cache,
         quirks=quirks,
     )  # fmt: skip
-    run = Decoding(model, decoder, BATCH if batch_size is None else batch_size, device)
-    return collect_decoded(run, asked, tokenizer, ends=True)
+    run = Decoding(model, decoder, BATCH if batch_size is None else batch_size, device or device_of(model))
+    return collect_decoded(run, asked, tokenizer)
 
 
 def collect_decoded(
-    run: Decoding, asked: Sequence[Request], tokenizer: PreTrainedTokenizerFast | None, ends: bool,
-    progress: bool = False,
-) -> Samples:  # fmt: skip
+    run: Decoding, asked: Sequence[Request], tokenizer: PreTrainedTokenizerFast | None, progress: bool = False
+) -> Samples:
     """The samples of a decoding run."""
     steps: Iterable[Finished] = run.steps(asked)
     if progress:
@@ -351,8 +356,15 @@ def collect_decoded(
     constants, decoder = run.model.constants, run.decoder
     return collect(
         steps, asked, tokenizer, budget=run.budget(asked), seed=decoder.seed, record=bool(decoder.record),
-        mask_id=constants.mask_id, eos_id=constants.eos_id if ends else None,
+        mask_id=constants.mask_id, eos_id=constants.eos_id if run.ends else None,
     )  # fmt: skip
+
+
+def device_of(model: MaskedModel) -> torch.device:
+    """Where a model's tokens go."""
+    if isinstance(model, MaskedDiffusion):
+        return next(model.parameters()).device
+    return torch.device(getattr(model, "device", "cpu"))
 
 
 def draw(
@@ -367,10 +379,10 @@ def draw(
         if not isinstance(system, MaskedModel):
             raise CdlmError("a decoder needs a masked model, and this one is continuous")
         own = isinstance(system, MaskedDiffusion)
-        device = next(system.parameters()).device if own else getattr(system, "device", "cpu")
         usual = BATCH if own else FEW
-        run = Decoding(system, sampler, usual if batch_size is None else batch_size, device)
-        return collect_decoded(run, asked, tokenizer_of(system), not own or system.ends, progress)
+        ends = not own or system.ends
+        run = Decoding(system, sampler, usual if batch_size is None else batch_size, device_of(system), ends=ends)
+        return collect_decoded(run, asked, tokenizer_of(system), progress)
     if not isinstance(system, EmbeddingDiffusion):
         raise CdlmError("a sampler needs a continuous model, and this one is masked")
     run = Run(system, sampler, BATCH if batch_size is None else batch_size, next(system.parameters()).device)
@@ -405,5 +417,7 @@ def draw_share(
 def tokenizer_of(system: EmbeddingDiffusion | MaskedModel) -> PreTrainedTokenizerFast:
     tokenizer = getattr(system, "tokenizer", None)
     if tokenizer is None:
-        raise CdlmError("the system has no tokenizer: load it from a folder, or set system.tokenizer")
+        folder = getattr(system, "folder", None)
+        place = "set system.tokenizer" if folder is None else f"copy tokenizer.json into {folder}"
+        raise CdlmError(f"the system has no tokenizer: {place}, or decode tokens with cdlm.decode")
     return tokenizer

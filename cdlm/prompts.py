@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from cdlm.errors import CdlmError
+from cdlm.errors import CdlmError, first_line
 from cdlm.loop import Request
 
 if TYPE_CHECKING:
@@ -96,7 +96,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool = 
     if not tokenizer.chat_template:
         raise CdlmError("the tokenizer has no chat template: leave out chat, and write the whole prompt")
     message = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the template's language has its own kinds
+        raise CdlmError(f"the chat template cannot be used ({first_line(error)}): write the whole prompt") from error
     return list(tokenizer.encode(str(text), add_special_tokens=False))
 
 
@@ -116,6 +119,7 @@ def canvases(
         length: >= 0, and >= 1 unless every prompt has something to generate.
         constraints: tokens given in the generated part, by their place in it, such as a suffix "The answer is".
     """
+    prompts = _rows_of_tokens(prompts)
     _check_canvases(prompts, length, n)
     part = _constrained(length, constraints or {})
     rows = [[*prompt, *part] for prompt in prompts]
@@ -132,20 +136,40 @@ def canvases(
     return [Request(first + i, *made[i // n]) for i in range(n * len(made))]
 
 
+def _rows_of_tokens(prompts: Any) -> list[list[int | None]]:
+    """Prompts as lists, also from tensors and arrays."""
+    rows = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
+    rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+    for row in rows:
+        if isinstance(row, str) or not isinstance(row, Sequence):
+            raise CdlmError(
+                f"a prompt is a list of tokens, got {row!r}: give a list of prompts, each a list of numbers"
+            )
+        for token in row:
+            _check_token(token)
+    return [list(row) for row in rows]
+
+
+def _check_token(token: object) -> None:
+    if token is not None and (isinstance(token, bool) or not isinstance(token, int) or token < 0):
+        raise CdlmError(f"a token is a whole number >= 0, got {token!r}; None stands for a position to generate")
+
+
 def _check_canvases(prompts: Sequence[Sequence[int | None]], length: int, n: int) -> None:
     if n < 1:
         raise CdlmError(f"n is the number of samples and must be >= 1, got {n}")
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise CdlmError(f"length is a whole number of tokens, got {length!r}")
     if not prompts:
         raise CdlmError("there are no prompts: give one or more; [[]] is one that says nothing")
     if length < 0 or (length == 0 and not all(None in prompt for prompt in prompts)):
         raise CdlmError(f"length is the number of tokens to generate and must be >= 1, got {length}")
-    wrong = [token for prompt in prompts for token in prompt if token is not None and token < 0]
-    if wrong:
-        raise CdlmError(f"a prompt holds {wrong[0]}, which is no token: None stands for a position to generate")
 
 
 def _constrained(length: int, constraints: Mapping[int, int]) -> list[int | None]:
-    outside = [place for place in constraints if not 0 <= place < length]
+    outside = [place for place in constraints if not isinstance(place, int) or not 0 <= place < length]
     if outside:
         raise CdlmError(f"a constraint at {outside[0]} lies outside the generated positions 0 to {length - 1}")
+    for token in constraints.values():
+        _check_token(token)
     return [constraints.get(place) for place in range(length)]

@@ -64,17 +64,16 @@ class Record:
         return np.minimum(full, last)
 
     def settled(
-        self, tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], last: Int[np.ndarray, " m"],
-        eos_id: int | None,
-    ) -> Int[np.ndarray, " m"]:  # fmt: skip
-        """Calls after which the text up to its first `eos_id` was decided, of samples that end with these tokens at
-        their own `last` step; of a continuous model all calls."""
-        when = np.broadcast_to(last[:, None], tokens.shape).copy()
+        self, ends: Bool[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], last: Int[np.ndarray, " m"]
+    ) -> Int[np.ndarray, " m"]:
+        """Calls after which the text up to the first place where it may end was decided, of samples that leave at their
+        own `last` step; of a continuous model all calls."""
+        when = np.broadcast_to(last[:, None], given.shape).copy()
         if self.commits is not None:
             step = self.commits.step.astype(np.int64)
             early = step < last[self.commits.sample]
             when[self.commits.sample[early], self.commits.position[early]] = step[early]
-            end = np.cumsum((tokens == eos_id) & ~given, 1) > 0
+            end = np.logical_or.accumulate(ends, 1)
             after = np.concatenate([np.zeros_like(end[:, :1]), end[:, :-1]], 1)
             when[given | after] = 0
         return self.nfe[when.max(1), np.arange(len(self))].astype(np.int64)

@@ -77,6 +77,7 @@ def test_the_published_model_has_147_million_parameters() -> None:
     per_token = 256 + 1024 + 1
     counted = sum(p.numel() for p in model.parameters()) + (32_000 - 100) * per_token
     assert round(counted / 1e6, 1) == 147.0
+    assert isinstance(model, EmbeddingDiffusion)
     assert model.schedule.t_min == 1
     assert model.schedule.t_max == 300
 

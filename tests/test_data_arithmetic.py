@@ -106,7 +106,7 @@ def test_no_calculation_is_in_both_splits():
 
 def test_one_calculation_in_sixteen_is_held_out():
     rng = np.random.default_rng(0)
-    calculations = {grammar._problem(rng, 3).reasoning for _ in range(3000)}
+    calculations = {grammar._problem(rng, 3, grammar.LARGEST).reasoning for _ in range(3000)}
     held_out = sum(map(grammar._is_held_out, calculations))
     assert abs(held_out / len(calculations) - 1 / 16) < 0.018  # four standard deviations
 
@@ -312,3 +312,14 @@ def test_a_file_without_problems(tmp_path):
         read_problems(tmp_path / "none.jsonl")
     with pytest.raises(CdlmError, match="found none"):
         read_problems(write(tmp_path / "a.jsonl", ""))
+
+
+def test_smaller_numbers_on_request():
+    small = list(problems(300, 0, "train", (1, 2, 3, 4), largest=20))
+    numbers = [int(n) for problem in small for n in re.findall(r"[0-9]+", f"{problem.prompt} {problem.reasoning}")]
+    assert max(numbers) == 20
+    assert not {p.reasoning for p in small} & {p.reasoning for p in problems(300, 1, "valid", (1, 2, 3, 4), largest=20)}
+    assert Arithmetic(largest=20).fingerprint() != Arithmetic().fingerprint()
+    for largest in (9, 100):
+        with pytest.raises(CdlmError, match="largest: expected a number from 10 to 99"):
+            Arithmetic(largest=largest)

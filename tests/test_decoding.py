@@ -337,6 +337,7 @@ def test_freezing_never_costs_a_call(policy: Policy) -> None:
         for i, row in decoded(model, Decoder(policy, rule), asked()).items():
             assert row.nfe <= base[i].nfe
     if scheduled(policy):
+        assert policy.steps is not None
         rows = plain(policy, 0.0, JoT(20.0, 2.0)).values()
         assert all(row.nfe <= policy.steps for row in rows)
 
@@ -540,7 +541,7 @@ def test_prompts_that_cannot_be_continued() -> None:
         ([[[3]], 0], "length is the number of tokens to generate"),
         ([[[3]], -1], "length is the number of tokens to generate"),
         ([[[3]], 4, 0], "n is the number of samples"),
-        ([[[3, -2]], 4], "-2, which is no token"),
+        ([[[3, -2]], 4], "whole number >= 0, got -2"),
         ([[[3]], 4, 1, {4: 5}], "a constraint at 4 lies outside"),
         ([[[3]], 4, 1, {-1: 5}], "a constraint at -1"),
     ]

@@ -54,7 +54,9 @@ class Recording:
 
     def __post_init__(self) -> None:
         left = (self.record.nfe == 0).any(0)
-        if self.record.commits is not None:  # a row of a masked model is at its end when all is committed
+        if (
+            self.record.commits is not None and not self._broken()
+        ):  # a row of a masked model is at its end when all is committed
             done = np.zeros(self.tokens.shape, bool)
             done[self.record.commits.sample, self.record.commits.position] = True
             left &= ~(done | self.given).all(1)
@@ -66,6 +68,18 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def _broken(self) -> list[str]:
+        """Columns of switches and commits that do not fit the others."""
+        (m, n), steps, record = self.tokens.shape, self.record.steps, self.record
+        ends, wrong = {"step": steps, "sample": m, "position": n}, []
+        for what in (record.switches, record.commits):
+            if what is not None:
+                wrong += [name for name, end in ends.items() if getattr(what, name).max(initial=0) >= end]
+                wrong += ["switches or commits"] if len({len(part) for part in what}) > 1 else []
+        if record.budget is not None and record.budget.shape != (m,):
+            wrong.append("budget")
+        return wrong
 
     def first(self, n: int) -> Recording:
         """The first n samples."""
@@ -132,9 +146,8 @@ class Recording:
         shapes = {"given": (m, n), "valid": (m, n), "index": (m,)}
         wrong = [name for name, shape in shapes.items() if getattr(self, name).shape != shape]
         wrong += [name for name, column in record.signals.items() if column.shape != (steps, m)]
-        ends = {"step": steps, "sample": m, "position": n}
-        wrong += [name for name, end in ends.items() if getattr(record.switches, name).max(initial=0) >= end]
-        if wrong or record.nfe.shape != (steps, m) or len({len(part) for part in record.switches}) > 1:
+        wrong += self._broken()
+        if wrong or record.nfe.shape != (steps, m):
             raise ValueError(f"columns of different runs: {', '.join(wrong) or 'nfe or switches'}")
 
 

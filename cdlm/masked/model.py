@@ -46,6 +46,8 @@ class MaskedModel(ABC):
     """`tokens -> logits`, row by row: no row sees another. Decoding sees nothing else of a model."""
 
     constants: Constants
+    vocab: int | None = None
+    """Tokens that it knows; None if that is not known before it is called."""
 
     @abstractmethod
     def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:

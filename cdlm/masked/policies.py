@@ -185,7 +185,7 @@ class LLaDA(Policy):
     """The sampler of LLaDA (arXiv 2502.09992): an even quota a step, the most confident first, block by block.
 
     Args:
-        steps: over all blocks; a multiple of their number.
+        steps: over all blocks, a multiple of their number; None commits one position a step.
         block: positions of a block, a divisor of the length; by default one block.
         remasking: "low_confidence" ranks by the probability of the proposal, "random" draws the order.
         no_eos: the end-of-text token is never proposed (published as logits_eos_inf).
@@ -194,7 +194,7 @@ class LLaDA(Policy):
         block_quota: quirk: quotas do not count what is open before the first block, which then stays open.
     """
 
-    steps: int = 128
+    steps: int | None = None
     block: int | None = None
     remasking: Literal["low_confidence", "random"] = "low_confidence"
     no_eos: bool = False
@@ -203,7 +203,8 @@ class LLaDA(Policy):
     block_quota: bool = False
 
     def __post_init__(self) -> None:
-        require_whole("LLaDA", "steps", self.steps)
+        if self.steps is not None:
+            require_whole("LLaDA", "steps", self.steps)
         require_block("LLaDA", self.block)
         if self.remasking not in ("low_confidence", "random"):
             raise CdlmError(f"LLaDA needs a remasking among low_confidence, random, got {self.remasking!r}")
@@ -223,11 +224,11 @@ class LLaDA(Policy):
             return (open_ & (block_of == block[:, None])).sum(1)
         return super().due(block_of, block, open_)
 
-    def schedule(self, plan: Plan) -> Int[Tensor, " b"]:
-        return self.steps // (plan.last + 1)
+    def schedule(self, plan: Plan) -> Int[Tensor, " b"] | None:
+        return None if self.steps is None else self.steps // (plan.last + 1)
 
     def budget(self, masks: Int[Tensor, " b"], blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        return torch.full_like(masks, self.steps)
+        return masks if self.steps is None else torch.full_like(masks, self.steps)
 
     def choose(self, view: View) -> Choice:
         tokens, confidence = proposal(view)
@@ -235,7 +236,8 @@ class LLaDA(Policy):
             confidence = view.spread(view.draws.uniform(view.site, ORDER), 0.0)
         elif self.eos_last:
             confidence = self._without_ends(view, tokens)
-        quota = even(view.plan.masks, self.schedule(view.plan), view.plan.inner)
+        steps, plan = self.schedule(view.plan), view.plan
+        quota = torch.ones_like(plan.inner) if steps is None else even(plan.masks, steps, plan.inner)
         return Choice(best(confidence, view.candidates, quota), tokens)
 
     def _without_ends(self, view: View, tokens: Int[Tensor, "b q"]) -> Float[Tensor, "b q"]:
@@ -256,7 +258,7 @@ class Dream(Policy):
     """The sampler of Dream (arXiv 2508.15487): a falling quota, ranked by one of four confidences, on one canvas.
 
     Args:
-        steps: of the whole canvas, or over all blocks.
+        steps: of the whole canvas, or over all blocks; None commits one position a step.
         alg: "origin" commits each position with the schedule's probability; "maskgit_plus" ranks by the probability of
             the proposal, "topk_margin" by the distance of the two best, "entropy" by minus the entropy, all of the
             tempered and filtered distribution.
@@ -268,7 +270,7 @@ class Dream(Policy):
             masks written over its tokens, as published.
     """
 
-    steps: int = 512
+    steps: int | None = None
     alg: Literal["origin", "maskgit_plus", "topk_margin", "entropy"] = "entropy"
     alg_temp: float | None = None
     eps: float = 1e-3
@@ -278,7 +280,10 @@ class Dream(Policy):
     pooled: bool = False
 
     def __post_init__(self) -> None:
-        require_whole("Dream", "steps", self.steps)
+        if self.steps is not None:
+            require_whole("Dream", "steps", self.steps)
+        elif self.pooled or self.alg == "origin":
+            raise CdlmError(f"Dream needs a number of steps with {'pooled' if self.pooled else 'origin'}: give steps")
         require_block("Dream", self.block)
         if self.alg not in ALGORITHMS:
             raise CdlmError(f"Dream needs an alg among {', '.join(ALGORITHMS)}, got {self.alg!r}")
@@ -300,16 +305,16 @@ class Dream(Policy):
         if self.block is not None:
             check_blocks("Dream", length, self.block, self.steps)
 
-    def schedule(self, plan: Plan) -> Int[Tensor, " b"]:
-        return self.steps // (plan.last + 1)
+    def schedule(self, plan: Plan) -> Int[Tensor, " b"] | None:
+        return None if self.steps is None else self.steps // (plan.last + 1)
 
     def budget(self, masks: Int[Tensor, " b"], blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        return torch.full_like(masks, self.steps)
+        return masks if self.steps is None else torch.full_like(masks, self.steps)
 
     def choose(self, view: View) -> Choice:
         steps, inner = self.schedule(view.plan), view.plan.inner
         tokens, confidence = self.propose(view)
-        if self.alg == "origin":
+        if self.alg == "origin" and steps is not None:
             chance = transfer_share(steps, inner, self.eps)[:, None].expand_as(view.candidates)
             drawn = view.spread(view.draws.uniform(view.site, ORDER).float(), 1.0)
             return Choice(view.candidates & (drawn < chance), tokens)
@@ -318,7 +323,8 @@ class Dream(Policy):
         if self.alg_temp:
             score = view.draws.order(view.site, confidence[view.candidates] / self.alg_temp)
             confidence = view.spread(score, 0.0)
-        quota = falling(view.candidates.sum(1), steps, inner, self.eps)
+        masks = view.candidates.sum(1)
+        quota = torch.ones_like(masks) if steps is None else falling(masks, steps, inner, self.eps)
         return Choice(best(confidence, view.candidates, quota), tokens)
 
     def propose(self, view: View) -> tuple[Int[Tensor, "b q"], Float[Tensor, "b q"]]:
@@ -342,8 +348,9 @@ class Dream(Policy):
 
     def _pooled(self, view: View, tokens: Int[Tensor, "b q"], confidence: Float[Tensor, "b q"]) -> Choice:
         masks = view.candidates.sum()[None].float() / len(view.row)
-        step = view.plan.inner[:1]
-        steps = self.schedule(view.plan)[:1]
+        step, schedule = view.plan.inner[:1], self.schedule(view.plan)
+        assert schedule is not None
+        steps = schedule[:1]
         share = transfer_share(steps, step, self.eps)
         count = int(masks if bool(step >= steps - 1) else masks * share)
         places = confidence.masked_fill(~view.candidates, -torch.inf).topk(count, -1).indices
@@ -573,7 +580,7 @@ class KLASS(Policy):
         return Choice(torch.where(ready.any(1, keepdim=True), ready, alone), tokens, kl)
 
 
-def check_blocks(policy: str, length: int, block: int | None, steps: int) -> None:
+def check_blocks(policy: str, length: int, block: int | None, steps: int | None) -> None:
     """Raise unless blocks divide the length, and the steps are shared out evenly among them."""
     size = block or length
     if length % size:
@@ -581,7 +588,7 @@ def check_blocks(policy: str, length: int, block: int | None, steps: int) -> Non
             f"{policy} needs a length that is a multiple of its block {size}, got {length}: {_near(length, size)}"
         )
     blocks = length // size
-    if steps % blocks:
+    if steps is not None and steps % blocks:
         raise CdlmError(
             f"{policy} needs steps that are a multiple of its {blocks} blocks (length {length}, block {size}),"
             f" got {steps}: {_near(steps, blocks)}"

@@ -31,7 +31,7 @@ class MaskedDiffusion(System, MaskedModel):
     ):
         super().__init__()
         self.network, self.embedding, self.constants, self.flat = network, embedding, constants, flat
-        self.config = config
+        self.config, self.vocab = config, embedding.num_embeddings
 
     def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
         level = torch.zeros(len(tokens), device=tokens.device)

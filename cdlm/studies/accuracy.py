@@ -31,7 +31,7 @@ from cdlm.types import Samples
 NOTE = (
     "Of each rule and policy the loosest setting that loses at most `max_drop` of the answers of the full run, over"
     " whole sweeps; where even the strictest loses more, that one. Intervals are 95 %, bootstrap over problems, paired."
-    " Speed-up: calls of the full run over calls. Wall time: of one run of the first problems, samples in flight as set."
+    " Speed-up: calls of the full run over calls. Wall time: of one run of the first problems."
 )
 FULL = "full budget"
 
