@@ -283,7 +283,7 @@ def generate(
 
 def decode(
     logits_fn: LogitsFn | MaskedModel,
-    prompts: Sequence[Sequence[int | None]],
+    prompts: Iterable[Any],
     length: int,
     mask_id: int | None = None,
     eos_id: int | None = None,
@@ -309,7 +309,8 @@ def decode(
     Args:
         logits_fn: (tokens [b n], attention mask [b n] or None) -> logits [b n v]; or a model from `load`, which knows
             its constants.
-        prompts: tokens; None stands for a position to generate. Different lengths are padded on the left.
+        prompts: lists of tokens, or a tensor or array of them; None stands for a position to generate. Different
+            lengths are padded on the left.
         length: positions to generate after each prompt.
         mask_id, eos_id, eot_id: the mask, and the ends of a text and of a turn.
         shift: the logits at position i - 1 predict token i, as in Dream.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,7 +104,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool = 
 
 
 def canvases(
-    prompts: Sequence[Sequence[int | None]],
+    prompts: Iterable[Any],
     length: int,
     n: int = 1,
     constraints: Mapping[int, int] | None = None,
@@ -115,14 +115,14 @@ def canvases(
     Prompts of different lengths are padded on the left, so that what is generated stands in the same columns.
 
     Args:
-        prompts: tokens; None stands for a position to generate.
+        prompts: lists of tokens, or a tensor or array of them; None stands for a position to generate.
         length: >= 0, and >= 1 unless every prompt has something to generate.
         constraints: tokens given in the generated part, by their place in it, such as a suffix "The answer is".
     """
-    prompts = _rows_of_tokens(prompts)
-    _check_canvases(prompts, length, n)
+    told = _rows_of_tokens(prompts)
+    _check_canvases(told, length, n)
     part = _constrained(length, constraints or {})
-    rows = [[*prompt, *part] for prompt in prompts]
+    rows = [[*prompt, *part] for prompt in told]
     width = max(len(row) for row in rows)
     ragged = any(len(row) < width for row in rows)
     made = []
