@@ -9,7 +9,7 @@ from cdlm.config import GRIDS, MASKINGS, POLICIES, RULES, SOLVERS
 from cdlm.signals import SIGNALS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/write-a-criterion.md", "docs/bring-your-model.md")
+PAGES = ("README.md", "docs/write-a-criterion.md", "docs/bring-your-model.md", "docs/masked.md")
 _BLOCK = re.compile(r"<!-- tested -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
