@@ -119,6 +119,13 @@ def test_rules_that_fail_badly_do_not_flatten_the_picture():
     assert high == pytest.approx(1.35 * 0.9)
 
 
+def test_rules_that_collapse_do_not_hide_the_full_run():
+    collapsed = Curve("collapsed", [3.0], [0.1], [0.1], [0.1])
+    low, high = limits(Panel("m", [curve("plain", True), collapsed], [("full run", 0.9), ("real", 0.7)]))
+    assert 0.1 < low < 0.7
+    assert high == pytest.approx(1.35 * 0.9)
+
+
 def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(CdlmError, match="nothing to draw"):
         plot_pareto([], tmp_path / "p.png")
