@@ -112,8 +112,8 @@ def _draw(axis: Axes, panel: Panel, style: dict[str, tuple[str, str]], label: st
 
 
 def limits(panel: Panel) -> tuple[float, float]:
-    """From the lowest level or rival to a little over the best or the highest level, so that settings that fail badly, or
-    collapse to text that is too easy, do not flatten it."""
+    """From the lowest level or rival to a little over the best or the highest level, so that settings that fail badly,
+    or collapse to text that is too easy, do not flatten it."""
     rival = [v for c in panel.curves if c.rival for v in c.low]
     low = min([*(value for _, value in panel.levels), *(rival or [v for c in panel.curves for v in c.value])])
     best = max([min(v for c in panel.curves for v in c.value), *(value for _, value in panel.levels)])
