@@ -58,6 +58,9 @@ class Timed(Denoiser):
     def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return self.inner.embed(tokens)
 
+    def mix(self, weights: Float[Tensor, "b n v"]) -> Float[Tensor, "b n d"]:
+        return self.inner.mix(weights)
+
     def expect(self, logits: Float[Tensor, "b n v"]) -> Float[Tensor, "b n d"]:
         return self.inner.expect(logits)
 

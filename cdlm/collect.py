@@ -57,7 +57,8 @@ def collect(
         for row, final in zip(leaving, step.tokens.cpu(), strict=True):
             i = columns[row]
             tokens[i] = final
-            nfe[i], taken[i] = int(step.state.nfe[row]), int(step.state.step[row]) + 1
+            counted = step.state.step[row] + 1 if step.taken is None else step.taken[row]
+            nfe[i], taken[i] = int(step.state.nfe[row]), int(counted)
             settled[i] = nfe[i] if step.settled is None else int(step.settled[row]) or nfe[i]
             if bool(step.halted[row]):
                 reasons[i] = HaltReason.CRITERION

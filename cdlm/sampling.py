@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,9 @@ from cdlm.continuous.solvers import Euler, Solver
 from cdlm.errors import CdlmError
 from cdlm.halting import Criterion, Never
 from cdlm.loop import Loop, Request, stack_masks
-from cdlm.noise import row_normal
+from cdlm.noise import Draws, generator
 from cdlm.signals import Glance, Past, Space, check_signals, first_past, most_likely, observe
-from cdlm.types import Condition, Decision, Finished, Prediction, Rows, StepState, take
+from cdlm.types import Condition, Decision, Finished, Prediction, Rows, StepState, join, take
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Sampler:
         steps: grid points, >= 1. One prediction each; the last, at t_min, is read out, so Euler spends `steps` calls.
         criterion: when a row is done before that.
         grid, solver, steering: see there.
-        init_scale: the start is `init_scale * t_max * eps`; CDCD finds that a little below 1 sharpens.
+        init_scale: the start is `init_scale` times the prior; CDCD finds that a little below 1 sharpens.
+        block: positions that are generated at a time: `steps` for each block, and the rule is asked for each anew.
+            None generates all at once.
         seed: of the run, >= 0.
         record: names of signals to compute at every step, for the loop's consumers.
     """
@@ -40,6 +42,7 @@ class Sampler:
     solver: Solver = field(default_factory=Euler)
     steering: Steering = field(default_factory=Steering)
     init_scale: float = 1.0
+    block: int | None = None
     seed: int = 0
     record: frozenset[str] = frozenset()
 
@@ -50,14 +53,20 @@ class Sampler:
             raise CdlmError(f"a seed is a whole number >= 0, got {self.seed}")
         if not 0 <= self.init_scale < math.inf:
             raise CdlmError(f"init_scale must be >= 0, got {self.init_scale}: 1 is the model's own noise level")
+        if self.block is not None and self.block < 1:
+            raise CdlmError(f"a block has one position or more, got {self.block}: None generates all at once")
         check_signals(self.record | self.criterion.needs)
 
     @property
     def settings(self) -> dict[str, int | float | str]:
         """What fixes the run besides seed and rule: two runs with equal settings walk the same steps."""
         parts = {name: repr(getattr(self, name)) for name in ("grid", "solver")}
-        steering = {name: float(value) for name, value in asdict(self.steering).items()}
-        return {"steps": self.steps, **parts, **steering, "init_scale": float(self.init_scale)}
+        block = {} if self.block is None else {"block": self.block}
+        return {"steps": self.steps, **parts, **self.steering.settings, "init_scale": float(self.init_scale), **block}
+
+    def blocks(self, request: Request) -> int:
+        """Blocks of a request."""
+        return 1 if self.block is None else math.ceil(int((~request.given).sum()) / self.block)
 
     def with_steps(self, steps: int) -> Sampler:
         """The same with so many steps."""
@@ -69,14 +78,31 @@ class Live(NamedTuple):
 
     row: Int[Tensor, " b"]
     step: Int[Tensor, " b"]
+    before: Int[Tensor, " b"]
+    """Steps taken in earlier blocks."""
     nfe: Int[Tensor, " b"]
     z: Float[Tensor, "b n d"]
     tokens: Int[Tensor, "b n"]
-    """Prompt and frozen tokens; meaningless at open positions."""
+    """Prompt, earlier blocks and frozen tokens; meaningless at open positions and in later blocks."""
     open: Bool[Tensor, "b n"]
+    """Positions of the block that may still change."""
+    later: Bool[Tensor, "b n"]
+    """Positions of later blocks."""
     condition: Condition
     past: Past
     memory: Any
+
+
+class Stepped(NamedTuple):
+    """Rows between a prediction and the move that follows it."""
+
+    live: Live
+    x0: Float[Tensor, "b n d"]
+    """The estimate that drives the state."""
+    tokens: Int[Tensor, "b n"]
+    """The row as it would be returned now."""
+    ended: Bool[Tensor, " b"]
+    """Rows whose block is done and that have another."""
 
 
 class Run(Loop[Live]):
@@ -99,21 +125,37 @@ class Run(Loop[Live]):
         valid = stack_masks([request.valid for request in requests], self.device)
         if not bool(open_.any(1).all()):
             raise CdlmError("a prompt leaves nothing to generate: shorten it, or raise the length")
-        clean = self.denoiser.embed(tokens)
-        noise = row_normal(self.sampler.seed, [request.index for request in requests], *clean.shape[1:])
-        z = self.sampler.init_scale * float(self.grid[0]) * noise.to(clean)
         index = torch.tensor([request.index for request in requests], device=self.device)
         zero = torch.zeros_like(index)
-        real = torch.ones_like(open_) if valid is None else valid
-        memory = self.sampler.criterion.start(Rows(open_, zero + self.sampler.steps, real))
-        condition = Condition(clean * (~open_ & real)[..., None], open_, torch.zeros_like(z), valid)
-        past = first_past(self.needs, z, None if beside is None else beside.past)
-        return Live(index, zero, zero, z, tokens, open_, condition, past, memory)
+        return self._enter(index, zero, zero, tokens, open_, valid, None if beside is None else beside.past)
+
+    def _enter(
+        self, index: Tensor, before: Tensor, nfe: Tensor, tokens: Tensor, left: Tensor, valid: Tensor | None,
+        beside: Past | None,
+    ) -> Live:  # fmt: skip
+        """Rows at the first step of their next block, with the positions in `left` yet to be generated."""
+        block = self.sampler.block
+        now = left if block is None else left & (left.cumsum(1) <= block)
+        clean = self.denoiser.embed(tokens)
+        z = self.sampler.init_scale * self.denoiser.prior_std * self._start(index, before, clean)
+        real = torch.ones_like(left) if valid is None else valid
+        zero = torch.zeros_like(index)
+        memory = self.sampler.criterion.start(Rows(now, zero + self.sampler.steps, real))
+        condition = Condition(clean * (~left & real)[..., None], now, torch.zeros_like(z), valid)
+        past = first_past(self.needs, z, beside)
+        return Live(index, zero, before, nfe, z, tokens, now, left & ~now, condition, past, memory)
+
+    def _start(self, index: Tensor, before: Tensor, like: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Standard normal noise of each row: of its first block by its index alone, of later ones by what came before
+        as well."""
+        seed, pairs = self.sampler.seed, zip(index.tolist(), before.tolist(), strict=True)
+        keys = [(seed, i, b) if b else (seed, i) for i, b in pairs]
+        return torch.stack([torch.randn(like.shape[1:], generator=generator(*key)) for key in keys]).to(like)
 
     @torch.no_grad()
-    def step(self, live: Live) -> tuple[Finished, tuple[Live, Tensor]]:
+    def step(self, live: Live) -> tuple[Finished, Stepped]:
         t, span = self.grid[live.step], live.condition.noised
-        prediction, x0 = self.sampler.steering.predict(self.denoiser, live.z, t, live.condition)
+        prediction, x0 = self.sampler.steering.predict(self.denoiser, live.z, t, live.condition, self._draws(live))
         rho, first = self.denoiser.rho, live.step == 0
         space = Space(live.z, t, rho, prediction.x0)
         glance = Glance(prediction.logits, live.open, span, first, live.past, self.needs, space)
@@ -124,35 +166,58 @@ class Run(Loop[Live]):
         memory, decision = self.sampler.criterion.look(live.memory, state)
         live = _freeze(live, decision, glance)
         full = ~live.open.any(1)
-        done = decision.halt | full | (live.step == budget - 1)
-        tokens = _final_tokens(prediction, live, done)
-        finished = Finished(state, done, decision.halt, full & ~decision.halt, tokens, decision.info)
+        ended = decision.halt | full | (live.step == budget - 1)
+        done = ended & ~live.later.any(1)
+        tokens = _read_out(prediction, live, ended)
+        finished = Finished(
+            state, done, decision.halt, full & ~decision.halt, tokens[done], decision.info,
+            taken=live.before + live.step + 1,
+        )  # fmt: skip
         live = live._replace(nfe=nfe, past=past, memory=memory)
         live = live._replace(condition=live.condition._replace(x0=self._held(live, prediction.x0)))
-        return finished, (live, self._held(live, x0))
+        return finished, Stepped(live, self._held(live, x0), tokens, ended & ~done)
 
     @torch.no_grad()
-    def advance(self, carried: tuple[Live, Tensor]) -> Live:
-        live, x0 = carried
-        steering, condition = self.sampler.steering, live.condition
+    def advance(self, carried: Stepped) -> Live:
+        if not bool(carried.ended.any()):
+            return self._move(carried)
+        fresh = self._next_block(take(carried, carried.ended.nonzero().squeeze(1)))
+        if bool(carried.ended.all()):
+            return fresh
+        return join(self._move(take(carried, (~carried.ended).nonzero().squeeze(1))), fresh)
+
+    def _next_block(self, carried: Stepped) -> Live:
+        live = carried.live
+        before = live.before + live.step + 1
+        valid, past = live.condition.valid, live.past
+        return self._enter(live.row, before, live.nfe, carried.tokens, live.later, valid, past)
+
+    def _move(self, carried: Stepped) -> Live:
+        live, x0 = carried.live, carried.x0
+        steering, condition, draws = self.sampler.steering, live.condition, self._draws(live)
 
         def estimate(z: Tensor, t: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
             asked = live if rows is None else take(live, rows)
-            prediction, driving = steering.predict(self.denoiser, z, t, asked.condition)
+            prediction, driving = steering.predict(self.denoiser, z, t, asked.condition, self._draws(asked))
             return self._held(asked, driving), self._held(asked, prediction.x0)
 
-        moved = self.sampler.solver.advance(estimate, live.z, x0, self.grid[live.step], self.grid[live.step + 1])
+        moved = self.sampler.solver.advance(estimate, live.z, x0, self.grid[live.step], self.grid[live.step + 1], draws)
         if moved.x0 is not None:
             condition = condition._replace(x0=moved.x0)
         nfe = live.nfe + moved.evaluations * steering.calls
         return live._replace(z=moved.z, step=live.step + 1, nfe=nfe, condition=condition)
 
+    def _draws(self, live: Live) -> Draws:
+        return Draws(self.sampler.seed, live.row, live.before + live.step)
+
     def _held(self, live: Live, x0: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """`x0` with the embedding of its token at each frozen position, so that the state there follows the level."""
-        if not self.sampler.criterion.freezes:
-            return x0
-        frozen = live.condition.noised & ~live.open
-        return torch.where(frozen[..., None], self.denoiser.embed(live.tokens).to(x0), x0)
+        """`x0` with the embedding of its token at each frozen position, so that the state there follows the level; the
+        same at given positions for a network that takes them for noisy ones."""
+        held = live.condition.noised & ~live.open if self.sampler.criterion.freezes else None
+        if not self.denoiser.sees_given:
+            given = ~live.condition.noised & ~live.later
+            held = given if held is None else held | given
+        return x0 if held is None else torch.where(held[..., None], self.denoiser.embed(live.tokens).to(x0), x0)
 
 
 def _freeze(live: Live, decision: Decision, glance: Glance) -> Live:
@@ -162,8 +227,9 @@ def _freeze(live: Live, decision: Decision, glance: Glance) -> Live:
     return live._replace(tokens=torch.where(fresh, glance.tokens, live.tokens), open=live.open & ~fresh)
 
 
-def _final_tokens(prediction: Prediction, live: Live, done: Bool[Tensor, " b"]) -> Int[Tensor, "m n"]:
-    leaving = done.nonzero().squeeze(1)
-    kept = live.tokens[leaving]
-    best = [most_likely(prediction.logits[row]) for row in leaving.tolist()]  # row by row: no copy of the logits
-    return torch.where(live.open[leaving], torch.stack(best), kept) if best else kept
+def _read_out(prediction: Prediction, live: Live, ended: Bool[Tensor, " b"]) -> Int[Tensor, "b n"]:
+    """The tokens of each row, read out of the prediction where the block has ended."""
+    tokens = live.tokens.clone()
+    for row in ended.nonzero().squeeze(1).tolist():  # row by row: no copy of the logits
+        tokens[row] = torch.where(live.open[row], most_likely(prediction.logits[row]), tokens[row])
+    return tokens

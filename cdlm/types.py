@@ -147,6 +147,8 @@ class Finished(NamedTuple):
     """Of a masked model: every row after the step, the mask where it is open."""
     settled: Int[Tensor, " b"] | None = None
     """Of a masked model: calls after which the text up to its first end was decided; 0 while it is not."""
+    taken: Int[Tensor, " b"] | None = None
+    """Steps that each row has taken, in a run whose rows count anew for each block."""
 
 
 COLUMNS = ("tokens", "nfe", "steps", "index", "given", "valid", "shown", "settled")

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.warping import TimeWarp
+from cdlm.noise import Draws
 from cdlm.types import Condition, Prediction
+
+
+def draws(rows: int = 1, step: int = 0) -> Draws:
+    """Where the random numbers of a step come from."""
+    return Draws(0, torch.arange(rows), torch.full((rows,), step))
 
 
 class Oracle(Denoiser):
@@ -34,5 +40,5 @@ class Oracle(Denoiser):
     def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return self.table[tokens]
 
-    def expect(self, logits: Float[Tensor, "b n v"]) -> Float[Tensor, "b n d"]:
-        return (logits.softmax(-1)[..., None] * self.table).sum(-2)
+    def mix(self, weights: Float[Tensor, "b n v"]) -> Float[Tensor, "b n d"]:
+        return (weights[..., None] * self.table).sum(-2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Oracle
+from oracle import Oracle, draws
 from torch import Tensor
 
 from cdlm.continuous.levels import alpha_of, gamma_of
@@ -41,7 +41,7 @@ def walk(solver: Solver, steps: int, z: Tensor | None = None) -> Tensor:
     grid = torch.linspace(math.log(HIGH), math.log(LOW), steps + 1, dtype=torch.float64).exp()
     for now, then in itertools.pairwise(grid):
         t, t_next = now.expand(len(z)).clone(), then.expand(len(z)).clone()
-        z = solver.advance(field, z, field(z, t)[0], t, t_next).z
+        z = solver.advance(field, z, field(z, t)[0], t, t_next, draws(len(z))).z
     return z
 
 
@@ -81,8 +81,8 @@ def test_every_method_named_solves_the_equation(method: str, reference: Tensor) 
 
 
 def one_step(solver: Solver, t: float, t_next: float, constant: Tensor, z: Tensor) -> Advance:
-    levels = [torch.full((len(z),), level, dtype=torch.float64) for level in (t, t_next)]
-    return solver.advance(lambda z, t, rows: (constant, constant), z, constant, *levels)
+    now, then = (torch.full((len(z),), level, dtype=torch.float64) for level in (t, t_next))
+    return solver.advance(lambda z, t, rows: (constant, constant), z, constant, now, then, draws(len(z)))
 
 
 @given(t=st.floats(0.1, 50), ratio=st.floats(0.01, 0.99))
@@ -125,10 +125,10 @@ def test_rows_may_stand_at_different_levels() -> None:
     field, z = Field(), start(3)
     t, t_next = torch.tensor([6.0, 3.0, 1.0]).double(), torch.tensor([4.0, 2.0, 0.2]).double()
     for solver in (Euler(), Heun(), TorchDiffEq("rk4", double=True), TorchDiffEq("dopri5", double=True)):
-        together = solver.advance(field, z, field(z, t)[0], t, t_next)
+        together = solver.advance(field, z, field(z, t)[0], t, t_next, draws(len(z)))
         for i in range(3):
             row = slice(i, i + 1)
-            alone = solver.advance(field, z[row], field(z[row], t[row])[0], t[row], t_next[row])
+            alone = solver.advance(field, z[row], field(z[row], t[row])[0], t[row], t_next[row], draws())
             assert torch.equal(together.z[row], alone.z)
             assert torch.equal(together.evaluations[row], alone.evaluations)
 
@@ -138,8 +138,8 @@ def test_a_stiff_neighbour_changes_nothing(method: str) -> None:
     field, solver, z = Field(), TorchDiffEq(method, double=True), start(2)
     t, t_next = torch.tensor([6.0, 6.0]).double(), torch.tensor([5.0, 0.05]).double()
     easy = slice(0, 1)
-    alone = solver.advance(field, z[easy], field(z[easy], t[easy])[0], t[easy], t_next[easy])
-    beside = solver.advance(field, z, field(z, t)[0], t, t_next)
+    alone = solver.advance(field, z[easy], field(z[easy], t[easy])[0], t[easy], t_next[easy], draws())
+    beside = solver.advance(field, z, field(z, t)[0], t, t_next, draws(len(z)))
     assert torch.equal(beside.z[easy], alone.z)
     assert int(beside.evaluations[0]) == int(alone.evaluations)
     assert int(beside.evaluations[1]) > int(beside.evaluations[0])
@@ -168,5 +168,5 @@ def test_a_field_that_no_step_is_small_enough_for_is_an_error_in_one_line() -> N
 
     z, t = torch.ones(1, 2, 3), torch.ones(1, dtype=torch.float64)
     with pytest.raises(CdlmError, match="cannot keep its tolerances") as caught:
-        TorchDiffEq("dopri5", rtol=1e-9, atol=1e-9).advance(wild, z, z, t, t / 2)
+        TorchDiffEq("dopri5", rtol=1e-9, atol=1e-9).advance(wild, z, z, t, t / 2, draws())
     assert "\n" not in str(caught.value)

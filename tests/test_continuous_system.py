@@ -7,17 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Oracle
+from oracle import Oracle, draws
 from torch import Tensor, nn
-from toys import lively, system
+from toys import lively, system, weight_of
 
 from cdlm.config import build_system
 from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.denoiser import Steering
-from cdlm.continuous.embedding import TokenEmbedding
-from cdlm.continuous.system import EmbeddingDiffusion, Loss, stratified
+from cdlm.continuous.embedding import OwnPosition, TokenEmbedding
+from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.warping import TimeWarp
 from cdlm.errors import CdlmError
+from cdlm.system import Loss, stratified
 from cdlm.types import Condition, Prediction, take
 
 VOCAB, B, N, D = 11, 8, 6, 8
@@ -61,7 +62,7 @@ def test_every_embedding_has_the_norm_rho(dim: int, scale: float) -> None:
 def test_gradients_of_the_table_are_tangent() -> None:
     model = lively()
     model(tokens(), noised(), None, rng()).total.backward()
-    weight = model.embedding.weight
+    weight = weight_of(model)
     assert weight.grad is not None
     assert float(weight.grad.norm()) > 0
     close((weight.grad * weight).sum(-1), torch.zeros(VOCAB, dtype=torch.float64))
@@ -216,7 +217,7 @@ def test_own_position_and_token_frequencies_are_the_exact_posterior(seed: int, t
     embedding = TokenEmbedding(7, oracle.dim).double()
     embedding.weight.data.copy_(oracle.table)
     model = EmbeddingDiffusion(
-        embedding, TimeWarp(0.1, 30.0), Frequencies(oracle.frequencies), own_position=True, config={}
+        embedding, TimeWarp(0.1, 30.0), Frequencies(oracle.frequencies), own_position=OwnPosition(), config={}
     )
     level = torch.full((3,), t, dtype=torch.float64)
     words = torch.randint(7, (3, 4), generator=rng(seed))
@@ -365,13 +366,13 @@ def test_stratified_draws_are_uniform_row_by_row() -> None:
 
 
 def estimate(steering: Steering, model: EmbeddingDiffusion) -> Tensor:
-    return steering.predict(model, *question(model))[1]
+    return steering.predict(model, *question(model), draws())[1]
 
 
 def test_the_neutral_steering_is_the_prediction() -> None:
     model = lively()
     plain = model.denoise(*question(model))
-    prediction, x0 = Steering().predict(model, *question(model))
+    prediction, x0 = Steering().predict(model, *question(model), draws())
     assert torch.equal(x0, plain.x0)
     assert torch.equal(prediction.logits, plain.logits)
     close(estimate(Steering(softmax_temperature=1 + 1e-13, score_temperature=1 + 1e-13), model), plain.x0)
@@ -398,7 +399,7 @@ def test_no_guidance_is_the_prediction_without_the_prompt() -> None:
 
 @given(temperature=st.floats(0.2, 5))
 @settings(max_examples=15)
-def test_temperatures_divide_the_score_and_the_logits(temperature: float) -> None:
+def test_temperatures_divide_the_score_and_thelogits(temperature: float) -> None:
     model = lively()
     z, t, condition = question(model)
     plain = model.denoise(z, t, condition)
@@ -411,7 +412,7 @@ def test_temperatures_divide_the_score_and_the_logits(temperature: float) -> Non
 def test_the_steered_estimate_leaves_the_prediction_alone() -> None:
     model = lively()
     plain = model.denoise(*question(model))
-    prediction, _ = Steering(0.5, 0.8, 3.0).predict(model, *question(model))
+    prediction, _ = Steering(0.5, 0.8, 3.0).predict(model, *question(model), draws())
     assert torch.equal(prediction.logits, plain.logits)
     assert torch.equal(prediction.x0, plain.x0)
 

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from test_training_run import DEFAULTS, Batch, Loader, assert_same, masking, tiny, valid_batches
+from toys import weight_of
 
 from cdlm.errors import CdlmError
 from cdlm.noise import generator
@@ -181,14 +182,14 @@ def test_ranks_and_batches_have_noise_of_their_own() -> None:
 def test_the_average_is_the_recursion_it_claims(decay: float, steps: int) -> None:
     system = tiny()
     average = Average(system, decay)
-    expected = system.embedding.weight.detach().double()
+    expected = weight_of(system).detach().double()
     for k in range(1, steps + 1):
         with torch.no_grad():
             for parameter in system.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator(1, k)))
         average.update(system, k)
         d = min(decay, (1 + k) / (10 + k))
-        expected = d * expected + (1 - d) * system.embedding.weight.detach().double()
+        expected = d * expected + (1 - d) * weight_of(system).detach().double()
     torch.testing.assert_close(
         average.system.get_parameter("embedding.weight").double(), expected, rtol=1e-4, atol=1e-5
     )

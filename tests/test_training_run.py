@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from toys import weight_of
 
 from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.system import EmbeddingDiffusion
@@ -238,7 +239,7 @@ def test_a_run_is_neither_overwritten_nor_invented(tmp_path: Path) -> None:
 
 def poison(system: EmbeddingDiffusion) -> None:
     with torch.no_grad():
-        system.embedding.weight.fill_(torch.nan)
+        weight_of(system).fill_(torch.nan)
 
 
 def test_nan_stops_at_its_step_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -318,7 +319,7 @@ def test_exports_get_averaged_weights_after_each_checkpoint(tmp_path: Path) -> N
     assert_same({f"average.system.{name}": value for name, value in got[-1].items()}, {
         name: value for name, value in weights.items() if name.startswith("average.")
     })  # fmt: skip
-    assert not torch.equal(got[-1]["embedding.weight"], system.embedding.weight)
+    assert not torch.equal(got[-1]["embedding.weight"], weight_of(system))
 
 
 def test_resuming_a_complete_run_exports_what_was_lost(tmp_path: Path) -> None:
@@ -329,7 +330,7 @@ def test_resuming_a_complete_run_exports_what_was_lost(tmp_path: Path) -> None:
         export=lambda average, folder: got.append(average.get_parameter("embedding.weight").clone()),
     )  # fmt: skip
     assert len(got) == 1
-    assert torch.equal(got[0], saved(tmp_path)["state_dict"]["average.system.embedding.weight"])
+    assert torch.equal(got[0], saved(tmp_path)["state_dict"]["average.weight_of(system)"])
 
 
 def test_a_signal_during_the_last_step_finds_the_run_complete(tmp_path: Path) -> None:
@@ -401,7 +402,7 @@ PROCESSES = """
     try:
         train(
             tiny(), loader, valid_batches, masking, options, folder, progress=False, resume=resume,
-            samples=lambda system: [str(system.embedding.weight.sum().item())],
+            samples=lambda system: [str(weight_of(system).sum().item())],
             export=lambda system, path: torch.save(system.state_dict(), path / "export.pt"),
         )
     except Interrupted:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from cdlm.continuous.cdcd import CDCD
+from cdlm.continuous.embedding import TokenEmbedding
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.data.tokenizer import train_tokenizer
 from cdlm.masked.system import Masked, MaskedDiffusion
@@ -31,6 +32,12 @@ def system(vocab: int = 11, seed: int = 0, **settings: Any) -> EmbeddingDiffusio
     made = _built(CDCD(**{**SMALL, **settings}), vocab, seed)
     assert isinstance(made, EmbeddingDiffusion)
     return made
+
+
+def weight_of(system: EmbeddingDiffusion) -> torch.nn.Parameter:
+    """The free table of a system's embeddings."""
+    assert isinstance(system.embedding, TokenEmbedding)
+    return system.embedding.weight
 
 
 def lively(vocab: int = 11, seed: int = 0, **settings: Any) -> EmbeddingDiffusion:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from cdlm.continuous.embedding import TokenEmbedding
+from cdlm.continuous.embedding import OwnPosition, TokenEmbedding
 from cdlm.continuous.levels import check_range
-from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.continuous.warping import TimeWarp
 from cdlm.errors import CdlmError
-from cdlm.system import Special, SystemConfig
+from cdlm.system import Special
 from cdlm.transformer import Transformer
 
 
 @dataclass(frozen=True)
-class CDCD(SystemConfig):
+class CDCD(ContinuousConfig):
     """Score interpolation with learned time warping. The defaults suit laptops; `ddlm.yaml` has the published size.
 
     Args:
@@ -57,7 +57,7 @@ class CDCD(SystemConfig):
                 3 * self.dim + 1, vocab, width=self.width, depth=self.depth, heads=self.heads,
                 mlp_ratio=self.mlp_ratio, gates=self.gates,
             ),
-            own_position=self.own_position,
+            own_position=OwnPosition() if self.own_position else None,
             self_conditioning=self.self_conditioning,
             guidance_dropout=self.guidance_dropout,
             config={"system": "cdcd", "vocab": vocab, **asdict(self)},

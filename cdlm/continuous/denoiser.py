@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cdlm.continuous.projections import Expectation, Projection
 from cdlm.continuous.warping import Schedule
 from cdlm.errors import CdlmError
+from cdlm.noise import Draws
 from cdlm.types import Condition, Prediction
 
 
@@ -21,6 +23,13 @@ class Denoiser(ABC):
     dim: int
     schedule: Schedule
     """Says which noise levels the denoiser knows and how to space them."""
+    sees_given: bool = True
+    """Whether the network tells given positions apart. If not, their state has to be held at their embedding."""
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the state that sampling starts from, at t_max."""
+        return self.schedule.t_max
 
     @abstractmethod
     def denoise(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition) -> Prediction:
@@ -31,8 +40,12 @@ class Denoiser(ABC):
         """Clean embeddings."""
 
     @abstractmethod
+    def mix(self, weights: Float[Tensor, "b n v"]) -> Float[Tensor, "b n d"]:
+        """The state of weighted tokens; of weights that are probabilities, the mean embedding."""
+
     def expect(self, logits: Float[Tensor, "b n v"]) -> Float[Tensor, "b n d"]:
         """Expected clean embedding under softmax(logits)."""
+        return self.mix(logits.softmax(-1))
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class Steering:
     Args:
         softmax_temperature: > 0, divides the logits before the expected embedding is taken; below 1 sharpens.
         score_temperature: > 0, divides the score, `x0 = z + (x0 - z) / temperature`; below 1 sharpens (CDCD, 6.4).
+        projection: how the logits become the estimate, by default as their mean embedding.
         guidance: scale g of `x0 = x0_uncond + g (x0_cond - x0_uncond)`; 1 is off, others cost a second call a step.
 
     The plain prediction, not the steered one, feeds self-conditioning, the statistics and the final tokens.
@@ -50,6 +64,7 @@ class Steering:
     softmax_temperature: float = 1.0
     score_temperature: float = 1.0
     guidance: float = 1.0
+    projection: Projection = field(default_factory=Expectation)
 
     def __post_init__(self) -> None:
         for name in ("softmax_temperature", "score_temperature"):
@@ -61,20 +76,28 @@ class Steering:
         """Denoiser calls for one prediction."""
         return 1 if self.guidance == 1 else 2
 
+    @property
+    def settings(self) -> dict[str, float | str]:
+        """The same as plain values."""
+        names = ("softmax_temperature", "score_temperature", "guidance")
+        plain: dict[str, float | str] = {name: float(getattr(self, name)) for name in names}
+        return plain if self.projection == Expectation() else {**plain, "projection": repr(self.projection)}
+
     def predict(
-        self, denoiser: Denoiser, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition
+        self, denoiser: Denoiser, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition, draws: Draws
     ) -> tuple[Prediction, Float[Tensor, "b n d"]]:
         """The conditional prediction, and the clean estimate that drives the state."""
         plain = denoiser.denoise(z, t, condition)
-        x0 = self._estimate(denoiser, plain)
+        x0 = self._estimate(denoiser, plain, draws)
         if self.guidance != 1:
-            free = self._estimate(denoiser, denoiser.denoise(z, t, condition._replace(clean=condition.clean * 0)))
+            other = denoiser.denoise(z, t, condition._replace(clean=condition.clean * 0))
+            free = self._estimate(denoiser, other, draws)
             x0 = free + self.guidance * (x0 - free)
         if self.score_temperature != 1:
             x0 = z + (x0 - z) / self.score_temperature
         return plain, x0
 
-    def _estimate(self, denoiser: Denoiser, prediction: Prediction) -> Float[Tensor, "b n d"]:
-        if self.softmax_temperature == 1:
+    def _estimate(self, denoiser: Denoiser, prediction: Prediction, draws: Draws) -> Float[Tensor, "b n d"]:
+        if self.softmax_temperature == 1 and self.projection == Expectation():
             return prediction.x0
-        return denoiser.expect(prediction.logits / self.softmax_temperature)
+        return self.projection(denoiser, prediction.logits / self.softmax_temperature, draws)

@@ -52,7 +52,7 @@ class Grid(ABC):
 
     @abstractmethod
     def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
-        """`steps` noise levels from t_max down, float64 on the CPU; the last of several is t_min."""
+        """`steps` noise levels from t_max down, float64 on the CPU; a sample is read out at the last."""
 
 
 def _fractions(steps: int) -> Float[Tensor, " steps"]:
@@ -84,3 +84,12 @@ class LogT(Grid):
     def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
         low, high = math.log(schedule.t_min), math.log(schedule.t_max)
         return (low + (high - low) * _fractions(steps)).exp()
+
+
+@dataclass(frozen=True)
+class UpperEnds(Grid):
+    """Equal steps in u that stop one short of u = 0: u = 1, ..., 2/N, 1/N (SSD-LM, arXiv 2210.17432)."""
+
+    def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
+        _fractions(steps)
+        return schedule.t_of_u(torch.arange(steps, 0, -1, dtype=torch.float64) / steps).cpu()

@@ -1,4 +1,7 @@
-"""Solvers of the probability-flow ODE `dz/dt = (z - x0) / t`: each joins two neighbouring grid points, and no more."""
+"""Solvers: each joins two neighbouring grid points, and no more.
+
+Some follow the probability-flow ODE `dz/dt = (z - x0) / t`, some draw fresh noise on the way.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cdlm.errors import CdlmError
+from cdlm.noise import Draws
 
 Estimate = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """(z, t, rows or None) -> (estimate that drives the state, plain x0): one prediction for those rows of the batch."""
@@ -38,8 +42,9 @@ class Solver(ABC):
         x0: Float[Tensor, "b n d"],
         t: Float[Tensor, " b"],
         t_next: Float[Tensor, " b"],
+        draws: Draws,
     ) -> Advance:
-        """`x0` is the estimate already made at (z, t)."""
+        """`x0` is the estimate already made at (z, t); `draws` is where fresh noise comes from."""
 
 
 def _lerp(z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
@@ -54,7 +59,7 @@ def _no_calls(t: Tensor) -> Tensor:
 class Euler(Solver):
     """`z' = (t'/t) z + (1 - t'/t) x0`: exact for a constant x0, the same map as DDIM (arXiv 2010.02502)."""
 
-    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Advance:
+    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
         return Advance(_lerp(z, x0, t, t_next), None, _no_calls(t))
 
 
@@ -62,12 +67,34 @@ class Euler(Solver):
 class Heun(Solver):
     """Euler, then the mean of both slopes: second order, one more prediction an interval (arXiv 2206.00364, alg. 1)."""
 
-    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Advance:
+    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
         tilde = _lerp(z, x0, t, t_next)
         x0_tilde, plain = estimate(tilde, t_next, None)
         now, then = t.to(z.dtype)[:, None, None], t_next.to(z.dtype)[:, None, None]
         slope = (z - x0) / now + (tilde - x0_tilde) / then
         return Advance(z + (then - now) / 2 * slope, plain, _no_calls(t) + 1)
+
+
+@dataclass(frozen=True)
+class Ancestral(Solver):
+    """A draw from q(z' | z, x0): `z' = x0 + (t'/t)^2 (z - x0) + t' sqrt(1 - (t'/t)^2) eps`.
+
+    The reverse step of a variational diffusion model (arXiv 2107.00630, eq. 33), which Plaid samples with.
+    """
+
+    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
+        kept = (t_next / t).square()
+        fresh = t_next * (-torch.expm1(2 * (t_next / t).log())).sqrt()  # near 1 the difference is exact in this form
+        moved = x0 + kept.to(z.dtype)[:, None, None] * (z - x0) + fresh.to(z.dtype)[:, None, None] * draws.normal(z)
+        return Advance(moved, None, _no_calls(t))
+
+
+@dataclass(frozen=True)
+class Renoise(Solver):
+    """`z' = x0 + t' eps`: the estimate under fresh noise, nothing of the state is kept (SSD-LM, section 3.3)."""
+
+    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
+        return Advance(x0 + t_next.to(z.dtype)[:, None, None] * draws.normal(z), None, _no_calls(t))
 
 
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
@@ -102,7 +129,7 @@ class TorchDiffEq(Solver):
             if not isinstance(value, int | float) or not value > 0:
                 raise CdlmError(f"TorchDiffEq needs a number {name} > 0, got {value!r}")
 
-    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Advance:
+    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
         rows = torch.arange(len(t), device=z.device)
         parts = rows.split(1) if self.method in ADAPTIVE else (rows,)
         moved = [self._integrate(estimate, z[part], x0[part], t[part], t_next[part], part) for part in parts]

@@ -2,66 +2,89 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cdlm.continuous.denoiser import Denoiser
-from cdlm.continuous.embedding import TokenEmbedding, expected_embedding
-from cdlm.continuous.levels import alpha_of
+from cdlm.continuous.embedding import Embedding, OwnPosition
+from cdlm.continuous.levels import Grid, Warped
+from cdlm.continuous.objectives import Batch, CrossEntropy, Objective
+from cdlm.continuous.projections import Expectation, Projection
+from cdlm.continuous.reader import Reader, SideBySide
+from cdlm.continuous.solvers import Euler, Solver
 from cdlm.continuous.warping import Schedule
-from cdlm.system import Loss, System, row_cross_entropy, stratified
+from cdlm.system import Loss, Special, System, SystemConfig
 from cdlm.types import Condition, Prediction, join, take
 
 
 class EmbeddingDiffusion(System, Denoiser):
     """Tokens are embedded, noised as z = e + t eps, and recovered by a network that sees all positions at once.
 
-    Trained with cross-entropy, which interpolates the score: softmax(logits) averages the table to x0, and
-    (x0 - z) / t**2 is the score (CDCD, arXiv 2211.15089, section 3.1). Per position the network reads four things
-    (section 4.1): the scaled noisy state, the clean embedding if given, the previous estimate, and which of both it is.
+    softmax(logits) averages the embeddings to x0, and (x0 - z) / t**2 is the score (score interpolation: CDCD, arXiv
+    2211.15089, section 3.1; categorical reparametrisation: Plaid, arXiv 2305.18619).
 
     Args:
-        embedding, schedule, network: the parts. The network maps 3 d + 1 features and a level to v logits.
-        own_position: add the closed-form term z . e_w / t**2, what a position's own noisy state says about its token.
+        embedding, schedule, network: the parts. The network maps features and a level to v logits.
+        reader: how the state is shown to the network; by default CDCD's, with 3 d + 1 features.
+        objective: what training minimises; by default cross-entropy.
+        own_position: what a position's own noisy state says about its token, in closed form; None leaves it out.
         self_conditioning: share of training rows that see an estimate of a first pass.
         guidance_dropout: share of training rows that do not see their clean embeddings.
+        unit_prior: sampling starts where the variance-preserving state is standard normal, at sqrt(1 + t_max**2),
+            instead of at t_max.
+        block: positions that are generated at a time, each block after those before it and blind for what follows;
+            None generates all at once.
         config: plain values that rebuild the system; saved beside the weights.
     """
 
     def __init__(
         self,
-        embedding: TokenEmbedding,
+        embedding: Embedding,
         schedule: Schedule,
         network: nn.Module,
         *,
-        own_position: bool = False,
+        reader: Reader | None = None,
+        objective: Objective | None = None,
+        own_position: OwnPosition | None = None,
         self_conditioning: float = 0.5,
         guidance_dropout: float = 0.1,
+        unit_prior: bool = False,
+        block: int | None = None,
         config: Mapping[str, Any],
     ):
         super().__init__()
         self.embedding, self.schedule, self.network = embedding, schedule, network
+        self.reader = reader or SideBySide(embedding.dim, embedding.rho)
+        self.objective = objective or CrossEntropy()
         self.own_position, self.self_conditioning, self.guidance_dropout = (
             own_position, self_conditioning, guidance_dropout,
         )  # fmt: skip
+        self.unit_prior, self.block = unit_prior, block
         self.config = dict(config)
-        self.rho, self.dim = embedding.rho, embedding.weight.shape[1]
+        self.rho, self.dim, self.sees_given = embedding.rho, embedding.dim, self.reader.sees_given
+
+    @property
+    def prior_std(self) -> float:
+        return (self.unit_prior + self.schedule.t_max**2) ** 0.5 if self.unit_prior else self.schedule.t_max
 
     def denoise(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition) -> Prediction:
-        table = self.embedding.table()
-        logits = self._logits(z, t, condition, table)
-        return Prediction(logits, expected_embedding(logits, table))
+        logits = self.logits(z, t, condition)
+        return Prediction(logits, self.expect(logits))
 
     def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return self.embedding(tokens)
 
+    def mix(self, weights: Float[Tensor, "b n v"]) -> Float[Tensor, "b n d"]:
+        return self.embedding.mix(weights)
+
     def expect(self, logits: Float[Tensor, "b n v"]) -> Float[Tensor, "b n d"]:
-        return expected_embedding(logits, self.embedding.table())
+        return self.embedding.expect(logits)
 
     def forward(
         self,
@@ -71,20 +94,8 @@ class EmbeddingDiffusion(System, Denoiser):
         generator: torch.Generator,
         u: Float[Tensor, " b"] | None = None,
     ) -> Loss:
-        """Cross-entropy (CDCD, sections 3 and 4) and the schedule's own regression; in evaluation mode all rows get a
-        first pass and no prompt is hidden."""
-        u = stratified(len(tokens), generator) if u is None else u
-        t = self.schedule.t_of_u(u).detach()
-        table = self.embedding.table()
-        e = F.embedding(tokens, table)
-        z = e + t.to(e.dtype)[:, None, None] * torch.randn(e.shape, generator=generator, device=e.device)
-        kept = torch.rand(len(t), 1, 1, generator=generator, device=e.device) >= self.guidance_dropout * self.training
-        condition = Condition(e * (~noised)[..., None] * kept, noised, torch.zeros_like(e), valid)
-        condition = condition._replace(x0=self._first_pass(z, t, condition))
-        logits = self._logits(z, t, condition, table)
-        nats, count = row_cross_entropy(logits, tokens, noised)
-        fit = self.schedule.fit(t, (nats / count).detach())
-        return Loss(nats.sum() / count.sum() + fit.to(nats.dtype), (nats / count).detach(), t, count)
+        """The objective; in evaluation mode all rows get a first pass and no prompt is hidden."""
+        return self.objective(self, Batch(tokens, noised, valid, generator, u))
 
     def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
         return self.schedule.t_of_u(u)
@@ -95,15 +106,38 @@ class EmbeddingDiffusion(System, Denoiser):
 
     def after_step(self) -> None:
         self.schedule.after_step()
+        if self.own_position is not None:
+            self.own_position.after_step()
 
     def facts(self) -> dict[str, float]:
-        """KL divergence in nats, of one embedding at the noisiest level from the prior: rho**2 / (2 t_max**2)."""
-        return {"prior_mismatch": 0.5 * (self.rho / self.schedule.t_max) ** 2}
+        """KL divergence in nats, of one embedding at the noisiest level from the prior."""
+        return {"prior_mismatch": self.prior_nats(torch.tensor([self.schedule.t_max], dtype=torch.float64)).item()}
+
+    def prior_nats(self, t_max: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """KL(N(e, t_max**2) || N(0, prior variance)) of one position, in nats: rho**2 / (2 t_max**2) where both
+        variances are the same."""
+        ratio = t_max.square() / (t_max.square() + 1) if self.unit_prior else torch.ones_like(t_max)
+        return 0.5 * (ratio * (self.rho / t_max) ** 2 + self.dim * (ratio - 1 - ratio.log()))
+
+    def noisy(
+        self, clean: Float[Tensor, "b n d"], t: Float[Tensor, " b"], batch: Batch
+    ) -> tuple[Float[Tensor, "b n d"], Condition]:
+        """A noisy state of each row, and what the network is told beside it: the first rows get a first pass."""
+        device, rows = clean.device, len(t)
+        eps = torch.randn(clean.shape, generator=batch.generator, device=device)
+        z = clean + t.to(clean.dtype)[:, None, None] * eps
+        kept = torch.rand(rows, 1, 1, generator=batch.generator, device=device) >= self.guidance_dropout * self.training
+        given = clean * (~batch.noised)[..., None] * kept
+        condition = Condition(given, batch.noised, torch.zeros_like(clean), batch.valid)
+        return z, condition._replace(x0=self._first_pass(z, t, condition))
+
+    def first_rows(self, rows: int) -> int:
+        """How many of so many rows get a first pass; in evaluation mode all, if the system does that at all."""
+        # Levels are a random permutation of the rows, so the first rows are a random share.
+        return round((self.self_conditioning if self.training else float(self.self_conditioning > 0)) * rows)
 
     def _first_pass(self, z: Tensor, t: Tensor, condition: Condition) -> Float[Tensor, "b n d"]:
-        # Levels are a random permutation of the rows, so the first rows are a random share.
-        share = self.self_conditioning if self.training else float(self.self_conditioning > 0)
-        rows = round(share * len(t))
+        rows = self.first_rows(len(t))
         if rows == 0:
             return condition.x0
         first = torch.arange(rows, device=z.device)
@@ -111,14 +145,43 @@ class EmbeddingDiffusion(System, Denoiser):
             x0 = self.denoise(*take((z, t, condition), first)).x0
         return join(x0, condition.x0[rows:])
 
-    def _logits(
-        self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition, table: Float[Tensor, "v d"]
-    ) -> Float[Tensor, "b n v"]:
-        open_ = condition.noised[..., None].to(z.dtype)
-        scaled = z * alpha_of(t).to(z.dtype)[:, None, None] * open_
-        features = torch.cat([scaled, condition.clean, condition.x0 * open_, open_], -1)
-        level = (t / self.rho).log().float()
+    def logits(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition) -> Float[Tensor, "b n v"]:
+        """One call of the network."""
+        if self.block is not None:
+            condition = _without_future(condition)
+        features, level = self.reader(z, t, condition)
         logits = self.run_network(features, level, condition.valid)
-        if self.own_position:
-            logits = logits + open_ * (z / t.square().to(z.dtype)[:, None, None]) @ table.T
-        return logits
+        if self.own_position is None:
+            return logits
+        # A given position is only in play where the network does not know that it is given.
+        own = self.own_position(z, t, self.embedding)
+        return logits + (own * condition.noised[..., None].to(z.dtype) if self.sees_given else own)
+
+
+def _without_future(condition: Condition) -> Condition:
+    """The same, with everything after the last position to generate taken for padding."""
+    seen = condition.noised.flip(1).cumsum(1).flip(1) > 0
+    return condition._replace(valid=seen if condition.valid is None else seen & condition.valid)
+
+
+@dataclass(frozen=True)
+class Usual:
+    """How a system is sampled unless said otherwise."""
+
+    solver: Solver = field(default_factory=Euler)
+    grid: Grid = field(default_factory=Warped)
+    projection: Projection = field(default_factory=Expectation)
+    block: int | None = None
+
+
+@dataclass(frozen=True)
+class ContinuousConfig(SystemConfig):
+    """Settings of a system in embedding space."""
+
+    @property
+    def usual(self) -> Usual:
+        """Its published sampler."""
+        return Usual()
+
+    @abstractmethod
+    def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion: ...

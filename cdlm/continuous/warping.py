@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ class Schedule(nn.Module, ABC):
 
     t_min: float
     t_max: float
+    """What training knows; they may change with it."""
 
     @abstractmethod
     def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]: ...
@@ -32,6 +34,20 @@ class Schedule(nn.Module, ABC):
     @abstractmethod
     def fit(self, t: Float[Tensor, " b"], nats: Float[Tensor, " b"]) -> Float[Tensor, ""]:
         """Loss of the schedule's own parameters, given the losses of rows at levels t; both detached."""
+
+    def slope(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """dt/du at u."""
+        return 1 / self.density(self.t_of_u(u))
+
+    def learn(
+        self, u: Float[Tensor, " b"], scale: Callable[[], Float[Tensor, " b"]]
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """(t, dt/du) for an objective whose gradient may reach the schedule; here it does not.
+
+        Args:
+            scale: asked in the backward pass, by what each row's gradient of the schedule's shape is multiplied.
+        """
+        return self.t_of_u(u).detach(), self.slope(u).detach()
 
     @abstractmethod
     def after_step(self) -> None:

@@ -17,7 +17,7 @@ from cdlm.continuous.solvers import Advance, Estimate, Euler, Solver
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.halting.calibration import Bootstrap, Scores
 from cdlm.loop import Request
-from cdlm.noise import row_normal
+from cdlm.noise import Draws, row_normal
 from cdlm.prompts import requests
 from cdlm.sampling import Sampler
 from cdlm.studies.measures import reached, zero_switch
@@ -43,8 +43,8 @@ class Driven(Solver):
     change: Change
     inner: Solver = field(default_factory=Euler)
 
-    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Advance:
-        return self.inner.advance(estimate, z, self.change(x0), t, t_next)
+    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
+        return self.inner.advance(estimate, z, self.change(x0), t, t_next, draws)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Struck(Solver):
     strike: Strike
     inner: Solver = field(default_factory=Euler)
 
-    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Advance:
-        moved = self.inner.advance(estimate, z, x0, t, t_next)
+    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
+        moved = self.inner.advance(estimate, z, x0, t, t_next, draws)
         hit = (t_next == self.level)[:, None, None]
         return moved._replace(z=torch.where(hit, self.strike(moved.z, t_next), moved.z))
 

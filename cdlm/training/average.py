@@ -15,7 +15,7 @@ class Average(nn.Module):
     """A second system whose weights trail those of the first; validation, samples and the exported model use it.
 
     After optimiser step k (one-based), average += (1 - d) (weights - average) with d = min(decay, (1 + k) / (10 + k)).
-    A schedule of its own is copied as it is, because it averages itself.
+    A schedule of its own is copied as it is, because it averages itself, and so are counts and the like.
     """
 
     def __init__(self, system: System, decay: float):
@@ -32,5 +32,7 @@ class Average(nn.Module):
         """Follow `system` after its optimiser step `step` (one-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(self.system.averaged_parameters(), system.averaged_parameters(), step)
+        for mine, theirs in zip(self.system.buffers(), system.buffers(), strict=True):
+            mine.copy_(theirs)
         if self.system.own_schedule is not None and system.own_schedule is not None:
             self.system.own_schedule.load_state_dict(system.own_schedule.state_dict())

@@ -1,0 +1,125 @@
+"""What training minimises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from cdlm.system import Loss, row_cross_entropy, stratified
+
+if TYPE_CHECKING:
+    from cdlm.continuous.system import EmbeddingDiffusion
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The arguments of `System.forward`."""
+
+    tokens: Int[Tensor, "b n"]
+    noised: Bool[Tensor, "b n"]
+    valid: Bool[Tensor, "b n"] | None
+    generator: torch.Generator
+    u: Float[Tensor, " b"] | None
+
+
+class Objective(nn.Module, ABC):
+    """A loss of a system on a batch."""
+
+    @abstractmethod
+    def forward(self, system: EmbeddingDiffusion, batch: Batch) -> Loss: ...
+
+
+class CrossEntropy(Objective):
+    """Cross-entropy at levels drawn from the schedule, and the schedule's own regression (CDCD, sections 3 and 4)."""
+
+    def forward(self, system: EmbeddingDiffusion, batch: Batch) -> Loss:
+        u = stratified(len(batch.tokens), batch.generator) if batch.u is None else batch.u
+        t = system.schedule.t_of_u(u).detach()
+        z, condition = system.noisy(system.embed(batch.tokens), t, batch)
+        nats, count = row_cross_entropy(system.logits(z, t, condition), batch.tokens, batch.noised)
+        fit = system.schedule.fit(t, (nats / count).detach())
+        return Loss(nats.sum() / count.sum() + fit.to(nats.dtype), (nats / count).detach(), t, count)
+
+
+class Variational(Objective):
+    """The bound on the negative log likelihood in nats per token (Plaid, arXiv 2305.18619, sections 3 and 4).
+
+    Three terms: how far the noisiest state is from the prior, the squared error of the clean estimate over all levels,
+    and the cross-entropy at the least noise. In training a share of the rows makes the last term, the other rows make
+    the error; the shares follow the deviations of both, averaged with `decay`. In evaluation every row makes both.
+
+    The schedule's ends are trained on the bound. Its shape, which the bound does not depend on, is trained on the
+    variance of the estimate: the gradient of each row is multiplied by twice its loss (section 4.3).
+    """
+
+    def __init__(self, decay: float = 0.997):
+        super().__init__()
+        self.decay = decay
+        self.moments: Tensor  # means and mean squares of the two terms
+        self.register_buffer("moments", torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+
+    def forward(self, system: EmbeddingDiffusion, batch: Batch) -> Loss:
+        if not system.training:
+            return self._evaluate(system, batch)
+        rows, made = len(batch.tokens), list[Tensor]()
+        last, u = self._levels(rows, batch.generator)
+        t, slope = system.schedule.learn(u, lambda: 2 * made[0])
+        clean = system.embed(batch.tokens)
+        cut = torch.arange(rows, device=u.device) < system.first_rows(rows)  # the estimate of these is not a function
+        t, slope = (torch.where(cut, x.detach(), x) for x in (t, slope))  # of z alone, so they teach the network only
+        clean = torch.where(cut[:, None, None], clean.detach(), clean)
+        z, condition = system.noisy(clean, t, batch)
+        logits = system.logits(z, t, condition)
+        nats, count = row_cross_entropy(logits, batch.tokens, batch.noised)
+        squares = squared_error(system.expect(logits), clean, batch.noised)
+        error = (slope / t**3).to(squares.dtype) * squares / count
+        made.append(torch.where(last, 0, error.detach()).double())
+        read_out = nats / count
+        self._remember(read_out[last].detach(), error[~last].detach())
+        prior = system.prior_nats(system.schedule.learn(torch.ones_like(u[:1]), lambda: u[:1])[0])
+        total = read_out[last].mean() + error[~last].mean() + prior.squeeze().to(error.dtype)
+        return Loss(total, torch.where(last, read_out, error).detach(), t.detach(), count)
+
+    def _evaluate(self, system: EmbeddingDiffusion, batch: Batch) -> Loss:
+        u = stratified(len(batch.tokens), batch.generator) if batch.u is None else batch.u
+        t, slope = system.schedule.t_of_u(u), system.schedule.slope(u)
+        clean = system.embed(batch.tokens)
+        z, condition = system.noisy(clean, t, batch)
+        x0 = system.expect(system.logits(z, t, condition))
+        error = (slope / t**3).to(x0.dtype) * squared_error(x0, clean, batch.noised)
+        low = system.schedule.t_of_u(torch.zeros_like(u))
+        z, condition = system.noisy(clean, low, batch)
+        nats, count = row_cross_entropy(system.logits(z, low, condition), batch.tokens, batch.noised)
+        prior = system.prior_nats(system.schedule.t_of_u(torch.ones_like(u)))
+        whole = (error + nats) / count + prior.to(nats.dtype)
+        return Loss((whole * count).sum() / count.sum(), whole.detach(), t, count)
+
+    def _levels(self, rows: int, generator: torch.Generator) -> tuple[Bool[Tensor, " b"], Float[Tensor, " b"]]:
+        """Rows at the least noise, and u of all: evenly spaced over the others, all in random order."""
+        deviation = (self.moments[:, 1] - self.moments[:, 0].square()).clamp(min=1e-12).sqrt()
+        share = (deviation[0] / deviation.sum()).item()
+        low = min(max(1, round(rows * share)), max(1, rows - 1))
+        even = (torch.rand(1, generator=generator, dtype=torch.float64, device=generator.device)
+                + torch.arange(rows - low, device=generator.device)) / max(1, rows - low)  # fmt: skip
+        order = torch.randperm(rows, generator=generator, device=generator.device)
+        u = torch.cat([torch.zeros(low, dtype=torch.float64, device=generator.device), even])[order]
+        return order < low, u
+
+    @torch.no_grad()
+    def _remember(self, *terms: Float[Tensor, " k"]) -> None:
+        for moments, values in zip(self.moments, terms, strict=True):
+            if len(values):
+                fresh = torch.stack([values.mean(), values.square().mean()]).to(moments)
+                moments.lerp_(fresh, 1 - self.decay)
+
+
+def squared_error(
+    x0: Float[Tensor, "b n d"], clean: Float[Tensor, "b n d"], noised: Bool[Tensor, "b n"]
+) -> Float[Tensor, " b"]:
+    """||x0 - e||^2, summed over each row's positions to generate."""
+    return ((x0 - clean).square().sum(-1) * noised).sum(1)

@@ -1,0 +1,94 @@
+"""How a prediction becomes the clean estimate that drives the state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from cdlm.errors import CdlmError
+from cdlm.noise import Draws
+
+if TYPE_CHECKING:
+    from cdlm.continuous.denoiser import Denoiser
+
+
+class Projection(ABC):
+    """From logits to a clean estimate."""
+
+    @abstractmethod
+    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: Draws) -> Float[Tensor, "b n d"]:
+        """`draws` is where random numbers of this step come from."""
+
+
+@dataclass(frozen=True)
+class Expectation(Projection):
+    """The mean embedding under softmax(logits): what interpolates the score (CDCD, arXiv 2211.15089, section 3.1)."""
+
+    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: Draws) -> Float[Tensor, "b n d"]:
+        return denoiser.expect(logits)
+
+
+@dataclass(frozen=True)
+class Greedy(Projection):
+    """The embedding of the most likely token (SSD-LM, section 3.3; CDCD calls it clamping and finds it harmful)."""
+
+    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: Draws) -> Float[Tensor, "b n d"]:
+        return denoiser.embed(logits.argmax(-1))
+
+
+@dataclass(frozen=True)
+class Drawn(Projection):
+    """The embedding of one token drawn from the nucleus (SSD-LM, section 3.3, "sampling").
+
+    Args:
+        top_p: mass of the nucleus in [0, 1]: tokens before which less than `top_p` is reached, at least one.
+    """
+
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_top_p(self.top_p)
+
+    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: Draws) -> Float[Tensor, "b n d"]:
+        kept = nucleus(logits, self.top_p)
+        # Gumbel-max in float64: in float32 the noise has a largest value, and rare tokens are lost.
+        gumbel = -(-draws.uniform(logits).clamp(min=1e-300).log()).log()
+        scores = logits.double().masked_fill(~kept, -torch.inf) + gumbel
+        return denoiser.embed(scores.argmax(-1))
+
+
+@dataclass(frozen=True)
+class MultiHot(Projection):
+    """Every token of the nucleus at full weight: on SSD-LM's simplex +K for each, -K for the others (section 3.3).
+
+    Args:
+        top_p: see `Drawn`; 0 is greedy.
+    """
+
+    top_p: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_top_p(self.top_p)
+
+    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: Draws) -> Float[Tensor, "b n d"]:
+        return denoiser.mix(nucleus(logits, self.top_p).to(logits.dtype))
+
+
+def check_top_p(top_p: float) -> None:
+    """Raise unless it is a probability."""
+    if not 0 <= top_p <= 1:
+        raise CdlmError(f"top_p is the mass of a nucleus in [0, 1], got {top_p}")
+
+
+def nucleus(logits: Float[Tensor, "*b n v"], top_p: float) -> Bool[Tensor, "*b n v"]:
+    """The most likely tokens, each with less than `top_p` before it; the first is always one of them."""
+    ordered, order = logits.softmax(-1).sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = before < top_p
+    kept[..., 0] = True
+    return torch.zeros_like(kept).scatter_(-1, order, kept)
