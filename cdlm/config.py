@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cdlm import halting
 from cdlm.continuous.cdcd import CDCD
-from cdlm.continuous.levels import Grid, LogT, UniformT, Warped
-from cdlm.continuous.solvers import Euler, Heun, Solver, TorchDiffEq
-from cdlm.data.masking import Completion, Masking, Mixture, Prefix, RandomSubset, Span, Unconditional
+from cdlm.continuous.langflow import LangFlow
+from cdlm.continuous.levels import Grid, LogT, UniformT, UpperEnds, Warped
+from cdlm.continuous.plaid import Plaid
+from cdlm.continuous.projections import Drawn, Expectation, Greedy, MultiHot, Projection
+from cdlm.continuous.solvers import Ancestral, Euler, Heun, Renoise, Solver, TorchDiffEq
+from cdlm.continuous.ssd import SSD
+from cdlm.data.masking import Block, Completion, Masking, Mixture, Prefix, RandomSubset, Span, Unconditional
 from cdlm.data.sources import Source, Stories
 from cdlm.errors import CdlmError
 from cdlm.halting import Criterion, Never
@@ -42,10 +46,13 @@ RULES: Mapping[str, type[Criterion]] = MappingProxyType(
 POLICIES: Mapping[str, type[Policy]] = MappingProxyType(
     {p.__name__: p for p in (LLaDA, Dream, DreamThreshold, Threshold, Factor, EntropyBound, KLASS)}
 )
-SOLVERS = _names(Euler, Heun, TorchDiffEq)
-GRIDS = _names(Warped, UniformT, LogT)
-MASKINGS = _names(Prefix, RandomSubset, Span, Unconditional, Completion, Mixture)
-SYSTEMS: Mapping[str, type[SystemConfig]] = MappingProxyType({"cdcd": CDCD, "masked": Masked})
+SOLVERS = _names(Euler, Heun, TorchDiffEq, Ancestral, Renoise)
+GRIDS = _names(Warped, UniformT, LogT, UpperEnds)
+PROJECTIONS = _names(Expectation, Greedy, Drawn, MultiHot)
+MASKINGS = _names(Prefix, RandomSubset, Span, Unconditional, Block, Completion, Mixture)
+SYSTEMS: Mapping[str, type[SystemConfig]] = MappingProxyType(
+    {"cdcd": CDCD, "plaid": Plaid, "ssd": SSD, "langflow": LangFlow, "masked": Masked}
+)
 
 DEFAULT_MASKING = "Mixture(((0.4, Prefix()), (0.4, RandomSubset()), (0.2, Unconditional())))"
 
@@ -56,7 +63,7 @@ class RunConfig:
 
     Args:
         source: the text: Stories, Arithmetic, Stdlib, Files or Hub, with its settings.
-        system: the model: CDCD or Masked, with its settings.
+        system: the model: CDCD, Plaid, SSD, LangFlow or Masked, with its settings.
         tokenizer: name or folder of a Hugging Face tokenizer; by default a byte-level BPE is trained on the text.
         vocab_size: tokens of the BPE that is trained.
         length: positions of a row.
@@ -93,6 +100,9 @@ class RunConfig:
             if getattr(self, name) < 0:
                 raise CdlmError(f"{name} must be >= 0, got {getattr(self, name)}")
         masking(self.masking)
+        block = getattr(self.system, "block", None)
+        if block is not None and block > self.length:
+            raise CdlmError(f"a block of {block} does not fit into rows of {self.length}: lower block or raise length")
 
 
 def criterion(rule: str | Criterion | None) -> Criterion:
@@ -151,6 +161,11 @@ def grid(text: str | Grid) -> Grid:
     return _object(text, Grid, GRIDS, "grid")
 
 
+def projection(text: str | Projection) -> Projection:
+    """A projection from its text, such as `MultiHot(0.2)`."""
+    return _object(text, Projection, PROJECTIONS, "projection")
+
+
 def masking(text: str | Masking) -> Masking:
     """A masking law from its text, such as `Mixture(((0.5, Prefix()), (0.5, RandomSubset())))`."""
     return _object(text, Masking, MASKINGS, "masking law")
@@ -189,13 +204,20 @@ def read_run(folder: str | Path) -> RunConfig:
 
 def build_system(config: Mapping[str, Any]) -> System:
     """The system that a `config.json` describes, with fresh weights."""
-    settings = dict(config)
+    special = Special(config.get("mask_id"), config.get("eos_id"))
+    return system_config(config).build(config["vocab"], special)
+
+
+def system_config(config: Mapping[str, Any]) -> SystemConfig:
+    """The settings of the system that a `config.json` describes."""
+    settings = {key: value for key, value in config.items() if key not in ("mask_id", "eos_id")}
     name, vocab = settings.pop("system", None), settings.pop("vocab", None)
-    special = Special(settings.pop("mask_id", None), settings.pop("eos_id", None))
     if not isinstance(name, str) or name not in SYSTEMS:
         raise CdlmError(f"config.json asks for the system {name!r}: this version knows {', '.join(SYSTEMS)}")
     try:
-        return SYSTEMS[name](**settings).build(vocab, special)
+        if not isinstance(vocab, int):
+            raise TypeError(f"the size of the vocabulary is {vocab!r}")
+        return SYSTEMS[name](**settings)
     except TypeError as error:
         raise CdlmError(f"config.json does not fit the system {name!r} of this version ({error})") from error
 

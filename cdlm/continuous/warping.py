@@ -17,9 +17,15 @@ from cdlm.continuous.levels import check_range
 class Schedule(nn.Module, ABC):
     """The distribution of noise levels: u uniform in [0, 1] gives t; u = 0 is t_min, u = 1 is t_max. Float64."""
 
-    t_min: float
-    t_max: float
-    """What training knows; they may change with it."""
+    @property
+    @abstractmethod
+    def t_min(self) -> float:
+        """The least noise that training knows; it may be learned."""
+
+    @property
+    @abstractmethod
+    def t_max(self) -> float:
+        """The most."""
 
     @abstractmethod
     def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]: ...
@@ -76,10 +82,18 @@ class TimeWarp(Schedule):
     ):
         super().__init__()
         check_range(t_min, t_max)
-        self.t_min, self.t_max, self.axis, self.floor, self.ema = t_min, t_max, axis, floor, ema
+        self._range, self.axis, self.floor, self.ema = (t_min, t_max), axis, floor, ema
         self.logits = nn.Parameter(torch.full((2, bins), -math.log(bins)))
         self.averaged: Tensor
         self.register_buffer("averaged", self.logits.detach().clone())
+
+    @property
+    def t_min(self) -> float:
+        return self._range[0]
+
+    @property
+    def t_max(self) -> float:
+        return self._range[1]
 
     def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         edges_t, edges_u = self._edges(self.averaged)

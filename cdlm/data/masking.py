@@ -103,6 +103,36 @@ class Unconditional(Masking):
 
 
 @dataclass(frozen=True)
+class Block(Masking):
+    """A block of `size` positions is to be generated, after a context of uniform length (SSD-LM, arXiv 2210.17432).
+
+    What follows the block counts as given; a system that generates blocks does not look at it.
+
+    Args:
+        size: positions of the block; a row that is no longer is generated whole.
+        beginning: share of rows whose block has no context, so that a model can also begin a text; in the paper 0.
+    """
+
+    size: int = 25
+    beginning: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise CdlmError(f"Block: expected a size of 1 or more, got {self.size}; give a positive integer")
+        if not 0 <= self.beginning <= 1:
+            raise CdlmError(f"Block: beginning is a share of rows in [0, 1], got {self.beginning}")
+
+    def __call__(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], generator: torch.Generator
+    ) -> Bool[Tensor, "b n"]:
+        places = (valid.sum(1) - self.size).clamp(min=0)  # contexts of length 1 to `places`
+        context = torch.where(places > 0, 1 + _uniform_below(places, generator), 0)
+        context = torch.where(_uniform(len(valid), generator) < self.beginning, 0, context)[:, None]
+        index = _index_among_valid(valid)
+        return valid & (index >= context) & (index < context + self.size)
+
+
+@dataclass(frozen=True)
 class Completion(Masking):
     r"""What follows the first separator is to be generated, the prompt up to and with it is given.
 

@@ -1,0 +1,390 @@
+"""How likely a text is to a continuous model: the variational bound, and the density of its probability-flow ODE.
+
+Both are in nats, summed over the positions of a row that are scored, and hold for any denoiser. With self-conditioning
+the denoiser is the second of two calls, the first of which is told nothing: a function of the state alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cdlm.continuous.denoiser import Denoiser
+from cdlm.continuous.levels import Warped
+from cdlm.continuous.objectives import squared_error
+from cdlm.continuous.solvers import FIXED
+from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.errors import CdlmError
+from cdlm.noise import generator
+from cdlm.system import row_cross_entropy
+from cdlm.types import Condition, Prediction
+
+BOUND, FLOW = 0x626F, 0x666C
+"""Purposes of noise: a word of its key."""
+
+METHODS = tuple(method for method in FIXED if method != "implicit_adams")
+"""Methods of torchdiffeq that leave rows alone: adaptive ones share an error norm, and implicit_adams iterates until
+all rows agree."""
+
+
+class Text(NamedTuple):
+    """Rows to score."""
+
+    tokens: Int[Tensor, "b n"]
+    noised: Bool[Tensor, "b n"]
+    """Positions to score, at least one a row; the others are given, or padding."""
+    valid: Bool[Tensor, "b n"] | None
+    """False on padding; None when there is none."""
+    key: Int[Tensor, "b k"]
+    """What each row is, as whole numbers >= 0: with the seed it fixes the row's noise, whatever the batch."""
+
+
+class Nats(NamedTuple):
+    """Nats of rows, each summed over the positions that are scored."""
+
+    terms: Mapping[str, Float[Tensor, " b"]]
+    """What they are made of, float64."""
+    error: Float[Tensor, " b"]
+    """Monte-Carlo standard error of each row; NaN where there was a single draw."""
+    positions: Int[Tensor, " b"]
+    """How many are scored."""
+
+    @property
+    def total(self) -> Float[Tensor, " b"]:
+        """All of it."""
+        return torch.stack(list(self.terms.values())).sum(0)
+
+    def summed(self, origin: Int[Tensor, " b"], rows: int) -> Nats:
+        """Sums over the parts of each of so many rows; part i is of row `origin[i]`."""
+
+        def add(values: Tensor) -> Tensor:
+            return values.new_zeros(rows).index_add_(0, origin, values)
+
+        terms = {name: add(values) for name, values in self.terms.items()}
+        return Nats(terms, add(self.error.square()).sqrt(), add(self.positions))
+
+
+def by_block(text: Text, size: int) -> tuple[Text, Int[Tensor, " k"]]:
+    """A row for each block, and the row that each is of. The likelihood of a row is the product over its blocks.
+
+    A block is the next `size` positions to score. What is before it is given, what is after it is hidden as padding.
+    """
+    order = text.noised.cumsum(1)
+    blocks = (order[:, -1] + size - 1) // size
+    origin = torch.arange(len(blocks), device=order.device).repeat_interleave(blocks)
+    number = torch.arange(len(origin), device=order.device) - (blocks.cumsum(0) - blocks)[origin]
+    rank, first = order[origin] - 1, (number * size)[:, None]
+    now = text.noised[origin] & (rank >= first) & (rank < first + size)
+    valid = now.flip(1).cumsum(1).flip(1) > 0
+    if text.valid is not None:
+        valid = valid & text.valid[origin]
+    return Text(text.tokens[origin], now, valid, torch.cat([text.key[origin], number[:, None]], 1)), origin
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """(z, t) -> the prediction for the rows of a text, a function of the state alone.
+
+    Args:
+        two_passes: the denoiser is called twice and the second call is told what the first one found.
+        detached: no derivative goes through the first call. What is left is not the derivative of this function.
+    """
+
+    denoiser: Denoiser
+    condition: Condition
+    two_passes: bool
+    detached: bool = False
+
+    @staticmethod
+    def of(denoiser: Denoiser, text: Text, two_passes: bool | None, detached: bool = False) -> Estimate:
+        """Of a text; by default there are two passes if the system was trained with self-conditioning.
+
+        Raises:
+            CdlmError: a row has nothing to score, padding is to be scored, or something is given to a network that
+                does not tell given positions from noisy ones.
+        """
+        real = torch.ones_like(text.noised) if text.valid is None else text.valid
+        if not bool(text.noised.any(1).all()) or bool((text.noised & ~real).any()):
+            raise CdlmError("each row needs a position to score, and padding is none: choose other positions")
+        given = real & ~text.noised
+        if not denoiser.sees_given and bool(given.any()):
+            raise CdlmError("this network does not tell given positions from noisy ones: score whole rows")
+        if two_passes is None:
+            two_passes = isinstance(denoiser, EmbeddingDiffusion) and denoiser.self_conditioning > 0
+        clean = denoiser.embed(text.tokens) * given[..., None]
+        return Estimate(denoiser, Condition(clean, text.noised, torch.zeros_like(clean), text.valid), two_passes, detached)
+
+    def __call__(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Prediction:
+        condition = self.condition
+        if self.two_passes:
+            x0 = self.denoiser.denoise(z, t, condition).x0
+            condition = condition._replace(x0=x0.detach() if self.detached else x0)
+        return self.denoiser.denoise(z, t, condition)
+
+
+# --- the bound --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def bound(denoiser: Denoiser, text: Text, levels: int = 8, seed: int = 0, two_passes: bool | None = None) -> Nats:
+    """The variational bound on -ln p(text), which holds for any denoiser (arXiv 2107.00630; Plaid, 2305.18619).
+
+    With z = e + t eps, x0 the estimate, and t the level of u in [0, 1], the sum of three terms:
+
+        prior           KL(N(e, t_max^2) || N(0, prior_std^2)), in closed form
+        reconstruction  -ln p(token | z) at t_min
+        diffusion       mean over u of (dt/du) / t^3 * ||x0 - e||^2
+
+    Args:
+        levels: draws of each row, >= 1: one u in each of so many equal parts of [0, 1], and as many at t_min.
+        seed: with the key of a row it fixes its noise.
+        two_passes: see `Estimate`.
+
+    Returns:
+        The terms, and an upper estimate of their error, since neighbouring levels also differ in their mean.
+    """
+    if levels < 1:
+        raise CdlmError(f"the bound needs levels >= 1, got {levels}")
+    estimate, clean = Estimate.of(denoiser, text, two_passes), denoiser.embed(text.tokens)
+    schedule, keys = denoiser.schedule, text.key.tolist()
+    low = schedule.t_of_u(torch.zeros(len(keys), dtype=torch.float64, device=clean.device))
+    read_out, diffusion = [], []
+    for level in range(levels):
+        u, eps = _bound_noise([(seed, BOUND, *key, level) for key in keys], clean)
+        u = (level + u) / levels
+        t, slope = schedule.t_of_u(u), schedule.slope(u)
+        x0 = estimate(_noisy(clean, t, eps[:, 0]), t).x0
+        diffusion.append(slope / t**3 * squared_error(x0.double(), clean.double(), text.noised))
+        logits = estimate(_noisy(clean, low, eps[:, 1]), low).logits
+        read_out.append(row_cross_entropy(logits, text.tokens, text.noised)[0].double())
+    at_end, between = torch.stack(read_out, 1), torch.stack(diffusion, 1)
+    terms = {"prior": _prior_nats(denoiser, clean, text.noised), "reconstruction": at_end.mean(1)}
+    return Nats({**terms, "diffusion": between.mean(1)}, stratified_error(at_end + between), text.noised.sum(1))
+
+
+def stratified_error(draws: Float[Tensor, "b k"]) -> Float[Tensor, " b"]:
+    """Standard error of the mean of one draw from each of k strata, from the differences of neighbours; NaN for one.
+
+    The strata's own differences count as noise, so it is too large rather than too small (Cochran, Sampling Techniques,
+    section 5A.12).
+    """
+    k = draws.shape[1]
+    if k == 1:
+        return torch.full_like(draws[:, 0], math.nan)
+    return (draws.diff(dim=1).square().sum(1) / (2 * k * (k - 1))).sqrt()
+
+
+def _bound_noise(
+    keys: list[tuple[int, ...]], like: Float[Tensor, "b n d"]
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b 2 n d"]]:
+    made = [generator(*key) for key in keys]  # on the CPU, as in sampling
+    u = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in made])
+    eps = torch.stack([torch.randn(2, *like.shape[1:], generator=g) for g in made])
+    return u.to(like.device), eps.to(like)
+
+
+def _noisy(clean: Float[Tensor, "b n d"], t: Float[Tensor, " b"], eps: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    return clean + t.to(clean.dtype)[:, None, None] * eps
+
+
+def _prior_nats(denoiser: Denoiser, clean: Float[Tensor, "b n d"], noised: Bool[Tensor, "b n"]) -> Float[Tensor, " b"]:
+    one = torch.ones(1, dtype=torch.float64, device=clean.device)
+    variance = denoiser.prior_std**2
+    ratio = denoiser.schedule.t_of_u(one).square() / variance
+    each = clean.double().square().sum(-1) / variance + clean.shape[-1] * (ratio - 1 - ratio.log())
+    return 0.5 * (each * noised).sum(1)
+
+
+# --- the density of the ODE -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ode:
+    """How the probability-flow ODE is integrated.
+
+    Args:
+        steps: intervals, evenly spaced in the schedule's u.
+        method: a fixed-grid method of torchdiffeq, one of `METHODS`.
+        probes: independent estimates of each row, each with a start and a direction of its own.
+        law: of the directions, whose components have mean 0 and variance 1.
+        state: type of the state and of the trace, float64 or float32.
+    """
+
+    steps: int = 64
+    method: str = "heun2"
+    probes: int = 1
+    law: Literal["rademacher", "gaussian"] = "rademacher"
+    state: torch.dtype = torch.float64
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "probes"):
+            if getattr(self, name) < 1:
+                raise CdlmError(f"the ODE needs {name} >= 1, got {getattr(self, name)}")
+        if self.method not in METHODS:
+            raise CdlmError(
+                f"the ODE likelihood has no method {self.method!r}: use one of {', '.join(METHODS)}; in the others"
+                " rows depend on each other"
+            )
+        if self.law not in ("rademacher", "gaussian"):
+            raise CdlmError(f"law must be rademacher or gaussian, got {self.law!r}")
+        if self.state not in (torch.float64, torch.float32):
+            raise CdlmError(
+                f"the state of the ODE must be float64 or float32, got {self.state}: the log density is a small"
+                " difference of large sums, and half precision loses it"
+            )
+
+
+class Walk(NamedTuple):
+    """All that is arbitrary or random in one solution of the ODE."""
+
+    levels: Float[Tensor, " k"]
+    """Noise levels t from t_min to t_max or back, float64: the grid of the solver."""
+    noise: Float[Tensor, "b n d"]
+    """eps of the first state, e + t_min eps."""
+    probe: Callable[[], Float[Tensor, "p b n d"]]
+    """Directions u along which the Jacobian is measured. Asked once per evaluation of the right-hand side; their mean
+    of u u^T should be the identity. The same each time, unless a published evaluator is to be followed."""
+
+
+def ode_nats(
+    denoiser: Denoiser, text: Text, ode: Ode | None = None, seed: int = 0, two_passes: bool | None = None
+) -> Nats:
+    """-ln p(text) of the model whose states follow the probability-flow ODE, estimated from above; see `walk_nats`.
+
+    The trace is estimated along random directions that stay fixed during a solution (Hutchinson; FFJORD, 1810.01367).
+    The derivative goes through both passes of self-conditioning.
+
+    Returns:
+        The terms of `walk_nats`, averaged over the probes, and the standard error over them.
+    """
+    ode = ode or Ode()
+    levels = Warped().levels(denoiser.schedule, ode.steps + 1)
+    like = denoiser.embed(text.tokens).detach()
+    made = []
+    for number in range(ode.probes):
+        sources = [generator(seed, FLOW, *key, number) for key in text.key.tolist()]
+        eps = torch.stack([torch.randn(like.shape[1:], generator=source) for source in sources])
+        along = torch.stack([_direction(ode.law, like.shape[1:], source) for source in sources])
+        probe = along[None].to(like.device, ode.state)
+        made.append(walk_nats(denoiser, text, Walk(levels, eps.to(like.device), lambda p=probe: p), ode, two_passes))
+    draws = torch.stack([nats.total for nats in made], 1)
+    terms = {name: torch.stack([nats.terms[name] for nats in made]).mean(0) for name in made[0].terms}
+    error = draws.std(1) / math.sqrt(ode.probes) if ode.probes > 1 else torch.full_like(draws[:, 0], math.nan)
+    return Nats(terms, error, made[0].positions)
+
+
+def walk_nats(
+    denoiser: Denoiser, text: Text, walk: Walk, ode: Ode | None = None, two_passes: bool | None = None
+) -> Nats:
+    """One solution with everything handed in; of `ode` only `method` and `state` matter.
+
+    In y = z / t and s = 1 / t the ODE is dy/ds = x0, and along it d ln p(y) / ds = -trace(d x0 / d y). From
+    y_0 = e / t_min + eps at s = 1/t_min to y_1 at s = 1/t_max, D = positions * dim numbers of each row are scored:
+
+        -ln p(y_0) = D/2 ln(2 pi) + D ln(c) + ||y_1||^2 / (2 c^2) + integral of the trace over s from 1/t_max to 1/t_min
+
+    where y_1 is normal with deviation c = prior_std / t_max. The text is bounded by the mean over eps of
+    -ln p(text | y_0) - ln p(y_0) + ln q(y_0 | text), and ln q = -D/2 ln(2 pi) - ||eps||^2 / 2. Hence three terms:
+
+        reconstruction  -ln p(text | y_0)
+        flow            integral of the trace
+        prior           D ln(c) + ||y_1||^2 / (2 c^2) - ||eps||^2 / 2
+
+    For a perfect denoiser and an exact trace each draw is -ln p(text): the last term uses the eps that was drawn, not
+    its mean D/2, whose deviation of sqrt(D/2) nats would drown everything.
+    """
+    ode = ode or Ode()
+    solution = _solve(Estimate.of(denoiser, text, two_passes), text, walk, ode)
+    c, size = denoiser.prior_std / denoiser.schedule.t_max, text.noised.sum(1) * walk.noise.shape[-1]
+    eps = (walk.noise.double() * text.noised[..., None]).square().sum((1, 2))
+    prior = size * math.log(c) + solution.length / (2 * c**2) - 0.5 * eps
+    return _as_nats(solution, prior, text)
+
+
+def langflow_evaluator_score(
+    denoiser: Denoiser, text: Text, walk: Walk, ode: Ode | None = None, two_passes: bool | None = None
+) -> Nats:
+    """What LangFlow's released evaluator prints as NLL (arXiv 2604.11748). Not a likelihood where there are two passes.
+
+    It differs from `walk_nats` in that the first pass is cut out of the trace, so that what is integrated is not the
+    divergence of the field that moves the state, and the result is too low; and in the prior term, ||y_1||^2 / 2 - D/2.
+    """
+    ode = ode or Ode()
+    solution = _solve(Estimate.of(denoiser, text, two_passes, detached=True), text, walk, ode)
+    return _as_nats(solution, 0.5 * (solution.length - text.noised.sum(1) * walk.noise.shape[-1]), text)
+
+
+class Solution(NamedTuple):
+    """A solved ODE, float64."""
+
+    reconstruction: Float[Tensor, " b"]
+    trace: Float[Tensor, " b"]
+    """Integral over s from 1/t_max to 1/t_min."""
+    length: Float[Tensor, " b"]
+    """||y_1||^2 over the positions that are scored."""
+
+
+def _as_nats(solution: Solution, prior: Float[Tensor, " b"], text: Text) -> Nats:
+    terms = {"prior": prior, "reconstruction": solution.reconstruction, "flow": solution.trace}
+    return Nats(terms, torch.full_like(prior, math.nan), text.noised.sum(1))
+
+
+@torch.no_grad()
+def _solve(estimate: Estimate, text: Text, walk: Walk, ode: Ode) -> Solution:
+    from torchdiffeq import odeint
+
+    clean = estimate.denoiser.embed(text.tokens)
+    _check_precision(estimate.denoiser, clean)
+    open_ = text.noised[..., None]
+    s = 1 / walk.levels.double().sort().values.to(clean.device)
+    start = ((s[0] * clean.double() + walk.noise.double()) * open_).to(ode.state)
+    logits = estimate((start / s[0]).to(clean.dtype), (1 / s[:1]).expand(len(start))).logits
+    nats, _ = row_cross_entropy(logits, text.tokens, text.noised)
+
+    def slope(s: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return _slope(estimate, s.double(), state[0], walk.probe(), open_)
+
+    # Only the ends are kept; the steps in between are those of the grid.
+    path = odeint(
+        slope, (start, start.new_zeros(len(start))), s[[0, -1]], method=ode.method,
+        options={"grid_constructor": lambda func, y0, t: s},
+    )  # fmt: skip
+    y, gained = (part[-1].double() for part in path)
+    return Solution(nats.double(), -gained, y.square().sum((1, 2)))
+
+
+def _slope(
+    estimate: Estimate, s: Float[Tensor, ""], y: Float[Tensor, "b n d"], probes: Float[Tensor, "p b n d"],
+    open_: Bool[Tensor, "b n 1"],
+) -> tuple[Float[Tensor, "b n d"], Float[Tensor, " b"]]:  # fmt: skip
+    """x0 and the trace of its Jacobian in y, over the positions that are scored."""
+    dtype = estimate.condition.clean.dtype
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        x0 = estimate((y / s).to(dtype), (1 / s).expand(len(y))).x0.to(y.dtype) * open_
+        trace = y.new_zeros(len(y))
+        for u in probes.to(y) * open_:
+            (turned,) = torch.autograd.grad(x0, y, u, retain_graph=True)
+            trace += (turned * u).sum((1, 2)) / len(probes)
+    return x0.detach(), trace
+
+
+def _direction(law: str, shape: torch.Size, source: torch.Generator) -> Float[Tensor, "n d"]:
+    if law == "gaussian":
+        return torch.randn(shape, generator=source)
+    return 2.0 * torch.randint(0, 2, shape, generator=source) - 1
+
+
+def _check_precision(denoiser: Denoiser, clean: Float[Tensor, "b n d"]) -> None:
+    low = clean.dtype in (torch.bfloat16, torch.float16) or getattr(denoiser, "precision", "fp32") != "fp32"
+    if low or torch.is_autocast_enabled(clean.device.type):
+        raise CdlmError(
+            "the ODE likelihood needs a network in float32 or float64, and this one runs in half precision, whose"
+            " rounding is larger than the derivatives that the trace adds up: take precision fp32, or the bound"
+        )

@@ -1,0 +1,1 @@
+"""Networks of published checkpoints, and their file formats."""

@@ -1,0 +1,71 @@
+"""How likely a text is to a masked diffusion model: the bound on its negative log likelihood."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cdlm.errors import CdlmError
+from cdlm.masked.system import MaskedDiffusion
+from cdlm.noise import generator
+from cdlm.system import row_cross_entropy
+
+NELBO = 0x6E65
+"""Purpose of noise: a word of its key."""
+
+
+@torch.no_grad()
+def nelbo(
+    system: MaskedDiffusion,
+    tokens: Int[Tensor, "b n"],
+    scored: Bool[Tensor, "b n"],
+    valid: Bool[Tensor, "b n"] | None,
+    key: Int[Tensor, "b k"],
+    levels: int = 8,
+    seed: int = 0,
+) -> Float[Tensor, "b levels"]:
+    """Draws of the bound on -ln p(text) in nats, summed over the positions that are scored; their mean is the bound.
+
+    The bound is an integral over the share of masked tokens, the integral of 1/t times the cross-entropy of what is
+    masked. Over the number k of masked positions out of L it is exactly
+
+        L * mean over k in 1..L of (cross-entropy of k positions drawn at random) / k
+
+    (LLaDA, arXiv 2502.09992, eq. 6), which needs no least share and has less variance than masking each on its own.
+
+    Args:
+        scored: positions to score. Where the text holds the mask itself there is nothing to predict, see `scorable`.
+        valid: False on padding; None when there is none.
+        key: what each row is, whole numbers >= 0: with the seed it fixes the row's noise, whatever the batch.
+        levels: draws of each row, >= 1: one k from each of so many equal parts of 1..L.
+    """
+    if levels < 1:
+        raise CdlmError(f"the bound needs levels >= 1, got {levels}")
+    open_ = scorable(system, tokens, scored)
+    size, keys = open_.sum(1), key.tolist()
+    draws = []
+    for level in range(levels):
+        u, order = _noise([(seed, NELBO, *row, level) for row in keys], tokens)
+        hidden = ((level + u) / levels * size).long().clamp(max=size - 1) + 1
+        rank = order.masked_fill(~open_, torch.inf).argsort(1).argsort(1)
+        masked = open_ & (rank < hidden[:, None])
+        logits = system.logits(tokens.masked_fill(masked, system.constants.mask_id), valid)
+        nats, _ = row_cross_entropy(logits, tokens, masked)
+        draws.append(nats.double() * size / hidden.clamp(min=1))
+    return torch.stack(draws, 1)
+
+
+def scorable(
+    system: MaskedDiffusion, tokens: Int[Tensor, "b n"], scored: Bool[Tensor, "b n"]
+) -> Bool[Tensor, "b n"]:
+    """The positions without those where the text holds the mask itself, which the model never predicts."""
+    return scored & (tokens != system.constants.mask_id)
+
+
+def _noise(
+    keys: list[tuple[int, ...]], like: Int[Tensor, "b n"]
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b n"]]:
+    made = [generator(*key) for key in keys]
+    numbers = torch.stack([torch.rand(1 + like.shape[1], generator=g, dtype=torch.float64) for g in made])
+    return numbers[:, 0].to(like.device), numbers[:, 1:].to(like.device)
