@@ -17,7 +17,7 @@ def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure
     Raises:
         CdlmError: too few samples for the goal, or no candidate that halts reaches it.
     """
-    n = len(bench.recording)
+    n = len(bench.full_run)
 
     def trial(rule: Criterion) -> tuple[float, float, Bootstrap]:
         drawn = bench.run_rule(rule, live=n)
@@ -38,5 +38,5 @@ def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure
 
 def keep(bench: Bench, found: Calibration) -> Path:
     """Write the choice beside the weights; returns the file."""
-    halting.keep(bench.folder, bench.recording.weights, found)
+    halting.keep(bench.folder, bench.weights, found)
     return bench.folder / halting.FILE

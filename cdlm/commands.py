@@ -45,6 +45,7 @@ def sample(
     batch_size: int | None = None,
     solver: str | None = None,
     grid: str | None = None,
+    projection: str | None = None,
     softmax_temperature: float = 1.0,
     score_temperature: float = 1.0,
     guidance: float = 1.0,
@@ -76,8 +77,11 @@ def sample(
         prompts: file with one prompt a line.
         length: tokens of a sample; by default as in training.
         batch_size: samples in flight; by default 64, of a foreign model 4.
-        solver: of a continuous model, Euler() unless given, Heun() or TorchDiffEq("rk4"), ("dopri5"), ...
-        grid: of a continuous model, Warped() unless given, LogT() or UniformT().
+        solver: of a continuous model, Euler(), Heun(), TorchDiffEq("rk4"), ("dopri5"), ..., Ancestral() or Renoise();
+            by default that of its paper.
+        grid: of a continuous model, Warped(), LogT(), UniformT() or UpperEnds(); by default that of its paper.
+        projection: of a continuous model, how its logits drive the state: Expectation(), Greedy(), Drawn(0.9) or
+            MultiHot(0.2); by default that of its paper.
         softmax_temperature: of a continuous model, divides the logits; below 1 sharpens.
         score_temperature: of a continuous model, divides the score; below 1 sharpens.
         guidance: of a continuous model, classifier-free guidance scale; 1 is off, others double the calls.
@@ -99,8 +103,8 @@ def sample(
         raise CdlmError("a recording is of full-length runs, on which cdlm replay tries rules: leave out --halt")
     steered = (softmax_temperature, score_temperature, guidance) != (1.0, 1.0, 1.0)
     settings = {
-        "solver": solver, "grid": grid, "init_scale": init_scale, "policy": policy, "temperature": temperature,
-        "cfg_scale": cfg_scale, "cache": cache, "new_tokens": new_tokens, "chat": chat,
+        "solver": solver, "grid": grid, "projection": projection, "init_scale": init_scale, "policy": policy,
+        "temperature": temperature, "cfg_scale": cfg_scale, "cache": cache, "new_tokens": new_tokens, "chat": chat,
         "steering": Steering(softmax_temperature, score_temperature, guidance) if steered else None,
     }  # fmt: skip
     asked = _prompts(prompt, prompts)
@@ -186,8 +190,8 @@ def calibrate(
     n: int = 512,
     steps: int | None = None,
     seed: int = 1000,
-    solver: str = "Euler()",
-    grid: str = "Warped()",
+    solver: str | None = None,
+    grid: str | None = None,
     softmax_temperature: float = 1.0,
     score_temperature: float = 1.0,
     guidance: float = 1.0,
@@ -272,8 +276,8 @@ def compare(
     mauve: bool = False,
     mauve_seeds: int = 5,
     seed: int = 0,
-    solver: str = "Euler()",
-    grid: str = "Warped()",
+    solver: str | None = None,
+    grid: str | None = None,
     softmax_temperature: float = 1.0,
     score_temperature: float = 1.0,
     guidance: float = 1.0,
@@ -345,15 +349,15 @@ def compare(
 
 
 def _full(
-    folder: Folder, steps: int | None, seed: int, solver: str, grid: str, steering: Steering, init_scale: float,
-    policy: str | None, temperature: float | None,
+    folder: Folder, steps: int | None, seed: int, solver: str | None, grid: str | None, steering: Steering,
+    init_scale: float, policy: str | None, temperature: float | None,
 ) -> tuple[int, Sampler | Decoder]:  # fmt: skip
     """The sampler of a full run of a model, and its steps; settings of the other kind of model do not matter to it."""
     about = generation.About.of(folder)
     if about.kind == "continuous":
         budget = 200 if steps is None else steps
         return budget, generation.make_sampler(
-            budget, None, seed, solver=solver, grid=grid, init_scale=init_scale, steering=steering
+            budget, None, seed, solver=solver, grid=grid, init_scale=init_scale, steering=steering, usual=about.sampled
         )
     if policy is not None and steps is not None:
         raise CdlmError(f"a policy has its own steps: write them in {policy}, or leave out the policy")

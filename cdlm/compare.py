@@ -98,12 +98,12 @@ class Plain:
     @staticmethod
     def of(bench: Bench, budgets: Sequence[int]) -> Plain:
         """Draw it with these numbers of steps, from the same noise as the full run."""
-        most, n = bench.steps, len(bench.recording)
+        most, n = bench.steps, len(bench.full_run)
         if isinstance(bench.sampler, Decoder):
             budgets = bench.sampler.fewer(budgets, bench.asked[0])
         steps = sorted({budget for budget in budgets if budget < most})
         drawn = [bench.run_live(bench.sampler.with_steps(budget), n) for budget in steps]
-        drawn.append(Drawn(bench.recording.tokens, bench.full_calls.astype(np.int64)))
+        drawn.append(Drawn(bench.full_run.tokens, bench.full_run.nfe))
         return Plain([*steps, most], drawn, [bench.score(d.tokens) for d in drawn])
 
     def at(self, calls: float, m: int) -> Callable[[Float[np.ndarray, "r m"]], Float[np.ndarray, " r"]] | None:
@@ -139,7 +139,7 @@ class Comparison:
         points = [self._add_mauve(self.point(FULL, "Never()", plain.drawn[-1]), plain.drawn[-1]), self.real()]
         points += [self.point(PLAIN, f"{s} steps", d) for s, d in zip(plain.steps[:-1], plain.drawn, strict=False)]
         for family, rules in families.items():
-            tried = [rule for rule in rules if (self.live or not rule.freezes) and not bench.refuses(rule)]
+            tried = [rule for rule in rules if (self.live or not bench.must_run(rule)) and not bench.refuses(rule)]
             drawn = [bench.run_rule(rule, self.live) for rule in tried]
             found = [self.point(family, repr(rule), d) for rule, d in zip(tried, drawn, strict=True)]
             best = self.choice(found)

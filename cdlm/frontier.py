@@ -54,6 +54,26 @@ class Drawn:
     nfe: Int[np.ndarray, " m"]
 
 
+@dataclass(frozen=True)
+class FullRun:
+    """The run that everything is compared with."""
+
+    tokens: Int[np.ndarray, "m n"]
+    given: Bool[np.ndarray, "m n"]
+    valid: Bool[np.ndarray, "m n"]
+    nfe: Int[np.ndarray, " m"]
+    steps: int
+    """Of the whole run, or of each block."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @staticmethod
+    def of(kept: Recording) -> FullRun:
+        """What a recording says of it."""
+        return FullRun(kept.tokens, kept.given, kept.valid, kept.record.nfe.max(0), kept.record.steps)
+
+
 class Scorer:
     """AR-NLL of samples under a judge; each distinct text is judged once."""
 
@@ -90,7 +110,11 @@ class Bench:
     sampler: Sampler | Decoder
     """Without a rule."""
     asked: Sequence[Request]
-    recording: Recording
+    full_run: FullRun
+    recording: Recording | None
+    """Its steps, to try rules on; None of a run in blocks, where to halt one changes the next."""
+    weights: str
+    """Fingerprint of the model."""
     tokenizer: PreTrainedTokenizerFast
     scorer: Scorer
     machine: Machine
@@ -102,16 +126,16 @@ class Bench:
     @cached_property
     def full(self) -> Scores:
         """AR-NLL of the full run."""
-        return self.score(self.recording.tokens)
+        return self.score(self.full_run.tokens)
 
     @cached_property
     def full_calls(self) -> Float[np.ndarray, " m"]:
         """Calls of the full run."""
-        return self.recording.record.nfe.max(0).astype(np.float64)
+        return self.full_run.nfe.astype(np.float64)
 
     @cached_property
     def _real(self) -> list[list[int]]:
-        rows = [self.held_out[i] for i in range(min(len(self.recording), len(self.held_out)))]
+        rows = [self.held_out[i] for i in range(min(len(self.full_run), len(self.held_out)))]
         return [api.text_ids(row.tokens[row.valid].tolist(), self.scorer.eos_id) for row in rows]
 
     @cached_property
@@ -122,7 +146,7 @@ class Bench:
     @property
     def steps(self) -> int:
         """Of the full run."""
-        return self.recording.record.steps
+        return self.full_run.steps
 
     def refuses(self, rule: Criterion) -> str:
         """Why the model has no use for a rule; empty if it has."""
@@ -135,7 +159,7 @@ class Bench:
     @property
     def settings(self) -> dict[str, Any]:
         """What a choice for this bench holds for."""
-        return {**self.sampler.settings, "length": self.recording.tokens.shape[1]}
+        return {**self.sampler.settings, "length": self.full_run.tokens.shape[1]}
 
     @property
     def real_texts(self) -> list[str]:
@@ -154,20 +178,35 @@ class Bench:
 
     def shown(self, drawn: Drawn) -> Bool[np.ndarray, "m n"]:
         """Positions that are text."""
-        m, kept = len(drawn.tokens), self.recording
+        m, kept = len(drawn.tokens), self.full_run
         return shown_of(drawn.tokens, kept.given[:m], kept.valid[:m], self.scorer.eos_id)
 
     def score(self, tokens: Int[np.ndarray, "m n"]) -> Scores:
         """AR-NLL of the first samples of the bench, with these tokens."""
         m = len(tokens)
-        return self.scorer(tokens, self.recording.given[:m], self.recording.valid[:m])
+        return self.scorer(tokens, self.full_run.given[:m], self.full_run.valid[:m])
 
     def run_rule(self, rule: Criterion, live: int) -> Drawn:
-        """The bench's samples under a rule: replayed, or for a rule that freezes the first `live` of them, run."""
-        if rule.freezes:
+        """The bench's samples under a rule: replayed, or the first `live` of them run if the rule `must_run`."""
+        if self.recording is None or rule.freezes:
             return self.run_live(replace(self.sampler, criterion=rule), live)
         run = replay(self.recording, rule)
         return Drawn(run.tokens, run.nfe)
+
+    @property
+    def steps_taken(self) -> Recording:
+        """The recording, of a study that looks at single steps.
+
+        Raises:
+            CdlmError: the run was in blocks and has none.
+        """
+        if self.recording is None:
+            raise CdlmError(f"{self.run} is sampled in blocks, whose steps are not recorded: take another model")
+        return self.recording
+
+    def must_run(self, rule: Criterion) -> bool:
+        """Whether the rule cannot be replayed: it freezes tokens, or the run is in blocks."""
+        return self.recording is None or rule.freezes
 
     def run_live(self, sampler: Sampler | Decoder, live: int) -> Drawn:
         """The first `live` requests, drawn from the model."""
@@ -194,9 +233,9 @@ def _relative_nll(bench: Bench, drawn: Drawn) -> Bootstrap:
 
 
 def _disagreement(bench: Bench, drawn: Drawn) -> Bootstrap:
-    m, recording = len(drawn.tokens), bench.recording
-    open_ = ~recording.given[:m]
-    wrong = ((drawn.tokens != recording.tokens[:m]) & open_).sum(1).astype(np.float64)
+    m, full = len(drawn.tokens), bench.full_run
+    open_ = ~full.given[:m]
+    wrong = ((drawn.tokens != full.tokens[:m]) & open_).sum(1).astype(np.float64)
     return bootstrap(Scores(wrong, open_.sum(1).astype(np.float64)), m)
 
 
@@ -223,14 +262,23 @@ def open_bench(
     data = api.Data.of(config, folder.tokenizer)
     asked = requests(None, n, folder.length, folder.tokenizer)
     asked_judge = api.open_judge(judge, data, config, judge_steps, machine.device, machine.progress)
-    if recordings is None:
+    recording = None
+    if recordings is not None:
+        recording = _find(recordings, folder, sampler, machine.precision, n)
+        full = FullRun.of(recording)
+    elif isinstance(sampler, Sampler) and sampler.blocks(asked[0]) > 1:
+        samples = generation.draw_spread(run, sampler, asked, **asdict(machine))
+        full = FullRun(samples.tokens, samples.given, samples.valid, samples.nfe, sampler.steps)
+    else:
         bench_sampler = replace(sampler, record=NEEDED_MASKED if isinstance(sampler, Decoder) else NEEDED)
         samples = generation.draw_spread(run, bench_sampler, asked, **asdict(machine))
         recording = api.recording_of(samples, sampler, folder, machine.precision)
-    else:
-        recording = _find(recordings, folder, sampler, machine.precision, n)
+        full = FullRun.of(recording)
     scorer = Scorer(asked_judge, folder.tokenizer, special_of(folder.tokenizer).eos_id if folder.ends else None)
-    return Bench(run, sampler, asked, recording, folder.tokenizer, scorer, machine, data.valid, folder.path)
+    weights = hub.fingerprint(folder.path)
+    return Bench(
+        run, sampler, asked, full, recording, weights, folder.tokenizer, scorer, machine, data.valid, folder.path
+    )
 
 
 def _find(folder: Path, run: Folder, sampler: Sampler | Decoder, precision: Precision, n: int) -> Recording:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,8 +16,9 @@ from cdlm import hub
 from cdlm.collect import NEEDED, NEEDED_MASKED, collect, with_progress
 from cdlm.continuous.denoiser import Steering
 from cdlm.continuous.levels import Grid
+from cdlm.continuous.projections import Projection
 from cdlm.continuous.solvers import Solver
-from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion, Usual
 from cdlm.decoding import Decoder, Decoding, Quirks
 from cdlm.errors import CdlmError
 from cdlm.halting import Criterion
@@ -75,23 +76,28 @@ def make_sampler(
     seed: int = 0,
     record: bool = False,
     *,
-    solver: str | Solver = "Euler()",
-    grid: str | Grid = "Warped()",
+    solver: str | Solver | None = None,
+    grid: str | Grid | None = None,
+    projection: str | Projection | None = None,
     steering: Steering | None = None,
     init_scale: float = 1.0,
+    usual: Usual | None = None,
     folder: Path | None = None,
     length: int | None = None,
 ) -> Sampler:
-    """A sampler from objects or their texts; `record` adds the signals of a record.
+    """A sampler from objects or their texts; `record` adds the signals of a record. What is not given is as `usual`.
 
     `halt="auto"` is the rule that was calibrated for the model in `folder`, samples of this length and these settings.
     """
+    usual = usual or Usual()
+    chosen = usual.projection if projection is None else names.projection(projection)
     plain = Sampler(
         steps=steps,
-        grid=names.grid(grid),
-        solver=names.solver(solver),
-        steering=steering or Steering(),
+        grid=usual.grid if grid is None else names.grid(grid),
+        solver=usual.solver if solver is None else names.solver(solver),
+        steering=replace(steering or Steering(), projection=chosen),
         init_scale=init_scale,
+        block=usual.block,
         seed=seed,
         record=NEEDED if record else frozenset(),
     )
@@ -140,6 +146,7 @@ class About:
         kind: our own systems are continuous or masked, other people's masked models foreign.
         length: positions it was trained on.
         shift: see `cdlm.masked.model.Constants`.
+        sampled: how a continuous model is sampled unless said otherwise.
     """
 
     kind: Literal["continuous", "masked", "foreign"]
@@ -147,15 +154,18 @@ class About:
     tokenizer: PreTrainedTokenizerFast
     folder: Path | None
     shift: bool = False
+    sampled: Usual = field(default_factory=Usual)
 
     @staticmethod
     def of(model: EmbeddingDiffusion | MaskedModel | Folder) -> About:
         """Of a model, or of its folder."""
         if isinstance(model, Folder):
-            kind: Literal["masked", "continuous"] = "masked" if "mask_id" in model.config else "continuous"
-            return About(kind, model.length, model.tokenizer, model.path)
+            settings = names.system_config(model.config)
+            if isinstance(settings, ContinuousConfig):
+                return About("continuous", model.length, model.tokenizer, model.path, sampled=settings.usual)
+            return About("masked", model.length, model.tokenizer, model.path)
         if isinstance(model, EmbeddingDiffusion):
-            return About("continuous", model.length, tokenizer_of(model), model.folder)
+            return About("continuous", model.length, tokenizer_of(model), model.folder, sampled=_usual_of(model))
         own = isinstance(model, MaskedDiffusion)
         length, folder = getattr(model, "length", 0), getattr(model, "folder", None)
         return About("masked" if own else "foreign", length, tokenizer_of(model), folder, model.constants.shift)
@@ -166,6 +176,14 @@ class About:
         if self.kind == "masked":
             return LLaDA(steps, remasking="random"), 1.0
         return (Dream(steps) if self.shift else LLaDA(steps)), 0.0
+
+
+def _usual_of(model: EmbeddingDiffusion) -> Usual:
+    if "system" not in model.config:  # built from parts by hand
+        return Usual(block=model.block)
+    settings = names.system_config(model.config)
+    assert isinstance(settings, ContinuousConfig)
+    return settings.usual
 
 
 def prepare(
@@ -180,6 +198,7 @@ def prepare(
     *,
     solver: str | Solver | None = None,
     grid: str | Grid | None = None,
+    projection: str | Projection | None = None,
     steering: Steering | None = None,
     init_scale: float | None = None,
     policy: str | Policy | None = None,
@@ -195,12 +214,12 @@ def prepare(
         _not_given("masked", **masked, new_tokens=new_tokens, chat=chat or None)
         length = about.length if length is None else length
         sampler = make_sampler(
-            200 if steps is None else steps, halt, seed, record, solver=solver or "Euler()", grid=grid or "Warped()",
-            init_scale=1.0 if init_scale is None else init_scale, steering=steering, folder=about.folder,
-            length=length,
+            200 if steps is None else steps, halt, seed, record, solver=solver, grid=grid, projection=projection,
+            init_scale=1.0 if init_scale is None else init_scale, steering=steering, usual=about.sampled,
+            folder=about.folder, length=length,
         )  # fmt: skip
         return requests(prompts, n, length, about.tokenizer), sampler
-    _not_given("continuous", solver=solver, grid=grid, steering=steering, init_scale=init_scale)
+    _not_given("continuous", solver=solver, grid=grid, projection=projection, steering=steering, init_scale=init_scale)
     if policy is not None and steps is not None:
         raise CdlmError(f"a policy has its own steps: write them in {policy}, or leave out the policy")
     asked = masked_requests(about, prompts, n, length, new_tokens, chat)
@@ -261,12 +280,13 @@ def generate(
         batch_size: samples in flight; by default 64 (4 of a foreign model).
         record: keep per-step statistics of every sample, and of masked models every token that is committed.
         progress: show a bar on a terminal.
-        settings: the further arguments of `prepare`. Of continuous models `solver`, `grid`, `steering`, `init_scale`
-            (see `Sampler`). Of masked models `policy`, `temperature`, `cfg_scale`, `cache` (see `Decoder`; the policy
-            as an object or as its text, such as "Threshold(0.9, block=32)"); `new_tokens`, positions after each prompt,
-            in place of `length`; and `chat=True` for prompts that are a user's messages. Without a policy our own
-            models are sampled from at temperature 1 in random order, foreign ones decoded as they are published; with
-            one, the temperature is 0 unless given.
+        settings: the further arguments of `prepare`. Of continuous models `solver`, `grid`, `projection`, `steering`,
+            `init_scale` (see `Sampler`), by default those of the system's paper. Of masked models `policy`,
+            `temperature`, `cfg_scale`, `cache` (see `Decoder`; the policy as an object or as its text, such as
+            "Threshold(0.9, block=32)"); `new_tokens`, positions after each prompt, in place of `length`; and
+            `chat=True` for prompts that are a user's messages. Without a policy our own models are sampled from at
+            temperature 1 in random order, foreign ones decoded as they are published; with one, the temperature is 0
+            unless given.
 
     Raises:
         CdlmError: a setting is out of range or of the other kind of model, or a prompt leaves nothing to generate.
@@ -391,9 +411,15 @@ def draw(
     if progress:
         steps = with_progress(steps, len(asked))
     record = NEEDED <= sampler.record
+    blocks = max(sampler.blocks(request) for request in asked)
+    if record and blocks > 1:
+        raise CdlmError(
+            f"a run of {blocks} blocks cannot be recorded: to halt one changes the next, so that a rule has to be run"
+        )
     tokenizer = tokenizer_of(system)
     eos = special_of(tokenizer).eos_id if system.ends else None
-    return collect(steps, asked, tokenizer, budget=sampler.steps, seed=sampler.seed, record=record, eos_id=eos)
+    budget = sampler.steps * blocks
+    return collect(steps, asked, tokenizer, budget=budget, seed=sampler.seed, record=record, eos_id=eos)
 
 
 def draw_spread(

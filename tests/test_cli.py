@@ -209,7 +209,7 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_help_of_training_lists_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
     main(["train", "--help"])
     shown = capsys.readouterr().out
-    for setting in ("--system SYSTEM", "CDCD or Masked", "--training.steps", "--resume"):
+    for setting in ("--system SYSTEM", "LangFlow or Masked", "--training.steps", "--resume"):
         assert setting in " ".join(shown.split()), setting
 
 

@@ -57,7 +57,7 @@ class MoreSteps(Judged):
 
     def _plain(self, benches: Sequence[Bench]) -> Plain:
         """The vanilla sampler: its own budgets, and the full runs."""
-        full = {b.steps: Drawn(b.recording.tokens, b.full_calls.astype(np.int64)) for b in benches}
+        full = {b.steps: Drawn(b.full_run.tokens, b.full_run.nfe) for b in benches}
         first = benches[0]
         budgets = sorted({*self.vanilla, *full})
         drawn = [full.get(b) or first.run_live(first.sampler.with_steps(b), self.n) for b in budgets]

@@ -63,7 +63,7 @@ class TMax(Judged):
         system, bench = generation.load(model), self.bench(model, self.steps)
         level = top_level(system.schedule, system.rho)
         drawn = bench.run_rule(Patience(self.patience), self.n)
-        last = zero_switch(bench.recording.record)
+        last = zero_switch(bench.steps_taken.record)
         return {
             "model": label(model), "steps": self.steps, "samples": self.n, "t_max": level,
             "mismatch": prior_mismatch(level), **_text(bench),
@@ -90,7 +90,7 @@ class TMax(Judged):
 
 
 def _text(bench: Bench) -> dict[str, Any]:
-    rows = bench.recording.tokens.tolist()
+    rows = bench.full_run.tokens.tolist()
     return {
         **ends("ar_nll", bench.full.bootstrap()),
         "ar_nll_real": bench.real[1].bootstrap().value,
