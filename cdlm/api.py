@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from cdlm import config as names
 from cdlm import generation, hub
 from cdlm.collect import ends_of, given_spans, shown_of, text_of, texts_of
 from cdlm.config import RunConfig
+from cdlm.continuous.likelihood import Nats, Text
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.data.order import RowLoader, fixed_batches
 from cdlm.data.sources import Source, Stories
@@ -31,6 +32,7 @@ from cdlm.errors import CdlmError
 from cdlm.evaluation import table
 from cdlm.evaluation.ar_nll import ArNll, Spans, ar_nll
 from cdlm.evaluation.judge import Judge, cached_judge, features, train_judge
+from cdlm.evaluation.likelihood import Asked, Likelihood, row_nats
 from cdlm.evaluation.table import Corpus, Evaluation
 from cdlm.files import write_text
 from cdlm.halting import Criterion
@@ -41,7 +43,7 @@ from cdlm.masked.model import MaskedModel
 from cdlm.sampling import Sampler
 from cdlm.spread import spread
 from cdlm.system import Precision, System, special_of
-from cdlm.types import HaltReason, Samples
+from cdlm.types import HaltReason, Samples, join, take
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -400,3 +402,77 @@ def plot(samples: Samples, path: Path, title: str) -> None:
     record = samples.record
     columns = {**record.signals, "switches": np.where(record.nfe > 0, record.switch_counts(), np.nan)}
     plot_trajectories(columns, path, halted=samples.steps - 1, title=title)
+
+
+def likelihood(
+    run: str | Path,
+    rows: int = 128,
+    asked: Asked | None = None,
+    *,
+    precision: Precision = "fp32",
+    device: str = "cpu",
+    devices: int = 1,
+    progress: bool = True,
+) -> Likelihood:
+    """The likelihood of the first `rows` rows of a run's held-out text, each from nothing, padding apart.
+
+    Where rows end at a text's end, that end is a token of the text and what fills the row after it is not; it is still
+    part of what the model has to predict.
+
+    Args:
+        rows: at most; all there are if they are fewer.
+        precision: arithmetic of the network; the ODE refuses bf16.
+        device, devices: where the model runs, and on how many processes.
+
+    Raises:
+        CdlmError: the model has no likelihood, or the folder is not that of a run.
+    """
+    asked = asked or Asked()
+    if rows < 1:
+        raise CdlmError(f"a likelihood is of rows >= 1, got {rows}")
+    if hub.is_foreign(hub.locate(run)):
+        raise CdlmError(f"{run} is another library's model, and a likelihood is of our own systems: give a run folder")
+    config = names.read_run(run)
+    data = Data.of(config, hub.read_tokenizer(Path(run)))
+    held = [data.valid[i] for i in range(min(rows, len(data.valid)))]
+    tokens = torch.from_numpy(np.stack([row.tokens for row in held]))
+    valid = torch.from_numpy(np.stack([row.valid for row in held]))
+    key = torch.arange(len(held))[:, None]
+    text = Text(tokens, valid, None if bool(valid.all()) else valid, key)
+    work = partial(_nats_share, str(run), precision, text, asked, progress)
+    found = _dealt(spread(work, min(devices, len(held)), device))
+    eos = None if isinstance(data.valid, PackedRows) else special_of(data.tokenizer).eos_id
+    texts = [_with_end(row.tokens[row.valid].tolist(), eos) for row in held]
+    ode = asked.ode
+    settings = {
+        "levels": asked.levels, "seed": asked.seed, "precision": precision,
+        **({} if ode is None else {"ode": ode.method, "ode_steps": ode.steps, "probes": ode.probes,
+                                   "directions": ode.law, "state": str(ode.state).removeprefix("torch.")}),
+    }  # fmt: skip
+    chars = np.array([len(text_of(data.tokenizer, ids)) for ids in texts])
+    return Likelihood.of(found, np.array([len(ids) for ids in texts]), chars, settings)
+
+
+def _nats_share(
+    run: str, precision: Precision, text: Text, asked: Asked, progress: bool, rank: int, world: int, device: str
+) -> dict[str, Nats]:
+    """One process's share of the rows; see `cdlm.spread`."""
+
+    def report(measure: str, done: int, count: int) -> None:
+        if progress and rank == 0:
+            print(f"{measure}: {done} of {count} done", file=sys.stderr)
+
+    mine = take(text, torch.arange(rank, len(text.tokens), world))
+    return row_nats(generation.load(run, device, precision), mine, asked, report)
+
+
+def _dealt(shares: Sequence[dict[str, Nats]]) -> dict[str, Nats]:
+    """The rows of all shares; row r + i N is row i of share r of N."""
+    counts = [len(next(iter(share.values())).positions) for share in shares]
+    order = torch.cat([torch.arange(count) * len(shares) + rank for rank, count in enumerate(counts)]).argsort()
+    return {name: take(reduce(join, [share[name] for share in shares]), order) for name in shares[0]}
+
+
+def _with_end(ids: list[int], eos_id: int | None) -> list[int]:
+    """Tokens of a row up to its first `eos_id`, which counts; None ends no text."""
+    return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids

@@ -22,6 +22,7 @@ HELP = """usage: cdlm COMMAND [settings]
   compare      draw quality over calls of halting rules: table and plot
   study        small experiments about halting: cdlm study NAME
   evaluate     measure samples beside real text
+  convert      published weights to a model folder and back: plaid, ssd, langflow
   train-judge  train a small autoregressive judge on a run's text
 
 cdlm COMMAND --help lists the settings of a command."""
@@ -59,7 +60,7 @@ def _dispatch(argv: list[str]) -> None:
     functions: dict[str, Callable[..., None]] = {
         "sample": commands.sample, "replay": commands.replay, "calibrate": commands.calibrate,
         "compare": commands.compare,
-        "evaluate": commands.evaluate, "train-judge": commands.train_judge,
+        "evaluate": commands.evaluate, "convert": commands.convert, "train-judge": commands.train_judge,
     }  # fmt: skip
     if name not in functions:
         raise CdlmError(f"there is no command {name!r}: use one of train, study, {', '.join(functions)}")
@@ -129,7 +130,7 @@ def _arguments(function: Callable[..., None], prog: str, argv: list[str]) -> dic
 
     parser = ArgumentParser(prog=prog, exit_on_error=False, default_env=False)
     parser.add_function_arguments(function, as_positional=True)
-    return _parsed(parser, prog, _lists(function, argv))
+    return _parsed(parser, prog, _lists(function, _words(function, argv)))
 
 
 def _parsed(parser: Any, prog: str, argv: list[str]) -> dict[str, Any]:
@@ -139,6 +140,25 @@ def _parsed(parser: Any, prog: str, argv: list[str]) -> dict[str, Any]:
         return vars(parser.instantiate(parser.parse_args(argv)))
     except ArgumentError as error:
         raise CdlmError(f"{error.message or error} ({prog} --help lists the settings)") from error
+
+
+def _words(function: Callable[..., Any], argv: list[str]) -> list[str]:
+    """`--flag` alone as `--flag=true`; and a word beyond the required ones as the next parameter, if that is a file."""
+    hints, parameters = get_type_hints(function), inspect.signature(function).parameters
+    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    after = list(parameters)[len(required)] if len(required) < len(parameters) else ""
+    found, bare, wants_value = list[str](), 0, False
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag = word.startswith("--") and hints.get(word[2:].replace("-", "_")) is bool
+        if flag and following.lower() not in ("true", "false", "yes", "no"):
+            word += "=true"
+        elif not word.startswith("--") and not wants_value:
+            bare += 1
+            if bare == len(required) + 1 and Path in get_args(hints.get(after)):
+                word = f"--{after}={word}"
+        found.append(word)
+        wants_value = word.startswith("--") and "=" not in word
+    return found
 
 
 def _lists(function: Callable[..., Any], argv: list[str], leading: bool = True) -> list[str]:

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 from cdlm import api, generation, hub
 from cdlm import calibrate as calibration
+from cdlm import config as names
 from cdlm.compare import Comparison, Point, markdown, panels, write_csv
 from cdlm.config import criterion, read_run, sweep
 from cdlm.continuous.denoiser import Steering
+from cdlm.continuous.likelihood import Ode
 from cdlm.decoding import Decoder
 from cdlm.errors import CdlmError
+from cdlm.evaluation.likelihood import Asked
 from cdlm.evaluation.mauve import check as check_mauve
 from cdlm.files import write_text
 from cdlm.frontier import Machine, open_bench
@@ -392,23 +395,33 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
 
 def evaluate(
     run: str,
-    samples: Path,
+    samples: Path | None = None,
     baseline: Path | None = None,
     n: int | None = None,
     judge: str | None = None,
     judge_steps: int = 500,
     mauve: bool = True,
     mauve_seeds: int = 5,
+    likelihood: bool = False,
+    rows: int = 128,
+    levels: int = 8,
+    ode_steps: int = 0,
+    probes: int = 1,
+    method: str = "heun2",
+    seed: int = 0,
+    batch_size: int = 32,
+    precision: Precision = "fp32",
     out: Path | None = None,
     device: str = "cpu",
     devices: int = 1,
     quiet: bool = False,
 ) -> None:
-    """Measure samples beside held-out real text and the same text with its tokens shuffled.
+    """Measure samples beside held-out real text and the same text with its tokens shuffled; or the model itself, by the
+    likelihood of held-out text.
 
     Args:
         run: the run folder whose text the samples are compared with.
-        samples: JSONL file of cdlm sample --out.
+        samples: JSONL file of cdlm sample --out; may be left out with --likelihood.
         baseline: a second such file for the same table, for instance of the full run without halting.
         n: samples of each file to use; by default as many as the shorter file has.
         judge: any Hugging Face causal language model, by folder or Hub id; by default a small GPT-2 is trained on the
@@ -416,20 +429,61 @@ def evaluate(
         judge_steps: training steps of that small judge.
         mauve: compute MAUVE, which needs the mauve-text package.
         mauve_seeds: k-means seeds of MAUVE; its mean and deviation are over them.
-        out: folder for evaluation.json and evaluation.md; by default the run folder.
-        device: where the judge runs.
-        devices: processes to spread the judge's work over.
+        likelihood: compute the bound on the negative log likelihood of held-out text.
+        rows: of held-out text, for the likelihood.
+        levels: noise levels that the bound of each row is drawn at.
+        ode_steps: of continuous models, intervals of the ODE whose likelihood is computed beside the bound; 0 leaves it
+            out.
+        probes: draws of the ODE likelihood of each row; from 2 on their spread tells its error.
+        method: of torchdiffeq, with a fixed grid, such as heun2 or rk4.
+        seed: of the likelihood's noise.
+        batch_size: rows at a time, for the likelihood.
+        precision: arithmetic of the model's network, for the likelihood; the ODE refuses bf16.
+        out: folder for evaluation.json, evaluation.md and likelihood.json; by default the run folder.
+        device: where the judge and the model run.
+        devices: processes to spread the work over.
         quiet: show no progress.
     """
+    if samples is None and not likelihood:
+        raise CdlmError("evaluate needs samples to measure, a file of cdlm sample --out, or --likelihood")
+    if samples is None and baseline is not None:
+        raise CdlmError("baseline is a second file of samples, and there is no first: name it as samples")
+    if ode_steps < 0:
+        raise CdlmError(f"ode_steps is a number of intervals >= 0, got {ode_steps}: 0 leaves out the ODE")
+    ode = Ode(ode_steps, method, probes) if ode_steps else None
+    asked = Asked(levels, ode, seed, batch_size)
     paths = [path for path in (samples, baseline) if path is not None]
     files = {f"{path.absolute().parent.name}/{path.stem}": api.read_lines(path) for path in paths}
-    count = min([len(lines) for lines in files.values()] + ([] if n is None else [n]))
-    result = api.evaluate(
-        run, {name: lines[:count] for name, lines in files.items()}, judge=judge, judge_steps=judge_steps,
-        mauve_seeds=mauve_seeds if mauve else 0, device=device, devices=devices, progress=not quiet,
-    )  # fmt: skip
-    result.save(out or Path(run))
-    print(result.terminal())
+    place = out or Path(run)
+    if likelihood:
+        known = api.likelihood(
+            run, rows, asked, precision=precision, device=device, devices=devices, progress=not quiet
+        )
+        known.save(place)
+        print(known.terminal())
+    if files:
+        count = min([len(lines) for lines in files.values()] + ([] if n is None else [n]))
+        result = api.evaluate(
+            run, {name: lines[:count] for name, lines in files.items()}, judge=judge, judge_steps=judge_steps,
+            mauve_seeds=mauve_seeds if mauve else 0, device=device, devices=devices, progress=not quiet,
+        )  # fmt: skip
+        result.save(place)
+        print(result.terminal())
+
+
+def convert(layout: str, source: Path, out: Path, tokenizer: str | None = None) -> None:
+    """Convert published weights to a model folder, or a model folder to its published format.
+
+    Args:
+        layout: plaid, ssd or langflow.
+        source: folder of the published files; or a model folder, which is written in the published format.
+        out: folder to write, a new one.
+        tokenizer: tokenizer.json, folder or Hub id; by default that of source.
+    """
+    from cdlm.convert import convert as converted
+
+    converted(names.layout(layout), source, out, tokenizer)
+    print(f"{out}: {sum(file.stat().st_size for file in out.iterdir()):,} bytes", file=sys.stderr)
 
 
 def train_judge(run: str, out: Path, steps: int = 500, device: str = "cpu", quiet: bool = False) -> None:

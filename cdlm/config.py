@@ -17,6 +17,10 @@ from cdlm.continuous.langflow import LangFlow
 from cdlm.continuous.levels import Grid, LogT, UniformT, UpperEnds, Warped
 from cdlm.continuous.plaid import Plaid
 from cdlm.continuous.projections import Drawn, Expectation, Greedy, MultiHot, Projection
+from cdlm.continuous.released.langflow import LangFlowLayout
+from cdlm.continuous.released.layout import Layout
+from cdlm.continuous.released.plaid import PlaidLayout
+from cdlm.continuous.released.ssd import SSDLayout
 from cdlm.continuous.solvers import Ancestral, Euler, Heun, Renoise, Solver, TorchDiffEq
 from cdlm.continuous.ssd import SSD
 from cdlm.data.masking import Block, Completion, Masking, Mixture, Prefix, RandomSubset, Span, Unconditional
@@ -52,6 +56,9 @@ PROJECTIONS = _names(Expectation, Greedy, Drawn, MultiHot)
 MASKINGS = _names(Prefix, RandomSubset, Span, Unconditional, Block, Completion, Mixture)
 SYSTEMS: Mapping[str, type[SystemConfig]] = MappingProxyType(
     {"cdcd": CDCD, "plaid": Plaid, "ssd": SSD, "langflow": LangFlow, "masked": Masked}
+)
+LAYOUTS: Mapping[str, type[Layout]] = MappingProxyType(
+    {"plaid": PlaidLayout, "ssd": SSDLayout, "langflow": LangFlowLayout}
 )
 
 DEFAULT_MASKING = "Mixture(((0.4, Prefix()), (0.4, RandomSubset()), (0.2, Unconditional())))"
@@ -159,6 +166,13 @@ def solver(text: str | Solver) -> Solver:
 def grid(text: str | Grid) -> Grid:
     """A grid from its text: `Warped()`, `LogT()` or `UniformT()`."""
     return _object(text, Grid, GRIDS, "grid")
+
+
+def layout(name: str) -> Layout:
+    """A published file format by its name."""
+    if name not in LAYOUTS:
+        raise CdlmError(f"there is no published format {name!r}{_nearest(name, LAYOUTS)}: use {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]()
 
 
 def projection(text: str | Projection) -> Projection:

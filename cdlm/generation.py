@@ -31,7 +31,7 @@ from cdlm.masked.system import MaskedDiffusion
 from cdlm.prompts import canvases, encode_prompt, requests
 from cdlm.sampling import Run, Sampler
 from cdlm.spread import spread
-from cdlm.system import Precision, special_of
+from cdlm.system import Precision, System, special_of
 from cdlm.types import Finished, Samples
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def load(
     """A trained system from a run folder or a Hub id, ready to sample from. Strict, and runs no code of the model.
 
     Also LLaDA and Dream in their published format, such as "GSAI-ML/LLaDA-8B-Instruct", on transformers' own Llama and
-    Qwen2.
+    Qwen2; and LangFlow in its own, "Continuous-Rivals-Discrete/langflow-owt".
 
     Args:
         precision: of our own systems, the arithmetic of the network ("fp32" unless said otherwise); of foreign ones,
@@ -56,18 +56,31 @@ def load(
         device_map: of foreign ones, how to spread them over devices, such as "auto".
     """
     path = hub.locate(name)
+    if is_langflow(path):
+        from cdlm.continuous.langflow import open_langflow
+
+        return _ready(open_langflow(path), device, precision, device_map)
     if hub.is_foreign(path):
         from cdlm.masked.pretrained import open_checkpoint
 
         return open_checkpoint(path, dtype=precision, device=device, device_map=device_map)
-    if device_map is not None:
-        raise CdlmError("device_map is for foreign checkpoints: give a device")
     folder = hub.read(path)
     system = names.build_system(folder.config)
     hub.load_weights(system, folder)
+    return _ready(system, device, precision, device_map)
+
+
+def _ready(system: System, device: str, precision: Precision | None, device_map: object) -> System:
+    if device_map is not None:
+        raise CdlmError("device_map is for foreign masked models: give a device")
     system.precision = precision or "fp32"
     hub.to_device(system, device)
     return system.eval()
+
+
+def is_langflow(path: Path) -> bool:
+    """Whether the folder is LangFlow as released: of all foreign models the one that is continuous."""
+    return hub.is_foreign(path) and hub.model_type(path) == "LangFlow"
 
 
 def make_sampler(

@@ -145,11 +145,18 @@ def model_card(config: Mapping[str, Any], sections: Mapping[str, str] | None = N
 
 def is_foreign(path: Path) -> bool:
     """Whether the folder's config.json is that of another library's model: it names a `model_type`."""
+    return model_type(path) is not None
+
+
+def model_type(path: Path) -> str | None:
+    """What another library's config.json calls its model; None of ours, and of what cannot be read."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False  # reading it as ours says what is wrong
-    return isinstance(config, dict) and "model_type" in config and "cdlm_format" not in config
+        return None  # reading it as ours says what is wrong
+    if not isinstance(config, dict) or "cdlm_format" in config or "model_type" not in config:
+        return None
+    return str(config["model_type"])
 
 
 def locate(name: str | Path) -> Path:

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from cdlm.config import GRIDS, MASKINGS, POLICIES, RULES, SOLVERS
+from cdlm.config import GRIDS, MASKINGS, POLICIES, PROJECTIONS, RULES, SOLVERS
 from cdlm.signals import SIGNALS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/write-a-criterion.md", "docs/bring-your-model.md", "docs/masked.md")
+PAGES = (
+    "README.md", "docs/write-a-criterion.md", "docs/bring-your-model.md", "docs/masked.md", "docs/add-a-system.md",
+    "docs/likelihood.md",
+)  # fmt: skip
 _BLOCK = re.compile(r"<!-- tested -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -48,5 +51,5 @@ def test_the_methods_page_names_files_that_exist_and_every_part_that_has_a_name(
     assert [file for file in files if not (ROOT / file).exists()] == []
     # An implemented name stands beside its file; a planned one has no file.
     done = "\n".join(line for line in page.splitlines() if "`cdlm/" in line)
-    for name in (*RULES, *SOLVERS, *GRIDS, *MASKINGS, *POLICIES):
+    for name in (*RULES, *SOLVERS, *GRIDS, *PROJECTIONS, *MASKINGS, *POLICIES):
         assert re.search(rf"`{name}\b", done), f"docs/methods.md does not say where {name} is"

@@ -208,12 +208,15 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "--n 3 --new-tokens 6 --block 3 --steps 1 2 --rules Full() Patience JoT(3.0)"
         " --policies Threshold(0.5) EntropyBound".split()
     ),
+    "systems": tuple(
+        "--n 4 --steps 8 --rules Patience Entropy FixedSteps --max-loss 0.5 --confidence 0.9 --judge-steps 1".split()
+    ),
 }
 MASKED = {"accuracy"}
 """Studies of masked models."""
 LINES = {  # lines of the table
     "zero-switch": 3, "patience-sweep": 4, "t-max": 1, "norms": 2, "norm-causality": 1 + 2 + 1 + 2 + 1, "more-steps": 3,
-    "accuracy": 1,
+    "accuracy": 1, "systems": 3,
 }  # fmt: skip
 
 

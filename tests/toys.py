@@ -7,6 +7,9 @@ import torch
 
 from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.embedding import TokenEmbedding
+from cdlm.continuous.langflow import LangFlow
+from cdlm.continuous.plaid import Plaid
+from cdlm.continuous.ssd import SSD
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.data.tokenizer import train_tokenizer
 from cdlm.masked.system import Masked, MaskedDiffusion
@@ -29,9 +32,22 @@ def tokenizer() -> "PreTrainedTokenizerFast":
 
 def system(vocab: int = 11, seed: int = 0, **settings: Any) -> EmbeddingDiffusion:
     """A fresh float32 system; the global generator stays as it was."""
-    made = _built(CDCD(**{**SMALL, **settings}), vocab, seed)
-    assert isinstance(made, EmbeddingDiffusion)
-    return made
+    return _embedded(CDCD(**{**SMALL, **settings}), vocab, seed)
+
+
+def plaid(vocab: int = 11, seed: int = 0, **settings: Any) -> EmbeddingDiffusion:
+    """A fresh float32 Plaid."""
+    return _embedded(Plaid(**{**SMALL, **settings}), vocab, seed)
+
+
+def ssd(vocab: int = 11, seed: int = 0, **settings: Any) -> EmbeddingDiffusion:
+    """A fresh float32 SSD-LM, by default of blocks of three."""
+    return _embedded(SSD(**{**SMALL, "block": 3, **settings}), vocab, seed)
+
+
+def langflow(vocab: int = 11, seed: int = 0, **settings: Any) -> EmbeddingDiffusion:
+    """A fresh float32 LangFlow."""
+    return _embedded(LangFlow(**{**SMALL, **settings}), vocab, seed)
 
 
 def weight_of(system: EmbeddingDiffusion) -> torch.nn.Parameter:
@@ -42,7 +58,7 @@ def weight_of(system: EmbeddingDiffusion) -> torch.nn.Parameter:
 
 def lively(vocab: int = 11, seed: int = 0, **settings: Any) -> EmbeddingDiffusion:
     """A float64 system in which no weight is zero, as after training."""
-    return _alive(system(vocab, seed, **settings), seed)
+    return alive(system(vocab, seed, **settings), seed)
 
 
 def with_tokenizer(seed: int = 0, length: int = 12, **settings: Any) -> EmbeddingDiffusion:
@@ -59,7 +75,7 @@ def masked(vocab: int = 11, seed: int = 0, **settings: Any) -> MaskedDiffusion:
 
 def lively_masked(vocab: int = 11, seed: int = 0, **settings: Any) -> MaskedDiffusion:
     """A float64 masked system in which no weight is zero, as after training."""
-    return _alive(masked(vocab, seed, **settings), seed)
+    return alive(masked(vocab, seed, **settings), seed)
 
 
 def masked_with_tokenizer(seed: int = 0, length: int = 12, **settings: Any) -> MaskedDiffusion:
@@ -69,13 +85,20 @@ def masked_with_tokenizer(seed: int = 0, length: int = 12, **settings: Any) -> M
     return _speaking(made, length)
 
 
+def _embedded(config: SystemConfig, vocab: int, seed: int) -> EmbeddingDiffusion:
+    made = _built(config, vocab, seed)
+    assert isinstance(made, EmbeddingDiffusion)
+    return made
+
+
 def _built(config: SystemConfig, vocab: int, seed: int, special: Special | None = None) -> System:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return config.build(vocab, special)
 
 
-def _alive(made: S, seed: int) -> S:
+def alive(made: S, seed: int = 0) -> S:
+    """The same in float64, with no weight zero, as after training."""
     made = made.double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

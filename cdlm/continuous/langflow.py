@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -11,9 +13,13 @@ from torch import Tensor, nn
 
 from cdlm.continuous.embedding import OwnPosition, TokenEmbedding
 from cdlm.continuous.levels import gamma_of, t_of_gamma
+from cdlm.continuous.objectives import CrossEntropy
+from cdlm.continuous.released.langflow import MLP_RATIO, Corrected, DiT, LangFlowLayout
+from cdlm.continuous.released.ssd import Seeded
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.continuous.warping import Schedule
 from cdlm.errors import CdlmError
+from cdlm.hub import read_tokenizer
 from cdlm.system import Special
 from cdlm.transformer import Transformer
 
@@ -84,43 +90,110 @@ class LangFlow(ContinuousConfig):
         width, depth, heads, mlp_ratio: the transformer.
         dim: embedding dimension, in the paper the width; every embedding has norm sqrt(dim).
         gates: AdaLN-Zero gates on the branches.
-        own_position_warmup: optimiser steps until the closed-form term of a position's own state counts in full.
+        cond: width of the level embedding.
+        own_position: add what a position's own noisy state says about its token in closed form.
+        own_position_warmup: optimiser steps until that term counts in full.
+        cutoff: share of levels that is cut off at each end of the schedule, in (0, 1/2).
         fit_delay: optimiser steps before the schedule is fitted.
         self_conditioning: share of training rows with a first pass.
-        guidance_dropout: share of training rows whose prompt is hidden.
+        guidance_dropout: share of training rows whose prompt is hidden; the released network does not see it anyway.
+        network: "shared" is the toolkit's own. "released" is LangFlow's, which adds what it is told to the state
+            instead of reading it beside the state, takes given tokens for noisy ones, and asks for dim = width.
+        dropout: share of each branch that training drops, in [0, 1); of the released network only (in the paper 0.1).
     """
 
     dim: int = 64
     gates: bool = True
+    cond: int = 128
+    own_position: bool = True
     own_position_warmup: int = 500
+    cutoff: float = 1e-5
     fit_delay: int = 200
     self_conditioning: float = 0.25
     guidance_dropout: float = 0.1
+    network: Literal["shared", "released"] = "shared"
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dim < 1:
-            raise CdlmError(f"dim must be >= 1, got {self.dim}")
+        for name in ("dim", "cond"):
+            if getattr(self, name) < 1:
+                raise CdlmError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("own_position_warmup", "fit_delay"):
             if getattr(self, name) < 0:
                 raise CdlmError(f"{name} must be >= 0, got {getattr(self, name)}")
         for name in ("self_conditioning", "guidance_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise CdlmError(f"{name} is a share of rows in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.cutoff < 0.5:
+            raise CdlmError(f"cutoff is a share of levels in (0, 1/2), got {self.cutoff}")
+        self._check_network()
+
+    def _check_network(self) -> None:
+        if self.network not in ("shared", "released"):
+            raise CdlmError(f"network must be shared or released, got {self.network!r}")
+        if not 0 <= self.dropout < 1:
+            raise CdlmError(f"dropout is a share in [0, 1), got {self.dropout}")
+        if self.network == "shared" and self.dropout:
+            raise CdlmError(f"the shared network has no dropout, got {self.dropout}: set it to 0, or network=released")
+        if self.network == "released" and (self.dim, self.mlp_ratio, self.gates) != (self.width, MLP_RATIO, True):
+            raise CdlmError(
+                f"the released network has dim = width, mlp_ratio={MLP_RATIO} and gates, got dim={self.dim},"
+                f" width={self.width}, mlp_ratio={self.mlp_ratio}, gates={self.gates}"
+            )
 
     def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion:
-        embedding = TokenEmbedding(vocab, self.dim)
+        released = self.network == "released"
+        embedding = TokenEmbedding(vocab, self.dim, init_std=(3 * self.dim) ** -0.5 if released else 1e-3)
+        # At 0.4 embedding norms half the tokens of a large vocabulary can be told from their noisy state alone.
+        mode = 2 * math.log(0.4 * embedding.rho)
         return EmbeddingDiffusion(
             embedding,
-            # At 0.4 embedding norms half the tokens of a large vocabulary can be told from their noisy state alone.
-            Gumbel(2 * math.log(0.4 * embedding.rho), 1.0, math.log(vocab), delay=self.fit_delay),
-            Transformer(
-                3 * self.dim + 1, vocab, width=self.width, depth=self.depth, heads=self.heads,
-                mlp_ratio=self.mlp_ratio, gates=self.gates,
-            ),
-            own_position=OwnPosition(self.own_position_warmup),
+            Gumbel(mode, 1.0, math.log(vocab), self.cutoff, self.fit_delay),
+            self._network(vocab),
+            reader=Corrected(self.dim, self.self_conditioning > 0) if released else None,
+            objective=Seeded(CrossEntropy()) if self.dropout else None,
+            own_position=OwnPosition(self.own_position_warmup) if self.own_position else None,
             self_conditioning=self.self_conditioning,
             guidance_dropout=self.guidance_dropout,
             unit_prior=True,
             config={"system": "langflow", "vocab": vocab, **asdict(self)},
-        )  # fmt: skip
+        )
+
+    def _network(self, vocab: int) -> nn.Module:
+        sizes = {"width": self.width, "depth": self.depth, "heads": self.heads, "cond": self.cond}
+        if self.network == "released":
+            return DiT(vocab, **sizes, dropout=self.dropout)
+        return Transformer(3 * self.dim + 1, vocab, **sizes, mlp_ratio=self.mlp_ratio, gates=self.gates)
+
+
+def open_langflow(folder: Path) -> EmbeddingDiffusion:
+    """A released LangFlow model, in float32 and evaluation mode, on the CPU. No code of the folder is run.
+
+    Args:
+        folder: with config.json (model_type LangFlow), model.safetensors, and perhaps tokenizer.json. The weights on
+            the Hub come without a tokenizer: langflow-owt was trained with that of GPT-2.
+
+    Raises:
+        CdlmError: a file or a tensor is missing, unknown or of another shape, a setting is not one of LangFlow's, or
+            the tokenizer is of another size than the vocabulary of the weights.
+    """
+    official = LangFlowLayout().read(folder)
+    settings = {name: value for name, value in official.config.items() if name not in ("system", "vocab")}
+    try:
+        with torch.device("meta"):  # the weights are read, not drawn
+            system = LangFlow(**settings).build(official.config["vocab"])
+    except TypeError as error:
+        raise CdlmError(f"{folder / 'config.json'} has a setting that is not one of LangFlow's ({error})") from error
+    kinds = {name: value.dtype for name, value in system.state_dict().items()}
+    state = {name: content().to(kinds[name]) for name, (_, content) in official.tensors.items()}
+    system.load_state_dict(state, assign=True)
+    system.length, system.folder = official.length, folder
+    if (folder / "tokenizer.json").exists():
+        system.tokenizer = read_tokenizer(folder)
+        if len(system.tokenizer) != official.config["vocab"]:
+            raise CdlmError(
+                f"the weights of {folder} are of {official.config['vocab']} tokens, its tokenizer has"
+                f" {len(system.tokenizer)}: copy the tokenizer that the model was trained with"
+            )
+    return system.eval()

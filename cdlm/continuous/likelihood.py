@@ -44,6 +44,20 @@ class Text(NamedTuple):
     key: Int[Tensor, "b k"]
     """What each row is, as whole numbers >= 0: with the seed it fixes the row's noise, whatever the batch."""
 
+    @property
+    def given(self) -> Bool[Tensor, "b n"]:
+        """Positions that are neither scored nor padding."""
+        return ~self.noised if self.valid is None else self.valid & ~self.noised
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Raise if a row has nothing to score, padding is to be scored, or something is given to a network that does
+        not tell given positions from noisy ones."""
+        padding = None if self.valid is None else ~self.valid
+        if not bool(self.noised.any(1).all()) or (padding is not None and bool((self.noised & padding).any())):
+            raise CdlmError("each row needs a position to score, and padding is none: choose other positions")
+        if not denoiser.sees_given and bool(self.given.any()):
+            raise CdlmError("this network does not tell given positions from noisy ones: score whole rows")
+
 
 class Nats(NamedTuple):
     """Nats of rows, each summed over the positions that are scored."""
@@ -103,21 +117,10 @@ class Estimate:
 
     @staticmethod
     def of(denoiser: Denoiser, text: Text, two_passes: bool | None, detached: bool = False) -> Estimate:
-        """Of a text; by default there are two passes if the system was trained with self-conditioning.
-
-        Raises:
-            CdlmError: a row has nothing to score, padding is to be scored, or something is given to a network that
-                does not tell given positions from noisy ones.
-        """
-        real = torch.ones_like(text.noised) if text.valid is None else text.valid
-        if not bool(text.noised.any(1).all()) or bool((text.noised & ~real).any()):
-            raise CdlmError("each row needs a position to score, and padding is none: choose other positions")
-        given = real & ~text.noised
-        if not denoiser.sees_given and bool(given.any()):
-            raise CdlmError("this network does not tell given positions from noisy ones: score whole rows")
+        """Of a text; by default there are two passes if the system was trained with self-conditioning."""
         if two_passes is None:
             two_passes = isinstance(denoiser, EmbeddingDiffusion) and denoiser.self_conditioning > 0
-        clean = denoiser.embed(text.tokens) * given[..., None]
+        clean = denoiser.embed(text.tokens) * text.given[..., None]
         return Estimate(denoiser, Condition(clean, text.noised, torch.zeros_like(clean), text.valid), two_passes, detached)
 
     def __call__(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Prediction:
@@ -144,13 +147,17 @@ def bound(denoiser: Denoiser, text: Text, levels: int = 8, seed: int = 0, two_pa
     Args:
         levels: draws of each row, >= 1: one u in each of so many equal parts of [0, 1], and as many at t_min.
         seed: with the key of a row it fixes its noise.
-        two_passes: see `Estimate`.
+        two_passes: by default whether the system was trained with self-conditioning.
 
     Returns:
         The terms, and an upper estimate of their error, since neighbouring levels also differ in their mean.
+
+    Raises:
+        CdlmError: see `Text.check`.
     """
     if levels < 1:
         raise CdlmError(f"the bound needs levels >= 1, got {levels}")
+    text.check(denoiser)
     estimate, clean = Estimate.of(denoiser, text, two_passes), denoiser.embed(text.tokens)
     schedule, keys = denoiser.schedule, text.key.tolist()
     low = schedule.t_of_u(torch.zeros(len(keys), dtype=torch.float64, device=clean.device))
@@ -262,6 +269,9 @@ def ode_nats(
 
     Returns:
         The terms of `walk_nats`, averaged over the probes, and the standard error over them.
+
+    Raises:
+        CdlmError: see `Text.check`; or the network runs in half precision.
     """
     ode = ode or Ode()
     levels = Warped().levels(denoiser.schedule, ode.steps + 1)
@@ -299,6 +309,7 @@ def walk_nats(
     For a perfect denoiser and an exact trace each draw is -ln p(text): the last term uses the eps that was drawn, not
     its mean D/2, whose deviation of sqrt(D/2) nats would drown everything.
     """
+    text.check(denoiser)
     ode = ode or Ode()
     solution = _solve(Estimate.of(denoiser, text, two_passes), text, walk, ode)
     c, size = denoiser.prior_std / denoiser.schedule.t_max, text.noised.sum(1) * walk.noise.shape[-1]
@@ -312,8 +323,9 @@ def langflow_evaluator_score(
 ) -> Nats:
     """What LangFlow's released evaluator prints as NLL (arXiv 2604.11748). Not a likelihood where there are two passes.
 
-    It differs from `walk_nats` in that the first pass is cut out of the trace, so that what is integrated is not the
-    divergence of the field that moves the state, and the result is too low; and in the prior term, ||y_1||^2 / 2 - D/2.
+    It differs from `walk_nats` in three ways. The first pass is cut out of the trace, so that what is integrated is not
+    the divergence of the field that moves the state: the result is too low. The prior term is ||y_1||^2 / 2 - D/2. And
+    positions that are not scored stay in sight, with the noise of the first state.
     """
     ode = ode or Ode()
     solution = _solve(Estimate.of(denoiser, text, two_passes, detached=True), text, walk, ode)
@@ -343,7 +355,7 @@ def _solve(estimate: Estimate, text: Text, walk: Walk, ode: Ode) -> Solution:
     _check_precision(estimate.denoiser, clean)
     open_ = text.noised[..., None]
     s = 1 / walk.levels.double().sort().values.to(clean.device)
-    start = ((s[0] * clean.double() + walk.noise.double()) * open_).to(ode.state)
+    start = (s[0] * clean.double() + walk.noise.double()).to(ode.state)
     logits = estimate((start / s[0]).to(clean.dtype), (1 / s[:1]).expand(len(start))).logits
     nats, _ = row_cross_entropy(logits, text.tokens, text.noised)
 
@@ -356,7 +368,7 @@ def _solve(estimate: Estimate, text: Text, walk: Walk, ode: Ode) -> Solution:
         options={"grid_constructor": lambda func, y0, t: s},
     )  # fmt: skip
     y, gained = (part[-1].double() for part in path)
-    return Solution(nats.double(), -gained, y.square().sum((1, 2)))
+    return Solution(nats.double(), -gained, (y * open_).square().sum((1, 2)))
 
 
 def _slope(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 from cdlm.continuous.embedding import OwnPosition, TokenEmbedding
 from cdlm.continuous.levels import Warped, t_of_gamma
 from cdlm.continuous.objectives import Variational
+from cdlm.continuous.reader import Reader, SideBySide
+from cdlm.continuous.released.plaid import BASE_WIDTH, ReleasedTransformer, Sum
 from cdlm.continuous.solvers import Ancestral
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion, Usual
 from cdlm.continuous.warping import Schedule
@@ -93,30 +96,38 @@ class LearnedGamma(Schedule):
 @dataclass(frozen=True)
 class Plaid(ContinuousConfig):
     """The variational bound as the objective, and a learned schedule, on the shared backbone (as RePlaid, arXiv
-    2605.18530). `plaid_1b.yaml` has the published size.
+    2605.18530) or on the network of the released weights. `plaid_1b.yaml` has the published size.
 
     Args:
+        network: "shared" sees prompts as prompts; "released" is blind for them, as it was published: it takes given
+            tokens for noisy ones, and in sampling their state is held at their embedding.
         width, depth, heads, mlp_ratio: the transformer.
         dim: embedding dimension; every embedding has norm 1.
         gamma_min, gamma_max: the schedule's ends at first, in ln(sigma^2 / alpha^2); both are learned.
-        gates: AdaLN-Zero gates on the branches.
+        gates: AdaLN-Zero gates on the branches, of the shared backbone.
+        base_width: of the released network, the width at which its output has scale 1.
         own_position_warmup: optimiser steps until the closed-form term of a position's own state counts in full.
         self_conditioning: share of training rows with a first pass.
         guidance_dropout: share of training rows whose prompt is hidden.
     """
 
+    network: Literal["shared", "released"] = "shared"
     dim: int = 16
     gamma_min: float = -3.0
     gamma_max: float = 6.0
     gates: bool = True
+    base_width: int = BASE_WIDTH
     own_position_warmup: int = 500
     self_conditioning: float = 0.25
     guidance_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dim < 1:
-            raise CdlmError(f"dim must be >= 1, got {self.dim}")
+        if self.network not in ("shared", "released"):
+            raise CdlmError(f"network is shared or released, got {self.network!r}")
+        for name in ("dim", "base_width"):
+            if getattr(self, name) < 1:
+                raise CdlmError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not self.gamma_min < self.gamma_max:
             raise CdlmError(f"gamma_min must be below gamma_max, got {self.gamma_min} and {self.gamma_max}")
         if self.own_position_warmup < 0:
@@ -130,13 +141,12 @@ class Plaid(ContinuousConfig):
         return Usual(Ancestral(), Warped())
 
     def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion:
+        embedding = TokenEmbedding(vocab, self.dim, init_std=0.25, rho=1.0)
+        schedule = LearnedGamma(self.gamma_min, self.gamma_max)
+        network, reader = self._network(vocab, embedding.rho)
         return EmbeddingDiffusion(
-            TokenEmbedding(vocab, self.dim, init_std=0.25, rho=1.0),
-            LearnedGamma(self.gamma_min, self.gamma_max),
-            Transformer(
-                3 * self.dim + 1, vocab, width=self.width, depth=self.depth, heads=self.heads,
-                mlp_ratio=self.mlp_ratio, gates=self.gates,
-            ),
+            embedding, schedule, network,
+            reader=reader,
             objective=Variational(),
             own_position=OwnPosition(self.own_position_warmup),
             self_conditioning=self.self_conditioning,
@@ -144,3 +154,9 @@ class Plaid(ContinuousConfig):
             unit_prior=True,
             config={"system": "plaid", "vocab": vocab, **asdict(self)},
         )  # fmt: skip
+
+    def _network(self, vocab: int, rho: float) -> tuple[nn.Module, Reader]:
+        size = {"width": self.width, "depth": self.depth, "heads": self.heads, "mlp_ratio": self.mlp_ratio}
+        if self.network == "released":
+            return ReleasedTransformer(vocab, **size, base_width=self.base_width), Sum(self.dim, self.width)
+        return Transformer(3 * self.dim + 1, vocab, **size, gates=self.gates), SideBySide(self.dim, rho)

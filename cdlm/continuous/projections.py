@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -79,6 +80,26 @@ class MultiHot(Projection):
         return denoiser.mix(nucleus(logits, self.top_p).to(logits.dtype))
 
 
+@dataclass(frozen=True)
+class Uneven(Projection):
+    """The nucleus with the gaps between its logits: on SSD-LM's simplex K for the most likely token, less by the gap
+    for each other one of it, and -K for the rest, which is also the least (its release calls it "uneven").
+
+    Args:
+        top_p: see `Drawn`; 0 is greedy.
+    """
+
+    top_p: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_top_p(self.top_p)
+
+    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: Draws) -> Float[Tensor, "b n d"]:
+        gap = logits.amax(-1, keepdim=True) - logits
+        edge = 2 * denoiser.rho / math.sqrt(denoiser.dim)  # 2 K: from weight 0 to weight 1
+        return denoiser.mix((1 - gap / edge).clamp(min=0) * nucleus(logits, self.top_p))
+
+
 def check_top_p(top_p: float) -> None:
     """Raise unless it is a probability."""
     if not 0 <= top_p <= 1:
@@ -88,7 +109,6 @@ def check_top_p(top_p: float) -> None:
 def nucleus(logits: Float[Tensor, "*b n v"], top_p: float) -> Bool[Tensor, "*b n v"]:
     """The most likely tokens, each with less than `top_p` before it; the first is always one of them."""
     ordered, order = logits.softmax(-1).sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    kept = before < top_p
-    kept[..., 0] = True
+    kept = torch.ones_like(ordered, dtype=torch.bool)
+    kept[..., 1:] = ordered.cumsum(-1)[..., :-1] < top_p
     return torch.zeros_like(kept).scatter_(-1, order, kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from cdlm.continuous.embedding import Embedding
 from cdlm.continuous.levels import UpperEnds, alpha_of
+from cdlm.continuous.objectives import CrossEntropy, Objective
 from cdlm.continuous.projections import MultiHot
 from cdlm.continuous.reader import Reader
 from cdlm.continuous.solvers import Renoise
@@ -60,7 +62,7 @@ class Cosine(Schedule):
     def __init__(self, k: float = 5.0, finest: float = 1 / 5000, s: float = 1e-4):
         super().__init__()
         self.k, self.finest, self.s = k, finest, s
-        ends = torch.tensor([finest, 1.0], dtype=torch.float64)
+        ends = torch.tensor([finest, 1.0], dtype=torch.float64, device="cpu")  # also where systems are built on "meta"
         self._range: list[float] = self._t(ends).tolist()
 
     @property
@@ -104,7 +106,7 @@ class Cosine(Schedule):
 
 
 class SimplexReader(Reader):
-    """Given tokens by their embedding, noisy ones by the mean of another table under softmax(alpha z) (section 3.2).
+    """Given tokens by a row of one table, noisy ones by the mean of another under softmax(alpha z) (section 3.2).
 
     Features of width `inputs`; the level is u, stretched to [-2, 2].
     """
@@ -112,18 +114,22 @@ class SimplexReader(Reader):
     def __init__(self, vocab: int, inputs: int, schedule: Cosine):
         super().__init__()
         self.k, self.u_of_t = schedule.k, schedule.u_of_t
-        self.given, self.noisy = nn.Linear(vocab, inputs, bias=False), nn.Linear(vocab, inputs, bias=False)
-        nn.init.normal_(self.given.weight)
-        self.noisy.weight.data.copy_(self.given.weight)
+        self.given, self.noisy = nn.Embedding(vocab, inputs), nn.Linear(vocab, inputs, bias=False)
+        self.noisy.weight.data.copy_(self.given.weight.T)
 
     def forward(
         self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition
     ) -> tuple[Float[Tensor, "b n f"], Float[Tensor, " b"]]:
         shown = (z * alpha_of(t / self.k).to(z.dtype)[:, None, None]).softmax(-1)
-        open_ = condition.noised[..., None]
-        one_hot = F.relu(condition.clean) / self.k  # nothing where nothing is given
-        features = torch.where(open_, self.noisy(shown), self.given(one_hot))
+        features = torch.where(
+            condition.noised[..., None], self.noisy(shown), rows_of(self.given.weight, condition.clean)
+        )
         return features, (4 * self.u_of_t(t) - 2).float()
+
+
+def rows_of(table: Float[Tensor, "v f"], clean: Float[Tensor, "b n v"]) -> Float[Tensor, "b n f"]:
+    """The row of each simplex vertex in a table; zero where there is none, since nothing is given."""
+    return F.embedding(clean.argmax(-1), table) * (clean.amax(-1, keepdim=True) > 0)
 
 
 @dataclass(frozen=True)
@@ -133,11 +139,15 @@ class SSD(ContinuousConfig):
 
     Args:
         width, depth, heads, mlp_ratio: the transformer.
-        dim: width of the token tables that feed it.
+        dim: width of the token tables that feed the shared network.
         block: tokens that are generated at a time; train it with the masking law Block(block).
         k: K, the size of the simplex.
-        gates: AdaLN-Zero gates on the branches.
+        gates: AdaLN-Zero gates on the branches of the shared network.
         top_p: nucleus of the projection that sampling uses unless said otherwise; 0 is greedy.
+        network: "shared", the backbone of all systems, or "roberta", the published one.
+        start: folder or Hub id of a RoBERTa checkpoint of this size to start from, such as "FacebookAI/roberta-large".
+        positions: the most positions that RoBERTa can have in a row.
+        dropout: share of RoBERTa's features and attention weights that training leaves out.
     """
 
     dim: int = 64
@@ -145,32 +155,67 @@ class SSD(ContinuousConfig):
     k: float = 5.0
     gates: bool = True
     top_p: float = 0.2
+    network: Literal["shared", "roberta"] = "shared"
+    start: str | None = None
+    positions: int = 512
+    dropout: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dim", "block"):
+        for name in ("dim", "block", "positions"):
             if getattr(self, name) < 1:
                 raise CdlmError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if not self.k > 0:
+        if not 0 < self.k < math.inf:
             raise CdlmError(f"k must be > 0, got {self.k}: the paper's is 5")
+        if not 0 <= self.dropout < 1:
+            raise CdlmError(f"dropout is a share in [0, 1), got {self.dropout}")
         MultiHot(self.top_p)
+        self._check_network()
+
+    def _check_network(self) -> None:
+        own = {"shared": ("dim", "gates"), "roberta": ("start", "positions", "dropout")}
+        if self.network not in own:
+            raise CdlmError(f"network must be shared or roberta, got {self.network!r}")
+        for network, fields in own.items():
+            for name in fields:
+                if network != self.network and getattr(self, name) != getattr(SSD, name):
+                    raise CdlmError(
+                        f"{name} is a setting of network={network}, and this is {self.network}: leave it out"
+                    )
+        if self.network == "roberta" and self.block > self.positions:
+            raise CdlmError(f"a block of {self.block} does not fit into {self.positions} positions: lower block")
 
     @property
     def usual(self) -> Usual:
         return Usual(Renoise(), UpperEnds(), MultiHot(self.top_p), self.block)
 
     def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion:
+        """A system; `start` is read here and not again when the trained system is loaded.
+
+        Raises:
+            CdlmError: `start` is not there, or of another size or vocabulary.
+        """
         schedule = Cosine(self.k)
+        network, reader, objective = self._parts(vocab, schedule)
         return EmbeddingDiffusion(
             Simplex(vocab, self.k),
             schedule,
-            Transformer(
-                self.dim, vocab, width=self.width, depth=self.depth, heads=self.heads, mlp_ratio=self.mlp_ratio,
-                gates=self.gates,
-            ),
-            reader=SimplexReader(vocab, self.dim, schedule),
+            network,
+            reader=reader,
+            objective=objective,
             self_conditioning=0.0,
             guidance_dropout=0.0,
             block=self.block,
-            config={"system": "ssd", "vocab": vocab, **asdict(self)},
+            config={"system": "ssd", "vocab": vocab, **asdict(self), "start": None},
+        )
+
+    def _parts(self, vocab: int, schedule: Cosine) -> tuple[nn.Module, Reader, Objective]:
+        if self.network == "roberta":
+            from cdlm.continuous.released.ssd import build_roberta
+
+            return build_roberta(self, vocab, schedule)
+        network = Transformer(
+            self.dim, vocab, width=self.width, depth=self.depth, heads=self.heads, mlp_ratio=self.mlp_ratio,
+            gates=self.gates,
         )  # fmt: skip
+        return network, SimplexReader(vocab, self.dim, schedule), CrossEntropy()

@@ -68,7 +68,9 @@ class TimeWarp(Schedule):
     the steps of sampling. The noise axis is ln t by default: on the paper's linear axis almost all early draws are pure
     noise.
 
-    Training and sampling read an exponential moving average of the logits. Bins never shrink below `floor`.
+    Training and sampling read an exponential moving average of the logits. Bins never shrink below `floor`, a share of
+    the axis. With `raw_floor` it is added to the heights before they are normalised, which is how Plaid's authors
+    implemented CDCD (with 1e-3 on the linear axis): the CDF is then the fitted curve itself, up to scale.
     """
 
     def __init__(
@@ -79,10 +81,11 @@ class TimeWarp(Schedule):
         bins: int = 100,
         floor: float = 1e-4,
         ema: float = 0.99,
+        raw_floor: bool = False,
     ):
         super().__init__()
         check_range(t_min, t_max)
-        self._range, self.axis, self.floor, self.ema = (t_min, t_max), axis, floor, ema
+        self._range, self.axis, self.floor, self.ema, self.raw_floor = (t_min, t_max), axis, floor, ema, raw_floor
         self.logits = nn.Parameter(torch.full((2, bins), -math.log(bins)))
         self.averaged: Tensor
         self.register_buffer("averaged", self.logits.detach().clone())
@@ -120,7 +123,7 @@ class TimeWarp(Schedule):
             weight = (edges_t.diff() / edges_u.diff())[_bin(axis, edges_t)]
             weight = weight / weight.mean()
         widths = self._floored(self.logits[0].double().softmax(0))
-        heights = self.logits[1].double().exp() + self.floor
+        heights = self._heights(self.logits)
         predicted = _interpolate(axis, _cumulative(widths), _cumulative(heights))
         return (weight * (predicted - nats.double()).square()).mean()
 
@@ -130,8 +133,12 @@ class TimeWarp(Schedule):
 
     def _edges(self, logits: Float[Tensor, "2 bins"]) -> tuple[Float[Tensor, " edges"], Float[Tensor, " edges"]]:
         widths = self._floored(logits.double().softmax(-1))
-        edges_t, edges_u = _cumulative(widths[0]), _cumulative(widths[1])
+        edges_t = _cumulative(widths[0])
+        edges_u = _cumulative(self._heights(logits) if self.raw_floor else widths[1])
         return edges_t / edges_t[-1], edges_u / edges_u[-1]
+
+    def _heights(self, logits: Float[Tensor, "2 bins"]) -> Float[Tensor, " bins"]:
+        return logits[1].double().exp() + self.floor
 
     def _floored(self, widths: Float[Tensor, "... bins"]) -> Float[Tensor, "... bins"]:
         return (widths + self.floor) / (1 + self.floor * widths.shape[-1])

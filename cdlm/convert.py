@@ -1,0 +1,118 @@
+"""Checkpoints in published formats to model folders and back, one tensor at a time."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cdlm import config as names
+from cdlm import hub
+from cdlm.continuous.released.layout import Layout, Official
+from cdlm.continuous.released.tensors import Spec, read_safetensors, write_safetensors
+from cdlm.data.tokenizer import load_tokenizer
+from cdlm.errors import CdlmError, first_line
+from cdlm.files import replacing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def convert(layout: Layout, source: Path, out: Path, tokenizer: str | None = None) -> None:
+    """Convert a checkpoint in a published format to a model folder, or a model folder of ours to that format.
+
+    Weights go from file to file one at a time, and `out` appears whole or not at all. What the layout's documentation
+    says of origin and licence goes to the model card.
+
+    Args:
+        layout: the published format.
+        source: its folder, or one of ours.
+        out: the folder to write, which must not exist yet.
+        tokenizer: file tokenizer.json, folder or Hub name; by default that of `source`.
+
+    Raises:
+        CdlmError: a tensor is missing, unexpected or of another shape; the tokenizer is of another size than the
+            weights; our folder's system has no such format; or `out` is there already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CdlmError(f"{out} is there already: choose a new folder")
+    if not source.is_dir():
+        raise CdlmError(f"{source} is not a folder: expected one with a published checkpoint, or a model folder")
+    (_to_official if _is_ours(source) else _to_ours)(layout, source, out, tokenizer)
+
+
+def _is_ours(source: Path) -> bool:
+    try:
+        return "cdlm_format" in json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _to_ours(layout: Layout, source: Path, out: Path, tokenizer: str | None) -> None:
+    official = layout.read(source)
+    model, specs = _check(official, source)
+    spoken = _tokenizer(tokenizer, source, model["vocab"])
+    config = {"cdlm_format": hub.FORMAT, "length": official.length, "ends": False, "model": model}
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        hub.save_tokenizer(spoken, temporary)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        card = hub.model_card(config, {"Origin": inspect.getdoc(type(layout)) or type(layout).__name__})
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        lazy = {name: content for name, (_, content) in official.tensors.items()}
+        write_safetensors(temporary / "model.safetensors", specs, lazy)
+
+
+def _to_official(layout: Layout, source: Path, out: Path, tokenizer: str | None) -> None:
+    config = hub._read_config(source)
+    official = Official(config["model"], int(config["length"]), read_safetensors(source / "model.safetensors"))
+    _check(official, source)
+    spoken = _tokenizer(tokenizer, source, official.config["vocab"])
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        hub.save_tokenizer(spoken, temporary)
+        layout.write(official, temporary)
+
+
+def _check(official: Official, source: Path) -> tuple[dict[str, Any], dict[str, Spec]]:
+    """The whole configuration of the system, and shape and type of every tensor; all of them must be there."""
+    with torch.device("meta"):
+        system = names.build_system(official.config)
+    wanted = system.state_dict()
+    found = {name: shape for name, (shape, _) in official.tensors.items()}
+    for what, odd in (("misses", wanted.keys() - found.keys()), ("has an unknown", found.keys() - wanted.keys())):
+        if odd:
+            raise CdlmError(f"{source} {what} tensor {min(odd)!r} ({len(odd)} in all): copy the whole checkpoint again")
+    for name, value in wanted.items():
+        if found[name] != tuple(value.shape):
+            raise CdlmError(
+                f"tensor {name!r} of {source} has shape {found[name]}, the others ask for {tuple(value.shape)}:"
+                " it is of another model"
+            )
+    return system.config, {name: Spec(tuple(value.shape), value.dtype) for name, value in wanted.items()}
+
+
+def _tokenizer(name: str | None, source: Path, vocab: int) -> PreTrainedTokenizerFast:
+    if name is None and not (source / "tokenizer.json").exists():
+        raise CdlmError(f"{source} has no tokenizer.json: give the tokenizer that the model was trained with")
+    spoken = _open_tokenizer(str(source) if name is None else name)
+    if len(spoken) != vocab:
+        raise CdlmError(
+            f"the weights are of {vocab} tokens, the tokenizer {name or source} has {len(spoken)}: give the tokenizer"
+            " that the model was trained with"
+        )
+    return spoken
+
+
+def _open_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    if not Path(name).is_file():
+        return load_tokenizer(name)
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=name, clean_up_tokenization_spaces=False)
+    except Exception as error:  # the library raises its own kinds
+        raise CdlmError(f"{name} is not a tokenizer.json ({first_line(error)}); copy it again") from error

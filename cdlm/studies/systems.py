@@ -1,0 +1,129 @@
+"""Which rules work on which system? Calls saved by each rule on each model at a bounded loss of quality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from cdlm import config as names
+from cdlm import generation, hub
+from cdlm.decoding import Decoder
+from cdlm.frontier import Bench, open_bench
+from cdlm.halting import Criterion
+from cdlm.halting.calibration import Goal, Scores
+from cdlm.sampling import Sampler
+from cdlm.studies.picture import Panel
+from cdlm.studies.study import Finding, Study, curve, ends, label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Systems(Study):
+    """Which rules work on which system? Each is sampled as its paper does.
+
+    Args:
+        steps: grid points of the full runs of continuous models, shared by the blocks of a row; masked models take one
+            step for each position.
+        seed: of the samples.
+        rules: names to sweep, from strict to loose, until the first setting that loses too much.
+        max_loss: share of AR-NLL that may be lost.
+        confidence: how surely.
+        judge: any Hugging Face causal language model; by default a small one is trained on the text and kept.
+        judge_steps: training steps of the small one.
+    """
+
+    steps: int
+    seed: int
+    rules: list[str]
+    max_loss: float
+    confidence: float
+    judge: str | None = None
+    judge_steps: int = 500
+
+    def find(self) -> Finding:
+        goal = Goal(self.max_loss, self.confidence)
+        goal.check(self.n)
+        rows = [row for model in self.models for row in self._of(self._bench(model), goal)]
+        note = (
+            f"Calls saved by the loosest setting of each rule that loses at most {self.max_loss:.1%} of AR-NLL with"
+            f" {self.confidence:.0%} confidence, with 95 % interval (bootstrap over {self.n} samples). A dash: no tried"
+            " setting does. A cross: the rule reads what the model has not. Rules that freeze tokens, and rows of"
+            " several blocks, are run; the others are replayed."
+        )
+        return Finding(rows, list(self._lines(rows)), note, self._panels(rows))
+
+    def _bench(self, model: str) -> Bench:
+        sampler = self._sampler(model)
+        return open_bench(model, sampler, self.n, self.machine, judge=self.judge, judge_steps=self.judge_steps)
+
+    def _sampler(self, model: str) -> Sampler | Decoder:
+        about = generation.About.of(hub.read(model))
+        asked, sampler = generation.prepare(about, 1, None, None, None, self.seed)
+        if isinstance(sampler, Decoder):
+            return sampler
+        return sampler.with_steps(max(1, self.steps // sampler.blocks(asked[0])))
+
+    def _of(self, bench: Bench, goal: Goal) -> Iterator[dict[str, Any]]:
+        """Every setting that was tried on a model, one row each."""
+        budget = bench.steps
+        for name in self.rules:
+            for rule in names.sweep(name, budget):
+                row = _row(bench, name, rule, goal, len(bench.full_run))
+                yield row
+                if not row["within"]:
+                    break
+
+    def _lines(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+        models = list(dict.fromkeys(row["model"] for row in rows))
+        for name in self.rules:
+            cells = {m: _cell([r for r in rows if r["model"] == m and r["rule"] == name]) for m in models}
+            yield {"rule": name, **cells}
+
+    def _panels(self, rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
+        panels = []
+        for model, of_model in groupby([row for row in rows if row["fits"]], key=lambda row: row["model"]):
+            lines = [
+                curve(name, list(tried), "saved", "loss") for name, tried in groupby(of_model, key=lambda r: r["rule"])
+            ]
+            limit = [(f"loss of {self.max_loss:.1%}", self.max_loss)]
+            panels.append(
+                Panel(model, "calls saved", "relative loss of AR-NLL", lines, "linear", "symlog", self.max_loss, limit)
+            )
+        return panels
+
+
+def _row(bench: Bench, name: str, rule: Criterion, goal: Goal, live: int) -> dict[str, Any]:
+    found: dict[str, Any] = dict.fromkeys(
+        ("calls", "saved", "saved_low", "saved_high", "ar_nll_full", "agreement", "loss", "loss_low", "loss_high",
+         "loss_upper")
+    )  # fmt: skip
+    found |= {"model": label(bench.run), "rule": name, "setting": repr(rule), "fits": not bench.refuses(rule)}
+    if not found["fits"]:
+        return {**found, "within": False}
+    drawn = bench.run_rule(rule, live)
+    before, loss = bench.full_calls[: len(drawn.nfe)], bench.loss(drawn)
+    left = Scores(drawn.nfe.astype(np.float64), before).bootstrap()
+    low, high = left.interval95
+    upper = loss.upper(goal.confidence)
+    return found | {
+        "calls": float(drawn.nfe.mean()), "saved": 1 - left.value, "saved_low": 1 - high, "saved_high": 1 - low,
+        "ar_nll_full": float(bench.full.bootstrap().value), "agreement": bench.agreement(drawn),
+        **ends("loss", loss), "loss_upper": upper, "within": upper <= goal.max_loss,
+    }  # fmt: skip
+
+
+def _cell(tried: Sequence[Mapping[str, Any]]) -> str:
+    """What the loosest setting within the goal saves."""
+    if not tried or not tried[0]["fits"]:
+        return "x"
+    good = [row for row in tried if row["within"]]
+    if not good or not good[-1]["saved"] > 0:
+        return "-"
+    best = good[-1]
+    return f"{best['saved']:.0%} [{best['saved_low']:.0%}, {best['saved_high']:.0%}]"
+
+
+STUDY = Systems
