@@ -138,12 +138,12 @@ class Run(Loop[Live]):
         now = left if block is None else left & (left.cumsum(1) <= block)
         clean = self.denoiser.embed(tokens)
         z = self.sampler.init_scale * self.denoiser.prior_std * self._start(index, before, clean)
-        real = torch.ones_like(left) if valid is None else valid
-        zero = torch.zeros_like(index)
-        memory = self.sampler.criterion.start(Rows(now, zero + self.sampler.steps, real))
+        real, later, zero = torch.ones_like(left) if valid is None else valid, left & ~now, torch.zeros_like(index)
+        # To a rule, later blocks are no part of the row yet: neither open nor decided.
+        memory = self.sampler.criterion.start(Rows(now, zero + self.sampler.steps, real & ~later))
         condition = Condition(clean * (~left & real)[..., None], now, torch.zeros_like(z), valid)
         past = first_past(self.needs, z, beside)
-        return Live(index, zero, before, nfe, z, tokens, now, left & ~now, condition, past, memory)
+        return Live(index, zero, before, nfe, z, tokens, now, later, condition, past, memory)
 
     def _start(self, index: Tensor, before: Tensor, like: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Standard normal noise of each row: of its first block by its index alone, of later ones by what came before

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from cdlm.data.masking import Completion, Masking, Mixture, Prefix, RandomSubset, Span, Unconditional, mixed
+from cdlm.data.masking import Block, Completion, Masking, Mixture, Prefix, RandomSubset, Span, Unconditional, mixed
 from cdlm.data.tokenizer import encode_batch, train_tokenizer
 from cdlm.errors import CdlmError
 
 TOKENIZER = train_tokenizer(["one\n\ntwo three"], 261)  # bytes, and two merges
 NEWLINE = encode_batch(TOKENIZER, ["\n"])[0][0]
 FREE = [Prefix(), RandomSubset(), Span(), Span(max_spans=2, unconditional=0.0), Unconditional(), mixed()]
+FREE += [Block(3), Block(4, beginning=0.0), Block(1, beginning=1.0)]
 LAWS = [*FREE, Completion().bind(TOKENIZER), Mixture(((1.0, Completion()), (1.0, Prefix()))).bind(TOKENIZER)]
 P = 1e-4  # seeds are fixed, so a law that passes once passes always
 
@@ -156,6 +157,41 @@ def test_mixed_is_half_prefix_half_subset():
     assert_law(code(draw(mixed(), length)), {mask: 0.5 * p + 0.5 * prefix.get(mask, 0) for mask, p in subset.items()})
 
 
+def context_of(mask: torch.Tensor) -> torch.Tensor:
+    """Positions before the first one to generate."""
+    return mask.long().argmax(1)
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+@pytest.mark.parametrize(("length", "size"), [(9, 3), (9, 7), (6, 1)])
+def test_a_block_follows_a_context_of_uniform_length(length, size, pad):
+    mask = draw(Block(size, beginning=0.0), length, pad=pad)
+    contexts = range(1, length - size + 1)
+    assert_law(context_of(mask), dict.fromkeys(contexts, 1 / len(contexts)))
+    place = torch.arange(length) - context_of(mask)[:, None]
+    assert torch.equal(mask, (place >= 0) & (place < size))  # so many positions, next to each other
+
+
+def test_a_share_of_the_blocks_has_no_context():
+    mask = draw(Block(3, beginning=0.25), 8)
+    assert_law(context_of(mask), {0: 0.25, **dict.fromkeys(range(1, 6), 0.15)})
+    assert (mask.sum(1) == 3).all()
+    assert not context_of(draw(Block(3, beginning=1.0), 8)).any()
+
+
+@pytest.mark.parametrize("beginning", [0.0, 0.5])
+def test_a_row_that_is_no_longer_than_the_block_is_generated_whole(beginning):
+    for length in (1, 4, 5):
+        assert draw(Block(5, beginning=beginning), length, rows=200, pad=2).all()
+    assert draw(Block(5, beginning=0.0), 6, rows=50).tolist() == [[False] + [True] * 5] * 50
+
+
+def test_a_block_is_counted_over_valid_positions():
+    valid = torch.tensor([[True, False, True, True, False, True, True]]).expand(400, -1)
+    mask = Block(2, beginning=0.0)(tokens_like(valid), valid, generator())
+    assert {tuple(row.nonzero().flatten().tolist()) for row in mask} == {(2, 3), (3, 5), (5, 6)}
+
+
 def test_completion_is_all_after_the_first_separator():
     a, b = NEWLINE + 1, NEWLINE + 2
     assert completion([a, b, NEWLINE, a, NEWLINE, b]) == [False, False, False, True, True, True]
@@ -217,6 +253,9 @@ def test_a_law_that_looks_at_no_token_needs_no_tokenizer(law):
     [
         lambda: Span(max_spans=0),
         lambda: Span(unconditional=1.5),
+        lambda: Block(0),
+        lambda: Block(beginning=-0.1),
+        lambda: Block(beginning=float("nan")),
         lambda: Mixture(()),
         lambda: Mixture(((0.0, Prefix()),)),
     ],

@@ -37,7 +37,7 @@ from cdlm.noise import Draws
 from cdlm.sampling import Live, Run, Sampler
 from cdlm.system import Loss
 from cdlm.training.average import Average
-from cdlm.types import Condition
+from cdlm.types import Condition, take
 
 GOLDEN = Path(__file__).parent / "golden" / "ssdlm"
 ARRAYS = load_file(GOLDEN / "arrays.safetensors")
@@ -451,10 +451,9 @@ def test_rows_do_not_see_each_other_nor_padding(config: SSD) -> None:
     z, t, condition = question(system)
     whole = system.denoise(z, t, condition).logits
     for row in range(3):
-        part = slice(row, row + 1)
-        alone = Condition(*(None if value is None else value[part] for value in condition))
-        torch.testing.assert_close(system.denoise(z[part], t[part], alone).logits, whole[part])
-    short = Condition(*(None if value is None else value[:, :6] for value in condition))
+        alone = take((z, t, condition), torch.tensor([row]))
+        torch.testing.assert_close(system.denoise(*alone).logits, whole[row : row + 1])
+    short = Condition(condition.clean[:, :6], condition.noised[:, :6], condition.x0[:, :6])
     padded = condition._replace(valid=(torch.arange(N) < 6).expand(3, N))
     without, with_ = (system.denoise(z[:, : c.noised.shape[1]], t, c).logits for c in (short, padded))
     torch.testing.assert_close(with_[:, 2:5], without[:, 2:5])

@@ -18,7 +18,6 @@ from torch import Tensor
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.levels import Warped
 from cdlm.continuous.objectives import squared_error
-from cdlm.continuous.solvers import FIXED
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.errors import CdlmError
 from cdlm.noise import generator
@@ -28,9 +27,9 @@ from cdlm.types import Condition, Prediction
 BOUND, FLOW = 0x626F, 0x666C
 """Purposes of noise: a word of its key."""
 
-METHODS = tuple(method for method in FIXED if method != "implicit_adams")
-"""Methods of torchdiffeq that leave rows alone: adaptive ones share an error norm, and implicit_adams iterates until
-all rows agree."""
+METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4")
+"""Methods of torchdiffeq for one step on a fixed grid. The adaptive ones share an error norm over the rows, and those of
+Adams take steps of one size for granted."""
 
 
 class Text(NamedTuple):
@@ -48,6 +47,11 @@ class Text(NamedTuple):
     def given(self) -> Bool[Tensor, "b n"]:
         """Positions that are neither scored nor padding."""
         return ~self.noised if self.valid is None else self.valid & ~self.noised
+
+    def to(self, device: torch.device) -> Text:
+        """The same on another device."""
+        valid = None if self.valid is None else self.valid.to(device)
+        return Text(self.tokens.to(device), self.noised.to(device), valid, self.key.to(device))
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise if a row has nothing to score, padding is to be scored, or something is given to a network that does
@@ -121,7 +125,9 @@ class Estimate:
         if two_passes is None:
             two_passes = isinstance(denoiser, EmbeddingDiffusion) and denoiser.self_conditioning > 0
         clean = denoiser.embed(text.tokens) * text.given[..., None]
-        return Estimate(denoiser, Condition(clean, text.noised, torch.zeros_like(clean), text.valid), two_passes, detached)
+        return Estimate(
+            denoiser, Condition(clean, text.noised, torch.zeros_like(clean), text.valid), two_passes, detached
+        )
 
     def __call__(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Prediction:
         condition = self.condition
@@ -196,7 +202,9 @@ def _bound_noise(
     return u.to(like.device), eps.to(like)
 
 
-def _noisy(clean: Float[Tensor, "b n d"], t: Float[Tensor, " b"], eps: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+def _noisy(
+    clean: Float[Tensor, "b n d"], t: Float[Tensor, " b"], eps: Float[Tensor, "b n d"]
+) -> Float[Tensor, "b n d"]:
     return clean + t.to(clean.dtype)[:, None, None] * eps
 
 
@@ -217,7 +225,7 @@ class Ode:
 
     Args:
         steps: intervals, evenly spaced in the schedule's u.
-        method: a fixed-grid method of torchdiffeq, one of `METHODS`.
+        method: of torchdiffeq, one of `METHODS`.
         probes: independent estimates of each row, each with a start and a direction of its own.
         law: of the directions, whose components have mean 0 and variance 1.
         state: type of the state and of the trace, float64 or float32.
@@ -235,8 +243,8 @@ class Ode:
                 raise CdlmError(f"the ODE needs {name} >= 1, got {getattr(self, name)}")
         if self.method not in METHODS:
             raise CdlmError(
-                f"the ODE likelihood has no method {self.method!r}: use one of {', '.join(METHODS)}; in the others"
-                " rows depend on each other"
+                f"the ODE likelihood has no method {self.method!r}: use one of {', '.join(METHODS)}; the others mix"
+                " the rows, or need steps of one size"
             )
         if self.law not in ("rademacher", "gaussian"):
             raise CdlmError(f"law must be rademacher or gaussian, got {self.law!r}")
@@ -352,7 +360,7 @@ def _solve(estimate: Estimate, text: Text, walk: Walk, ode: Ode) -> Solution:
     from torchdiffeq import odeint
 
     clean = estimate.denoiser.embed(text.tokens)
-    _check_precision(estimate.denoiser, clean)
+    check_precision(estimate.denoiser, clean.dtype, clean.device)
     open_ = text.noised[..., None]
     s = 1 / walk.levels.double().sort().values.to(clean.device)
     start = (s[0] * clean.double() + walk.noise.double()).to(ode.state)
@@ -393,9 +401,10 @@ def _direction(law: str, shape: torch.Size, source: torch.Generator) -> Float[Te
     return 2.0 * torch.randint(0, 2, shape, generator=source) - 1
 
 
-def _check_precision(denoiser: Denoiser, clean: Float[Tensor, "b n d"]) -> None:
-    low = clean.dtype in (torch.bfloat16, torch.float16) or getattr(denoiser, "precision", "fp32") != "fp32"
-    if low or torch.is_autocast_enabled(clean.device.type):
+def check_precision(denoiser: Denoiser, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise if a denoiser of these weights runs in half precision, which the ODE likelihood cannot use."""
+    low = dtype in (torch.bfloat16, torch.float16) or getattr(denoiser, "precision", "fp32") != "fp32"
+    if low or torch.is_autocast_enabled(device.type):
         raise CdlmError(
             "the ODE likelihood needs a network in float32 or float64, and this one runs in half precision, whose"
             " rounding is larger than the derivatives that the trace adds up: take precision fp32, or the bound"

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from cdlm.errors import CdlmError
 from cdlm.system import Loss, row_cross_entropy, stratified
 
 if TYPE_CHECKING:
@@ -51,10 +52,14 @@ class Variational(Objective):
 
     Three terms: how far the noisiest state is from the prior, the squared error of the clean estimate over all levels,
     and the cross-entropy at the least noise. In training a share of the rows makes the last term, the other rows make
-    the error; the shares follow the deviations of both, averaged with `decay`. In evaluation every row makes both.
+    the error; the shares follow the deviations of both, averaged with `decay`. In evaluation, and where levels are
+    asked for, every row makes both.
 
     The schedule's ends are trained on the bound. Its shape, which the bound does not depend on, is trained on the
     variance of the estimate: the gradient of each row is multiplied by twice its loss (section 4.3).
+
+    Raises:
+        CdlmError: in training, for a batch of a single row.
     """
 
     def __init__(self, decay: float = 0.997):
@@ -64,9 +69,11 @@ class Variational(Objective):
         self.register_buffer("moments", torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
 
     def forward(self, system: EmbeddingDiffusion, batch: Batch) -> Loss:
-        if not system.training:
+        if not system.training or batch.u is not None:
             return self._evaluate(system, batch)
         rows, made = len(batch.tokens), list[Tensor]()
+        if rows < 2:
+            raise CdlmError("the variational bound is trained on 2 rows or more at a time, got 1: raise batch_size")
         last, u = self._levels(rows, batch.generator)
         t, slope = system.schedule.learn(u, lambda: 2 * made[0])
         clean = system.embed(batch.tokens)
@@ -81,7 +88,7 @@ class Variational(Objective):
         made.append(torch.where(last, 0, error.detach()).double())
         read_out = nats / count
         self._remember(read_out[last].detach(), error[~last].detach())
-        prior = system.prior_nats(system.schedule.learn(torch.ones_like(u[:1]), lambda: u[:1])[0])
+        prior = system.prior_nats(system.schedule.t_of_u(torch.ones_like(u[:1])))
         total = read_out[last].mean() + error[~last].mean() + prior.squeeze().to(error.dtype)
         return Loss(total, torch.where(last, read_out, error).detach(), t.detach(), count)
 
@@ -97,21 +104,21 @@ class Variational(Objective):
         nats, count = row_cross_entropy(system.logits(z, low, condition), batch.tokens, batch.noised)
         prior = system.prior_nats(system.schedule.t_of_u(torch.ones_like(u)))
         whole = (error + nats) / count + prior.to(nats.dtype)
-        return Loss((whole * count).sum() / count.sum(), whole.detach(), t, count)
+        return Loss((whole * count).sum() / count.sum(), whole.detach(), t.detach(), count)
 
     def _levels(self, rows: int, generator: torch.Generator) -> tuple[Bool[Tensor, " b"], Float[Tensor, " b"]]:
         """Rows at the least noise, and u of all: evenly spaced over the others, all in random order."""
         deviation = (self.moments[:, 1] - self.moments[:, 0].square()).clamp(min=1e-12).sqrt()
         share = (deviation[0] / deviation.sum()).item()
-        low = min(max(1, round(rows * share)), max(1, rows - 1))
+        low = min(max(1, round(rows * share)), rows - 1)
         even = (torch.rand(1, generator=generator, dtype=torch.float64, device=generator.device)
-                + torch.arange(rows - low, device=generator.device)) / max(1, rows - low)  # fmt: skip
+                + torch.arange(rows - low, device=generator.device)) / (rows - low)  # fmt: skip
         order = torch.randperm(rows, generator=generator, device=generator.device)
         u = torch.cat([torch.zeros(low, dtype=torch.float64, device=generator.device), even])[order]
         return order < low, u
 
     @torch.no_grad()
-    def _remember(self, *terms: Float[Tensor, " k"]) -> None:
+    def _remember(self, *terms: Float[Tensor, " _"]) -> None:
         for moments, values in zip(self.moments, terms, strict=True):
             if len(values):
                 fresh = torch.stack([values.mean(), values.square().mean()]).to(moments)

@@ -12,9 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from cdlm.continuous.likelihood import Nats, Ode, Text, bound, by_block, ode_nats, stratified_error
+from cdlm.continuous.likelihood import (
+    Nats,
+    Ode,
+    Text,
+    bound,
+    by_block,
+    check_precision,
+    ode_nats,
+    stratified_error,
+)
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.errors import CdlmError
 from cdlm.files import write_text
@@ -56,8 +65,12 @@ def check_scorable(model: object, ode: Ode | None = None) -> None:
             f"a likelihood was asked of a {type(model).__name__}, which has none here: only our own systems, continuous"
             " or masked, say what they were trained to noise"
         )
-    if ode is not None and not isinstance(model, EmbeddingDiffusion):
+    if ode is None:
+        return
+    if not isinstance(model, EmbeddingDiffusion):
         raise CdlmError("a masked model has no ODE: leave out ode_steps, its bound is computed without")
+    weight = next(model.parameters())
+    check_precision(model, weight.dtype, weight.device)  # before the long work, not after
 
 
 def row_nats(
@@ -100,8 +113,7 @@ def _in_batches(
     device, count = next(model.parameters()).device, len(text.tokens)
     found = []
     for batch in torch.arange(count).split(asked.batch_size):
-        part = take(text, batch.to(text.tokens.device))
-        made = score(Text(*(None if field is None else field.to(device) for field in part)))
+        made = score(take(text, batch.to(text.tokens.device)).to(device))
         terms = {key: value.cpu() for key, value in made.terms.items()}
         found.append(Nats(terms, made.error.cpu(), made.positions.cpu()))
         if progress is not None:
@@ -182,12 +194,15 @@ class Likelihood:
         return "\n".join([*table, "", self._footer()])
 
     def _footer(self) -> str:
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
-        return (
-            f"{self.rows} rows of held-out text, {self.tokens} tokens, {self.chars} characters; {settings}. Every number"
-            " is an upper bound on average over its noise: lower is better. The interval is over rows, ± noise is the"
-            " standard error of the noise alone."
-        )
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        parts = [
+            f"{self.rows} rows of held-out text, {self.tokens} tokens, {self.chars} characters; {settings}.",
+            "Over its noise each number lies above the model's own on average: lower is better.",
+            "The interval is over rows; ± noise is the standard error of the noise alone, on these rows.",
+        ]
+        if any(measure.name == ODE for measure in self.measures):
+            parts.append("The ODE's number settles as ode_steps grow: compare with twice as many.")
+        return " ".join(parts)
 
 
 def _line(measure: Measure) -> list[str]:

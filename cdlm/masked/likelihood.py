@@ -56,16 +56,12 @@ def nelbo(
     return torch.stack(draws, 1)
 
 
-def scorable(
-    system: MaskedDiffusion, tokens: Int[Tensor, "b n"], scored: Bool[Tensor, "b n"]
-) -> Bool[Tensor, "b n"]:
+def scorable(system: MaskedDiffusion, tokens: Int[Tensor, "b n"], scored: Bool[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
     """The positions without those where the text holds the mask itself, which the model never predicts."""
     return scored & (tokens != system.constants.mask_id)
 
 
-def _noise(
-    keys: list[tuple[int, ...]], like: Int[Tensor, "b n"]
-) -> tuple[Float[Tensor, " b"], Float[Tensor, "b n"]]:
+def _noise(keys: list[tuple[int, ...]], like: Int[Tensor, "b n"]) -> tuple[Float[Tensor, " b"], Float[Tensor, "b n"]]:
     made = [generator(*key) for key in keys]
     numbers = torch.stack([torch.rand(1 + like.shape[1], generator=g, dtype=torch.float64) for g in made])
     return numbers[:, 0].to(like.device), numbers[:, 1:].to(like.device)

@@ -15,8 +15,10 @@ from torch import Tensor
 from cdlm.continuous.released.layout import Lazy
 from cdlm.errors import CdlmError, first_line
 
-DTYPES = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
-          "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+DTYPES = {
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 """Types by their names in a safetensors header, in the order in which the library writes their tensors."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
