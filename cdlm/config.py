@@ -199,8 +199,13 @@ def parse_run(argv: list[str], prog: str = "cdlm train") -> tuple[RunConfig, str
     """The configuration that the arguments describe, and the same as YAML."""
     from jsonargparse import ArgumentError
 
-    parser = run_parser(prog)
     try:
+        parser = run_parser(prog)
+        named = parser.parse_args(argv)
+        # A class that is named keeps what settings it shares with the default class, at that one's values. So the classes
+        # are found out first, and the settings read again from their own defaults.
+        parser = run_parser(prog)
+        parser.set_defaults({key: {"class_path": named[key].class_path} for key in ("source", "system")})
         settings = parser.parse_args(argv)
         values = {key: value for key, value in vars(parser.instantiate(settings)).items() if key != "config"}
         return RunConfig(**values), parser.dump(settings, skip_unset=False)

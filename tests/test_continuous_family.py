@@ -526,12 +526,13 @@ def test_worse_frequencies_cost_what_they_should() -> None:
     assert_equal_means(evaluated(model, tokens, tokens >= 0), Mean(math.log(7), 0.0), slack=0.01)
 
 
-@pytest.mark.parametrize("schedule", SHAPES[:2], ids=["flat", "steep"])
+@pytest.mark.parametrize("schedule", [SHAPES[1], learned(width=2.0, scale=4.0)], ids=["long", "short"])
 def test_evaluation_is_prior_reconstruction_and_error(schedule: LearnedGamma) -> None:
-    """Of any network, with prompts, and rows of different lengths to generate."""
+    """Of any network, with prompts, rows of different lengths to generate, and a prior that is far off or near."""
     made = plaid(self_conditioning=0.0, own_position_warmup=0)
     made.schedule = schedule
     model = alive(made)
+    assert (model.facts()["prior_mismatch"] > 1) == (schedule.t_max < 1)
     tokens, open_ = words(200), noised(200)
     by_hand = bound_by_hand(model, tokens, open_)
     assert by_hand.error < 0.03 * by_hand.value

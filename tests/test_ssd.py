@@ -507,6 +507,14 @@ def test_every_parameter_is_there_once_and_in_a_group(tmp_path: Path) -> None:
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
 
 
+def test_the_published_model_is_roberta_large_and_two_layers() -> None:
+    with torch.device("meta"):
+        system = SSD(1024, 24, 16, network="roberta").build(50_265)
+    own = sum(p.numel() for p in system.reader.parameters())
+    assert own == 50_265 * 1024 + 2 * 1024
+    assert sum(p.numel() for p in system.parameters()) - own == 355_412_057
+
+
 def test_the_reader_of_a_copy_reads_the_copy() -> None:
     system = lively(ROBERTA)
     z, t, condition = question(system)
