@@ -202,8 +202,8 @@ def parse_run(argv: list[str], prog: str = "cdlm train") -> tuple[RunConfig, str
     try:
         parser = run_parser(prog)
         named = parser.parse_args(argv)
-        # A class that is named keeps what settings it shares with the default class, at that one's values. So the classes
-        # are found out first, and the settings read again from their own defaults.
+        # A class that is named would keep the default class's values of the settings that both have. So the classes are
+        # found out first, and the settings read again, each from its own defaults.
         parser = run_parser(prog)
         parser.set_defaults({key: {"class_path": named[key].class_path} for key in ("source", "system")})
         settings = parser.parse_args(argv)

@@ -93,11 +93,15 @@ class System(Pretrained, ABC):
         """What is worth logging once, before the first step."""
         return {}
 
+    @property
+    def blocks(self) -> nn.Module:
+        """The hidden layers of the network, one child each."""
+        return self.network.get_submodule("blocks")
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """`matrices`: hidden 2-D weights (what Muon is for); `schedule`: the noise schedule's own; `rest`."""
         schedule = [] if self.own_schedule is None else list(self.own_schedule.parameters())
-        blocks = self.network.get_submodule("blocks")
-        matrices = [p for name, p in blocks.named_parameters() if p.ndim == 2 and "modulation" not in name]
+        matrices = [p for name, p in self.blocks.named_parameters() if p.ndim == 2 and "modulation" not in name]
         taken = {id(p) for p in schedule + matrices}
         return {
             "matrices": matrices,

@@ -193,8 +193,17 @@ def test_the_error_of_the_bound_is_that_of_its_draws() -> None:
     assert bool(stratified_error(draws[:, :1]).isnan().all())
 
 
-def test_an_untrained_system_knows_nothing() -> None:
-    assert bound(toys.system(), toy_text(), levels=4).total.min() > 5 * math.log(11)
+def test_an_untrained_system_knows_nothing_and_a_schedule_that_misses_it_does_not_hide_it() -> None:
+    """Its estimate is the mean embedding at all levels, so ||e||^2 / (2 t_min^2) is lost. The paper's linear axis, not
+    yet fitted, puts less than one draw in a hundred where that happens."""
+    for axis in ("linear", "log"):
+        system, text = toys.system(axis=axis), whole(torch.arange(11)[:, None].expand(11, 8).contiguous())
+        table = system.embed(torch.arange(11)[None])[0]
+        spread = (table - table.mean(0)).square().sum(-1)
+        found = bound(system, text, levels=64)
+        lost = found.terms["diffusion"].mean() / 8
+        assert lost.item() == pytest.approx(spread.mean().item() / 2 / system.schedule.t_min**2, rel=0.1)
+        assert found.total.min() > 8 * math.log(11)
 
 
 # --- the trace ---
@@ -506,7 +515,7 @@ def test_the_masked_bound_is_the_one_that_training_minimises() -> None:
     trained = system(many.tokens, many.noised, None, torch.Generator().manual_seed(0)).nats.double()
     draws = nelbo(system, *take(many, torch.arange(1000)), levels=1) / 4
     error = math.hypot(trained.std() / 4000**0.5, draws.std() / 1000**0.5)
-    assert error < 0.1
+    assert error < 0.05 * draws.mean()
     assert (trained.mean() - draws.mean()).abs() < 3 * error
     assert draws.std() < trained.std()  # with less noise
 

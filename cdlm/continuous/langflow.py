@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from cdlm.continuous.embedding import OwnPosition, TokenEmbedding
 from cdlm.continuous.levels import gamma_of, t_of_gamma
-from cdlm.continuous.objectives import CrossEntropy
+from cdlm.continuous.objectives import CrossEntropy, Seeded
 from cdlm.continuous.released.langflow import MLP_RATIO, Corrected, DiT, LangFlowLayout
-from cdlm.continuous.released.ssd import Seeded
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.continuous.warping import Schedule
 from cdlm.errors import CdlmError

@@ -19,6 +19,7 @@ from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.levels import Warped
 from cdlm.continuous.objectives import squared_error
 from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.continuous.warping import Schedule
 from cdlm.errors import CdlmError
 from cdlm.noise import generator
 from cdlm.system import row_cross_entropy
@@ -148,10 +149,13 @@ def bound(denoiser: Denoiser, text: Text, levels: int = 8, seed: int = 0, two_pa
 
         prior           KL(N(e, t_max^2) || N(0, prior_std^2)), in closed form
         reconstruction  -ln p(token | z) at t_min
-        diffusion       mean over u of (dt/du) / t^3 * ||x0 - e||^2
+        diffusion       integral over t of ||x0 - e||^2 / t^3
+
+    The integral is a mean over levels of which half are even in the schedule's u and half in ln t, weighed by the
+    density of both together: what a schedule that fits badly hardly visits would else be missing, unnoticed.
 
     Args:
-        levels: draws of each row, >= 1: one u in each of so many equal parts of [0, 1], and as many at t_min.
+        levels: draws of each row, >= 1: one in each of so many equal parts of the levels, and as many at t_min.
         seed: with the key of a row it fixes its noise.
         two_passes: by default whether the system was trained with self-conditioning.
 
@@ -165,20 +169,27 @@ def bound(denoiser: Denoiser, text: Text, levels: int = 8, seed: int = 0, two_pa
         raise CdlmError(f"the bound needs levels >= 1, got {levels}")
     text.check(denoiser)
     estimate, clean = Estimate.of(denoiser, text, two_passes), denoiser.embed(text.tokens)
-    schedule, keys = denoiser.schedule, text.key.tolist()
-    low = schedule.t_of_u(torch.zeros(len(keys), dtype=torch.float64, device=clean.device))
+    keys = text.key.tolist()
+    low = denoiser.schedule.t_of_u(torch.zeros(len(keys), dtype=torch.float64, device=clean.device))
     read_out, diffusion = [], []
     for level in range(levels):
         u, eps = _bound_noise([(seed, BOUND, *key, level) for key in keys], clean)
-        u = (level + u) / levels
-        t, slope = schedule.t_of_u(u), schedule.slope(u)
+        t, density = _level((level + u) / levels, denoiser.schedule)
         x0 = estimate(_noisy(clean, t, eps[:, 0]), t).x0
-        diffusion.append(slope / t**3 * squared_error(x0.double(), clean.double(), text.noised))
+        diffusion.append(squared_error(x0.double(), clean.double(), text.noised) / (t**3 * density))
         logits = estimate(_noisy(clean, low, eps[:, 1]), low).logits
         read_out.append(row_cross_entropy(logits, text.tokens, text.noised)[0].double())
     at_end, between = torch.stack(read_out, 1), torch.stack(diffusion, 1)
     terms = {"prior": _prior_nats(denoiser, clean, text.noised), "reconstruction": at_end.mean(1)}
     return Nats({**terms, "diffusion": between.mean(1)}, stratified_error(at_end + between), text.noised.sum(1))
+
+
+def _level(v: Float[Tensor, " b"], schedule: Schedule) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """(t, density of t) for v uniform in [0, 1]: the lower half is even in u, the upper half in ln t."""
+    low, high = (schedule.t_of_u(torch.full_like(v, end)) for end in (0.0, 1.0))
+    width = (high / low).log()
+    t = torch.where(v < 0.5, schedule.t_of_u((2 * v).clamp(max=1)), low * (width * (2 * v - 1)).exp())
+    return t, 0.5 * (schedule.density(t) + 1 / (t * width))
 
 
 def stratified_error(draws: Float[Tensor, "b k"]) -> Float[Tensor, " b"]:

@@ -125,6 +125,24 @@ class Variational(Objective):
                 moments.lerp_(fresh, 1 - self.decay)
 
 
+class Seeded(Objective):
+    """Another objective whose dropout is a function of the batch's generator; torch's global one stays as it was."""
+
+    def __init__(self, inner: Objective):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, system: EmbeddingDiffusion, batch: Batch) -> Loss:
+        if not system.training:
+            return self.inner(system, batch)
+        device = batch.tokens.device
+        seed = torch.randint(2**62, (1,), generator=batch.generator, device=device).item()
+        devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+        with torch.random.fork_rng(devices, device_type=kind):
+            torch.manual_seed(int(seed))
+            return self.inner(system, batch)
+
+
 def squared_error(
     x0: Float[Tensor, "b n d"], clean: Float[Tensor, "b n d"], noised: Bool[Tensor, "b n"]
 ) -> Float[Tensor, " b"]:

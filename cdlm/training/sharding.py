@@ -10,14 +10,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from cdlm.system import System
-from cdlm.transformer import Block
 
 
 def shard(system: System, mesh: DeviceMesh) -> None:
     """Shard each block, then the rest, in place. The noise schedule, small and changing its own values, stays whole."""
-    for module in system.modules():
-        if isinstance(module, Block):
-            fully_shard(module, mesh=mesh)
+    for block in system.blocks.children():
+        fully_shard(block, mesh=mesh)
     fully_shard(system, mesh=mesh, ignored_params=set(system.parameter_groups()["schedule"]))
 
 

@@ -16,16 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cdlm.continuous.levels import alpha_of
-from cdlm.continuous.objectives import Batch, CrossEntropy, Objective
+from cdlm.continuous.objectives import CrossEntropy, Seeded
 from cdlm.continuous.reader import Reader
 from cdlm.continuous.released.layout import Layout, Lazy, Official
 from cdlm.continuous.released.tensors import Spec, read_safetensors, read_state, write_safetensors
 from cdlm.continuous.ssd import SSD, Cosine, rows_of
-from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.errors import CdlmError
 from cdlm.files import write_text
 from cdlm.hub import locate
-from cdlm.system import Loss
 from cdlm.types import Condition
 
 PAD = 1
@@ -53,6 +51,9 @@ FIXED: Mapping[str, Any] = MappingProxyType(
 )
 """What the config.json of every RoBERTa says."""
 SIZES = ("width", "depth", "heads", "mlp_ratio", "positions")
+"""Settings of ours that RoBERTa's config.json says."""
+OWN = ("block", "k", "top_p")
+"""Those that it has no word for."""
 
 
 class Roberta(nn.Module):
@@ -73,7 +74,7 @@ class Roberta(nn.Module):
     @property
     def blocks(self) -> nn.Module:
         """The hidden layers."""
-        return self.roberta.encoder
+        return self.roberta.encoder.layer
 
     def table(self) -> Float[Tensor, "v w"]:
         """Word embeddings."""
@@ -100,11 +101,7 @@ class RobertaReader(Reader):
         self.k, self.u_of_t, self.table = schedule.k, schedule.u_of_t, network.table
         vocab, width = network.table().shape
         self.noisy, self.timestep = nn.Linear(vocab, width, bias=False), nn.Linear(1, width)
-        self.restart()
-
-    def restart(self) -> None:
-        """Make the table of noisy tokens a copy of the word embeddings."""
-        self.noisy.weight.data.copy_(self.table().detach().T)
+        self.noisy.weight.data.copy_(network.table().detach().T)  # both start from the word embeddings
 
     def forward(
         self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition
@@ -112,24 +109,6 @@ class RobertaReader(Reader):
         u, shown = self.u_of_t(t).to(z.dtype), (z * alpha_of(t / self.k).to(z.dtype)[:, None, None]).softmax(-1)
         noisy = self.noisy(shown) + self.timestep(u[:, None])[:, None]
         return torch.where(condition.noised[..., None], noisy, rows_of(self.table(), condition.clean)), u.float()
-
-
-class Seeded(Objective):
-    """Another objective whose dropout is a function of the batch's generator; torch's global one stays as it was."""
-
-    def __init__(self, inner: Objective):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, system: EmbeddingDiffusion, batch: Batch) -> Loss:
-        if not system.training:
-            return self.inner(system, batch)
-        device = batch.tokens.device
-        seed = torch.randint(2**62, (1,), generator=batch.generator, device=device).item()
-        devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
-        with torch.random.fork_rng(devices, device_type=kind):
-            torch.manual_seed(int(seed))
-            return self.inner(system, batch)
 
 
 def build_roberta(settings: SSD, vocab: int, schedule: Cosine) -> tuple[Roberta, RobertaReader, Seeded]:
@@ -222,10 +201,6 @@ class SSDLayout(Layout):
         write_safetensors(folder / "model.safetensors", specs, {name: lazy for name, (_, lazy) in network.items()})
         for prefix, extra in EXTRA.items():
             torch.save({name: content() for name, (_, content) in _part(official, prefix).items()}, folder / extra)
-
-
-OWN = ("block", "k", "top_p")
-"""Settings of ours that RoBERTa's config.json has no word for."""
 
 
 def _part(official: Official, prefix: str) -> dict[str, tuple[tuple[int, ...], Lazy]]:
