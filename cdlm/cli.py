@@ -21,7 +21,7 @@ HELP = """usage: cdlm COMMAND [settings]
   calibrate    choose a rule's setting by the quality it may lose
   compare      draw quality over calls of halting rules: table and plot
   study        small experiments about halting: cdlm study NAME
-  evaluate     measure samples beside real text
+  evaluate     measure samples beside real text, or the likelihood of text
   convert      published weights to a model folder and back: plaid, ssd, langflow
   train-judge  train a small autoregressive judge on a run's text
 
@@ -148,7 +148,7 @@ def _words(function: Callable[..., Any], argv: list[str]) -> list[str]:
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     after = list(parameters)[len(required)] if len(required) < len(parameters) else ""
     found, bare, wants_value = list[str](), 0, False
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         flag = word.startswith("--") and hints.get(word[2:].replace("-", "_")) is bool
         if flag and following.lower() not in ("true", "false", "yes", "no"):
             word += "=true"

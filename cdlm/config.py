@@ -16,7 +16,7 @@ from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.langflow import LangFlow
 from cdlm.continuous.levels import Grid, LogT, UniformT, UpperEnds, Warped
 from cdlm.continuous.plaid import Plaid
-from cdlm.continuous.projections import Drawn, Expectation, Greedy, MultiHot, Projection
+from cdlm.continuous.projections import Drawn, Expectation, Greedy, MultiHot, Projection, Uneven
 from cdlm.continuous.released.langflow import LangFlowLayout
 from cdlm.continuous.released.layout import Layout
 from cdlm.continuous.released.plaid import PlaidLayout
@@ -52,7 +52,7 @@ POLICIES: Mapping[str, type[Policy]] = MappingProxyType(
 )
 SOLVERS = _names(Euler, Heun, TorchDiffEq, Ancestral, Renoise)
 GRIDS = _names(Warped, UniformT, LogT, UpperEnds)
-PROJECTIONS = _names(Expectation, Greedy, Drawn, MultiHot)
+PROJECTIONS = _names(Expectation, Greedy, Drawn, MultiHot, Uneven)
 MASKINGS = _names(Prefix, RandomSubset, Span, Unconditional, Block, Completion, Mixture)
 SYSTEMS: Mapping[str, type[SystemConfig]] = MappingProxyType(
     {"cdcd": CDCD, "plaid": Plaid, "ssd": SSD, "langflow": LangFlow, "masked": Masked}

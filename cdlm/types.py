@@ -60,7 +60,7 @@ class Rows(NamedTuple):
     budget: Int[Tensor, " b"]
     """Steps that the row may take at most."""
     valid: Bool[Tensor, "b n"]
-    """False on padding."""
+    """False on padding, and on blocks that come later."""
 
 
 class Decision(NamedTuple):

@@ -252,7 +252,7 @@ def test_the_full_run_loses_nothing(bench: Bench) -> None:
 
 def test_the_loss_is_that_of_the_texts(bench: Bench) -> None:
     half = bench.run_rule(FixedSteps(2), live=0)
-    changed = (half.tokens != bench.recording.tokens).mean()
+    changed = (half.tokens != bench.full_run.tokens).mean()
     assert 0 < changed < 1
     assert bench.loss(half, "agreement").value == pytest.approx(changed)
     assert bench.loss(half).value == pytest.approx(
@@ -268,10 +268,10 @@ def test_replayed_and_live_runs_score_alike(bench: Bench) -> None:
 
 
 def test_each_text_is_judged_once(bench: Bench) -> None:
-    bench.score(bench.recording.tokens)
+    bench.score(bench.full_run.tokens)
     before = len(bench.scorer.known)
-    doubled = np.concatenate([bench.recording.tokens[:15]] * 2)
-    scores = bench.scorer(doubled, bench.recording.given, bench.recording.valid)
+    doubled = np.concatenate([bench.full_run.tokens[:15]] * 2)
+    scores = bench.scorer(doubled, bench.full_run.given, bench.full_run.valid)
     assert len(bench.scorer.known) == before
     assert np.array_equal(scores.total[:15], bench.full.total[:15])
     assert np.array_equal(scores.total[15:], bench.full.total[:15])
@@ -329,10 +329,10 @@ def test_rules_that_freeze_are_left_out_when_nothing_may_run(bench: Bench) -> No
 
 def test_recordings_serve_a_bench(place: Path, bench: Bench) -> None:
     folder = place / "kept"
-    api.keep(bench.recording, bench.tokenizer, folder)
+    api.keep(bench.steps_taken, bench.tokenizer, folder)
     machine, judge = Machine(progress=False), str(place / "judge")
     again = open_bench(str(place / "toy"), bench.sampler, 20, machine, recordings=folder, judge=judge)
-    assert np.array_equal(again.recording.tokens, bench.recording.tokens[:20])
+    assert np.array_equal(again.full_run.tokens, bench.full_run.tokens[:20])
     assert np.array_equal(again.run_rule(Patience(2), 0).nfe, bench.run_rule(Patience(2), 0).nfe[:20])
     for other in (replace(bench.sampler, steps=13), replace(bench.sampler, seed=1)):
         with pytest.raises(CdlmError, match="no recording of 20 samples"):
@@ -411,4 +411,4 @@ def test_mistakes_end_with_one_line(place: Path, words: tuple, advice: str, caps
 def test_drawn_samples_keep_their_order(bench: Bench) -> None:
     drawn = bench.run_rule(FixedSteps(12), live=0)
     assert isinstance(drawn, Drawn)
-    assert np.array_equal(drawn.tokens, bench.recording.tokens)
+    assert np.array_equal(drawn.tokens, bench.full_run.tokens)

@@ -32,6 +32,7 @@ from cdlm.continuous.likelihood import (
     stratified_error,
     walk_nats,
 )
+from cdlm.continuous.warping import TimeWarp
 from cdlm.errors import CdlmError
 from cdlm.evaluation.likelihood import BOUND, ODE, Asked, Likelihood, row_nats
 from cdlm.masked.likelihood import nelbo
@@ -204,6 +205,27 @@ def test_an_untrained_system_knows_nothing_and_a_schedule_that_misses_it_does_no
         lost = found.terms["diffusion"].mean() / 8
         assert lost.item() == pytest.approx(spread.mean().item() / 2 / system.schedule.t_min**2, rel=0.1)
         assert found.total.min() > 8 * math.log(11)
+
+
+class Still(TimeWarp):
+    """t stands at t_min for the lowest fifth of u."""
+
+    def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        return super().t_of_u((1.25 * u - 0.25).clamp(min=0))
+
+    def density(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        return 0.8 * super().density(t)
+
+    def slope(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        return torch.where(u > 0.2, super().slope(u), 0)
+
+
+def test_levels_at_which_a_schedule_stands_still_count_for_nothing() -> None:
+    blind, text = Blind(), toy_text(4, vocab=7)
+    expected = 10 * (blind.schedule.t_min**-2 - blind.schedule.t_max**-2)
+    blind.schedule = Still(blind.schedule.t_min, blind.schedule.t_max)
+    found = bound(blind, text, levels=400).terms["diffusion"]
+    torch.testing.assert_close(found, torch.full_like(found, expected), rtol=0.03, atol=0)
 
 
 # --- the trace ---

@@ -330,7 +330,7 @@ def test_resuming_a_complete_run_exports_what_was_lost(tmp_path: Path) -> None:
         export=lambda average, folder: got.append(average.get_parameter("embedding.weight").clone()),
     )  # fmt: skip
     assert len(got) == 1
-    assert torch.equal(got[0], saved(tmp_path)["state_dict"]["average.weight_of(system)"])
+    assert torch.equal(got[0], saved(tmp_path)["state_dict"]["average.system.embedding.weight"])
 
 
 def test_a_signal_during_the_last_step_finds_the_run_complete(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ BOUND, FLOW = 0x626F, 0x666C
 """Purposes of noise: a word of its key."""
 
 METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4")
-"""Methods of torchdiffeq for one step on a fixed grid. The adaptive ones share an error norm over the rows, and those of
-Adams take steps of one size for granted."""
+"""One-step methods of torchdiffeq on a fixed grid. Adaptive ones share an error norm over the rows, and those of Adams
+take steps of one size for granted."""
 
 
 class Text(NamedTuple):
@@ -174,9 +174,9 @@ def bound(denoiser: Denoiser, text: Text, levels: int = 8, seed: int = 0, two_pa
     read_out, diffusion = [], []
     for level in range(levels):
         u, eps = _bound_noise([(seed, BOUND, *key, level) for key in keys], clean)
-        t, density = _level((level + u) / levels, denoiser.schedule)
+        t, weight = _level((level + u) / levels, denoiser.schedule)
         x0 = estimate(_noisy(clean, t, eps[:, 0]), t).x0
-        diffusion.append(squared_error(x0.double(), clean.double(), text.noised) / (t**3 * density))
+        diffusion.append(weight / t**3 * squared_error(x0.double(), clean.double(), text.noised))
         logits = estimate(_noisy(clean, low, eps[:, 1]), low).logits
         read_out.append(row_cross_entropy(logits, text.tokens, text.noised)[0].double())
     at_end, between = torch.stack(read_out, 1), torch.stack(diffusion, 1)
@@ -185,18 +185,19 @@ def bound(denoiser: Denoiser, text: Text, levels: int = 8, seed: int = 0, two_pa
 
 
 def _level(v: Float[Tensor, " b"], schedule: Schedule) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """(t, density of t) for v uniform in [0, 1]: the lower half is even in u, the upper half in ln t."""
+    """(t, 1 / density of t) for v uniform in [0, 1]: the lower half is even in u, the upper half in ln t."""
     low, high = (schedule.t_of_u(torch.full_like(v, end)) for end in (0.0, 1.0))
-    width = (high / low).log()
-    t = torch.where(v < 0.5, schedule.t_of_u((2 * v).clamp(max=1)), low * (width * (2 * v - 1)).exp())
-    return t, 0.5 * (schedule.density(t) + 1 / (t * width))
+    width, u = (high / low).log(), (2 * v).clamp(max=1)
+    t = torch.where(v < 0.5, schedule.t_of_u(u), low * (width * (2 * v - 1)).exp())
+    weight = 2 / (schedule.density(t) + 1 / (t * width))
+    return t, torch.where((v < 0.5) & (schedule.slope(u) == 0), 0, weight)  # where t stands still, u covers nothing
 
 
 def stratified_error(draws: Float[Tensor, "b k"]) -> Float[Tensor, " b"]:
     """Standard error of the mean of one draw from each of k strata, from the differences of neighbours; NaN for one.
 
-    The strata's own differences count as noise, so it is too large rather than too small (Cochran, Sampling Techniques,
-    section 5A.12).
+    The differences between strata count as noise, so it is too large rather than too small (collapsed strata; Cochran,
+    Sampling Techniques, chapter 5A).
     """
     k = draws.shape[1]
     if k == 1:
