@@ -6,6 +6,8 @@ import pytest
 
 from cdlm.config import parse_run, read_run
 from cdlm.continuous.cdcd import CDCD
+from cdlm.continuous.langflow import LangFlow
+from cdlm.continuous.plaid import Plaid
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -27,3 +29,10 @@ def test_the_published_size_is_the_published_size() -> None:
 def test_the_command_line_wins_over_the_file() -> None:
     config, _ = parse_run(["--config", str(CONFIGS[0]), "--training.steps", "7", "--system.depth", "9"])
     assert (config.training.steps, config.system.depth) == (7, 9)
+
+
+def test_a_system_that_is_named_has_its_own_defaults() -> None:
+    """Not those of CDCD, the default, for the settings that both have."""
+    assert parse_run(["--system", "Plaid", "--system.width", "256"])[0].system == Plaid(width=256)
+    config, _ = parse_run(["--config", str(CONFIGS[0].parent / "langflow.yaml")])
+    assert config.system == LangFlow(width=128, depth=3, heads=4, dim=64)
