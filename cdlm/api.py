@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ from cdlm.masked.model import MaskedModel
 from cdlm.sampling import Sampler
 from cdlm.spread import spread
 from cdlm.system import Precision, System, special_of
-from cdlm.types import HaltReason, Samples, join, take
+from cdlm.types import HaltReason, Samples, take
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -453,9 +453,13 @@ def likelihood(
     return Likelihood.of(found, np.array([len(ids) for ids in texts]), chars, settings)
 
 
+Arrays = dict[str, np.ndarray]
+"""`Nats` for the way between processes: tensors do not outlive the process that made them, arrays do."""
+
+
 def _nats_share(
     run: str, precision: Precision, text: Text, asked: Asked, progress: bool, rank: int, world: int, device: str
-) -> dict[str, Nats]:
+) -> dict[str, Arrays]:
     """One process's share of the rows; see `cdlm.spread`."""
 
     def report(measure: str, done: int, count: int) -> None:
@@ -463,14 +467,27 @@ def _nats_share(
             print(f"{measure}: {done} of {count} done", file=sys.stderr)
 
     mine = take(text, torch.arange(rank, len(text.tokens), world))
-    return row_nats(generation.load(run, device, precision), mine, asked, report)
+    found = row_nats(generation.load(run, device, precision), mine, asked, report)
+    return {
+        name: {**{f"term {term}": values.numpy() for term, values in nats.terms.items()},
+               "error": nats.error.numpy(), "positions": nats.positions.numpy()}
+        for name, nats in found.items()
+    }  # fmt: skip
 
 
-def _dealt(shares: Sequence[dict[str, Nats]]) -> dict[str, Nats]:
+def _dealt(shares: Sequence[dict[str, Arrays]]) -> dict[str, Nats]:
     """The rows of all shares; row r + i N is row i of share r of N."""
-    counts = [len(next(iter(share.values())).positions) for share in shares]
-    order = torch.cat([torch.arange(count) * len(shares) + rank for rank, count in enumerate(counts)]).argsort()
-    return {name: take(reduce(join, [share[name] for share in shares]), order) for name in shares[0]}
+    found: dict[str, Nats] = {}
+    for name in shares[0]:
+        counts = [len(share[name]["positions"]) for share in shares]
+        order = np.concatenate([np.arange(count) * len(shares) + rank for rank, count in enumerate(counts)]).argsort()
+        whole = {
+            part: torch.from_numpy(np.concatenate([share[name][part] for share in shares])[order])
+            for part in shares[0][name]
+        }
+        error, positions = whole.pop("error"), whole.pop("positions")
+        found[name] = Nats({part.removeprefix("term "): values for part, values in whole.items()}, error, positions)
+    return found
 
 
 def _with_end(ids: list[int], eos_id: int | None) -> list[int]:

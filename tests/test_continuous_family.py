@@ -328,7 +328,7 @@ def test_which_rows_get_a_first_pass_is_independent_of_which_are_read_out() -> N
     assert bool((count > 5).all())
 
 
-moments = st.tuples(st.floats(0, 5), st.floats(1e-3, 5), st.floats(0, 5), st.floats(1e-3, 5))
+moments = st.tuples(st.floats(0, 5), st.floats(0.1, 5), st.floats(0, 5), st.floats(0.1, 5))
 
 
 @given(rows=st.integers(2, 40), values=moments, seed=st.integers(0, 1000))
@@ -343,7 +343,7 @@ def test_the_rows_are_shared_out_by_the_deviations(
     spread = (kept[:, 1] - kept[:, 0].square()).clamp(min=1e-12).sqrt()
     expected = min(max(float(rows * spread[0] / spread.sum()), 1), rows - 1)
     last, u = objective._levels(rows, rng(seed))
-    assert abs(int(last.sum()) - expected) <= 0.5 + 1e-2 * rows
+    assert abs(int(last.sum()) - expected) <= 0.5 + 1e-3 * rows
     assert bool((u[last] == 0).all())
     others = u[~last].sort().values
     assert others.dtype == torch.float64

@@ -66,7 +66,7 @@ class Warped(Grid):
     """Equal steps in the schedule's own u: with a learned warp, equal loss between neighbours (CDCD, section 3.3)."""
 
     def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
-        return schedule.t_of_u(_fractions(steps)).cpu()
+        return schedule.t_of_u(_fractions(steps)).detach().cpu()
 
 
 @dataclass(frozen=True)
@@ -92,4 +92,4 @@ class UpperEnds(Grid):
 
     def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
         _fractions(steps)
-        return schedule.t_of_u(torch.arange(steps, 0, -1, dtype=torch.float64) / steps).cpu()
+        return schedule.t_of_u(torch.arange(steps, 0, -1, dtype=torch.float64) / steps).detach().cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -33,6 +34,8 @@ from cdlm.masked.system import MaskedDiffusion
 from cdlm.types import join, take
 
 BOUND, ODE = "bound", "ODE"
+
+MOST_NATS = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ class Measure:
     error: float | None
     """Standard error of the noise alone, on these rows; None where each row has a single draw."""
     bits_per_char: float
-    perplexity: float
+    perplexity: float | None
+    """None where it is larger than any floating-point number."""
     terms: Mapping[str, float]
     """What `nats_per_token` is the sum of."""
 
@@ -148,7 +152,7 @@ class Measure:
             scores.bootstrap().interval95,
             error if math.isfinite(error) else None,
             float(total.sum() / math.log(2) / chars.sum()),
-            math.exp(mean),
+            math.exp(mean) if mean < MOST_NATS else None,
             {term: float(values.sum() / tokens.sum()) for term, values in nats.terms.items()},
         )
 
@@ -208,7 +212,9 @@ class Likelihood:
 def _line(measure: Measure) -> list[str]:
     low, high = measure.interval95
     error = "-" if measure.error is None else f"{measure.error:.4f}"
+    shown = measure.perplexity
+    perplexity = "-" if shown is None else f"{shown:.2f}" if shown < 1e6 else f"{shown:.1e}"
     return [
         measure.name, f"{measure.nats_per_token:.4f}", f"[{low:.4f}, {high:.4f}]", error,
-        f"{measure.bits_per_char:.4f}", f"{measure.perplexity:.2f}",
+        f"{measure.bits_per_char:.4f}", perplexity,
     ]  # fmt: skip
