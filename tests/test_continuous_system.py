@@ -423,3 +423,10 @@ def test_temperatures_that_are_none_are_refused(value: float) -> None:
         Steering(softmax_temperature=value)
     with pytest.raises(CdlmError, match="score_temperature"):
         Steering(score_temperature=value)
+
+
+def test_a_system_without_self_conditioning_reads_no_estimate() -> None:
+    model = lively(self_conditioning=0.0)
+    z, t, condition = question(model)
+    told = condition._replace(x0=torch.ones_like(condition.x0))
+    assert torch.equal(model.denoise(z, t, told).logits, model.denoise(z, t, condition._replace(x0=told.x0 * 0)).logits)

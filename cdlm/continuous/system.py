@@ -147,6 +147,8 @@ class EmbeddingDiffusion(System, Denoiser):
 
     def logits(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition) -> Float[Tensor, "b n v"]:
         """One call of the network."""
+        if self.self_conditioning == 0:  # it never learned to read an estimate
+            condition = condition._replace(x0=torch.zeros_like(condition.x0))
         if self.block is not None:
             condition = _without_future(condition)
         features, level = self.reader(z, t, condition)
