@@ -34,6 +34,20 @@ def rotate(
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
+def attend(
+    qkv: Float[Tensor, "b n w3"],
+    heads: int,
+    rotary: tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]],
+    mask: Bool[Tensor, "b 1 1 n"] | None,
+) -> Float[Tensor, "b n w"]:
+    """Attention of all positions to all that `mask` leaves, from queries, keys and values side by side."""
+    b, n, w = qkv.shape
+    q, k, v = qkv.view(b, n, 3, heads, w // 3 // heads).permute(2, 0, 3, 1, 4)
+    q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).reshape(b, n, w // 3)
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP; the level scales and shifts after each norm and, if `gates`, scales each branch."""
 
@@ -58,20 +72,10 @@ class Block(nn.Module):
     ) -> Float[Tensor, "b n w"]:
         shift1, scale1, shift2, scale2, *gates = self.modulation(cond)[:, None].chunk(self.parts, -1)
         gate1, gate2 = gates or (1.0, 1.0)
-        h = h + gate1 * self._attend(self.norm1(h) * (1 + scale1) + shift1, rotary, mask)
+        h = h + gate1 * self.attention_out(
+            attend(self.qkv(self.norm1(h) * (1 + scale1) + shift1), self.heads, rotary, mask)
+        )
         return h + gate2 * self.mlp(self.norm2(h) * (1 + scale2) + shift2)
-
-    def _attend(
-        self,
-        h: Float[Tensor, "b n w"],
-        rotary: tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]],
-        mask: Bool[Tensor, "b 1 1 n"] | None,
-    ) -> Float[Tensor, "b n w"]:
-        b, n, w = h.shape
-        q, k, v = self.qkv(h).view(b, n, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.attention_out(out.transpose(1, 2).reshape(b, n, w))
 
 
 class Transformer(nn.Module):

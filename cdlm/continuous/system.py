@@ -71,7 +71,7 @@ class EmbeddingDiffusion(System, Denoiser):
 
     @property
     def prior_std(self) -> float:
-        return (self.unit_prior + self.schedule.t_max**2) ** 0.5 if self.unit_prior else self.schedule.t_max
+        return (1 + self.schedule.t_max**2) ** 0.5 if self.unit_prior else self.schedule.t_max
 
     def denoise(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition) -> Prediction:
         logits = self.logits(z, t, condition)

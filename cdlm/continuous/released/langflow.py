@@ -19,7 +19,7 @@ from cdlm.continuous.released.layout import Layout, Lazy, Official
 from cdlm.continuous.released.tensors import Spec, read_safetensors, write_safetensors
 from cdlm.errors import CdlmError
 from cdlm.files import write_text
-from cdlm.transformer import rotate
+from cdlm.transformer import attend
 from cdlm.types import Condition
 
 MLP_RATIO, FREQUENCIES = 4, 256
@@ -104,21 +104,9 @@ class DiTBlock(nn.Module):
         mask: Bool[Tensor, "b 1 1 n"] | None,
     ) -> Float[Tensor, "b n w"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond)[:, None].chunk(6, -1)
-        attended = self._attend(self.norm1(h) * (1 + scale1) + shift1, rotary, mask)
+        attended = self.attn_out(attend(self.attn_qkv(self.norm1(h) * (1 + scale1) + shift1), self.heads, rotary, mask))
         h = h + gate1 * self.dropout(attended)
         return h + gate2 * self.dropout(self.mlp(self.norm2(h) * (1 + scale2) + shift2))
-
-    def _attend(
-        self,
-        h: Float[Tensor, "b n w"],
-        rotary: tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]],
-        mask: Bool[Tensor, "b 1 1 n"] | None,
-    ) -> Float[Tensor, "b n w"]:
-        b, n, w = h.shape
-        q, k, v = self.attn_qkv(h).view(b, n, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.attn_out(out.transpose(1, 2).reshape(b, n, w))
 
 
 class FinalLayer(nn.Module):

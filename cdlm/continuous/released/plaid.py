@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cdlm.continuous.levels import gamma_of
 from cdlm.continuous.reader import Reader
 from cdlm.continuous.released.layout import Layout, Lazy, Official
 from cdlm.continuous.released.tensors import read_state
 from cdlm.errors import CdlmError
-from cdlm.transformer import rotate
+from cdlm.transformer import attend
 from cdlm.types import Condition
 
 BASE_WIDTH = 256
@@ -73,20 +72,8 @@ class Block(nn.Module):
         rotary: tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]],
         mask: Bool[Tensor, "b 1 1 n"] | None,
     ) -> Float[Tensor, "b n w"]:
-        h = h + self.scale * self._attend(self.norm1(h), rotary, mask)
+        h = h + self.scale * self.attention_out(attend(self.qkv(self.norm1(h)), self.heads, rotary, mask))
         return h + self.scale * self.mlp(self.norm2(h))
-
-    def _attend(
-        self,
-        h: Float[Tensor, "b n w"],
-        rotary: tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]],
-        mask: Bool[Tensor, "b 1 1 n"] | None,
-    ) -> Float[Tensor, "b n w"]:
-        b, n, w = h.shape
-        q, k, v = self.qkv(h).view(b, n, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.attention_out(out.transpose(1, 2).reshape(b, n, w))
 
 
 class ReleasedTransformer(nn.Module):
