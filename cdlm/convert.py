@@ -15,7 +15,7 @@ from cdlm.continuous.released.layout import Layout, Official
 from cdlm.continuous.released.tensors import Spec, read_safetensors, write_safetensors
 from cdlm.data.tokenizer import load_tokenizer
 from cdlm.errors import CdlmError, first_line
-from cdlm.files import replacing
+from cdlm.files import read_json, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,8 +46,8 @@ def convert(layout: Layout, source: Path, out: Path, tokenizer: str | None = Non
 
 def _is_ours(source: Path) -> bool:
     try:
-        return "cdlm_format" in json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "cdlm_format" in read_json(source / "config.json", "a model")
+    except CdlmError:
         return False
 
 
@@ -67,7 +67,7 @@ def _to_ours(layout: Layout, source: Path, out: Path, tokenizer: str | None) -> 
 
 
 def _to_official(layout: Layout, source: Path, out: Path, tokenizer: str | None) -> None:
-    config = hub._read_config(source)
+    config = hub.read_config(source)
     official = Official(config["model"], int(config["length"]), read_safetensors(source / "model.safetensors"))
     _check(official, source)
     spoken = _tokenizer(tokenizer, source, official.config["vocab"])
@@ -82,16 +82,7 @@ def _check(official: Official, source: Path) -> tuple[dict[str, Any], dict[str, 
     with torch.device("meta"):
         system = names.build_system(official.config)
     wanted = system.state_dict()
-    found = {name: shape for name, (shape, _) in official.tensors.items()}
-    for what, odd in (("misses", wanted.keys() - found.keys()), ("has an unknown", found.keys() - wanted.keys())):
-        if odd:
-            raise CdlmError(f"{source} {what} tensor {min(odd)!r} ({len(odd)} in all): copy the whole checkpoint again")
-    for name, value in wanted.items():
-        if found[name] != tuple(value.shape):
-            raise CdlmError(
-                f"tensor {name!r} of {source} has shape {found[name]}, the others ask for {tuple(value.shape)}:"
-                " it is of another model"
-            )
+    hub.same_tensors(source, hub.shapes(wanted), {name: shape for name, (shape, _) in official.tensors.items()})
     return system.config, {name: Spec(tuple(value.shape), value.dtype) for name, value in wanted.items()}
 
 

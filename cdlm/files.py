@@ -1,15 +1,17 @@
-"""Writing so that a reader sees the old content or the new, never half of it."""
+"""Small files: written so that a reader sees the old content or the new, never half of it."""
 
 from __future__ import annotations
 
 import csv
 import errno
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from cdlm.errors import CdlmError
@@ -49,6 +51,26 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def read_json(file: Path, of: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        of: what its folder is expected to be, for the error.
+
+    Raises:
+        CdlmError: there is no such file, or no JSON object in it.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CdlmError(f"{file.parent} has no {file.name}: expected the folder of {of}") from error
+    except ValueError as error:
+        raise CdlmError(f"{file} is not valid JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise CdlmError(f"{file} is not a JSON object: expected that of {of}")
+    return content
 
 
 def cannot_write(path: Path, error: OSError) -> CdlmError:

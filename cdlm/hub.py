@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cdlm.errors import CdlmError, first_line
-from cdlm.files import replacing, write_text
+from cdlm.files import read_json, replacing, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -97,7 +97,7 @@ def read(name: str | Path) -> Folder:
     from safetensors.torch import load_file
 
     path = locate(name)
-    config = _read_config(path)
+    config = read_config(path)
     weights_file = path / "model.safetensors"
     if not weights_file.exists():
         raise CdlmError(f"{path} has no model.safetensors: training has not finished, or the copy is incomplete")
@@ -113,20 +113,41 @@ def read(name: str | Path) -> Folder:
 
 def load_weights(module: Pretrained, folder: Folder) -> None:
     """Copy the weights into the module, which must have exactly these tensors in these shapes."""
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in folder.weights.items()}
-    for what, names in (("misses", expected.keys() - found.keys()), ("has an unknown", found.keys() - expected.keys())):
-        if names:
-            raise CdlmError(
-                f"{folder.path / 'model.safetensors'} {what} tensor {min(names)!r} ({len(names)} in all):"
-                " the weights are not those of config.json; copy both again"
-            )
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise CdlmError(f"tensor {name!r} has shape {found[name]}, config.json asks for {shape}: of another model")
+    same_tensors(folder.path / "model.safetensors", shapes(module.state_dict()), shapes(folder.weights))
     module.load_state_dict(dict(folder.weights))
     module.tokenizer, module.length, module.folder = folder.tokenizer, folder.length, folder.path
     module.ends = folder.ends
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensors by name: how large each is."""
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    """How large each tensor is."""
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def same_tensors(place: Path, expected: Shapes, found: Shapes) -> None:
+    """Check that weights are those of a model: the same names, in the same shapes.
+
+    Args:
+        place: file or folder of the weights, for the error.
+
+    Raises:
+        CdlmError: a tensor is missing, unknown or of another shape.
+    """
+    for what, odd in (("misses", expected.keys() - found.keys()), ("has an unknown", found.keys() - expected.keys())):
+        if odd:
+            raise CdlmError(
+                f"{place} {what} tensor {min(odd)!r} ({len(odd)} in all): these are not the weights of config.json;"
+                " copy both again"
+            )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CdlmError(
+                f"tensor {name!r} of {place} has shape {found[name]}, config.json asks for {shape}: of another model"
+            )
 
 
 def model_card(config: Mapping[str, Any], sections: Mapping[str, str] | None = None) -> str:
@@ -151,10 +172,10 @@ def is_foreign(path: Path) -> bool:
 def model_type(path: Path) -> str | None:
     """What another library's config.json calls its model; None of ours, and of what cannot be read."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(path / "config.json", "a model")
+    except CdlmError:
         return None  # reading it as ours says what is wrong
-    if not isinstance(config, dict) or "cdlm_format" in config or "model_type" not in config:
+    if "cdlm_format" in config or "model_type" not in config:
         return None
     return str(config["model_type"])
 
@@ -183,15 +204,15 @@ def locate(name: str | Path) -> Path:
         ) from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a folder of ours: `model` rebuilds the system.
+
+    Raises:
+        CdlmError: there is none, it is not one of ours, or it lacks a setting.
+    """
     file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CdlmError(f"{path} has no config.json: expected the folder of a finished training run") from error
-    except ValueError as error:
-        raise CdlmError(f"{file} is not valid JSON ({error}); copy it again") from error
-    if not isinstance(config, dict) or config.get("cdlm_format") != FORMAT:
+    config = read_json(file, "a finished training run")
+    if config.get("cdlm_format") != FORMAT:
         raise CdlmError(f"{file} is not a model of this toolkit (cdlm_format {FORMAT}): train or convert one")
     if not isinstance(config.get("model"), dict) or not isinstance(config.get("length"), int):
         raise CdlmError(f"{file} lacks the settings 'model' or the number 'length': copy it again")

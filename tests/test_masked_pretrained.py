@@ -337,7 +337,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "index without map": (lambda f: edit(f / INDEX, weight_map=...), "no index of weights"),
     "index of a list": (lambda f: edit(f / INDEX, weight_map=[1]), "no index of weights"),
     "index that leaves": (lambda f: edit(f / INDEX, weight_map={"a": "../b.safetensors"}), "expected files beside it"),
-    "index without a shard": (lambda f: edit(f / INDEX, weight_map={"a": SHARD}), "miss tensor"),
+    "index without a shard": (lambda f: edit(f / INDEX, weight_map={"a": SHARD}), "misses tensor"),
 }
 
 

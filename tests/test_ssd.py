@@ -679,15 +679,16 @@ def test_a_checkpoint_of_another_size_or_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["lm_head.layer_norm.bias", "roberta.encoder.layer.0.output.dense.more"])
 def test_a_checkpoint_with_other_weights(tmp_path: Path, name: str) -> None:
     checkpoint(tmp_path)
-    config, state = replace(ROBERTA, start=str(tmp_path)), load_file(tmp_path / "model.safetensors")
+    config, whole = replace(ROBERTA, start=str(tmp_path)), load_file(tmp_path / "model.safetensors")
+    state = dict(whole)
     if state.pop(name, None) is None:
         state[name] = torch.zeros(16)
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CdlmError, match=f"tensor '{name}'"):
         built(config)
-    state["roberta.embeddings.position_embeddings.weight"] = torch.zeros(13, 16)
-    save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(CdlmError, match=r"not those of its config.json"):
+    places = "roberta.embeddings.position_embeddings.weight"
+    save_file({**whole, places: torch.zeros(13, 16)}, tmp_path / "model.safetensors")
+    with pytest.raises(CdlmError, match=rf"tensor '{places}' of .* has shape \(13, 16\)"):
         built(config)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CdlmError, match=r"has no model.safetensors"):

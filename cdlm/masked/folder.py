@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from cdlm.errors import CdlmError, first_line
+from cdlm.files import read_json
+from cdlm.hub import same_tensors, shapes
 from cdlm.masked.family import Family, Settings
 from cdlm.masked.model import Constants
 
@@ -24,16 +26,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def read_settings(folder: Path) -> Settings:
     """The folder's config.json."""
-    file = folder / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CdlmError(f"{folder} has no config.json: expected the folder of a checkpoint") from error
-    except ValueError as error:
-        raise CdlmError(f"{file} is not valid JSON ({error}); copy it again") from error
-    if not isinstance(values, dict):
-        raise CdlmError(f"{file} is not a JSON object: copy it again")
-    return Settings(file, values)
+    return Settings(folder / "config.json", read_json(folder / "config.json", "a checkpoint"))
 
 
 def load_weights(network: PreTrainedModel, family: Family, folder: Path, dtype: torch.dtype | None) -> None:
@@ -46,13 +39,14 @@ def load_weights(network: PreTrainedModel, family: Family, folder: Path, dtype: 
         CdlmError: a tensor is missing, unknown, of another shape or not of floats, or a file cannot be read.
     """
     found = _tensors(folder)
-    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    wanted = dict(shapes(network.state_dict()))
     if tied := bool(network.config.tie_word_embeddings):
-        del shapes[HEAD]
+        del wanted[HEAD]
         found.pop(family.official(HEAD), None)  # the official code ignores a head beside a tied table
-    _compare(folder, {family.official(name): shape for name, shape in shapes.items()}, found)
+    same_tensors(folder, {family.official(name): shape for name, shape in wanted.items()}, shapes(found))
+    _check_types(folder, found)
     kind = dtype or found[family.official(TABLE)].dtype
-    state = {name: found[family.official(name)].to(kind) for name in shapes}
+    state = {name: found[family.official(name)].to(kind) for name in wanted}
     network.load_state_dict(state | {HEAD: state[TABLE]} if tied else state, assign=True)
     network.tie_weights()
     network.requires_grad_(False).eval()
@@ -86,20 +80,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _compare(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:
-    for what, names in (("miss", expected.keys() - found.keys()), ("have an unknown", found.keys() - expected.keys())):
-        if names:
-            raise CdlmError(
-                f"the weights of {folder} {what} tensor {min(names)!r} ({len(names)} in all):"
-                " they are not those of config.json; copy both again"
-            )
-    for name, shape in expected.items():
-        value = found[name]
-        if tuple(value.shape) != shape:
-            raise CdlmError(
-                f"tensor {name!r} of {folder} has shape {tuple(value.shape)}, config.json asks for {shape}:"
-                " it is of another model"
-            )
+def _check_types(folder: Path, found: Mapping[str, Tensor]) -> None:
+    for name, value in found.items():
         if value.dtype not in FLOATS:
             raise CdlmError(
                 f"tensor {name!r} of {folder} is {value.dtype}, expected floats: take the unquantised model"

@@ -18,7 +18,8 @@ from cdlm.continuous.reader import Reader
 from cdlm.continuous.released.layout import Layout, Lazy, Official
 from cdlm.continuous.released.tensors import Spec, read_safetensors, write_safetensors
 from cdlm.errors import CdlmError
-from cdlm.files import write_text
+from cdlm.files import read_json, write_text
+from cdlm.hub import same_tensors
 from cdlm.transformer import attend
 from cdlm.types import Condition
 
@@ -203,7 +204,8 @@ class LangFlowLayout(Layout):
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             raise CdlmError(f"{folder / 'config.json'} has settings that cannot be read ({error!r})") from error
         found = read_safetensors(folder / WEIGHTS)
-        _compare(folder / WEIGHTS, {_released(name): shape for name, shape in shapes.items()}, found)
+        wanted = {_released(name): shape for name, shape in shapes.items()}
+        same_tensors(folder / WEIGHTS, wanted, {name: shape for name, (shape, _) in found.items()})
         tensors = {name: found[_released(name)] for name in shapes}
         return Official(config, length, tensors | {name: ((), _constant(count)) for name, count in counts.items()})
 
@@ -246,36 +248,14 @@ def _counts(config: Mapping[str, Any]) -> list[str]:
     return [STEPS, WARM] if config["own_position"] and config["own_position_warmup"] else [STEPS]
 
 
-def _compare(
-    file: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[tuple[int, ...], Lazy]]
-) -> None:
-    for what, odd in (("misses", expected.keys() - found.keys()), ("has an unknown", found.keys() - expected.keys())):
-        if odd:
-            raise CdlmError(
-                f"{file} {what} tensor {min(odd)!r} ({len(odd)} in all): the weights are not those of config.json;"
-                " copy both again"
-            )
-    for name, shape in expected.items():
-        if found[name][0] != shape:
-            raise CdlmError(
-                f"tensor {name!r} of {file} has shape {found[name][0]}, config.json asks for {shape}: of another model"
-            )
-
-
 def _constant(value: int) -> Lazy:
     return lambda: torch.tensor(value)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CdlmError(f"{folder} has no config.json: expected the folder of a LangFlow checkpoint") from error
-    except ValueError as error:
-        raise CdlmError(f"{file} is not valid JSON ({error}); copy it again") from error
-    if not isinstance(said, dict) or said.get("model_type") != FIXED["model_type"]:
-        raise CdlmError(f"{file} is not that of a LangFlow checkpoint: expected model_type LangFlow")
+    said = read_json(folder / "config.json", "a LangFlow checkpoint")
+    if said.get("model_type") != FIXED["model_type"]:
+        raise CdlmError(f"{folder / 'config.json'} is not that of a LangFlow checkpoint: expected model_type LangFlow")
     return said
 
 

@@ -22,8 +22,8 @@ from cdlm.continuous.released.layout import Layout, Lazy, Official
 from cdlm.continuous.released.tensors import Spec, read_safetensors, read_state, write_safetensors
 from cdlm.continuous.ssd import SSD, Cosine, rows_of
 from cdlm.errors import CdlmError
-from cdlm.files import write_text
-from cdlm.hub import locate
+from cdlm.files import read_json, write_text
+from cdlm.hub import locate, same_tensors, shapes
 from cdlm.types import Condition
 
 PAD = 1
@@ -150,15 +150,9 @@ def _load_start(network: Roberta, settings: SSD, vocab: int) -> None:
         raise CdlmError(
             f"{settings.start} has {config['vocab_size']} tokens and the tokenizer {vocab}: train with its tokenizer"
         )
-    state = {name: content() for name, (_, content) in read_weights(folder / "model.safetensors").items()}
-    try:
-        odd = network.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # of shapes
-        line = str(error).splitlines()[-1].strip()
-        raise CdlmError(f"the weights of {folder} are not those of its config.json ({line})") from error
-    for what, names in (("miss", odd.missing_keys), ("have an unknown", odd.unexpected_keys)):
-        if names:
-            raise CdlmError(f"the weights of {folder} {what} tensor {names[0]!r}: copy the whole checkpoint again")
+    found = read_weights(folder / "model.safetensors")
+    same_tensors(folder, shapes(network.state_dict()), {name: shape for name, (shape, _) in found.items()})
+    network.load_state_dict({name: content() for name, (_, content) in found.items()})
 
 
 class SSDLayout(Layout):
@@ -229,13 +223,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         CdlmError: there is none, or it is of another architecture.
     """
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CdlmError(f"{folder} has no config.json: expected the folder of a RoBERTa checkpoint") from error
-    except ValueError as error:
-        raise CdlmError(f"{file} is not valid JSON ({error}); copy it again") from error
-    if not isinstance(config, dict) or config.get("model_type") != "roberta":
+    config = read_json(file, "a RoBERTa checkpoint")
+    if config.get("model_type") != "roberta":
         raise CdlmError(f"{file} is not of a RoBERTa: expected model_type roberta")
     for name, value in {**FIXED, "is_decoder": False}.items():
         # transformers leaves out what all of its architectures have in common
