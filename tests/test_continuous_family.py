@@ -1,6 +1,9 @@
 """Laws that the continuous systems share: schedules, the variational objective, priors, readers, training."""
 
+import ast
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -375,6 +378,28 @@ def test_the_moments_are_running_means_of_what_was_seen() -> None:
     close(objective.moments.double(), expected, 1e-5)
     model.eval()(words(), noised(), None, rng())
     close(objective.moments.double(), expected, 1e-5)
+
+
+def remembered(rank: int, world: int, device: str) -> list[float]:
+    objective = Variational()
+    objective._remember(torch.tensor([1.0 + rank, 3.0]), torch.tensor([5.0 - rank]))
+    return objective.moments.flatten().tolist()
+
+
+@pytest.mark.slow
+def test_two_processes_remember_the_mean_of_both(tmp_path: Path) -> None:
+    """What one alone has and what the other has, and half of each."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]\n"
+        "from cdlm.spread import spread\nfrom test_continuous_family import remembered\n"
+        "if __name__ == '__main__':\n    print(spread(remembered, 2))\n"
+    )
+    told = subprocess.run([sys.executable, str(script)], check=True, capture_output=True, text=True, timeout=200)
+    first, second = ast.literal_eval(told.stdout.splitlines()[-1])
+    assert first == second
+    alone = torch.tensor([remembered(rank, 2, "cpu") for rank in (0, 1)])
+    assert first == pytest.approx(alone.mean(0).tolist(), rel=1e-6)
 
 
 def test_a_batch_of_one_row_is_refused_in_one_line() -> None:

@@ -52,8 +52,8 @@ class Variational(Objective):
 
     Three terms: how far the noisiest state is from the prior, the squared error of the clean estimate over all levels,
     and the cross-entropy at the least noise. In training a share of the rows makes the last term, the other rows make
-    the error; the shares follow the deviations of both, averaged with `decay`. In evaluation, and where levels are
-    asked for, every row makes both.
+    the error; the shares follow the deviations of both, averaged with `decay` and over processes. In evaluation, and
+    where levels are asked for, every row makes both.
 
     The schedule's ends are trained on the bound. Its shape, which the bound does not depend on, is trained on the
     variance of the estimate: the gradient of each row is multiplied by twice its loss (section 4.3).
@@ -122,7 +122,14 @@ class Variational(Objective):
         for moments, values in zip(self.moments, terms, strict=True):
             if len(values):
                 fresh = torch.stack([values.mean(), values.square().mean()]).to(moments)
-                moments.lerp_(fresh, 1 - self.decay)
+                moments.lerp_(_mean_of_processes(fresh), 1 - self.decay)
+
+
+def _mean_of_processes(x: Tensor) -> Tensor:
+    """So that a buffer stays the same in each process of a training run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x.div_(torch.distributed.get_world_size()))
+    return x
 
 
 class Seeded(Objective):
