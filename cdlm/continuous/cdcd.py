@@ -9,7 +9,6 @@ from cdlm.continuous.embedding import OwnPosition, TokenEmbedding
 from cdlm.continuous.levels import check_range
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.continuous.warping import TimeWarp
-from cdlm.errors import CdlmError
 from cdlm.system import Special
 from cdlm.transformer import Transformer
 
@@ -41,12 +40,9 @@ class CDCD(ContinuousConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dim < 1:
-            raise CdlmError(f"dim must be >= 1, got {self.dim}")
+        self._check_least(1, "dim")
         check_range(self.t_min, self.t_max)
-        for name in ("self_conditioning", "guidance_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise CdlmError(f"{name} is a share of rows in [0, 1], got {getattr(self, name)}")
+        self._check_shares("self_conditioning", "guidance_dropout")
 
     def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion:
         embedding = TokenEmbedding(vocab, self.dim)

@@ -115,15 +115,9 @@ class LangFlow(ContinuousConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dim", "cond"):
-            if getattr(self, name) < 1:
-                raise CdlmError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("own_position_warmup", "fit_delay"):
-            if getattr(self, name) < 0:
-                raise CdlmError(f"{name} must be >= 0, got {getattr(self, name)}")
-        for name in ("self_conditioning", "guidance_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise CdlmError(f"{name} is a share of rows in [0, 1], got {getattr(self, name)}")
+        self._check_least(1, "dim", "cond")
+        self._check_least(0, "own_position_warmup", "fit_delay")
+        self._check_shares("self_conditioning", "guidance_dropout")
         if not 0 < self.cutoff < 0.5:
             raise CdlmError(f"cutoff is a share of levels in (0, 1/2), got {self.cutoff}")
         self._check_network()

@@ -125,16 +125,11 @@ class Plaid(ContinuousConfig):
         super().__post_init__()
         if self.network not in ("shared", "released"):
             raise CdlmError(f"network is shared or released, got {self.network!r}")
-        for name in ("dim", "base_width"):
-            if getattr(self, name) < 1:
-                raise CdlmError(f"{name} must be >= 1, got {getattr(self, name)}")
+        self._check_least(1, "dim", "base_width")
         if not self.gamma_min < self.gamma_max:
             raise CdlmError(f"gamma_min must be below gamma_max, got {self.gamma_min} and {self.gamma_max}")
-        if self.own_position_warmup < 0:
-            raise CdlmError(f"own_position_warmup must be >= 0, got {self.own_position_warmup}")
-        for name in ("self_conditioning", "guidance_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise CdlmError(f"{name} is a share of rows in [0, 1], got {getattr(self, name)}")
+        self._check_least(0, "own_position_warmup")
+        self._check_shares("self_conditioning", "guidance_dropout")
 
     @property
     def usual(self) -> Usual:

@@ -162,9 +162,7 @@ class SSD(ContinuousConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dim", "block", "positions"):
-            if getattr(self, name) < 1:
-                raise CdlmError(f"{name} must be >= 1, got {getattr(self, name)}")
+        self._check_least(1, "dim", "block", "positions")
         if not 0 < self.k < math.inf:
             raise CdlmError(f"k must be > 0, got {self.k}: the paper's is 5")
         if not 0 <= self.dropout < 1:

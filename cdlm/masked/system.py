@@ -81,8 +81,7 @@ class Masked(SystemConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dim < 1:
-            raise CdlmError(f"dim must be >= 1, got {self.dim}")
+        self._check_least(1, "dim")
         if self.weight not in ("elbo", "flat"):
             raise CdlmError(f"weight must be elbo or flat, got {self.weight!r}")
 
