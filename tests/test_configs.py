@@ -35,4 +35,4 @@ def test_a_system_that_is_named_has_its_own_defaults() -> None:
     """Not those of CDCD, the default, for the settings that both have."""
     assert parse_run(["--system", "Plaid", "--system.width", "256"])[0].system == Plaid(width=256)
     config, _ = parse_run(["--config", str(CONFIGS[0].parent / "langflow.yaml")])
-    assert config.system == LangFlow(width=128, depth=3, heads=4, dim=64)
+    assert config.system == LangFlow(width=128, depth=3, heads=4, dim=64, gates=False)
