@@ -445,7 +445,8 @@ def likelihood(
     texts = [_with_end(row.tokens[row.valid].tolist(), eos) for row in held]
     ode = asked.ode
     settings = {
-        "levels": asked.levels, "seed": asked.seed, "precision": precision,
+        "levels": asked.levels, **({} if asked.read_out is None else {"read out at": asked.read_out}),
+        "seed": asked.seed, "precision": precision,
         **({} if ode is None else {"ode": ode.method, "ode_steps": ode.steps, "probes": ode.probes,
                                    "directions": ode.law, "state": str(ode.state).removeprefix("torch.")}),
     }  # fmt: skip

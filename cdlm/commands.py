@@ -405,6 +405,7 @@ def evaluate(
     likelihood: bool = False,
     rows: int = 128,
     levels: int = 8,
+    read_out: float | None = None,
     ode_steps: int = 0,
     probes: int = 1,
     method: str = "heun2",
@@ -432,6 +433,7 @@ def evaluate(
         likelihood: compute the bound on the negative log likelihood of held-out text.
         rows: of held-out text, for the likelihood.
         levels: noise levels that the bound of each row is drawn at.
+        read_out: noise level at which that bound reads the tokens out; by default the least that the model knows.
         ode_steps: of continuous models, intervals of the ODE whose likelihood is computed beside the bound; 0 leaves it
             out.
         probes: draws of the ODE likelihood of each row; from 2 on their spread tells its error.
@@ -451,7 +453,7 @@ def evaluate(
     if ode_steps < 0:
         raise CdlmError(f"ode_steps is a number of intervals >= 0, got {ode_steps}: 0 leaves out the ODE")
     ode = Ode(ode_steps, method, probes) if ode_steps else None
-    asked = Asked(levels, ode, seed, batch_size)
+    asked = Asked(levels, ode, seed, batch_size, read_out)
     paths = [path for path in (samples, baseline) if path is not None]
     files = {f"{path.absolute().parent.name}/{path.stem}": api.read_lines(path) for path in paths}
     place = out or Path(run)

@@ -107,10 +107,14 @@ class Blind(Oracle):
 # --- the exact posterior ---
 
 
-def test_the_bound_of_the_exact_posterior_is_the_negative_log_probability() -> None:
+@pytest.mark.parametrize("above", [None, 1.0, 3.0, 10.0])
+def test_the_bound_of_the_exact_posterior_is_the_negative_log_probability(above: float | None) -> None:
+    """Wherever the tokens are read out: what the posterior leaves open there is what the integral lacks."""
     oracle = Oracle()
     text = drawn(oracle, 24, 16)
-    found = bound(oracle, text, levels=48)
+    read_out = None if above is None else above * oracle.schedule.t_min
+    found = bound(oracle, text, levels=48, read_out=read_out)
+    assert above != 10.0 or found.terms["reconstruction"].sum() / 384 > 0.3
     off, tokens = (found.total - truth(oracle, text)).sum() / 384, found.positions.sum()
     error = found.error.square().sum().sqrt() / tokens
     assert tokens == 384
@@ -175,8 +179,10 @@ def test_a_blind_denoiser_has_closed_forms(std: float) -> None:
     kl = torch.distributions.kl_divergence(noisiest, prior).sum((1, 2))
     torch.testing.assert_close(found.terms["prior"], kl)
     torch.testing.assert_close(found.terms["reconstruction"], torch.full_like(kl, 4 * math.log(7)))
-    lost = 4 * d / 2 * (blind.schedule.t_min**-2 - t_max**-2)
-    torch.testing.assert_close(found.terms["diffusion"], torch.full_like(kl, lost), rtol=0.01, atol=0)
+    for read_out in (None, blind.schedule.t_min, 2 * blind.schedule.t_min, t_max / 2):
+        lost = 4 * d / 2 * ((read_out or blind.schedule.t_min) ** -2 - t_max**-2)
+        within = bound(blind, text, levels=200, read_out=read_out).terms["diffusion"]
+        torch.testing.assert_close(within, torch.full_like(kl, lost), rtol=0.01, atol=0)
 
     asked = walk(blind, text, 4)
     solved = walk_nats(blind, text, asked, Ode(method="euler"))
@@ -443,6 +449,9 @@ def test_positions_that_cannot_be_scored() -> None:
         (lambda: Ode(steps=0), "steps >= 1"),
         (lambda: Ode(probes=0), "probes >= 1"),
         (lambda: Asked(levels=0), "levels >= 1"),
+        (lambda: bound(Oracle(t_min=0.5), toy_text(vocab=7), read_out=0.4), "read_out is a noise level"),
+        (lambda: bound(Oracle(t_max=9.0), toy_text(vocab=7), read_out=30.0), "to below 20.12, got 30"),
+        (lambda: row_nats(toys.masked(), toy_text(), Asked(read_out=1.0)), "no noise levels"),
         (lambda: Asked(batch_size=0), "batch_size must be >= 1"),
         (lambda: bound(Oracle(), toy_text(vocab=7), levels=0), "levels >= 1"),
         (lambda: nelbo(toys.masked(), *toy_text()[:4], levels=0), "levels >= 1"),

@@ -142,22 +142,31 @@ class Estimate:
 
 
 @torch.no_grad()
-def bound(denoiser: Denoiser, text: Text, levels: int = 8, seed: int = 0, two_passes: bool | None = None) -> Nats:
+def bound(
+    denoiser: Denoiser,
+    text: Text,
+    levels: int = 8,
+    seed: int = 0,
+    two_passes: bool | None = None,
+    read_out: float | None = None,
+) -> Nats:
     """The variational bound on -ln p(text), which holds for any denoiser (arXiv 2107.00630; Plaid, 2305.18619).
 
     With z = e + t eps, x0 the estimate, and t the level of u in [0, 1], the sum of three terms:
 
         prior           KL(N(e, t_max^2) || N(0, prior_std^2)), in closed form
-        reconstruction  -ln p(token | z) at t_min
-        diffusion       integral over t of ||x0 - e||^2 / t^3
+        reconstruction  -ln p(token | z) at `read_out`
+        diffusion       integral over t from there to t_max of ||x0 - e||^2 / t^3
 
     The integral is a mean over levels of which half are even in the schedule's u and half in ln t, weighed by the
     density of both together: what a schedule that fits badly hardly visits would else be missing, unnoticed.
 
     Args:
-        levels: draws of each row, >= 1: one in each of so many equal parts of the levels, and as many at t_min.
+        levels: draws of each row, >= 1: one in each of so many equal parts of the levels, and as many at `read_out`.
         seed: with the key of a row it fixes its noise.
         two_passes: by default whether the system was trained with self-conditioning.
+        read_out: noise level in [t_min, t_max) at which tokens are read out; by default t_min. It is a bound at each;
+            a higher one helps where the network is wrong about little noise.
 
     Returns:
         The terms, and an upper estimate of their error, since neighbouring levels also differ in their mean.
@@ -169,27 +178,41 @@ def bound(denoiser: Denoiser, text: Text, levels: int = 8, seed: int = 0, two_pa
         raise CdlmError(f"the bound needs levels >= 1, got {levels}")
     text.check(denoiser)
     estimate, clean = Estimate.of(denoiser, text, two_passes), denoiser.embed(text.tokens)
+    first = _first(denoiser.schedule, read_out, clean.device)
     keys = text.key.tolist()
-    low = denoiser.schedule.t_of_u(torch.zeros(len(keys), dtype=torch.float64, device=clean.device))
-    read_out, diffusion = [], []
+    low = denoiser.schedule.t_of_u(torch.full((len(keys),), first, dtype=torch.float64, device=clean.device))
+    reconstruction, diffusion = [], []
     for level in range(levels):
         u, eps = _bound_noise([(seed, BOUND, *key, level) for key in keys], clean)
-        t, weight = _level((level + u) / levels, denoiser.schedule)
+        t, weight = _level((level + u) / levels, denoiser.schedule, first)
         x0 = estimate(_noisy(clean, t, eps[:, 0]), t).x0
         diffusion.append(weight / t**3 * squared_error(x0.double(), clean.double(), text.noised))
         logits = estimate(_noisy(clean, low, eps[:, 1]), low).logits
-        read_out.append(row_cross_entropy(logits, text.tokens, text.noised)[0].double())
-    at_end, between = torch.stack(read_out, 1), torch.stack(diffusion, 1)
+        reconstruction.append(row_cross_entropy(logits, text.tokens, text.noised)[0].double())
+    at_end, between = torch.stack(reconstruction, 1), torch.stack(diffusion, 1)
     terms = {"prior": _prior_nats(denoiser, clean, text.noised), "reconstruction": at_end.mean(1)}
     return Nats({**terms, "diffusion": between.mean(1)}, stratified_error(at_end + between), text.noised.sum(1))
 
 
-def _level(v: Float[Tensor, " b"], schedule: Schedule) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """(t, 1 / density of t) for v uniform in [0, 1]: the lower half is even in u, the upper half in ln t."""
-    low, high = (schedule.t_of_u(torch.full_like(v, end)) for end in (0.0, 1.0))
-    width, u = (high / low).log(), (2 * v).clamp(max=1)
+def _first(schedule: Schedule, read_out: float | None, device: torch.device) -> float:
+    """The u of the level at which tokens are read out."""
+    if read_out is None:
+        return 0.0
+    if not schedule.t_min <= read_out < schedule.t_max:
+        raise CdlmError(
+            f"read_out is a noise level of the schedule, from {schedule.t_min:.4g} to below {schedule.t_max:.4g}, got"
+            f" {read_out}"
+        )
+    return schedule.u_of_t(torch.tensor([read_out], dtype=torch.float64, device=device)).item()
+
+
+def _level(v: Float[Tensor, " b"], schedule: Schedule, first: float) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """(t, 1 / density of t) for v uniform in [0, 1]: the lower half is even in u from `first` on, the upper half in
+    ln t."""
+    low, high = (schedule.t_of_u(torch.full_like(v, end)) for end in (first, 1.0))
+    width, u = (high / low).log(), first + (1 - first) * (2 * v).clamp(max=1)
     t = torch.where(v < 0.5, schedule.t_of_u(u), low * (width * (2 * v - 1)).exp())
-    weight = 2 / (schedule.density(t) + 1 / (t * width))
+    weight = 2 / (schedule.density(t) / (1 - first) + 1 / (t * width))
     return t, torch.where((v < 0.5) & (schedule.slope(u) == 0), 0, weight)  # where t stands still, u covers nothing
 
 

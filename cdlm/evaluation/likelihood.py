@@ -47,12 +47,14 @@ class Asked:
         ode: of continuous models also the likelihood of the ODE, which costs far more; None leaves it out.
         seed: with the number of a row it fixes the row's noise.
         batch_size: rows at a time; the result does not depend on it.
+        read_out: noise level at which the bound of a continuous model reads the tokens out; by default its least.
     """
 
     levels: int = 8
     ode: Ode | None = None
     seed: int = 0
     batch_size: int = 32
+    read_out: float | None = None
 
     def __post_init__(self) -> None:
         if self.levels < 1:
@@ -92,11 +94,15 @@ def row_nats(
     """
     check_scorable(model, asked.ode)
     if isinstance(model, MaskedDiffusion):
+        if asked.read_out is not None:
+            raise CdlmError("a masked model has no noise levels: leave out read_out")
         return {BOUND: _in_batches(lambda part: _masked_nats(model, part, asked), model, text, BOUND, asked, progress)}
     assert isinstance(model, EmbeddingDiffusion)
     rows = len(text.tokens)
     parts, origin = (text, torch.arange(rows)) if model.block is None else by_block(text, model.block)
-    scores: dict[str, Callable[[Text], Nats]] = {BOUND: lambda part: bound(model, part, asked.levels, asked.seed)}
+    scores: dict[str, Callable[[Text], Nats]] = {
+        BOUND: lambda part: bound(model, part, asked.levels, asked.seed, read_out=asked.read_out)
+    }
     if (ode := asked.ode) is not None:
         scores[ODE] = lambda part: ode_nats(model, part, ode, asked.seed)
     found = {name: _in_batches(score, model, parts, name, asked, progress) for name, score in scores.items()}
