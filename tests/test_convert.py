@@ -15,6 +15,7 @@ from torch import Tensor
 from toys import SMALL, with_tokenizer
 
 from cdlm import generation
+from cdlm.continuous.objectives import Variational
 from cdlm.continuous.plaid import Plaid
 from cdlm.continuous.released.plaid import PlaidLayout
 from cdlm.continuous.released.tensors import Spec, read_safetensors, write_safetensors
@@ -95,6 +96,30 @@ def test_there_and_back_is_the_identity(ours: Path, tmp_path: Path) -> None:
     assert set(contents(tmp_path / "official")) >= FILES
     convert(LAYOUT, tmp_path / "official", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(ours)
+
+
+def test_a_model_that_was_trained_comes_back_as_it_was(tmp_path: Path) -> None:
+    """Length, settings, and how training was going: none of it is in the archive."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Plaid(**{**SMALL, "network": "released", "own_position_warmup": 2, "self_conditioning": 0.5}).build(64)
+    model.tokenizer, model.length = words(64), 12
+    model.after_step()
+    model.after_step()
+    assert isinstance(model.objective, Variational)
+    model.objective.moments.copy_(torch.tensor([[0.1, 0.7], [1 / 3, 5.0]]))
+    model.save_pretrained(tmp_path / "trained")
+    convert(PlaidLayout(99), tmp_path / "trained", tmp_path / "out")
+    convert(PlaidLayout(99), tmp_path / "out", tmp_path / "again")
+    first, second = contents(tmp_path / "trained"), contents(tmp_path / "again")
+    assert first["model.safetensors"] == second["model.safetensors"]
+    assert first["config.json"] == second["config.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"length": 12}', '{"length": "x", "settings": {}, "tensors": {}}'])
+def test_what_we_wrote_beside_an_archive_is_read_with_care(archive: Path, tmp_path: Path, text: str) -> None:
+    (archive / "cdlm.json").write_text(text)
+    refused(archive, tmp_path / "out", "cdlm.json")
 
 
 def test_back_and_there_is_the_identity(archive: Path, ours: Path, tmp_path: Path) -> None:

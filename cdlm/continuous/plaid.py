@@ -130,6 +130,10 @@ class Plaid(ContinuousConfig):
             raise CdlmError(f"gamma_min must be below gamma_max, got {self.gamma_min} and {self.gamma_max}")
         self._check_least(0, "own_position_warmup")
         self._check_shares("self_conditioning", "guidance_dropout")
+        if self.network == "released" and not self.gates:
+            raise CdlmError("gates are of the shared network, the released one has none: leave the setting out")
+        if self.network == "shared" and self.base_width != BASE_WIDTH:
+            raise CdlmError(f"base_width is of the released network, got {self.base_width}: leave it out")
 
     @property
     def usual(self) -> Usual:

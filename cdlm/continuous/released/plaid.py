@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from cdlm.continuous.reader import Reader
 from cdlm.continuous.released.layout import Layout, Lazy, Official
 from cdlm.continuous.released.tensors import read_state
 from cdlm.errors import CdlmError
+from cdlm.files import read_json, write_text
 from cdlm.transformer import attend
 from cdlm.types import Condition
 
@@ -149,6 +151,12 @@ IN_BLOCK = {
     "norm1": "rmsnorm1", "qkv": "attn_qkv", "attention_out": "attn_out", "norm2": "rmsnorm2", "mlp.0": "mlp.fc1",
     "mlp.2": "mlp.fc2",
 }  # fmt: skip
+OURS = "cdlm.json"
+SAID = ("system", "vocab", "network", "width", "depth", "heads", "mlp_ratio", "dim", "base_width")
+"""Settings that the archive says."""
+TRAINING = ("objective.moments", "own_position.steps")
+"""Tensors that it has not: how training was going."""
+FRESH = {"settings": {"own_position_warmup": 0}, "tensors": {"objective.moments": [[0.0, 1.0], [0.0, 1.0]]}}
 FILES = ("noise_schedule", "gamma_bounds", "embedding_matrix", "model")
 UNITS = {"W1": (-1, 1), "W2": (1, -1)}
 
@@ -168,10 +176,12 @@ class PlaidLayout(Layout):
     """Plaid's archive: noise_schedule.pt, gamma_bounds.pt, embedding_matrix.pt and model.pt, as Ishaan Gulrajani and
     Tatsunori Hashimoto released them (arXiv 2305.18619, github.com/igul222/plaid, release v1.0.0). Their repository
     names no licence: ask them before you pass on the weights.
+
+    The archive does not say how it was trained. What we write says it in cdlm.json beside it.
     """
 
     length: int = 1024
-    """Positions that the model was trained on, which the archive does not say."""
+    """Positions that the model was trained on, if nothing says it."""
 
     def read(self, folder: Path) -> Official:
         found = {file: read_state(folder / f"{file}.pt") for file in FILES}
@@ -181,9 +191,15 @@ class PlaidLayout(Layout):
         tensors = {ours: _ours(found[file][name], name in UNITS) for ours, (file, name) in places.items()}
         ends = [found["gamma_bounds"][end][1] for end in ENDS]
         tensors["schedule.gamma"] = (2,), lambda: torch.stack([end().reshape(()) for end in ends])
-        # How training was going is not in the archive: it starts afresh.
-        tensors["objective.moments"] = (2, 2), lambda: torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-        return Official(_config(folder, found, depth), self.length, tensors)
+        told = (
+            read_json(folder / OURS, "what we wrote") if (folder / OURS).exists() else {**FRESH, "length": self.length}
+        )
+        try:
+            config, length = {**told["settings"], **_config(folder, found, depth)}, int(told["length"])
+            tensors |= {name: _constant(value) for name, value in told["tensors"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CdlmError(f"{folder / OURS} cannot be read ({error!r}); copy it again, or delete it") from error
+        return Official(config, length, tensors)
 
     def write(self, official: Official, folder: Path) -> None:
         config, tensors = official.config, official.tensors
@@ -197,6 +213,15 @@ class PlaidLayout(Layout):
         for file, state in states.items():
             with (folder / f"{file}.pt").open("wb") as opened:
                 torch.save(state, opened)
+        settings = {name: value for name, value in config.items() if name not in SAID}
+        told = {name: tensors[name][1]().tolist() for name in TRAINING if name in tensors}
+        ours = {"length": official.length, "settings": settings, "tensors": told}
+        write_text(folder / OURS, json.dumps(ours, indent=2) + "\n")
+
+
+def _constant(value: Any) -> tuple[tuple[int, ...], Lazy]:
+    tensor = torch.tensor(value)
+    return tuple(tensor.shape), lambda: tensor
 
 
 def _ours(there: tuple[tuple[int, ...], Lazy], flat: bool) -> tuple[tuple[int, ...], Lazy]:
@@ -228,7 +253,6 @@ def _config(folder: Path, found: Found, depth: int) -> dict[str, Any]:
     return {
         "system": "plaid", "vocab": matrix[0], "network": "released", "width": width, "depth": depth,
         "heads": width // (2 * half[0]), "mlp_ratio": inner[0] // width, "dim": matrix[1], "base_width": BASE_WIDTH,
-        "own_position_warmup": 0,
     }  # fmt: skip
 
 
