@@ -433,7 +433,7 @@ def evaluate(
         likelihood: compute the bound on the negative log likelihood of held-out text.
         rows: of held-out text, for the likelihood.
         levels: noise levels that the bound of each row is drawn at.
-        read_out: noise level at which that bound reads the tokens out; by default the least that the model knows.
+        read_out: of continuous models, noise level at which tokens are read out; by default the least there is.
         ode_steps: of continuous models, intervals of the ODE whose likelihood is computed beside the bound; 0 leaves it
             out.
         probes: draws of the ODE likelihood of each row; from 2 on their spread tells its error.
@@ -450,10 +450,14 @@ def evaluate(
         raise CdlmError("evaluate needs samples to measure, a file of cdlm sample --out, or --likelihood")
     if samples is None and baseline is not None:
         raise CdlmError("baseline is a second file of samples, and there is no first: name it as samples")
+    if n is not None and n < 1:
+        raise CdlmError(f"n is a number of samples >= 1, got {n}: leave it out to use all")
     if ode_steps < 0:
         raise CdlmError(f"ode_steps is a number of intervals >= 0, got {ode_steps}: 0 leaves out the ODE")
-    ode = Ode(ode_steps, method, probes) if ode_steps else None
-    asked = Asked(levels, ode, seed, batch_size, read_out)
+    if not likelihood and (ode_steps or read_out is not None):
+        raise CdlmError("ode_steps and read_out are settings of the likelihood: add --likelihood")
+    ode = Ode(max(1, ode_steps), method, probes)  # its settings are checked even where it is left out
+    asked = Asked(levels, ode if ode_steps else None, seed, batch_size, read_out)
     paths = [path for path in (samples, baseline) if path is not None]
     files = {f"{path.absolute().parent.name}/{path.stem}": api.read_lines(path) for path in paths}
     place = out or Path(run)

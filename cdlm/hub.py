@@ -107,8 +107,11 @@ def read(name: str | Path) -> Folder:
         raise CdlmError(
             f"{weights_file} cannot be read, it is truncated or damaged ({error}); copy it again"
         ) from error
+    tokenizer, vocab = read_tokenizer(path), config["model"].get("vocab")
+    if isinstance(vocab, int) and vocab != len(tokenizer):
+        raise CdlmError(f"{path} has weights of {vocab} tokens and a tokenizer of {len(tokenizer)}: copy both again")
     ends = bool(config.get("ends", False))
-    return Folder(path, config["model"], int(config["length"]), ends, weights, read_tokenizer(path))
+    return Folder(path, config["model"], int(config["length"]), ends, weights, tokenizer)
 
 
 def load_weights(module: Pretrained, folder: Folder) -> None:

@@ -155,6 +155,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "model that is no object": (edit(lambda c: c.update(model=3)), "model"),
     "no length": (edit(lambda c: c.pop("length")), "length"),
     "length that is no number": (edit(lambda c: c.update(length="x")), "length"),
+    "another vocabulary": (
+        edit(lambda c: c["model"].update(vocab=480)),
+        "weights of 480 tokens and a tokenizer of 270",
+    ),
     "unknown system": (edit(lambda c: c["model"].update(system="os.system")), "'os.system'"),
     "system that is a list": (edit(lambda c: c["model"].update(system=["cdcd"])), "system"),
     "no system": (edit(lambda c: c["model"].pop("system")), "system"),

@@ -34,7 +34,7 @@ from cdlm.continuous.likelihood import (
 )
 from cdlm.continuous.warping import TimeWarp
 from cdlm.errors import CdlmError
-from cdlm.evaluation.likelihood import BOUND, ODE, Asked, Likelihood, row_nats
+from cdlm.evaluation.likelihood import BOUND, ODE, Asked, Likelihood, Measure, row_nats
 from cdlm.masked.likelihood import nelbo
 from cdlm.masked.model import Constants, Function
 from cdlm.masked.system import MaskedDiffusion
@@ -147,10 +147,15 @@ def test_with_the_exact_trace_each_draw_of_the_ode_is_the_negative_log_probabili
 
 @pytest.mark.parametrize("law", ["rademacher", "gaussian"])
 @pytest.mark.parametrize(("method", "steps"), [("rk4", 24), ("heun2", 64)])
-def test_the_ode_agrees_with_the_entropy_within_its_error(method: str, steps: int, law: str) -> None:
+@pytest.mark.parametrize("read_out", [None, 1.0])
+def test_the_ode_agrees_with_the_entropy_within_its_error(
+    method: str, steps: int, law: str, read_out: float | None
+) -> None:
     oracle = Oracle()
     text = drawn(oracle, 64, 16)
-    found = ode_nats(oracle, text, Ode(steps=steps, method=method, probes=2, law=law))  # pyright: ignore[reportArgumentType]
+    ode = Ode(steps=steps, method=method, probes=2, law=law)  # pyright: ignore[reportArgumentType]
+    found = ode_nats(oracle, text, ode, read_out=read_out)
+    assert read_out is None or found.terms["reconstruction"].sum() / 1024 > 0.1
     error = found.error.square().sum().sqrt() / 1024
     assert 0 < error < 0.05
     assert (found.total - truth(oracle, text)).sum().abs() / 1024 < 3 * error + 0.01
@@ -452,6 +457,10 @@ def test_positions_that_cannot_be_scored() -> None:
         (lambda: bound(Oracle(t_min=0.5), toy_text(vocab=7), read_out=0.4), "read_out is a noise level"),
         (lambda: bound(Oracle(t_max=9.0), toy_text(vocab=7), read_out=30.0), "to below 20.12, got 30"),
         (lambda: row_nats(toys.masked(), toy_text(), Asked(read_out=1.0)), "no noise levels"),
+        (
+            lambda: Measure.of("ODE", nats_of([1.0, math.nan], 0.1), np.ones(2, int), np.ones(2, int)),
+            "the ODE of 1 of 2 rows is not a number",
+        ),
         (lambda: Asked(batch_size=0), "batch_size must be >= 1"),
         (lambda: bound(Oracle(), toy_text(vocab=7), levels=0), "levels >= 1"),
         (lambda: nelbo(toys.masked(), *toy_text()[:4], levels=0), "levels >= 1"),
@@ -697,6 +706,9 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         (["--likelihood", "--levels", "0"], "levels >= 1"),
         (["--likelihood", "--ode_steps", "-1"], "ode_steps"),
         (["--likelihood", "--ode_steps", "2", "--probes", "0"], "probes >= 1"),
+        (["--likelihood", "--probes", "0"], "probes >= 1"),
+        (["one.jsonl", "--ode_steps", "2"], "add --likelihood"),
+        (["one.jsonl", "--n", "0"], "samples >= 1, got 0"),
         (["--likelihood", "--ode_steps", "2", "--method", "dopri5"], "no method 'dopri5'"),
         (["--likelihood", "--ode_steps", "2", "--precision", "bf16"], "half precision"),
         (["one.jsonl", "two.jsonl"], "two.jsonl"),

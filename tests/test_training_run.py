@@ -333,6 +333,14 @@ def test_resuming_a_complete_run_exports_what_was_lost(tmp_path: Path) -> None:
     assert torch.equal(got[0], saved(tmp_path)["state_dict"]["average.system.embedding.weight"])
 
 
+def test_resuming_with_fewer_steps_than_were_taken_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = saved(tmp_path)
+    with pytest.raises(CdlmError, match="at step 12 already, beyond 7"):
+        run(tmp_path, steps=7, resume=True)
+    assert_same(saved(tmp_path)["state_dict"], before["state_dict"])
+
+
 def test_a_signal_during_the_last_step_finds_the_run_complete(tmp_path: Path) -> None:
     run(tmp_path, act=signal_at(12, signal.SIGTERM))
     assert saved(tmp_path)["global_step"] == 12

@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.continuous.denoiser import Denoiser
-from cdlm.continuous.levels import Warped
 from cdlm.continuous.objectives import squared_error
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.warping import Schedule
@@ -303,12 +302,20 @@ class Walk(NamedTuple):
 
 
 def ode_nats(
-    denoiser: Denoiser, text: Text, ode: Ode | None = None, seed: int = 0, two_passes: bool | None = None
+    denoiser: Denoiser,
+    text: Text,
+    ode: Ode | None = None,
+    seed: int = 0,
+    two_passes: bool | None = None,
+    read_out: float | None = None,
 ) -> Nats:
     """-ln p(text) of the model whose states follow the probability-flow ODE, estimated from above; see `walk_nats`.
 
     The trace is estimated along random directions that stay fixed during a solution (Hutchinson; FFJORD, 1810.01367).
     The derivative goes through both passes of self-conditioning.
+
+    Args:
+        read_out: noise level in [t_min, t_max) at which tokens are read out, where the ODE starts; by default t_min.
 
     Returns:
         The terms of `walk_nats`, averaged over the probes, and the standard error over them.
@@ -317,8 +324,9 @@ def ode_nats(
         CdlmError: see `Text.check`; or the network runs in half precision.
     """
     ode = ode or Ode()
-    levels = Warped().levels(denoiser.schedule, ode.steps + 1)
     like = denoiser.embed(text.tokens).detach()
+    first = _first(denoiser.schedule, read_out, like.device)
+    levels = denoiser.schedule.t_of_u(torch.linspace(first, 1, ode.steps + 1, dtype=torch.float64)).detach().cpu()
     made = []
     for number in range(ode.probes):
         sources = [generator(seed, FLOW, *key, number) for key in text.key.tolist()]

@@ -47,7 +47,7 @@ class Asked:
         ode: of continuous models also the likelihood of the ODE, which costs far more; None leaves it out.
         seed: with the number of a row it fixes the row's noise.
         batch_size: rows at a time; the result does not depend on it.
-        read_out: noise level at which the bound of a continuous model reads the tokens out; by default its least.
+        read_out: noise level at which the tokens of a continuous model are read out; by default its least.
     """
 
     levels: int = 8
@@ -104,7 +104,7 @@ def row_nats(
         BOUND: lambda part: bound(model, part, asked.levels, asked.seed, read_out=asked.read_out)
     }
     if (ode := asked.ode) is not None:
-        scores[ODE] = lambda part: ode_nats(model, part, ode, asked.seed)
+        scores[ODE] = lambda part: ode_nats(model, part, ode, asked.seed, read_out=asked.read_out)
     found = {name: _in_batches(score, model, parts, name, asked, progress) for name, score in scores.items()}
     return {name: nats.summed(origin.cpu(), rows) for name, nats in found.items()}
 
@@ -148,7 +148,16 @@ class Measure:
 
     @staticmethod
     def of(name: str, nats: Nats, tokens: Int[np.ndarray, " m"], chars: Int[np.ndarray, " m"]) -> Measure:
-        """Of rows with so many tokens and characters."""
+        """Of rows with so many tokens and characters.
+
+        Raises:
+            CdlmError: a row has no number, for the network overflowed.
+        """
+        if odd := int((~nats.total.isfinite()).sum()):
+            raise CdlmError(
+                f"the {name} of {odd} of {len(nats.total)} rows is not a number: the weights are broken, the steps of"
+                " the ODE too few, or its least noise too little (read_out)"
+            )
         total, scores = nats.total.numpy(), Scores(nats.total.numpy(), tokens.astype(np.float64))
         error = float(nats.error.square().sum().sqrt()) / int(tokens.sum())
         mean = float(total.sum() / tokens.sum())

@@ -64,8 +64,11 @@ class Supervisor(Callback):
         self._since, self._restored = time.perf_counter(), len(module.window)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._step < 0:  # the run was already complete, but perhaps killed before its export
-            self._export(trainer, _ours(pl_module))
+        if self._step >= 0:
+            return
+        if trainer.global_step > (steps := _ours(pl_module).options.steps):
+            raise CdlmError(f"the run is at step {trainer.global_step} already, beyond {steps}: ask for more steps")
+        self._export(trainer, _ours(pl_module))  # it was complete, but perhaps killed before its export
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
