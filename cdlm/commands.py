@@ -70,7 +70,8 @@ def sample(
     Args:
         run: run folder or Hub id, also of LLaDA and Dream in their published format.
         n: samples, of each prompt if there are any.
-        steps: grid points, by default 200; of a masked model steps, by default one for each position.
+        steps: grid points, by default 200, of each block if the model generates in blocks; of a masked model steps, by
+            default one for each position.
         halt: halting rule, such as "Patience(20)" or "For(NormConvergence(0.01), 5) | Patience(40)"; auto is the one
             that cdlm calibrate has chosen.
         seed: fixes every sample, whatever the batch and the number of devices.

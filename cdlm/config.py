@@ -106,10 +106,16 @@ class RunConfig:
         for name in ("preview", "workers"):
             if getattr(self, name) < 0:
                 raise CdlmError(f"{name} must be >= 0, got {getattr(self, name)}")
-        masking(self.masking)
-        block = getattr(self.system, "block", None)
-        if block is not None and block > self.length:
+        law, block = masking(self.masking), getattr(self.system, "block", None)
+        if block is None:
+            return
+        if block > self.length:
             raise CdlmError(f"a block of {block} does not fit into rows of {self.length}: lower block or raise length")
+        if f"Block(size={block}," not in repr(law):
+            raise CdlmError(
+                f"a system that generates blocks of {block} learns it with that law, masking Block({block}), and got"
+                f" {self.masking}"
+            )
 
 
 def criterion(rule: str | Criterion | None) -> Criterion:

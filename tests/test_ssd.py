@@ -559,9 +559,18 @@ def test_a_network_that_there_is_not_is_refused() -> None:
 
 
 def test_a_block_fits_into_the_rows() -> None:
-    RunConfig(system=SSD(block=64), length=64)
+    RunConfig(system=SSD(block=64), length=64, masking="Block(64, 0.3)")
+    RunConfig(system=SSD(block=64), length=64, masking="Mixture(((0.5, Block(64)), (0.5, Unconditional())))")
     with pytest.raises(CdlmError, match="a block of 65 does not fit into rows of 64"):
         RunConfig(system=SSD(block=65), length=64)
+
+
+@pytest.mark.parametrize("law", ["Block(32)", "Unconditional()"])
+def test_blocks_are_learned_with_their_own_law(law: str) -> None:
+    with pytest.raises(CdlmError, match=r"masking Block\(64\), and got"):
+        RunConfig(system=SSD(block=64), length=64, masking=law)
+    with pytest.raises(CdlmError, match=r"masking Block\(25\), and got Mixture"):
+        RunConfig(system=SSD())
 
 
 # --- training ---
