@@ -73,6 +73,8 @@ def load(
 def _ready(system: System, device: str, precision: Precision | None, device_map: object) -> System:
     if device_map is not None:
         raise CdlmError("device_map is for foreign masked models: give a device")
+    if precision not in (None, "fp32", "bf16"):
+        raise CdlmError(f"precision is fp32 or bf16, got {precision!r}")
     system.precision = precision or "fp32"
     hub.to_device(system, device)
     return system.eval()

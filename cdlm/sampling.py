@@ -231,5 +231,7 @@ def _read_out(prediction: Prediction, live: Live, ended: Bool[Tensor, " b"]) -> 
     """The tokens of each row, read out of the prediction where the block has ended."""
     tokens = live.tokens.clone()
     for row in ended.nonzero().squeeze(1).tolist():  # row by row: no copy of the logits
+        if bool((prediction.logits[row].isnan().any(-1) & live.open[row]).any()):
+            raise CdlmError("the model gave logits that are not numbers (NaN): its weights or its precision are broken")
         tokens[row] = torch.where(live.open[row], most_likely(prediction.logits[row]), tokens[row])
     return tokens

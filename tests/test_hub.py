@@ -192,6 +192,11 @@ def test_a_broken_folder_is_refused_in_one_line(folder: Path, case: str) -> None
     assert "\n" not in said or "Type-check" in said  # the type checks of these tests speak at length
 
 
+def test_an_unknown_precision_is_refused(folder: Path) -> None:
+    with pytest.raises((CdlmError, TypeError), match="fp16"):  # the type checks of these tests come first
+        generation.load(folder, precision="fp16")  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "runs/nowhere", "a/b/c", "~/nowhere", ""])
 def test_no_folder(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)

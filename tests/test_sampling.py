@@ -17,6 +17,7 @@ from cdlm.errors import CdlmError
 from cdlm.halting import AfterStep, AngleConvergence, Criterion, FixedSteps, For, Never, NormConvergence, Patience
 from cdlm.loop import Request
 from cdlm.sampling import Run, Sampler
+from cdlm.types import Condition, Prediction
 
 N = 6
 SOLVERS = (Euler(), Heun(), TorchDiffEq("midpoint", double=True), TorchDiffEq("dopri5", double=True))
@@ -183,3 +184,19 @@ def test_bad_settings_are_refused(settings_: dict) -> None:
 def test_a_prompt_that_fills_the_row_is_refused() -> None:
     with pytest.raises(CdlmError, match="nothing to generate"):
         next(Run(Oracle(), Sampler(steps=3), 1).steps(requests([0], prompt=N)))
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_logits_that_are_not_numbers_are_refused_where_they_would_be_text(given: int) -> None:
+    class Broken(Oracle):
+        def denoise(self, z: Tensor, t: Tensor, condition: Condition) -> Prediction:
+            made = super().denoise(z, t, condition)
+            made.logits[:, 1, 3] = torch.nan
+            return made
+
+    steps = Run(Broken(), Sampler(steps=2), 1).steps(requests([0], prompt=given))
+    if given:  # position 1 is given
+        assert len(list(steps)) == 2
+        return
+    with pytest.raises(CdlmError, match="not numbers"):
+        list(steps)
