@@ -247,6 +247,14 @@ def test_a_study_leaves_a_table_its_numbers_and_a_picture(
     assert settings["models"] == [run]
 
 
+@pytest.mark.parametrize("flag", [["--quiet"], ["--quiet", "true"], ["--quiet=true"], ["--quiet", "false"], []])
+def test_a_flag_alone_is_true(flag: list[str], run: str, tmp_path: Path) -> None:
+    own = ["--out", str(tmp_path), "--n", "2", "--steps", "3", "--grids", "LogT()"]
+    main(["study", "norms", *flag, "--models", run, *own])
+    settings = yaml.safe_load((tmp_path / "norms.md").read_text().split("```yaml\n")[1].split("```")[0])
+    assert settings["quiet"] is (bool(flag) and "false" not in flag)
+
+
 def test_defaults_come_from_the_file_then_a_given_file_then_the_command_line(run: str, tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("n: 2\nsteps: 3\n")
