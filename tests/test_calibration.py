@@ -212,7 +212,8 @@ def test_what_stands_around_a_sweep_stays() -> None:
         ("Patience(...) | Entropy(...)", "one rule at a time"),
         ("Patience(..., 3)", "one rule at a time"),
         ("For(..., 3)", "no settings to sweep|one rule"),
-        ("For(Patience, 3)", "may only hold"),
+        ("For(Patience, 3)", r"Patience is written as a call in a halting rule: Patience\(steps"),
+        ("Patiense", r"did you mean Patience\?.* written as a call, for example Patience\(steps"),
         ("Patience(...", "cannot read"),
     ],
 )
@@ -387,6 +388,7 @@ def test_compare_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[
         (("calibrate", "--max-loss", "much"), "a share such as 1%"),
         (("calibrate", "--rule", "Patiense"), "cannot read|Patiense|did you mean"),
         (("compare", "--rules", "Patience", "Zzz(...)"), "no halting rule 'Zzz'"),
+        (("compare", "--rules", "Patience", "Patiense"), r"no halting rule 'Patiense' \(did you mean Patience\?\)"),
         (("compare", "--recordings", "nowhere"), "no recordings"),
         (("compare", "--rules", "Prophet(..., region=(0, 5))"), "no recording keeps"),
         (("calibrate", "--rule", "Prophet(..., region=(0, 5))"), "no recording keeps"),
