@@ -121,7 +121,7 @@ def _settings(kind: type[Any], defaults: Path, prog: str, argv: list[str]) -> di
     parser.add_class_arguments(kind)
     parser.add_argument("--config", action="config", help="YAML file of these settings")
     first = ["--config", given.config] if given.config else []  # so that the command line wins
-    values = _parsed(parser, prog, first + _lists(kind, rest, leading=False))
+    values = _parsed(parser, prog, first + _lists(kind, _flags(kind, rest), leading=False))
     return {key: value for key, value in values.items() if key != "config"}
 
 
@@ -130,7 +130,7 @@ def _arguments(function: Callable[..., None], prog: str, argv: list[str]) -> dic
 
     parser = ArgumentParser(prog=prog, exit_on_error=False, default_env=False)
     parser.add_function_arguments(function, as_positional=True)
-    return _parsed(parser, prog, _lists(function, _words(function, argv)))
+    return _parsed(parser, prog, _lists(function, _words(function, _flags(function, argv))))
 
 
 def _parsed(parser: Any, prog: str, argv: list[str]) -> dict[str, Any]:
@@ -142,17 +142,27 @@ def _parsed(parser: Any, prog: str, argv: list[str]) -> dict[str, Any]:
         raise CdlmError(f"{error.message or error} ({prog} --help lists the settings)") from error
 
 
+def _flags(function: Callable[..., Any], argv: list[str]) -> list[str]:
+    """`--flag` alone as `--flag=true`."""
+    hints = get_type_hints(function)
+    return [
+        f"{word}=true"
+        if word.startswith("--")
+        and hints.get(word[2:].replace("-", "_")) is bool
+        and following.lower() not in ("true", "false", "yes", "no")
+        else word
+        for word, following in zip(argv, [*argv, ""][1:], strict=True)
+    ]
+
+
 def _words(function: Callable[..., Any], argv: list[str]) -> list[str]:
-    """`--flag` alone as `--flag=true`; and a word beyond the required ones as the next parameter, if that is a file."""
+    """A word beyond the required ones as the next parameter, if that is a file."""
     hints, parameters = get_type_hints(function), inspect.signature(function).parameters
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     after = list(parameters)[len(required)] if len(required) < len(parameters) else ""
     found, bare, wants_value = list[str](), 0, False
-    for word, following in zip(argv, [*argv, ""][1:], strict=True):
-        flag = word.startswith("--") and hints.get(word[2:].replace("-", "_")) is bool
-        if flag and following.lower() not in ("true", "false", "yes", "no"):
-            word += "=true"
-        elif not word.startswith("--") and not wants_value:
+    for word in argv:
+        if not word.startswith("--") and not wants_value:
             bare += 1
             if bare == len(required) + 1 and Path in get_args(hints.get(after)):
                 word = f"--{after}={word}"

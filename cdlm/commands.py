@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from cdlm import api, generation, hub
 from cdlm import calibrate as calibration
 from cdlm import config as names
-from cdlm.compare import Comparison, Point, markdown, panels, write_csv
+from cdlm.compare import Comparison, Point, markdown, panels, too_few_live, write_csv
 from cdlm.config import criterion, read_run, sweep
 from cdlm.continuous.denoiser import Steering
 from cdlm.continuous.likelihood import Ode
@@ -25,6 +25,7 @@ from cdlm.halting.calibration import Goal, check_file
 from cdlm.halting.recording import check_same_model, read_folder
 from cdlm.halting.replay import check_kept, check_replayable
 from cdlm.hub import Folder
+from cdlm.prompts import requests
 from cdlm.report.pareto import plot_pareto
 from cdlm.sampling import Sampler
 from cdlm.system import Precision
@@ -84,14 +85,15 @@ def sample(
         solver: of a continuous model, Euler(), Heun(), TorchDiffEq("rk4"), ("dopri5"), ..., Ancestral() or Renoise();
             by default that of its paper.
         grid: of a continuous model, Warped(), LogT(), UniformT() or UpperEnds(); by default that of its paper.
-        projection: of a continuous model, how its logits drive the state: Expectation(), Greedy(), Drawn(0.9) or
-            MultiHot(0.2); by default that of its paper.
+        projection: of a continuous model, how its logits drive the state: Expectation(), Greedy(), Drawn(0.9),
+            MultiHot(0.2) or Uneven(0.2); by default that of its paper.
         softmax_temperature: of a continuous model, divides the logits; below 1 sharpens.
         score_temperature: of a continuous model, divides the score; below 1 sharpens.
         guidance: of a continuous model, classifier-free guidance scale; 1 is off, others double the calls.
         init_scale: of a continuous model, scale of the starting noise, 1 unless given.
-        policy: of a masked model: LLaDA(64, block=32), Dream(64), Threshold(0.9, block=32), Factor(1.0), KLASS(),
-            EntropyBound(0.01); by default LLaDA's in random order, of a foreign model the published one.
+        policy: of a masked model: LLaDA(64, block=32), Dream(64), DreamThreshold(64, 0.9), Threshold(0.9, block=32),
+            Factor(1.0), KLASS(), EntropyBound(0.01); by default LLaDA's in random order, of a foreign model the
+            published one.
         temperature: of a masked model's proposals; without a policy 1 of our own models, else 0 unless given.
         cfg_scale: of a masked model, classifier-free guidance; 0 is off, others double the calls.
         cache: of LLaDA and Dream, keep keys and values while a block is decoded.
@@ -128,6 +130,8 @@ def sample(
         keeps = plot is not None or record is not None
         about = generation.About.of(folder)
         requested, sampler = generation.prepare(about, n, length, steps, halt, seed, asked, keeps, **settings)
+        if keeps:
+            generation.check_one_block(sampler, requested, "plotted" if record is None else "recorded")
         samples = generation.draw_spread(
             run, sampler, requested, batch_size=batch_size, precision=precision, device=device, devices=devices,
             progress=not quiet,
@@ -307,7 +311,9 @@ def compare(
         out: folder for compare.csv, compare.md and compare.png.
         max_loss: of AR-NLL, for the setting of each rule that the table shows.
         confidence: of that bound.
-        live: samples of what must be run for each rule: those that freeze tokens, and wall time; 0 leaves these out.
+        live: samples of what must be run for each rule: those that freeze tokens, every rule on a model that generates
+            in blocks, and wall time; 0 leaves these out. A rule that is run has a row only if these are as many as
+            max_loss and confidence need, 299 by default.
         fewer: steps of the plain sampler that the rules are up against; by default shares of the full run's.
         mauve: MAUVE of the full run and of each rule's setting; needs the mauve-text package.
         mauve_seeds: see cdlm evaluate.
@@ -336,9 +342,14 @@ def compare(
     runs = []
     for model, asked in product(dict.fromkeys(models), dict.fromkeys(steps or [None])):
         given = (solver, grid, steering, init_scale, policy, temperature)
-        budget, sampler = _full(hub.read(model), asked, seed, *given)
+        folder = hub.read(model)
+        budget, sampler = _full(folder, asked, seed, *given)
         families = {rule: sweep(rule, budget) for rule in rules or RULES_TO_COMPARE}
         check_kept(chain.from_iterable(families.values()))
+        blocks = generation.blocks_of(sampler, requests(None, 1, folder.length, folder.tokenizer))
+        short = too_few_live(model, families, blocks > 1, live, n, goal)
+        if short:
+            print(f"cdlm: {short}", file=sys.stderr)
         runs.append((model, sampler, families))
     points: list[Point] = []
     for model, sampler, families in runs:

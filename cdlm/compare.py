@@ -232,6 +232,28 @@ class Comparison:
         return replace(point, mauve=result.mean, mauve_sd=result.sd)
 
 
+def too_few_live(
+    run: str, families: Mapping[str, Sequence[Criterion]], in_blocks: bool, live: int, n: int, goal: Goal
+) -> str:
+    """Which families must be run, on fewer samples than the goal needs, so that none of them can be chosen from.
+
+    Raises:
+        CdlmError: all of them, and there is nothing to compare.
+    """
+    must = [name for name, rules in families.items() if in_blocks or any(rule.freezes for rule in rules)]
+    samples = min(live, n)
+    if not must or not 0 < samples < goal.fewest:
+        return ""
+    said = (
+        f"{', '.join(must)} must be run on {run}, on {samples} samples of --live, and a loss of at most"
+        f" {goal.max_loss:.2%} with {goal.confidence:.0%} confidence needs at least {goal.fewest}:"
+        f" raise --live{' and --n' if n < goal.fewest else ''}, or ask for less"
+    )
+    if len(must) == len(families):
+        raise CdlmError(said)
+    return said
+
+
 def _interval(name: str, value: float, ends: tuple[float, float]) -> dict[str, float]:
     return {name: value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +149,7 @@ def sweep(text: str, budget: int) -> list[Criterion]:
         raise CdlmError(f"one rule at a time can be swept, and ... stands for all that is: got {text!r}")
     name, fixed = ast.unparse(holes[0].func), holes[0].keywords
     if name not in RULES:
-        raise CdlmError(f"there is no halting rule {name!r}{_nearest(name, RULES)}: use one of {', '.join(RULES)}")
+        raise _unknown(name, RULES, "halting rule")
     try:
         rules = RULES[name].sweep(budget, **{str(k.arg): _build(k.value, RULES, "halting rule") for k in fixed})
     except TypeError as error:
@@ -177,7 +178,7 @@ def grid(text: str | Grid) -> Grid:
 def layout(name: str) -> Layout:
     """A published file format by its name."""
     if name not in LAYOUTS:
-        raise CdlmError(f"there is no published format {name!r}{_nearest(name, LAYOUTS)}: use {', '.join(LAYOUTS)}")
+        raise _unknown(name, LAYOUTS, "published format")
     return LAYOUTS[name]()
 
 
@@ -216,7 +217,16 @@ def parse_run(argv: list[str], prog: str = "cdlm train") -> tuple[RunConfig, str
         values = {key: value for key, value in vars(parser.instantiate(settings)).items() if key != "config"}
         return RunConfig(**values), parser.dump(settings, skip_unset=False)
     except ArgumentError as error:
-        raise CdlmError(f"{error.message or error} ({prog} --help lists the settings)") from error
+        message = str(error.message or error)
+        wrong = re.search(r'key "(source|system)":\s+Expected a dot import path string: (\w+)', message)
+        if wrong:
+            raise _unknown(wrong[2], _names(*_classes(wrong[1])), wrong[1]) from error
+        raise CdlmError(f"{message} ({prog} --help lists the settings)") from error
+
+
+def _classes(setting: str) -> list[type[Any]]:
+    """What may stand in a setting of `RunConfig` that is a choice of classes."""
+    return list(SYSTEMS.values()) if setting == "system" else Source.__subclasses__()
 
 
 def read_run(folder: str | Path) -> RunConfig:
@@ -285,7 +295,14 @@ def _build(node: ast.expr, names: Names, what: str) -> Any:
             return _combine(node, names, what)
         case ast.Call(func=ast.Name()):
             return _call(node, names, what)
-    raise CdlmError(f"the {what} may only hold names, numbers, texts, &, | and commas, got {ast.unparse(node)!r}")
+        case ast.Name(id=name) if name in names:
+            raise CdlmError(f"{name} is written as a call in a {what}: {_example(names, name)}")
+        case ast.Name(id=name):
+            raise CdlmError(
+                f"{_unknown(name, names, what)}, written as a call, for example {_example(names)}; a text stands in"
+                " quotes"
+            )
+    raise CdlmError(f"the {what} may only hold calls, numbers, texts, &, | and commas, got {ast.unparse(node)!r}")
 
 
 def _combine(node: ast.BinOp, names: Names, what: str) -> Any:
@@ -298,7 +315,7 @@ def _combine(node: ast.BinOp, names: Names, what: str) -> Any:
 def _call(node: ast.Call, names: Names, what: str) -> Any:
     name = node.func.id if isinstance(node.func, ast.Name) else ""
     if name not in names:
-        raise CdlmError(f"there is no {what} {name!r}{_nearest(name, names)}: use one of {', '.join(names)}")
+        raise _unknown(name, names, what)
     signature = inspect.signature(names[name])
     for keyword in node.keywords:
         if keyword.arg not in signature.parameters:
@@ -317,6 +334,10 @@ def _call(node: ast.Call, names: Names, what: str) -> Any:
 
 def _plain(signature: inspect.Signature) -> str:
     return str(signature.replace(return_annotation=inspect.Signature.empty)).replace("'", "")
+
+
+def _unknown(name: str, names: Names, what: str) -> CdlmError:
+    return CdlmError(f"there is no {what} {name!r}{_nearest(name, names)}: use one of {', '.join(names)}")
 
 
 def _nearest(name: str, names: Mapping[str, Any] | list[str]) -> str:

@@ -266,7 +266,7 @@ def open_bench(
     if recordings is not None:
         recording = _find(recordings, folder, sampler, machine.precision, n)
         full = FullRun.of(recording)
-    elif isinstance(sampler, Sampler) and sampler.blocks(asked[0]) > 1:
+    elif isinstance(sampler, Sampler) and generation.blocks_of(sampler, asked) > 1:
         samples = generation.draw_spread(run, sampler, asked, **asdict(machine))
         full = FullRun(samples.tokens, samples.given, samples.valid, samples.nfe, sampler.steps)
     else:

@@ -426,15 +426,27 @@ def draw(
     if progress:
         steps = with_progress(steps, len(asked))
     record = NEEDED <= sampler.record
-    blocks = max(sampler.blocks(request) for request in asked)
-    if record and blocks > 1:
-        raise CdlmError(
-            f"a run of {blocks} blocks cannot be recorded: to halt one changes the next, so that a rule has to be run"
-        )
+    if record:
+        check_one_block(sampler, asked, "recorded")
     tokenizer = tokenizer_of(system)
     eos = special_of(tokenizer).eos_id if system.ends else None
-    budget = sampler.steps * blocks
+    budget = sampler.steps * blocks_of(sampler, asked)
     return collect(steps, asked, tokenizer, budget=budget, seed=sampler.seed, record=record, eos_id=eos)
+
+
+def blocks_of(sampler: Sampler | Decoder, asked: Sequence[Request]) -> int:
+    """Runs in a row that a sample takes, each from fresh noise; a decoder's blocks are one run."""
+    return max(sampler.blocks(request) for request in asked) if isinstance(sampler, Sampler) else 1
+
+
+def check_one_block(sampler: Sampler | Decoder, asked: Sequence[Request], done: str) -> None:
+    """Raise if what was asked for, `recorded` or `plotted`, cannot be done because the run is in blocks."""
+    blocks = blocks_of(sampler, asked)
+    if blocks > 1:
+        raise CdlmError(
+            f"a run of {blocks} blocks cannot be {done}: its steps are not kept, because to halt one block changes the"
+            " next, and a rule has to be run"
+        )
 
 
 def draw_spread(

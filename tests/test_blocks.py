@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from oracle import Oracle
 from torch import Tensor
 from toys import VOCAB, tokenizer
 
+from cdlm.cli import main
 from cdlm.continuous.denoiser import Denoiser, Steering
 from cdlm.continuous.levels import UpperEnds
 from cdlm.continuous.projections import Drawn, MultiHot
@@ -415,3 +417,19 @@ def test_samples_of_a_system_come_in_its_blocks() -> None:
     halted = generate(system, n=3, steps=4, halt="FixedSteps(2)")
     assert halted.steps.tolist() == [6] * 3
     assert generate(system, n=3, steps=4).tokens.tolist() == samples.tokens.tolist()
+
+
+def test_a_run_in_blocks_is_neither_recorded_nor_plotted_and_the_error_names_what_was_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system = SSD(width=16, depth=1, heads=2, dim=8, block=5).build(VOCAB)
+    system.tokenizer, system.length = tokenizer(), 12
+    system.save_pretrained(tmp_path / "run")
+    for option, done in (("--plot", "plotted"), ("--record", "recorded")):
+        with pytest.raises(SystemExit) as caught:
+            main(["sample", str(tmp_path / "run"), "--n", "2", "--steps", "4", "--quiet", option, str(tmp_path / "x")])
+        assert caught.value.code == 2
+        assert f"a run of 3 blocks cannot be {done}" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(CdlmError, match="a run of 3 blocks cannot be recorded"):
+        generate(system, n=2, steps=4, record=True)

@@ -11,11 +11,12 @@ import pytest
 from evaluation_toys import random_judge
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import TEXT, with_tokenizer
+from toys import TEXT, VOCAB, tokenizer, with_tokenizer
 
-from cdlm import api, cli, generation
+from cdlm import api, cli, commands, generation
 from cdlm.compare import FULL, PLAIN, REAL, Comparison, Plain, Point, markdown
 from cdlm.config import RULES, criterion, parse_run, sweep
+from cdlm.continuous.ssd import SSD
 from cdlm.errors import CdlmError
 from cdlm.frontier import Bench, Drawn, Machine, open_bench
 from cdlm.halting import AfterStep, Criterion, FixedSteps, For, JoT, Never, Patience
@@ -212,7 +213,8 @@ def test_what_stands_around_a_sweep_stays() -> None:
         ("Patience(...) | Entropy(...)", "one rule at a time"),
         ("Patience(..., 3)", "one rule at a time"),
         ("For(..., 3)", "no settings to sweep|one rule"),
-        ("For(Patience, 3)", "may only hold"),
+        ("For(Patience, 3)", r"Patience is written as a call in a halting rule: Patience\(steps"),
+        ("Patiense", r"did you mean Patience\?.* written as a call, for example Patience\(steps"),
         ("Patience(...", "cannot read"),
     ],
 )
@@ -232,6 +234,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "text.txt").write_text("\n".join(TEXT * 30))
     with_tokenizer().save_pretrained(made / "toy")
     random_judge().save(made / "judge")
+    blocks = SSD(width=16, depth=1, heads=2, dim=8, block=5).build(VOCAB)
+    blocks.tokenizer, blocks.length = tokenizer(), 12
+    blocks.save_pretrained(made / "blocks")
     argv = ["--source", "Files", "--source.paths", json.dumps([str(made / "text.txt")]), "--length", "12"]
     (made / "toy" / "config.yaml").write_text(parse_run([*argv, "--cache", str(made / "cache")])[1])
     return made
@@ -387,6 +392,7 @@ def test_compare_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[
         (("calibrate", "--max-loss", "much"), "a share such as 1%"),
         (("calibrate", "--rule", "Patiense"), "cannot read|Patiense|did you mean"),
         (("compare", "--rules", "Patience", "Zzz(...)"), "no halting rule 'Zzz'"),
+        (("compare", "--rules", "Patience", "Patiense"), r"no halting rule 'Patiense' \(did you mean Patience\?\)"),
         (("compare", "--recordings", "nowhere"), "no recordings"),
         (("compare", "--rules", "Prophet(..., region=(0, 5))"), "no recording keeps"),
         (("calibrate", "--rule", "Prophet(..., region=(0, 5))"), "no recording keeps"),
@@ -406,6 +412,45 @@ def test_mistakes_end_with_one_line(place: Path, words: tuple, advice: str, caps
     assert shown.err.count("\n") == 1
     assert re.search(advice, shown.err), shown.err
     assert not shown.out
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "said"),
+    [
+        ("blocks", (), "at least 299: raise --live, or ask for less"),
+        ("blocks", ("--n", 100), "on 32 samples of --live, .* at least 299: raise --live and --n, or ask for less"),
+        ("blocks", ("--live", 298), "on 298 samples of --live"),
+        ("blocks", ("--live", 299), None),
+        ("blocks", ("--max-loss", "10%"), None),
+        ("blocks", ("--live", 0), None),
+        ("toy", ("--rules", "Patience", "Entropy"), None),
+        ("toy", ("--rules", "JoT(3.0)"), "^cdlm: JoT.3.0. must be run on .*, on 32 samples of --live"),
+    ],
+)
+def test_too_few_live_samples_are_told_before_any_work(
+    place: Path, model: str, words: tuple, said: str | None, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import re
+
+    def work(*_: object, **__: object) -> None:
+        raise CdlmError("at work")
+
+    monkeypatch.setattr(commands, "open_bench", work)
+    with pytest.raises(SystemExit) as caught:
+        say("compare", place / model, *words)
+    shown = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert shown.count("\n") == 1
+    assert re.search("at work" if said is None else said, shown), shown
+
+
+def test_a_rule_that_is_run_on_too_few_samples_beside_others_is_only_told(place: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(commands, "open_bench", lambda *_, **__: (_ for _ in ()).throw(CdlmError("at work")))
+    with pytest.raises(SystemExit):
+        say("compare", place / "toy")
+    told, end = capsys.readouterr().err.splitlines()
+    assert told.startswith("cdlm: JoT must be run on")
+    assert end == "cdlm: at work"
 
 
 def test_drawn_samples_keep_their_order(bench: Bench) -> None:

@@ -1,6 +1,7 @@
 """The command line: a run from text to samples, and bad input, which is one line and exit code 2."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from cdlm.cli import main
+from cdlm.config import GRIDS, POLICIES, PROJECTIONS, SOLVERS
 from cdlm.hub import read_tokenizer
 
 SUBJECTS = ("the cat", "the dog", "a bird", "a mouse", "the old man", "my sister", "a small fox", "the king")
@@ -213,6 +215,14 @@ def test_the_help_of_training_lists_its_settings(capsys: pytest.CaptureFixture[s
         assert setting in " ".join(shown.split()), setting
 
 
+def test_the_help_of_sampling_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    shown = capsys.readouterr().out
+    for name in (*SOLVERS, *GRIDS, *PROJECTIONS, *POLICIES):
+        assert re.search(rf"\b{name}\(", shown), name
+
+
 # --- bad input: the words ---
 
 
@@ -235,6 +245,12 @@ def test_the_help_of_training_lists_its_settings(capsys: pytest.CaptureFixture[s
         (["train", "--out", "x", "--system.heads", "0"], "heads"),
         (["train", "--out", "x", "--system.axis", "round"], "axis"),
         (["train", "--out", "x", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (
+            ["train", "--out", "x", "--system", "plaid"],
+            "no system 'plaid' (did you mean Plaid?): use one of CDCD, Plaid,",
+        ),
+        (["train", "--out", "x", "--system=Plade", "--system.dim", "8"], "no system 'Plade' (did you mean Plaid?)"),
+        (["train", "--out", "x", "--source", "stories"], "no source 'stories' (did you mean Stories?): use one of"),
         (["train", "--text"], "--text"),
         (["train", "--out"], "--out"),
         (["sample"], "run"),
@@ -268,6 +284,8 @@ def test_either_a_new_run_or_an_old_one(place: Place, refused: Callable) -> None
         (["--length", "-1"], "length"),
         (["--seed", "-1"], "seed"),
         (["--halt", "Pateince(20)"], "did you mean Patience?"),
+        (["--halt", "Patience"], "Patience is written as a call in a halting rule: Patience(steps"),
+        (["--halt", "patience"], "no halting rule 'patience' (did you mean Patience?)"),
         (["--halt", "Patience(0)"], "steps >= 1"),
         (["--halt", "__import__('os')"], "halting rule"),
         (["--solver", "Huen()"], "did you mean Heun?"),

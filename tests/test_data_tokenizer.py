@@ -1,6 +1,10 @@
 """Tokenizers: lossless, deterministic, told apart by content."""
 
+import io
 import json
+import socket
+import time
+from logging import StreamHandler
 from pathlib import Path
 
 import pytest
@@ -86,6 +90,42 @@ def test_a_tokenizer_without_eos(tmp_path):
     settings_file.write_text(json.dumps(json.loads(settings_file.read_text()) | {"eos_token": None}))
     with pytest.raises(CdlmError, match="no end-of-text token"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_foreign_config_beside_the_tokenizer_is_no_concern(tmp_path):
+    from transformers.utils import logging
+
+    TOKENIZER.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "LangFlow"}')
+    before, said = logging.get_verbosity(), io.StringIO()
+    handler = StreamHandler(said)
+    logging.add_handler(handler)
+    try:
+        loaded = load_tokenizer(str(tmp_path))
+    finally:
+        logging.remove_handler(handler)
+    assert said.getvalue() == ""
+    assert logging.get_verbosity() == before
+    assert tokenizer_hash(loaded) == tokenizer_hash(TOKENIZER)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    asked, waited = [], []
+
+    def unknown(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for name in ("nothere", "nobody/no-such-tokenizer"):
+        with pytest.raises(CdlmError, match="no tokenizer could be loaded"):
+            load_tokenizer(name)
+    assert asked
+    assert waited == []
 
 
 def test_nothing_to_load(tmp_path, offline):

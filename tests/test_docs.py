@@ -51,5 +51,8 @@ def test_the_methods_page_names_files_that_exist_and_every_part_that_has_a_name(
     assert [file for file in files if not (ROOT / file).exists()] == []
     # An implemented name stands beside its file; a planned one has no file.
     done = "\n".join(line for line in page.splitlines() if "`cdlm/" in line)
+    rules = [line.split(" | ")[0] for line in page.split("## Halting")[1].split("## ")[0].splitlines()]
+    assert [name for name in RULES if sum(f"`{name}`" in first for first in rules) != 1] == []
+    assert page.count("`&`") == 1, "how rules are joined is told twice"
     for name in (*RULES, *SOLVERS, *GRIDS, *PROJECTIONS, *MASKINGS, *POLICIES):
         assert re.search(rf"`{name}\b", done), f"docs/methods.md does not say where {name} is"

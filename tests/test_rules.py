@@ -892,7 +892,7 @@ def test_texts_are_read_as_python_would(text: str, rule: Criterion) -> None:
         ("StableAndConfidant()", "did you mean StableAndConfident?"),
         ("Entropy(1e999)", "finite number nats > 0"),
         ("JoT(1.0, 2.0)", "tau_max > 2"),
-        ("For(SchED, 2)", "may only hold"),
+        ("For(SchED, 2)", "SchED is written as a call"),
         ("Prophet(region=(4, 2))", "0 <= start < end"),
     ],
 )

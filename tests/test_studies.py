@@ -1,6 +1,7 @@
 """Studies: what they measure has known answers, and each runs from the command line on a small model."""
 
 import csv
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,46 @@ def test_a_study_leaves_a_table_its_numbers_and_a_picture(
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     settings = yaml.safe_load(table.split("```yaml\n")[1].split("```")[0])
     assert settings["models"] == [run]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "advice"),
+    [
+        ("systems", {"rules": ["Patience", "Patiense"]}, "did you mean Patience"),
+        ("systems", {"rules": ["Prophet(..., region=(0, 5))"]}, "no recording keeps"),
+        ("more-steps", {"rule": "Patiense"}, "did you mean Patience"),
+        ("norms", {"grids": ["LogT()", "LogTee()"]}, "did you mean LogT"),
+        ("patience-sweep", {"grid": "LogTee()"}, "did you mean LogT"),
+        ("accuracy", {"rules": ["Patiense"]}, "did you mean Patience"),
+        ("accuracy", {"policies": ["Treshold(0.9)"]}, "did you mean Threshold"),
+        *((name, {"models": ["nowhere"]}, "nowhere is not a model folder") for name in sorted(SETTINGS)),
+    ],
+)
+def test_what_does_not_exist_is_told_before_any_work(
+    name: str, settings: dict[str, Any], advice: str, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, _ = studies.find(name)
+    monkeypatch.setattr(kind, "find", lambda self: pytest.fail("at work"))
+    models = [run, *settings.get("models", [])]
+    with pytest.raises(CdlmError, match=advice):
+        studies.make(name, **{"n": 3, "out": tmp_path, **settings, "models": models}).run(name)
+
+
+def test_a_judged_study_needs_the_text_of_every_run(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("config.yaml"))
+    for name in ("systems", "t-max"):
+        kind, _ = studies.find(name)
+        monkeypatch.setattr(kind, "find", lambda self: pytest.fail("at work"))
+        with pytest.raises(CdlmError, match=r"no config\.yaml"):
+            studies.make(name, models=[run, str(tmp_path / "bare")], n=3).run(name)
+
+
+@pytest.mark.parametrize("flag", [["--quiet"], ["--quiet", "true"], ["--quiet=true"], ["--quiet", "false"], []])
+def test_a_flag_alone_is_true(flag: list[str], run: str, tmp_path: Path) -> None:
+    own = ["--out", str(tmp_path), "--n", "2", "--steps", "3", "--grids", "LogT()"]
+    main(["study", "norms", *flag, "--models", run, *own])
+    settings = yaml.safe_load((tmp_path / "norms.md").read_text().split("```yaml\n")[1].split("```")[0])
+    assert settings["quiet"] is (bool(flag) and "false" not in flag)
 
 
 def test_defaults_come_from_the_file_then_a_given_file_then_the_command_line(run: str, tmp_path: Path) -> None:

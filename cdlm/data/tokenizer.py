@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdlm.errors import CdlmError, first_line
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
 EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"  # ids 0, 1, 2
 _SMALLEST = 256 + 3  # every byte and the special tokens
+_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # of a Hub repository, all that a tokenizer may be made of
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
@@ -52,10 +55,13 @@ def load_tokenizer(name_or_dir: str) -> "PreTrainedTokenizerFast":
     Raises:
         CdlmError: There is none, the Hub cannot be reached, it is not a fast one, or it has no end-of-text token.
     """
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
+        folder = name_or_dir if Path(name_or_dir).is_dir() else snapshot_download(name_or_dir, allow_patterns=_FILES)
+        with _only_errors():  # a config.json of a model that transformers does not know is no concern of ours
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the Hub client, its HTTP library and the parsers each raise their own kinds
         raise CdlmError(
             f"no tokenizer could be loaded from {name_or_dir!r} ({first_line(error)}); give a folder with "
@@ -94,6 +100,19 @@ def encode_batch(tokenizer: "PreTrainedTokenizerFast", documents: list[str]) -> 
         verbose=False,
     )
     return encoded["input_ids"]
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Silence the warnings of transformers, for the block."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _wrap(backend: object) -> "PreTrainedTokenizerFast":

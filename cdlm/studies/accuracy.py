@@ -85,6 +85,13 @@ class Accuracy(Study):
             return read_problems(self.problems)[: self.n]
         return list(problems(self.n, self.seed, "valid", tuple(self.steps), self.largest))
 
+    def check(self) -> None:
+        super().check()
+        for rule in self.rules:
+            config.sweep(rule, self.new_tokens)
+        for policy in self.policies:
+            config.policies(policy)
+
     def find(self) -> Finding:
         rows, table, panels = [], [], []
         for model in self.models:

@@ -12,6 +12,7 @@ from cdlm.compare import Plain
 from cdlm.config import sweep
 from cdlm.frontier import Bench, Drawn
 from cdlm.halting.calibration import bootstrap
+from cdlm.halting.replay import check_kept
 from cdlm.studies.picture import Panel
 from cdlm.studies.study import Finding, Judged, curve, ends, interval, label
 
@@ -39,6 +40,10 @@ class MoreSteps(Judged):
     steps: list[int]
     vanilla: list[int]
     rule: str
+
+    def check(self) -> None:
+        super().check()
+        check_kept(sweep(self.rule, max(self.steps)))
 
     def find(self) -> Finding:
         rows = [row for model in self.models for row in self._model(model)]

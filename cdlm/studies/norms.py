@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cdlm import config as names
 from cdlm import generation
 from cdlm.continuous.levels import alpha_of
 from cdlm.continuous.system import EmbeddingDiffusion
@@ -47,6 +48,11 @@ class Norms(Sampled):
     steps: int
     seed: int
     grids: list[str]
+
+    def check(self) -> None:
+        super().check()
+        for grid in self.grids:
+            names.grid(grid)
 
     def find(self) -> Finding:
         paths = {(model, grid): self._path(model, grid) for model, grid in product(self.models, self.grids)}

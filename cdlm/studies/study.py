@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 
+from cdlm import config as names
 from cdlm import generation, hub
 from cdlm.continuous.denoiser import Steering
 from cdlm.files import write_rows, write_text
@@ -75,6 +76,11 @@ class Study(ABC):
     def find(self) -> Finding:
         """Do the experiment."""
 
+    def check(self) -> None:
+        """Raise, before any work, for a model that is not there or settings that name what does not exist."""
+        for model in self.models:
+            hub.read(model)
+
     @property
     def machine(self) -> Machine:
         """Where the samples are drawn."""
@@ -82,6 +88,7 @@ class Study(ABC):
 
     def run(self, name: str) -> str:
         """Do the experiment, write NAME.csv, NAME.md and NAME.png into `out`, and return the table."""
+        self.check()
         found = self.find()
         write_rows(self.out / f"{name}.csv", found.rows)
         settings = yaml.safe_dump({key: _plain(value) for key, value in asdict(self).items()}, sort_keys=False)
@@ -130,6 +137,11 @@ class Judged(Sampled):
     judge: str | None = None
     judge_steps: int = 500
 
+    def check(self) -> None:
+        super().check()
+        check_texts(self.models)
+        names.grid(self.grid)
+
     def bench(self, model: str, steps: int) -> Bench:
         """The full run of a model, drawn or taken from a recording, and the judge."""
         kept = None if self.recordings is None else self.recordings / Path(model).name
@@ -137,6 +149,12 @@ class Judged(Sampled):
             model, self.sampler(steps, self.seed, self.grid, record=False), self.n, self.machine, recordings=kept,
             judge=self.judge, judge_steps=self.judge_steps,
         )  # fmt: skip
+
+
+def check_texts(models: Sequence[str]) -> None:
+    """Raise for a model without the settings of its run, which say what text it is judged beside."""
+    for model in models:
+        names.read_run(model)
 
 
 def label(model: str) -> str:

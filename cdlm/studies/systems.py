@@ -15,9 +15,10 @@ from cdlm.decoding import Decoder
 from cdlm.frontier import Bench, open_bench
 from cdlm.halting import Criterion
 from cdlm.halting.calibration import Goal, Scores
+from cdlm.halting.replay import check_kept
 from cdlm.sampling import Sampler
 from cdlm.studies.picture import Panel
-from cdlm.studies.study import Finding, Study, curve, ends, label
+from cdlm.studies.study import Finding, Study, check_texts, curve, ends, label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,11 @@ class Systems(Study):
     confidence: float
     judge: str | None = None
     judge_steps: int = 500
+
+    def check(self) -> None:
+        super().check()
+        check_texts(self.models)
+        check_kept(rule for name in self.rules for rule in names.sweep(name, self.steps))
 
     def find(self) -> Finding:
         goal = Goal(self.max_loss, self.confidence)
