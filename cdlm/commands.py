@@ -347,14 +347,13 @@ def compare(
         families = {rule: sweep(rule, budget) for rule in rules or RULES_TO_COMPARE}
         check_kept(chain.from_iterable(families.values()))
         blocks = generation.blocks_of(sampler, requests(None, 1, folder.length, folder.tokenizer))
-        short = too_few_live(model, families, blocks > 1, live, n, goal)
-        if short:
-            print(f"cdlm: {short}", file=sys.stderr)
-        runs.append((model, sampler, families))
+        runs.append((model, sampler, families, too_few_live(model, families, blocks > 1, live, n, goal)))
     points: list[Point] = []
-    for model, sampler, families in runs:
+    for model, sampler, families, short in runs:
         kept = None if recordings is None else recordings / Path(model).name
         bench = open_bench(model, sampler, n, machine, recordings=kept, judge=judge, judge_steps=judge_steps)
+        if short:
+            print(f"cdlm: {short}", file=sys.stderr)
         points += Comparison(bench, goal, live, mauve_seeds if mauve else 0, fewer or ()).table(families)
         write_csv(points, out / "compare.csv")  # after each model: long work is not lost
     text = markdown(points, goal)

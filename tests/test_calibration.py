@@ -445,7 +445,11 @@ def test_too_few_live_samples_are_told_before_any_work(
 
 
 def test_a_rule_that_is_run_on_too_few_samples_beside_others_is_only_told(place: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(commands, "open_bench", lambda *_, **__: (_ for _ in ()).throw(CdlmError("at work")))
+    def work(*_: object) -> None:
+        raise CdlmError("at work")
+
+    monkeypatch.setattr(commands, "open_bench", lambda *_, **__: None)
+    monkeypatch.setattr(commands, "Comparison", work)
     with pytest.raises(SystemExit):
         say("compare", place / "toy")
     told, end = capsys.readouterr().err.splitlines()
