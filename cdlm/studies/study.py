@@ -79,7 +79,7 @@ class Study(ABC):
     def check(self) -> None:
         """Raise, before any work, for a model that is not there or settings that name what does not exist."""
         for model in self.models:
-            hub.read(model)
+            hub.read_config(hub.locate(model))
 
     @property
     def machine(self) -> Machine:
