@@ -2,7 +2,7 @@
 
 import sys
 
-from cdlm.cli import main
+from cdlm.cli.main import main
 
 if __name__ == "__main__":
     main(["sample", *sys.argv[1:]])

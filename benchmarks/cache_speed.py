@@ -15,10 +15,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cdlm
-from cdlm.masked.family import BIDIRECTIONAL
+from cdlm.masked.checkpoints.family import BIDIRECTIONAL
+from cdlm.masked.checkpoints.model import ForeignModel
 from cdlm.masked.model import Constants
-from cdlm.masked.pretrained import ForeignModel
-from cdlm.types import Samples
+from cdlm.sampling.samples import Samples
 
 
 def model(width: int, depth: int, vocab: int, length: int) -> ForeignModel:

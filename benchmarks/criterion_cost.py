@@ -18,15 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from untrained import parameters, untrained
 
-from cdlm.collect import NEEDED
 from cdlm.config import RULES
-from cdlm.continuous.cdcd import CDCD
+from cdlm.continuous.sampler import Sampler
 from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.continuous.systems.cdcd import CDCD
+from cdlm.core.types import Prediction
 from cdlm.halting import Criterion
 from cdlm.halting.criterion import Pair
-from cdlm.sampling import Sampler
-from cdlm.signals import Glance, Space, first_past, observe
-from cdlm.types import Prediction
+from cdlm.halting.signals import EmbeddingState, StepStatistics, first_past, observe
+from cdlm.sampling.samples import NEEDED
 
 TARGET = 0.02
 TINY, HUGE, LATE = 1e-30, 1e30, 10**6
@@ -47,7 +47,7 @@ NEVER: dict[str, tuple[float, ...]] = {
 """Arguments with which a rule looks at every step and never fires."""
 WIDE = 50304
 """Vocabulary at which the largest tensor is looked for, with four rows."""
-COMBINATORS = {"For", "AfterStep"}
+COMBINATORS = {"For", "FromStep"}
 MODELS = {
     "small": (CDCD(width=384, depth=8, heads=6, dim=64), 8192, 64),
     "large": (CDCD(width=1024, depth=8, heads=16, dim=256), 32000, 16),  # configs/ddlm.yaml
@@ -88,10 +88,10 @@ def largest(needs: frozenset[str], length: int) -> float:
     past, open_ = first_past(needs, state, None), torch.ones(4, length, dtype=torch.bool)
     for i, prediction in enumerate(steps):
         first = torch.full((4,), i == 0)
-        space = Space(state, torch.ones(4), 1.0, prediction.x0)
-        glance = Glance(prediction.logits, open_, open_, first, past, needs, space)
+        space = EmbeddingState(state, torch.ones(4), 1.0, prediction.x0)
+        statistics = StepStatistics(prediction.logits, open_, open_, first, past, needs, space)
         with made:
-            _, past = observe(needs, glance)
+            _, past = observe(needs, statistics)
     return made.bytes / steps[0].logits.nbytes
 
 

@@ -17,10 +17,10 @@ import torch
 from untrained import parameters, untrained
 
 from cdlm import generation
-from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.continuous.systems.cdcd import CDCD
+from cdlm.core.types import Decision, StepState
 from cdlm.halting import Criterion, Stateless
-from cdlm.types import Decision, StepState
 
 TARGET = 1.1
 

@@ -18,14 +18,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from untrained import parameters, untrained
 
-from cdlm.collect import NEEDED, collect
-from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.denoiser import Denoiser
+from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.continuous.systems.cdcd import CDCD
+from cdlm.core.types import Condition, Prediction
 from cdlm.halting import Patience
-from cdlm.prompts import requests
-from cdlm.sampling import Run, Sampler
-from cdlm.types import Condition, Prediction
+from cdlm.sampling.requests import requests
+from cdlm.sampling.samples import NEEDED, collect
 
 TARGET = 0.05
 Clock = Callable[[], float]
@@ -85,8 +85,8 @@ def bare(timed: Timed, sampler: Sampler, batch: int, length: int, device: str) -
     """Forward and Euler step, self-conditioned, and nothing else."""
     levels = sampler.grid.levels(timed.schedule, sampler.steps).to(device)
     z = levels[0].float() * torch.randn(batch, length, timed.dim, device=device)
-    noised = torch.ones(batch, length, dtype=torch.bool, device=device)
-    condition = Condition(torch.zeros_like(z), noised, torch.zeros_like(z))
+    target = torch.ones(batch, length, dtype=torch.bool, device=device)
+    condition = Condition(torch.zeros_like(z), target, torch.zeros_like(z))
     for t, t_next in zip(levels, [*levels[1:].tolist(), float(levels[-1])], strict=True):
         x0 = timed.denoise(z, t.expand(batch), condition).x0
         z = x0 + t_next / float(t) * (z - x0)

@@ -4,8 +4,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.continuous.systems.cdcd import CDCD
 
 
 def untrained(settings: CDCD, vocab: int, length: int, seed: int = 0) -> EmbeddingDiffusion:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cdlm.generation import decode, generate, load
-    from cdlm.types import Samples
+    from cdlm.sampling.samples import Samples
 
 __all__ = ["Samples", "decode", "generate", "load"]
 
@@ -15,7 +15,7 @@ _HOMES = {
     "decode": "cdlm.generation",
     "generate": "cdlm.generation",
     "load": "cdlm.generation",
-    "Samples": "cdlm.types",
+    "Samples": "cdlm.core.types",
 }
 
 

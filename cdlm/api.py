@@ -17,33 +17,35 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cdlm import config as names
-from cdlm import generation, hub
-from cdlm.collect import ends_of, given_spans, shown_of, text_of, texts_of
+from cdlm import generation
 from cdlm.config import RunConfig
 from cdlm.continuous.likelihood import Nats, Text
+from cdlm.continuous.sampler import Sampler
 from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import write_text
+from cdlm.core.parallel import spread
+from cdlm.core.trees import take
+from cdlm.core.types import HaltReason
 from cdlm.data.order import RowLoader, fixed_batches
 from cdlm.data.sources import Source, Stories
-from cdlm.data.store import DocumentRows, FilledRows, PackedRows, Rows, build_store
+from cdlm.data.store import DocumentRows, FilledRows, PackedRows, TextRows, build_store
 from cdlm.data.stories import is_sentence, whole_sentences
 from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
-from cdlm.decoding import Decoder
-from cdlm.errors import CdlmError
 from cdlm.evaluation import table
-from cdlm.evaluation.ar_nll import ArNll, Spans, ar_nll
 from cdlm.evaluation.judge import Judge, cached_judge, features, train_judge
-from cdlm.evaluation.likelihood import Asked, Likelihood, row_nats
+from cdlm.evaluation.metrics.ar_nll import ArNll, Spans, ar_nll
+from cdlm.evaluation.metrics.likelihood import Likelihood, LikelihoodSettings, row_nats
 from cdlm.evaluation.table import Corpus, Evaluation
-from cdlm.files import write_text
 from cdlm.halting import Criterion
-from cdlm.halting.recording import Recording, check_same_model
 from cdlm.halting.replay import replay
-from cdlm.hub import Folder
 from cdlm.masked.model import MaskedModel
-from cdlm.sampling import Sampler
-from cdlm.spread import spread
-from cdlm.system import Precision, System, special_of
-from cdlm.types import HaltReason, Samples, take
+from cdlm.masked.sampler import Decoder
+from cdlm.models import hub
+from cdlm.models.hub import Folder
+from cdlm.models.system import Precision, System, special_of
+from cdlm.recording.file import Recording, check_same_model
+from cdlm.sampling.samples import Samples, ends_of, given_spans, shown_of, text_of, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -152,8 +154,8 @@ class Data:
     """Tokenised text of a run."""
 
     tokenizer: PreTrainedTokenizerFast
-    train: Rows
-    valid: Rows
+    train: TextRows
+    valid: TextRows
 
     @staticmethod
     def of(config: RunConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> Data:
@@ -395,7 +397,7 @@ def judge_rows(
 
 def plot(samples: Samples, path: Path, title: str) -> None:
     """Switches, norms and angles of recorded samples against the step, with the halting points marked."""
-    from cdlm.report.plot import plot_trajectories
+    from cdlm.evaluation.plots.trajectories import plot_trajectories
 
     if samples.record is None:
         raise CdlmError("the samples have no record to plot: draw them with record=True")
@@ -407,7 +409,7 @@ def plot(samples: Samples, path: Path, title: str) -> None:
 def likelihood(
     run: str | Path,
     rows: int = 128,
-    asked: Asked | None = None,
+    asked: LikelihoodSettings | None = None,
     *,
     precision: Precision = "fp32",
     device: str = "cpu",
@@ -427,7 +429,7 @@ def likelihood(
     Raises:
         CdlmError: the model has no likelihood, or the folder is not that of a run.
     """
-    asked = asked or Asked()
+    asked = asked or LikelihoodSettings()
     if rows < 1:
         raise CdlmError(f"a likelihood is of rows >= 1, got {rows}")
     if hub.is_foreign(hub.locate(run)):
@@ -459,9 +461,16 @@ Arrays = dict[str, np.ndarray]
 
 
 def _nats_share(
-    run: str, precision: Precision, text: Text, asked: Asked, progress: bool, rank: int, world: int, device: str
+    run: str,
+    precision: Precision,
+    text: Text,
+    asked: LikelihoodSettings,
+    progress: bool,
+    rank: int,
+    world: int,
+    device: str,
 ) -> dict[str, Arrays]:
-    """One process's share of the rows; see `cdlm.spread`."""
+    """One process's share of the rows; see `cdlm.core.parallel`."""
 
     def report(measure: str, done: int, count: int) -> None:
         if progress and rank == 0:

@@ -13,24 +13,29 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cdlm import halting
-from cdlm.continuous.cdcd import CDCD
-from cdlm.continuous.langflow import LangFlow
-from cdlm.continuous.levels import Grid, LogT, UniformT, UpperEnds, Warped
-from cdlm.continuous.plaid import Plaid
+from cdlm.continuous.grids import Grid, LogT, UniformT, UpperEnds, Warped
 from cdlm.continuous.projections import Drawn, Expectation, Greedy, MultiHot, Projection, Uneven
-from cdlm.continuous.released.langflow import LangFlowLayout
-from cdlm.continuous.released.layout import Layout
-from cdlm.continuous.released.plaid import PlaidLayout
-from cdlm.continuous.released.ssd import SSDLayout
+from cdlm.continuous.published.langflow import LangFlowLayout
+from cdlm.continuous.published.layout import Layout
+from cdlm.continuous.published.plaid import PlaidLayout
+from cdlm.continuous.published.ssd import SSDLayout
 from cdlm.continuous.solvers import Ancestral, Euler, Heun, Renoise, Solver, TorchDiffEq
-from cdlm.continuous.ssd import SSD
+from cdlm.continuous.systems.cdcd import CDCD
+from cdlm.continuous.systems.langflow import LangFlow
+from cdlm.continuous.systems.plaid import Plaid
+from cdlm.continuous.systems.ssd import SSD
+from cdlm.core.errors import CdlmError
 from cdlm.data.masking import Block, Completion, Masking, Mixture, Prefix, RandomSubset, Span, Unconditional
 from cdlm.data.sources import Source, Stories
-from cdlm.errors import CdlmError
 from cdlm.halting import Criterion, Never
-from cdlm.masked.policies import KLASS, Dream, DreamThreshold, EntropyBound, Factor, LLaDA, Policy, Threshold
+from cdlm.masked.policies.confidence import Factor, Threshold
+from cdlm.masked.policies.dream import Dream, DreamThreshold
+from cdlm.masked.policies.entropy import EntropyBound
+from cdlm.masked.policies.klass import KLASS
+from cdlm.masked.policies.llada import LLaDA
+from cdlm.masked.policies.policy import Policy
 from cdlm.masked.system import Masked
-from cdlm.system import Special, System, SystemConfig
+from cdlm.models.system import Special, System, SystemConfig
 from cdlm.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -136,7 +141,7 @@ def sweep(text: str, budget: int) -> list[Criterion]:
     """Settings of a rule to try on runs of `budget` steps, from strict to loose.
 
     `Patience` and `Patience(...)` are the settings of the rule itself; other parameters stay, `KL(..., warmup=0.3)`,
-    and so does what stands around it, `AfterStep(Patience(...), 40)`. A text without `...` is one rule.
+    and so does what stands around it, `FromStep(Patience(...), 40)`. A text without `...` is one rule.
     """
     text = text.strip()
     if text in RULES:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cdlm import config as names
-from cdlm import hub
-from cdlm.continuous.released.layout import Layout, Official
-from cdlm.continuous.released.tensors import Spec, read_safetensors, write_safetensors
+from cdlm.continuous.published.layout import Layout, Official
+from cdlm.continuous.published.tensors import Spec, read_safetensors, write_safetensors
+from cdlm.core.errors import CdlmError, first_line
+from cdlm.core.files import read_json, replacing
 from cdlm.data.tokenizer import load_tokenizer
-from cdlm.errors import CdlmError, first_line
-from cdlm.files import read_json, replacing
+from cdlm.models import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

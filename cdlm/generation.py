@@ -12,27 +12,30 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from cdlm import config as names
-from cdlm import hub
-from cdlm.collect import NEEDED, NEEDED_MASKED, collect, with_progress
-from cdlm.continuous.denoiser import Steering
-from cdlm.continuous.levels import Grid
+from cdlm.continuous.grids import Grid
+from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import Projection
+from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.solvers import Solver
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion, Usual
-from cdlm.decoding import Decoder, Decoding, Quirks
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
+from cdlm.core.parallel import spread
+from cdlm.core.types import LoopStep
 from cdlm.halting import Criterion
 from cdlm.halting.calibration import automatic
-from cdlm.hub import Folder
-from cdlm.loop import Request
 from cdlm.masked.model import Constants, Function, LogitsFn, MaskedModel
-from cdlm.masked.policies import Dream, LLaDA, Policy
+from cdlm.masked.policies.dream import Dream
+from cdlm.masked.policies.llada import LLaDA
+from cdlm.masked.policies.policy import Policy
+from cdlm.masked.published import Quirks
+from cdlm.masked.sampler import Decoder, Decoding
 from cdlm.masked.system import MaskedDiffusion
-from cdlm.prompts import canvases, encode_prompt, requests
-from cdlm.sampling import Run, Sampler
-from cdlm.spread import spread
-from cdlm.system import Precision, System, special_of
-from cdlm.types import Finished, Samples
+from cdlm.models import hub
+from cdlm.models.hub import Folder
+from cdlm.models.system import Precision, System, special_of
+from cdlm.sampling.progress import with_progress
+from cdlm.sampling.requests import Request, canvases, encode_prompt, requests
+from cdlm.sampling.samples import NEEDED, NEEDED_MASKED, Samples, collect
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,11 +60,11 @@ def load(
     """
     path = hub.locate(name)
     if is_langflow(path):
-        from cdlm.continuous.langflow import open_langflow
+        from cdlm.continuous.systems.langflow import open_langflow
 
         return _ready(open_langflow(path), device, precision, device_map)
     if hub.is_foreign(path):
-        from cdlm.masked.pretrained import open_checkpoint
+        from cdlm.masked.checkpoints.model import open_checkpoint
 
         return open_checkpoint(path, dtype=precision, device=device, device_map=device_map)
     folder = hub.read(path)
@@ -94,7 +97,7 @@ def make_sampler(
     solver: str | Solver | None = None,
     grid: str | Grid | None = None,
     projection: str | Projection | None = None,
-    steering: Steering | None = None,
+    guidance: Guidance | None = None,
     init_scale: float = 1.0,
     usual: Usual | None = None,
     folder: Path | None = None,
@@ -110,7 +113,7 @@ def make_sampler(
         steps=steps,
         grid=usual.grid if grid is None else names.grid(grid),
         solver=usual.solver if solver is None else names.solver(solver),
-        steering=replace(steering or Steering(), projection=chosen),
+        guidance=replace(guidance or Guidance(), projection=chosen),
         init_scale=init_scale,
         block=usual.block,
         seed=seed,
@@ -214,7 +217,7 @@ def prepare(
     solver: str | Solver | None = None,
     grid: str | Grid | None = None,
     projection: str | Projection | None = None,
-    steering: Steering | None = None,
+    guidance: Guidance | None = None,
     init_scale: float | None = None,
     policy: str | Policy | None = None,
     temperature: float | None = None,
@@ -230,11 +233,11 @@ def prepare(
         length = about.length if length is None else length
         sampler = make_sampler(
             200 if steps is None else steps, halt, seed, record, solver=solver, grid=grid, projection=projection,
-            init_scale=1.0 if init_scale is None else init_scale, steering=steering, usual=about.sampled,
+            init_scale=1.0 if init_scale is None else init_scale, guidance=guidance, usual=about.sampled,
             folder=about.folder, length=length,
         )  # fmt: skip
         return requests(prompts, n, length, about.tokenizer), sampler
-    _not_given("continuous", solver=solver, grid=grid, projection=projection, steering=steering, init_scale=init_scale)
+    _not_given("continuous", solver=solver, grid=grid, projection=projection, guidance=guidance, init_scale=init_scale)
     if policy is not None and steps is not None:
         raise CdlmError(f"a policy has its own steps: write them in {policy}, or leave out the policy")
     asked = masked_requests(about, prompts, n, length, new_tokens, chat)
@@ -252,7 +255,7 @@ def _not_given(kind: str, **settings: object) -> None:
     for name, value in settings.items():
         if value is not None:
             other = "masked" if kind == "continuous" else "continuous"
-            called = "guidance, or a temperature of softmax or score," if name == "steering" else name
+            called = "guidance, or a temperature of softmax or score," if name == "guidance" else name
             raise CdlmError(f"{called} is a setting of {kind} models, and this one is {other}: leave it out")
 
 
@@ -295,7 +298,7 @@ def generate(
         batch_size: samples in flight; by default 64 (4 of a foreign model).
         record: keep per-step statistics of every sample, and of masked models every token that is committed.
         progress: show a bar on a terminal.
-        settings: the further arguments of `prepare`. Of continuous models `solver`, `grid`, `projection`, `steering`,
+        settings: the further arguments of `prepare`. Of continuous models `solver`, `grid`, `projection`, `guidance`,
             `init_scale` (see `Sampler`), by default those of the system's paper. Of masked models `policy`,
             `temperature`, `cfg_scale`, `cache` (see `Decoder`; the policy as an object or as its text, such as
             "Threshold(0.9, block=32)"); `new_tokens`, positions after each prompt, in place of `length`; and
@@ -386,7 +389,7 @@ def collect_decoded(
     run: Decoding, asked: Sequence[Request], tokenizer: PreTrainedTokenizerFast | None, progress: bool = False
 ) -> Samples:
     """The samples of a decoding run."""
-    steps: Iterable[Finished] = run.steps(asked)
+    steps: Iterable[LoopStep] = run.steps(asked)
     if progress:
         steps = with_progress(steps, len(asked))
     constants, decoder = run.model.constants, run.decoder
@@ -422,7 +425,7 @@ def draw(
     if not isinstance(system, EmbeddingDiffusion):
         raise CdlmError("a sampler needs a continuous model, and this one is masked")
     run = Run(system, sampler, BATCH if batch_size is None else batch_size, next(system.parameters()).device)
-    steps: Iterable[Finished] = run.steps(asked)
+    steps: Iterable[LoopStep] = run.steps(asked)
     if progress:
         steps = with_progress(steps, len(asked))
     record = NEEDED <= sampler.record
@@ -463,7 +466,7 @@ def draw_share(
     batch_size: int | None, progress: bool,
     rank: int, world: int, device: str,
 ) -> Samples:  # fmt: skip
-    """One process's share of `asked`, drawn from a model folder; see `cdlm.spread`."""
+    """One process's share of `asked`, drawn from a model folder; see `cdlm.core.parallel`."""
     system = load(run, device, precision)
     return draw(system, sampler, asked[rank::world], batch_size, progress and rank == 0)
 

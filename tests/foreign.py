@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cdlm.masked.family import Settings
-from cdlm.masked.pretrained import FAMILIES
+from cdlm.masked.checkpoints.family import Settings
+from cdlm.masked.checkpoints.model import FAMILIES
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints"
 TINY = {"llada": GOLDEN / "llada_tiny", "Dream": GOLDEN / "dream_tiny"}

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cdlm.decoding import Decoder, Decoding
-from cdlm.loop import Request
 from cdlm.masked.model import Cache, CachedModel, Constants, MaskedModel
+from cdlm.masked.sampler import Decoder, Decoding
+from cdlm.sampling.requests import Request
 
 VOCAB, MASK, EOS, EOT = 12, 11, 1, 2
 PLAIN, SHIFTED = Constants(MASK, EOS, EOT), Constants(MASK, EOS, EOT, shift=True)

@@ -11,14 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cdlm.continuous.denoiser import Denoiser
-from cdlm.continuous.warping import TimeWarp
-from cdlm.noise import Draws
-from cdlm.types import Condition, Prediction
+from cdlm.continuous.schedules import TimeWarp
+from cdlm.core.rng import StepNoise
+from cdlm.core.types import Condition, Prediction
 
 
-def draws(rows: int = 1, step: int = 0) -> Draws:
+def draws(rows: int = 1, step: int = 0) -> StepNoise:
     """Where the random numbers of a step come from."""
-    return Draws(0, torch.arange(rows), torch.full((rows,), step))
+    return StepNoise(0, torch.arange(rows), torch.full((rows,), step))
 
 
 class Oracle(Denoiser):

@@ -13,22 +13,26 @@ from oracle import Oracle
 from torch import Tensor
 from toys import VOCAB, tokenizer
 
-from cdlm.cli import main
-from cdlm.continuous.denoiser import Denoiser, Steering
-from cdlm.continuous.levels import UpperEnds
+from cdlm.cli.main import main
+from cdlm.continuous.denoiser import Denoiser
+from cdlm.continuous.grids import UpperEnds
+from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import Drawn, MultiHot
+from cdlm.continuous.sampler import DiffusionRows, Run, Sampler
 from cdlm.continuous.solvers import Ancestral, Euler, Heun, Renoise, Solver, TorchDiffEq
-from cdlm.continuous.ssd import SSD
 from cdlm.continuous.system import EmbeddingDiffusion
-from cdlm.errors import CdlmError
+from cdlm.continuous.systems.ssd import SSD
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import StepNoise
+from cdlm.core.types import Condition, Prediction
 from cdlm.generation import generate
 from cdlm.halting import (
     KL,
-    AfterStep,
     Criterion,
     Entropy,
     FixedSteps,
     For,
+    FromStep,
     Full,
     JoT,
     Never,
@@ -36,10 +40,7 @@ from cdlm.halting import (
     Patience,
     StableAndConfident,
 )
-from cdlm.loop import Request
-from cdlm.noise import Draws
-from cdlm.sampling import Live, Run, Sampler
-from cdlm.types import Condition, Prediction
+from cdlm.sampling.requests import Request
 
 N, V = 7, 7
 SOLVERS = (Euler(), Heun(), Ancestral(), Renoise(), TorchDiffEq("midpoint", double=True))
@@ -48,7 +49,7 @@ RULES = (
     FixedSteps(4),
     Patience(2),
     For(NormConvergence(0.3), 2),
-    AfterStep(KL(0.5, warmup=0.0), 3) | Entropy(0.2),
+    FromStep(KL(0.5, warmup=0.0), 3) | Entropy(0.2),
     StableAndConfident(1, 0.3),
     JoT(),
     JoT() & Patience(2),
@@ -121,8 +122,8 @@ class SameNoise(Run):
     def _start(self, index: Tensor, before: Tensor, like: Tensor) -> Tensor:
         return super()._start(index, before * 0, like)
 
-    def _draws(self, live: Live) -> Draws:
-        return Draws(self.sampler.seed, live.row, live.step)
+    def _draws(self, live: DiffusionRows) -> StepNoise:
+        return StepNoise(self.sampler.seed, live.row, live.step)
 
 
 # --- which positions, in which order ---
@@ -140,7 +141,7 @@ def test_every_position_is_generated_once_in_order_and_told_to_the_next(
     sampler = Sampler(steps=4, block=block, criterion=rule)
     ((tokens, calls, steps, *_),) = outcomes(sampler, [template(0, wanted)], 1, oracle).values()
     assert calls == steps == len(oracle.told)
-    shown = [tuple(c.noised[0].nonzero().squeeze(1).tolist()) for c in oracle.told]
+    shown = [tuple(c.target[0].nonzero().squeeze(1).tolist()) for c in oracle.told]
     order = list(dict.fromkeys(shown))
     assert [place for part in order for place in part] == wanted
     assert all(len(part) == block for part in order[:-1])
@@ -245,7 +246,7 @@ def test_samples_reproduce_the_token_frequencies(solver: Solver) -> None:
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_calls_reported_are_calls_made(solver: Solver, guidance: float) -> None:
     oracle = Oracle()
-    sampler = Sampler(5, criterion=Patience(3), solver=solver, steering=Steering(guidance=guidance), block=3)
+    sampler = Sampler(5, criterion=Patience(3), solver=solver, guidance=Guidance(scale=guidance), block=3)
     told = outcomes(sampler, requests(range(5)), 2, oracle)
     assert sum(calls for _, calls, *_ in told.values()) == oracle.calls
 
@@ -353,9 +354,9 @@ def toy(block: int | None = 3, seed: int = 0) -> EmbeddingDiffusion:
 
 def simplex(projection: MultiHot | Drawn | None = None, **settings_: object) -> Sampler:
     """The published way to sample."""
-    steering = Steering(projection=projection or MultiHot(0.4))
+    guidance = Guidance(projection=projection or MultiHot(0.4))
     return Sampler(
-        **{"steps": 4, "solver": Renoise(), "grid": UpperEnds(), "steering": steering, "block": 3, **settings_}
+        **{"steps": 4, "solver": Renoise(), "grid": UpperEnds(), "guidance": guidance, "block": 3, **settings_}
     )
 
 

@@ -13,25 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import TEXT, VOCAB, tokenizer, with_tokenizer
 
-from cdlm import api, cli, commands, generation
-from cdlm.compare import FULL, PLAIN, REAL, Comparison, Plain, Point, markdown
+from cdlm import api, generation
+from cdlm.cli import commands
+from cdlm.cli import main as cli
 from cdlm.config import RULES, criterion, parse_run, sweep
-from cdlm.continuous.ssd import SSD
-from cdlm.errors import CdlmError
-from cdlm.frontier import Bench, Drawn, Machine, open_bench
-from cdlm.halting import AfterStep, Criterion, FixedSteps, For, JoT, Never, Patience
-from cdlm.halting.calibration import (
-    Bootstrap,
-    Calibration,
-    Goal,
-    Scores,
-    Trial,
-    automatic,
-    bootstrap,
-    choose,
-    chosen,
-    keep,
-)
+from cdlm.continuous.systems.ssd import SSD
+from cdlm.core.errors import CdlmError
+from cdlm.core.stats import Bootstrap, Scores, bootstrap
+from cdlm.evaluation.bench import Bench, Drawn, Machine, open_bench
+from cdlm.evaluation.compare import FULL, PLAIN, REAL, Comparison, Plain, Point, markdown
+from cdlm.halting import Criterion, FixedSteps, For, FromStep, JoT, Never, Patience
+from cdlm.halting.calibration import Calibration, Goal, Trial, automatic, choose, chosen, keep
 
 # --- the bootstrap ---
 
@@ -189,7 +181,7 @@ def test_broken_files_are_refused_in_one_line(content: str, tmp_path: Path) -> N
 # --- sweeps as text ---
 
 
-@pytest.mark.parametrize("name", sorted(set(RULES) - {"Full", "Never", "For", "AfterStep", "And", "Or"}))
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"Full", "Never", "For", "FromStep", "And", "Or"}))
 @pytest.mark.parametrize("budget", [1, 7, 200])
 def test_a_name_is_its_sweep(name: str, budget: int) -> None:
     assert sweep(name, budget) == sweep(f" {name}(...) ", budget) == list(RULES[name].sweep(budget))
@@ -197,7 +189,7 @@ def test_a_name_is_its_sweep(name: str, budget: int) -> None:
 
 def test_what_stands_around_a_sweep_stays() -> None:
     inner = sweep("Patience", 50)
-    assert sweep("AfterStep(Patience(...), 20)", 50) == [AfterStep(rule, 20) for rule in inner]
+    assert sweep("FromStep(Patience(...), 20)", 50) == [FromStep(rule, 20) for rule in inner]
     assert sweep("For(Patience(...), 2) | FixedSteps(40)", 50) == [For(rule, 2) | FixedSteps(40) for rule in inner]
     assert {rule.warmup for rule in sweep("KL(..., warmup=0.5)", 50)} == {0.5}  # type: ignore[attr-defined]
     assert sweep("Patience(7)", 50) == [Patience(7)]
@@ -373,14 +365,14 @@ def test_calibrate_then_sample_with_auto(place: Path, capsys: pytest.CaptureFixt
 
 
 def test_compare_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    say("compare", place / "toy", "--rules", "Patience", "AfterStep(Entropy(...), 3)", "--steps", 6, 8, "--n", 10,
+    say("compare", place / "toy", "--rules", "Patience", "FromStep(Entropy(...), 3)", "--steps", 6, 8, "--n", 10,
         "--fewer", 2, 4, "--max-loss", "50%", "--judge", place / "judge", "--live", 4, "--out", tmp_path,
         "--quiet", "true")  # fmt: skip
     assert capsys.readouterr().out.startswith("| model |")
     with (tmp_path / "compare.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["steps"] for row in rows} == {"6", "8"}
-    assert {row["family"] for row in rows} == {FULL, REAL, PLAIN, "Patience", "AfterStep(Entropy(...), 3)"}
+    assert {row["family"] for row in rows} == {FULL, REAL, PLAIN, "Patience", "FromStep(Entropy(...), 3)"}
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "QPS" in (tmp_path / "compare.md").read_text()
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cdlm.cli import main
+from cdlm.cli.main import main
 from cdlm.config import GRIDS, POLICIES, PROJECTIONS, SOLVERS
-from cdlm.hub import read_tokenizer
+from cdlm.models.hub import read_tokenizer
 
 SUBJECTS = ("the cat", "the dog", "a bird", "a mouse", "the old man", "my sister", "a small fox", "the king")
 PLACES = ("on the mat", "by the river", "in the garden", "under a tree", "near the house", "on the roof")

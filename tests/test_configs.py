@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from cdlm.config import parse_run, read_run
-from cdlm.continuous.cdcd import CDCD
-from cdlm.continuous.langflow import LangFlow
-from cdlm.continuous.plaid import Plaid
+from cdlm.continuous.systems.cdcd import CDCD
+from cdlm.continuous.systems.langflow import LangFlow
+from cdlm.continuous.systems.plaid import Plaid
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

@@ -19,29 +19,29 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from toys import VOCAB, alive, langflow, plaid, ssd, system, tokenizer, weight_of
 
-from cdlm import hub
 from cdlm.config import build_system, system_config
-from cdlm.continuous.denoiser import Steering
-from cdlm.continuous.embedding import OwnPosition, TokenEmbedding
-from cdlm.continuous.langflow import Gumbel
-from cdlm.continuous.levels import UpperEnds, alpha_of, sigma_of
+from cdlm.continuous.embedding import OutputPrior, TokenEmbedding
+from cdlm.continuous.grids import UpperEnds
+from cdlm.continuous.guidance import Guidance
+from cdlm.continuous.inputs import ConcatenatedInput
 from cdlm.continuous.objectives import Variational
-from cdlm.continuous.plaid import LearnedGamma
-from cdlm.continuous.reader import SideBySide
+from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.schedules import Schedule, TimeWarp, alpha_of, sigma_of
 from cdlm.continuous.solvers import Ancestral, Euler, Heun, Solver
-from cdlm.continuous.ssd import Cosine
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
-from cdlm.continuous.warping import Schedule, TimeWarp
+from cdlm.continuous.systems.langflow import Gumbel
+from cdlm.continuous.systems.plaid import LearnedGamma
+from cdlm.continuous.systems.ssd import Cosine
+from cdlm.core.errors import CdlmError
+from cdlm.core.types import Condition
 from cdlm.data.masking import Block, Masking, RandomSubset
-from cdlm.errors import CdlmError
-from cdlm.loop import Request
-from cdlm.sampling import Run, Sampler
-from cdlm.system import System
+from cdlm.models import hub
+from cdlm.models.system import System
+from cdlm.models.transformer import Transformer
+from cdlm.sampling.requests import Request
 from cdlm.training.options import TrainOptions
 from cdlm.training.run import train
 from cdlm.training.validation import losses_by_level
-from cdlm.transformer import Transformer
-from cdlm.types import Condition
 
 B, N = 8, 6
 SYSTEMS = {"cdcd": system, "plaid": plaid, "ssd": ssd, "langflow": langflow}
@@ -60,7 +60,7 @@ def words(rows: int = B, vocab: int = 11) -> Tensor:
     return torch.randint(vocab, (rows, N), generator=rng(5))
 
 
-def noised(rows: int = B) -> Tensor:
+def target(rows: int = B) -> Tensor:
     """Two or more positions of each row are given."""
     return torch.arange(N) >= 2 + torch.arange(rows)[:, None] % 3
 
@@ -226,12 +226,12 @@ class Shown(NamedTuple):
 def shown_to(model: EmbeddingDiffusion) -> list[Shown]:
     """What the reader is given from now on."""
     calls: list[Shown] = []
-    model.reader.register_forward_pre_hook(lambda _, args: calls.append(Shown(*args)))
+    model.network_input.register_forward_pre_hook(lambda _, args: calls.append(Shown(*args)))
     return calls
 
 
 def trainable(share: float, **settings: Any) -> EmbeddingDiffusion:
-    chosen = {"self_conditioning": share, "guidance_dropout": 0.0, "own_position_warmup": 0, **settings}
+    chosen = {"self_conditioning": share, "guidance_dropout": 0.0, "output_prior_warmup": 0, **settings}
     return alive(plaid(**chosen)).train()
 
 
@@ -250,7 +250,7 @@ def terms_by_hand(model: EmbeddingDiffusion, shown: Shown, cut: Tensor) -> Terms
     schedule, objective = model.schedule, model.objective
     assert isinstance(schedule, LearnedGamma)
     assert isinstance(objective, Variational)
-    tokens, open_ = words(), noised()
+    tokens, open_ = words(), target()
     u = torch.where(shown.t == shown.t.min(), 0, schedule.u_of_t(shown.t)).detach().requires_grad_()
 
     def g(x: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ def terms_by_hand(model: EmbeddingDiffusion, shown: Shown, cut: Tensor) -> Terms
     t = (gamma / 2).exp()
     z = clean + t[:, None, None] * eps
     condition = shown.condition._replace(clean=clean * ~open_[..., None], x0=shown.condition.x0.detach())
-    logits = model.network(*model.reader(z, t, condition))
+    logits = model.network(*model.network_input(z, t, condition))
     logits = logits + (z @ table.T / t.square()[:, None, None]) * open_[..., None]
     count = open_.sum(1)
     read_out = (-logits.log_softmax(-1).gather(2, tokens[..., None]).squeeze(2) * open_).sum(1) / count
@@ -284,7 +284,7 @@ def terms_by_hand(model: EmbeddingDiffusion, shown: Shown, cut: Tensor) -> Terms
 def test_the_shape_of_the_schedule_learns_the_square_and_all_else_the_mean(share: float, seed: int) -> None:
     model = trainable(share)
     calls = shown_to(model)
-    loss = model(words(), noised(), None, rng(seed))
+    loss = model(words(), target(), None, rng(seed))
     loss.total.backward()
     cut = torch.arange(B) < round(share * B)
     terms = terms_by_hand(model, calls[-1], cut)
@@ -295,8 +295,8 @@ def test_the_shape_of_the_schedule_learns_the_square_and_all_else_the_mean(share
     close(loss.total.detach(), mean.detach(), 1e-5)
     square = terms.error[inside].square().mean()
     for name, parameter in model.named_parameters():
-        target = square if name in ("schedule.w1", "schedule.b1", "schedule.w2") else mean
-        (expected,) = torch.autograd.grad(target, parameter, retain_graph=True, allow_unused=True)
+        wanted = square if name in ("schedule.w1", "schedule.b1", "schedule.w2") else mean
+        (expected,) = torch.autograd.grad(wanted, parameter, retain_graph=True, allow_unused=True)
         assert parameter.grad is not None, name
         if expected is None:
             expected = torch.zeros_like(parameter)
@@ -309,7 +309,7 @@ def test_the_shape_of_the_schedule_learns_the_square_and_all_else_the_mean(share
 def test_rows_with_a_first_pass_teach_the_network_alone() -> None:
     """Were all rows such rows, the schedule would only see the prior, and the embeddings no state."""
     model = trainable(1.0)
-    model(words(), noised(), None, rng()).total.backward()
+    model(words(), target(), None, rng()).total.backward()
     schedule = model.schedule
     assert isinstance(schedule, LearnedGamma)
     for parameter in (schedule.w1, schedule.b1, schedule.w2):
@@ -326,7 +326,7 @@ def test_which_rows_get_a_first_pass_is_independent_of_which_are_read_out() -> N
     model = trainable(0.5)
     count = torch.zeros(B)
     for seed in range(40):
-        t = model(words(), noised(), None, rng(seed)).t
+        t = model(words(), target(), None, rng(seed)).t
         count += t == t.min()
     assert bool((count > 5).all())
 
@@ -370,13 +370,13 @@ def test_the_moments_are_running_means_of_what_was_seen() -> None:
     assert isinstance(objective, Variational)
     expected = objective.moments.clone().double()
     for seed in range(4):
-        loss = model(words(), noised(), None, rng(seed))
+        loss = model(words(), target(), None, rng(seed))
         last = loss.t == loss.t.min()
         for row, values in enumerate((loss.nats[last], loss.nats[~last])):
             fresh = torch.stack([values.mean(), values.square().mean()])
             expected[row] = 0.997 * expected[row] + 0.003 * fresh
     close(objective.moments.double(), expected, 1e-5)
-    model.eval()(words(), noised(), None, rng())
+    model.eval()(words(), target(), None, rng())
     close(objective.moments.double(), expected, 1e-5)
 
 
@@ -392,7 +392,7 @@ def test_two_processes_remember_the_mean_of_both(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys\nsys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]\n"
-        "from cdlm.spread import spread\nfrom test_continuous_family import remembered\n"
+        "from cdlm.core.parallel import spread\nfrom test_continuous_family import remembered\n"
         "if __name__ == '__main__':\n    print(spread(remembered, 2))\n"
     )
     told = subprocess.run([sys.executable, str(script)], check=True, capture_output=True, text=True, timeout=200)
@@ -404,16 +404,16 @@ def test_two_processes_remember_the_mean_of_both(tmp_path: Path) -> None:
 
 def test_a_batch_of_one_row_is_refused_in_one_line() -> None:
     with pytest.raises(CdlmError, match="batch_size") as caught:
-        trainable(0.0)(words(1), noised(1), None, rng())
+        trainable(0.0)(words(1), target(1), None, rng())
     assert "\n" not in str(caught.value)
-    assert trainable(0.0).eval()(words(1), noised(1), None, rng()).total.item() > 0
+    assert trainable(0.0).eval()(words(1), target(1), None, rng()).total.item() > 0
 
 
 def test_fixed_levels_are_used() -> None:
     """Every row then makes all terms, as in evaluation."""
     u = torch.linspace(0, 1, B, dtype=torch.float64)
     model = trainable(0.0)
-    trained, judged = model(words(), noised(), None, rng(), u), model.eval()(words(), noised(), None, rng(), u)
+    trained, judged = model(words(), target(), None, rng(), u), model.eval()(words(), target(), None, rng(), u)
     close(trained.t, model.levels(u).detach())
     close(judged.nats, trained.nats)
     assert not judged.t.requires_grad
@@ -427,7 +427,7 @@ def test_the_loss_is_a_function_of_its_generator(mode: str) -> None:
     losses = []
     for seed in (3, 3, 4):
         model.load_state_dict(state)
-        losses.append(model(words(), noised(), None, rng(seed)))
+        losses.append(model(words(), target(), None, rng(seed)))
     assert torch.equal(losses[0].total, losses[1].total)
     assert torch.equal(losses[0].nats, losses[1].nats)
     assert not torch.equal(losses[0].total, losses[2].total)
@@ -454,7 +454,7 @@ def exact(schedule: LearnedGamma) -> tuple[EmbeddingDiffusion, Tensor]:
     embedding = TokenEmbedding(7, oracle.dim, rho=1.0).double()
     embedding.weight.data.copy_(oracle.table)
     made = EmbeddingDiffusion(
-        embedding, schedule, Frequencies(oracle.frequencies), objective=Variational(), own_position=OwnPosition(),
+        embedding, schedule, Frequencies(oracle.frequencies), objective=Variational(), output_prior=OutputPrior(),
         self_conditioning=0.0, unit_prior=True, config={},
     )  # fmt: skip
     return made.eval(), oracle.frequencies
@@ -554,11 +554,11 @@ def test_worse_frequencies_cost_what_they_should() -> None:
 @pytest.mark.parametrize("schedule", [SHAPES[1], learned(width=2.0, scale=4.0)], ids=["long", "short"])
 def test_evaluation_is_prior_reconstruction_and_error(schedule: LearnedGamma) -> None:
     """Of any network, with prompts, rows of different lengths to generate, and a prior that is far off or near."""
-    made = plaid(self_conditioning=0.0, own_position_warmup=0)
+    made = plaid(self_conditioning=0.0, output_prior_warmup=0)
     made.schedule = schedule
     model = alive(made)
     assert (model.facts()["prior_mismatch"] > 1) == (schedule.t_max < 1)
-    tokens, open_ = words(200), noised(200)
+    tokens, open_ = words(200), target(200)
     by_hand = bound_by_hand(model, tokens, open_)
     assert by_hand.error < 0.03 * by_hand.value
     assert_equal_means(evaluated(model, tokens, open_), by_hand)
@@ -567,7 +567,7 @@ def test_evaluation_is_prior_reconstruction_and_error(schedule: LearnedGamma) ->
 def test_evaluation_is_stratified_and_asks_every_row_at_its_level_and_at_the_least() -> None:
     model = trainable(0.25).eval()
     calls = shown_to(model)
-    loss = model(words(), noised(), None, rng())
+    loss = model(words(), target(), None, rng())
     assert [len(call.z) for call in calls] == [B] * 4  # a first pass and a second one, twice
     assert torch.equal(calls[1].t, loss.t)
     close(calls[3].t, torch.full((B,), model.schedule.t_min, dtype=torch.float64))
@@ -589,7 +589,12 @@ def test_the_prior_term_is_the_divergence_of_two_normals(unit: bool, t: float, r
 
     embedding = TokenEmbedding(3, dim, init_std=1.0, rho=rho).double()
     model = EmbeddingDiffusion(
-        embedding, Known(0.01, 300.0), nn.Identity(), reader=SideBySide(dim, rho), unit_prior=unit, config={}
+        embedding,
+        Known(0.01, 300.0),
+        nn.Identity(),
+        network_input=ConcatenatedInput(dim, rho),
+        unit_prior=unit,
+        config={},
     )
     e = model.embed(torch.tensor([[1]]))[0, 0].detach()
     level = torch.tensor(t, dtype=torch.float64)
@@ -613,7 +618,7 @@ def test_the_state_is_shown_at_unit_variance_whatever_the_norm(t: float, rho: fl
     e = rho * F.normalize(torch.randn(rows, 1, dim, generator=rng(1), dtype=torch.float64), dim=-1)
     z = e + t * torch.randn(rows, 1, dim, generator=rng(2), dtype=torch.float64)
     open_ = torch.ones(rows, 1, dtype=torch.bool)
-    features, level = SideBySide(dim, rho)(z, torch.full((rows,), t).double(), Condition(e, open_, e))
+    features, level = ConcatenatedInput(dim, rho)(z, torch.full((rows,), t).double(), Condition(e, open_, e))
     assert features.shape == (rows, 1, 3 * dim + 1)
     shown, clean, estimate, mask = features.split((dim, dim, dim, 1), -1)
     assert float(shown.square().mean()) == pytest.approx(1, abs=5.5 * math.sqrt(2 / z.numel()))
@@ -626,8 +631,8 @@ def test_the_state_is_shown_at_unit_variance_whatever_the_norm(t: float, rho: fl
 def test_at_the_norm_of_cdcd_the_features_are_those_of_the_paper() -> None:
     dim = 9
     z, clean, x0 = (torch.randn(B, N, dim, generator=rng(seed)) for seed in (1, 2, 3))
-    t, open_ = torch.linspace(0.2, 30, B).double(), noised()
-    features, level = SideBySide(dim, math.sqrt(dim))(z, t, Condition(clean, open_, x0))
+    t, open_ = torch.linspace(0.2, 30, B).double(), target()
+    features, level = ConcatenatedInput(dim, math.sqrt(dim))(z, t, Condition(clean, open_, x0))
     mask = open_[..., None].float()
     scale = (1 / (1 + t.square()).sqrt()).float()[:, None, None]
     expected = torch.cat([z * scale * mask, clean, x0 * mask, mask], -1)
@@ -636,13 +641,13 @@ def test_at_the_norm_of_cdcd_the_features_are_those_of_the_paper() -> None:
     close(level, (t / 3).log().float(), 1e-6)
 
 
-class Blind(SideBySide):
+class Blind(ConcatenatedInput):
     """Takes given positions for noisy ones."""
 
     sees_given = False
 
     def forward(self, z: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        everywhere = torch.ones_like(condition.noised)
+        everywhere = torch.ones_like(condition.target)
         return super().forward(z, t, Condition(condition.clean * 0, everywhere, condition.x0, condition.valid))
 
 
@@ -653,7 +658,7 @@ def blind(share: float = 0.5) -> EmbeddingDiffusion:
         network = Transformer(25, 11, width=16, depth=2, heads=2)
     return alive(
         EmbeddingDiffusion(
-            embedding, TimeWarp(0.2, 30.0), network, reader=Blind(8, embedding.rho), own_position=OwnPosition(),
+            embedding, TimeWarp(0.2, 30.0), network, network_input=Blind(8, embedding.rho), output_prior=OutputPrior(),
             self_conditioning=share, config={},
         )
     )  # fmt: skip
@@ -713,7 +718,7 @@ def at(model: EmbeddingDiffusion) -> tuple[Tensor, Tensor]:
 
 def test_the_weight_of_the_own_position_grows_with_the_steps() -> None:
     embedding, (z, t) = alive(plaid()).embedding, at(alive(plaid()))
-    full, growing = OwnPosition(), OwnPosition(4)
+    full, growing = OutputPrior(), OutputPrior(4)
     for steps in range(7):
         close(growing(z, t, embedding), min(steps / 4, 1) * full(z, t, embedding))
         growing.after_step()
@@ -722,16 +727,16 @@ def test_the_weight_of_the_own_position_grows_with_the_steps() -> None:
 
 
 def test_the_count_is_kept_with_the_weights_and_there_is_none_without_a_warmup() -> None:
-    warm, cold = plaid(own_position_warmup=10), plaid(own_position_warmup=0)
-    assert warm.state_dict().keys() - cold.state_dict().keys() == {"own_position.steps"}
-    assert not [name for name in system(own_position=True).state_dict() if name.startswith("own_position")]
+    warm, cold = plaid(output_prior_warmup=10), plaid(output_prior_warmup=0)
+    assert warm.state_dict().keys() - cold.state_dict().keys() == {"output_prior.steps"}
+    assert not [name for name in system(output_prior=True).state_dict() if name.startswith("output_prior")]
     for _ in range(3):
         warm.after_step()
-    again = plaid(own_position_warmup=10)
+    again = plaid(output_prior_warmup=10)
     again.load_state_dict(warm.state_dict())
-    assert again.state_dict()["own_position.steps"].item() == 3
+    assert again.state_dict()["output_prior.steps"].item() == 3
     cold.after_step()
-    assert cold.state_dict().keys() == plaid(own_position_warmup=0).state_dict().keys()
+    assert cold.state_dict().keys() == plaid(output_prior_warmup=0).state_dict().keys()
 
 
 # --- training ---
@@ -836,7 +841,7 @@ def test_a_saved_system_draws_the_same_samples(name: str, runs) -> None:
     first, second = samples(made.eval()), samples(again.eval())
     assert len(first) > 3
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    losses = [model(Loader().batch(3).tokens, noised(16), None, rng()).total for model in (made, again)]
+    losses = [model(Loader().batch(3).tokens, target(16), None, rng()).total for model in (made, again)]
     assert torch.equal(losses[0], losses[1])
 
 
@@ -846,7 +851,7 @@ def samples(model: EmbeddingDiffusion) -> list[Tensor]:
     assert isinstance(config, ContinuousConfig)
     usual = config.usual
     sampler = Sampler(
-        6, solver=usual.solver, grid=usual.grid, steering=Steering(projection=usual.projection), block=usual.block,
+        6, solver=usual.solver, grid=usual.grid, guidance=Guidance(projection=usual.projection), block=usual.block,
         record=frozenset({"logits"}),
     )  # fmt: skip
     asked = [Request(i, torch.arange(N), torch.arange(N) < i) for i in range(3)]
@@ -857,13 +862,13 @@ def test_what_training_counts_is_in_the_average_and_in_the_checkpoint(runs) -> N
     average, folder = runs("plaid")
     weights = saved(folder)["state_dict"]
     for kind in ("system", "average.system"):
-        assert weights[f"{kind}.own_position.steps"].item() == STEPS
+        assert weights[f"{kind}.output_prior.steps"].item() == STEPS
         assert not torch.equal(weights[f"{kind}.objective.moments"], Variational().moments)
     for name, buffer in average.named_buffers():
         if name in average.state_dict():
             assert torch.equal(buffer, weights[f"system.{name}"]), name
     exported = hub.read(folder / "model").weights
-    assert exported["own_position.steps"].item() == STEPS
+    assert exported["output_prior.steps"].item() == STEPS
     assert torch.equal(exported["objective.moments"], weights["system.objective.moments"])
     start = plaid(VOCAB).schedule
     for name, value in average.schedule.named_parameters():

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cdlm.continuous.levels import LogT, UniformT, Warped, alpha_of, check_range, gamma_of, sigma_of, t_of_gamma
-from cdlm.continuous.warping import TimeWarp
-from cdlm.errors import CdlmError
+from cdlm.continuous.grids import LogT, UniformT, Warped
+from cdlm.continuous.schedules import TimeWarp, alpha_of, check_range, gamma_of, sigma_of, t_of_gamma
+from cdlm.core.errors import CdlmError
 
 Axis = Literal["log", "linear"]
 T_MIN, T_MAX = 0.3, 40.0

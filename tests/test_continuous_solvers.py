@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from oracle import Oracle, draws
 from torch import Tensor
 
-from cdlm.continuous.levels import alpha_of, gamma_of
+from cdlm.continuous.schedules import alpha_of, gamma_of
 from cdlm.continuous.solvers import ADAPTIVE, FIXED, Advance, Euler, Heun, Solver, TorchDiffEq
-from cdlm.errors import CdlmError
-from cdlm.types import Condition
+from cdlm.core.errors import CdlmError
+from cdlm.core.types import Condition
 
 HIGH, LOW = 6.0, 1.2
 """A stretch of levels in which the tokens of the oracle are being decided."""

@@ -1,4 +1,4 @@
-"""Laws of the embedding, the system, its loss and the steering of its predictions."""
+"""Laws of the embedding, the system, its loss and the guidance of its predictions."""
 
 import math
 from dataclasses import replace
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from toys import lively, system, weight_of
 
 from cdlm.config import build_system
-from cdlm.continuous.cdcd import CDCD
-from cdlm.continuous.denoiser import Steering
-from cdlm.continuous.embedding import OwnPosition, TokenEmbedding
+from cdlm.continuous.embedding import OutputPrior, TokenEmbedding
+from cdlm.continuous.guidance import Guidance
+from cdlm.continuous.schedules import TimeWarp
 from cdlm.continuous.system import EmbeddingDiffusion
-from cdlm.continuous.warping import TimeWarp
-from cdlm.errors import CdlmError
-from cdlm.system import Loss, stratified
-from cdlm.types import Condition, Prediction, take
+from cdlm.continuous.systems.cdcd import CDCD
+from cdlm.core.errors import CdlmError
+from cdlm.core.trees import take
+from cdlm.core.types import Condition, Prediction
+from cdlm.models.system import Loss, stratified
 
 VOCAB, B, N, D = 11, 8, 6, 8
 
@@ -32,13 +33,13 @@ def tokens(rows: int = B, seed: int = 5) -> Tensor:
     return torch.randint(VOCAB, (rows, N), generator=rng(seed))
 
 
-def noised(given_positions: int = 2) -> Tensor:
+def target(given_positions: int = 2) -> Tensor:
     return (torch.arange(N) >= given_positions).expand(B, N).clone()
 
 
 def question(model: EmbeddingDiffusion, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Condition]:
     """A state, levels and a condition with two given positions and an earlier estimate."""
-    open_ = noised() if valid is None else noised() & valid
+    open_ = target() if valid is None else target() & valid
     clean = model.embed(tokens()) * (~open_)[..., None]
     z, x0 = (torch.randn(B, N, D, generator=rng(seed), dtype=clean.dtype) for seed in (1, 2))
     return z, torch.linspace(0.2, 20, B, dtype=torch.float64), Condition(clean.detach(), open_, x0, valid)
@@ -61,7 +62,7 @@ def test_every_embedding_has_the_norm_rho(dim: int, scale: float) -> None:
 
 def test_gradients_of_the_table_are_tangent() -> None:
     model = lively()
-    model(tokens(), noised(), None, rng()).total.backward()
+    model(tokens(), target(), None, rng()).total.backward()
     weight = weight_of(model)
     assert weight.grad is not None
     assert float(weight.grad.norm()) > 0
@@ -98,7 +99,7 @@ def test_every_tensor_is_a_parameter_or_a_buffer() -> None:
 
 
 def test_the_configuration_rebuilds_the_system() -> None:
-    model = system(axis="linear", gates=False, own_position=True)
+    model = system(axis="linear", gates=False, output_prior=True)
     again = build_system(model.config)
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert again.config == model.config
@@ -133,15 +134,15 @@ def test_bad_settings_are_refused(bad: dict) -> None:
 # --- what a prediction depends on ---
 
 
-@pytest.mark.parametrize("own_position", [False, True])
-def test_the_state_at_given_positions_changes_nothing(own_position: bool) -> None:
-    model = lively(own_position=own_position)
+@pytest.mark.parametrize("output_prior", [False, True])
+def test_the_state_at_given_positions_changes_nothing(output_prior: bool) -> None:
+    model = lively(output_prior=output_prior)
     z, t, condition = question(model)
     before = model.denoise(z, t, condition).logits
     for noise in (0.0, 1e3):
-        changed = torch.where(condition.noised[..., None], z, noise)
+        changed = torch.where(condition.target[..., None], z, noise)
         assert torch.equal(model.denoise(changed, t, condition).logits, before)
-    hidden = condition._replace(x0=torch.where(condition.noised[..., None], condition.x0, 7.0))
+    hidden = condition._replace(x0=torch.where(condition.target[..., None], condition.x0, 7.0))
     assert torch.equal(model.denoise(z, t, hidden).logits, before)
 
 
@@ -159,20 +160,20 @@ def test_the_prompt_the_state_the_level_and_the_estimate_matter() -> None:
 
 
 def test_padding_is_as_if_it_were_not_there() -> None:
-    model = lively(own_position=True)
+    model = lively(output_prior=True)
     valid = (torch.arange(N) < 4).expand(B, N)
     z, t, condition = question(model, valid)
     padded = model.denoise(z, t, condition).logits[:, :4]
     filled = condition._replace(clean=torch.where(valid[..., None], condition.clean, 9.0))
     close(model.denoise(torch.where(valid[..., None], z, 99.0), t, filled).logits[:, :4], padded)
-    cut = Condition(condition.clean[:, :4], condition.noised[:, :4], condition.x0[:, :4])
+    cut = Condition(condition.clean[:, :4], condition.target[:, :4], condition.x0[:, :4])
     close(model.denoise(z[:, :4], t, cut).logits, padded)
 
 
 def test_padding_is_neither_noised_nor_scored() -> None:
     model = lively(self_conditioning=0.5)
     valid = (torch.arange(N) < 4).expand(B, N)
-    open_ = noised() & valid
+    open_ = target() & valid
     first = model(tokens(), open_, valid, rng())
     second = model(torch.where(valid, tokens(), 3), open_, valid, rng())
     close(first.nats, second.nats)
@@ -180,7 +181,7 @@ def test_padding_is_neither_noised_nor_scored() -> None:
 
 
 def test_rows_do_not_see_each_other() -> None:
-    model = lively(own_position=True)
+    model = lively(output_prior=True)
     z, t, condition = question(model)
     together = model.denoise(z, t, condition)
     for i in range(B):
@@ -217,7 +218,7 @@ def test_own_position_and_token_frequencies_are_the_exact_posterior(seed: int, t
     embedding = TokenEmbedding(7, oracle.dim).double()
     embedding.weight.data.copy_(oracle.table)
     model = EmbeddingDiffusion(
-        embedding, TimeWarp(0.1, 30.0), Frequencies(oracle.frequencies), own_position=OwnPosition(), config={}
+        embedding, TimeWarp(0.1, 30.0), Frequencies(oracle.frequencies), output_prior=OutputPrior(), config={}
     )
     level = torch.full((3,), t, dtype=torch.float64)
     words = torch.randint(7, (3, 4), generator=rng(seed))
@@ -229,7 +230,7 @@ def test_own_position_and_token_frequencies_are_the_exact_posterior(seed: int, t
 
 
 def test_bf16_is_the_arithmetic_of_the_network_alone() -> None:
-    model = system(own_position=True)
+    model = system(output_prior=True)
     with torch.no_grad():
         model.network.get_parameter("output.weight").mul_(50)
         z, t, condition = question(model)
@@ -239,7 +240,7 @@ def test_bf16_is_the_arithmetic_of_the_network_alone() -> None:
         assert rough.logits.dtype == rough.x0.dtype == torch.float32
         assert not torch.equal(rough.logits, exact.logits)
         torch.testing.assert_close(rough.logits, exact.logits, rtol=0.1, atol=0.5)  # logits are 50 times as large
-        loss = model(tokens(), noised(), None, rng())
+        loss = model(tokens(), target(), None, rng())
     assert loss.nats.dtype == loss.total.dtype == torch.float32
 
 
@@ -256,7 +257,7 @@ def test_the_first_loss_is_that_of_guessing(gates: bool) -> None:
 
 def test_the_loss_reaches_every_part() -> None:
     model = lively()
-    loss: Loss = model(tokens(), noised(), None, rng())
+    loss: Loss = model(tokens(), target(), None, rng())
     loss.total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -267,7 +268,7 @@ def test_the_loss_reaches_every_part() -> None:
 
 def test_the_fit_of_the_schedule_reaches_the_schedule_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def gradients(model: EmbeddingDiffusion) -> dict[str, Tensor | None]:
-        model(tokens(), noised(), None, rng()).total.backward()
+        model(tokens(), target(), None, rng()).total.backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
     with_fit, without = lively(), lively()
@@ -284,7 +285,7 @@ def test_the_fit_of_the_schedule_reaches_the_schedule_alone(monkeypatch: pytest.
 def test_the_loss_is_a_function_of_its_generator() -> None:
     model = lively()
     before = torch.random.get_rng_state()
-    one, same, other = (model(tokens(), noised(), None, rng(seed)) for seed in (3, 3, 4))
+    one, same, other = (model(tokens(), target(), None, rng(seed)) for seed in (3, 3, 4))
     assert torch.equal(one.total, same.total)
     assert torch.equal(one.t, same.t)
     assert not torch.equal(one.total, other.total)
@@ -293,7 +294,7 @@ def test_the_loss_is_a_function_of_its_generator() -> None:
 
 def test_fixed_levels_are_used() -> None:
     model, u = lively(), torch.linspace(0, 1, B, dtype=torch.float64)
-    assert torch.equal(model(tokens(), noised(), None, rng(), u).t, model.schedule.t_of_u(u))
+    assert torch.equal(model(tokens(), target(), None, rng(), u).t, model.schedule.t_of_u(u))
 
 
 def test_the_mean_counts_tokens_alike() -> None:
@@ -316,7 +317,7 @@ def seen_by(model: EmbeddingDiffusion) -> list[Tensor]:
 def test_that_share_of_the_rows_gets_a_first_pass(share: float) -> None:
     model = lively(self_conditioning=share).train()
     calls = seen_by(model)
-    model(tokens(), noised(), None, rng())
+    model(tokens(), target(), None, rng())
     rows = round(share * B)
     assert [len(features) for features in calls] == ([rows, B] if rows else [B])
     estimates = calls[-1][..., 2 * D : 3 * D].abs().sum((1, 2))
@@ -329,16 +330,16 @@ def test_that_share_of_the_rows_gets_a_first_pass(share: float) -> None:
 def test_guidance_dropout_hides_the_prompt_and_not_the_mask(share: float, hidden: int) -> None:
     model = lively(guidance_dropout=share, self_conditioning=0.0).train()
     calls = seen_by(model)
-    model(tokens(), noised(), None, rng())
+    model(tokens(), target(), None, rng())
     clean, mask = calls[0][..., D : 2 * D], calls[0][..., -1]
     assert int((clean.abs().sum((1, 2)) == 0).sum()) == hidden
-    assert torch.equal(mask == 1, noised())
+    assert torch.equal(mask == 1, target())
 
 
 def test_in_evaluation_every_row_gets_a_first_pass_and_sees_its_prompt() -> None:
     model = lively(guidance_dropout=1.0, self_conditioning=0.25).eval()
     calls = seen_by(model)
-    model(tokens(), noised(), None, rng())
+    model(tokens(), target(), None, rng())
     assert [len(features) for features in calls] == [B, B]
     assert int((calls[1][..., D : 2 * D].abs().sum((1, 2)) == 0).sum()) == 0
 
@@ -362,28 +363,28 @@ def test_stratified_draws_are_uniform_row_by_row() -> None:
     assert float(first.var()) == pytest.approx(1 / 12, abs=0.01)
 
 
-# --- steering ---
+# --- guidance ---
 
 
-def estimate(steering: Steering, model: EmbeddingDiffusion) -> Tensor:
-    return steering.predict(model, *question(model), draws())[1]
+def estimate(guidance: Guidance, model: EmbeddingDiffusion) -> Tensor:
+    return guidance.predict(model, *question(model), draws())[1]
 
 
 def test_the_neutral_steering_is_the_prediction() -> None:
     model = lively()
     plain = model.denoise(*question(model))
-    prediction, x0 = Steering().predict(model, *question(model), draws())
+    prediction, x0 = Guidance().predict(model, *question(model), draws())
     assert torch.equal(x0, plain.x0)
     assert torch.equal(prediction.logits, plain.logits)
-    close(estimate(Steering(softmax_temperature=1 + 1e-13, score_temperature=1 + 1e-13), model), plain.x0)
-    close(estimate(Steering(guidance=1 + 1e-13), model), plain.x0)
+    close(estimate(Guidance(softmax_temperature=1 + 1e-13, score_temperature=1 + 1e-13), model), plain.x0)
+    close(estimate(Guidance(scale=1 + 1e-13), model), plain.x0)
 
 
 @given(scale=st.floats(-2, 6), softmax=st.floats(0.3, 3), score=st.floats(0.3, 3))
 @settings(max_examples=15)
 def test_guidance_is_linear_in_the_estimate(scale: float, softmax: float, score: float) -> None:
     model = lively()
-    base = Steering(softmax, score)
+    base = Guidance(softmax, score)
     none, full, some = (estimate(replace(base, guidance=g), model) for g in (0.0, 1.0, scale))
     close(some, none + scale * (full - none), 1e-8)
 
@@ -392,9 +393,9 @@ def test_no_guidance_is_the_prediction_without_the_prompt() -> None:
     model = lively()
     z, t, condition = question(model)
     free = model.denoise(z, t, condition._replace(clean=condition.clean * 0))
-    close(estimate(Steering(guidance=0.0), model), free.x0)
-    assert Steering(guidance=0.0).calls == 2
-    assert Steering().calls == 1
+    close(estimate(Guidance(scale=0.0), model), free.x0)
+    assert Guidance(scale=0.0).calls == 2
+    assert Guidance().calls == 1
 
 
 @given(temperature=st.floats(0.2, 5))
@@ -403,16 +404,16 @@ def test_temperatures_divide_the_score_and_thelogits(temperature: float) -> None
     model = lively()
     z, t, condition = question(model)
     plain = model.denoise(z, t, condition)
-    tempered = estimate(Steering(score_temperature=temperature), model)
+    tempered = estimate(Guidance(score_temperature=temperature), model)
     squared = t.square()[:, None, None]
     close((tempered - z) / squared, (plain.x0 - z) / squared / temperature, 1e-8)
-    close(estimate(Steering(temperature), model), model.expect(plain.logits / temperature), 1e-8)
+    close(estimate(Guidance(temperature), model), model.expect(plain.logits / temperature), 1e-8)
 
 
 def test_the_steered_estimate_leaves_the_prediction_alone() -> None:
     model = lively()
     plain = model.denoise(*question(model))
-    prediction, _ = Steering(0.5, 0.8, 3.0).predict(model, *question(model), draws())
+    prediction, _ = Guidance(0.5, 0.8, 3.0).predict(model, *question(model), draws())
     assert torch.equal(prediction.logits, plain.logits)
     assert torch.equal(prediction.x0, plain.x0)
 
@@ -420,9 +421,9 @@ def test_the_steered_estimate_leaves_the_prediction_alone() -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
 def test_temperatures_that_are_none_are_refused(value: float) -> None:
     with pytest.raises(CdlmError, match="softmax_temperature"):
-        Steering(softmax_temperature=value)
+        Guidance(softmax_temperature=value)
     with pytest.raises(CdlmError, match="score_temperature"):
-        Steering(score_temperature=value)
+        Guidance(score_temperature=value)
 
 
 def test_a_system_without_self_conditioning_reads_no_estimate() -> None:

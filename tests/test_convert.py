@@ -16,12 +16,12 @@ from toys import SMALL, with_tokenizer
 
 from cdlm import generation
 from cdlm.continuous.objectives import Variational
-from cdlm.continuous.plaid import Plaid
-from cdlm.continuous.released.plaid import PlaidLayout
-from cdlm.continuous.released.tensors import Spec, read_safetensors, write_safetensors
+from cdlm.continuous.published.plaid import PlaidLayout
+from cdlm.continuous.published.tensors import Spec, read_safetensors, write_safetensors
+from cdlm.continuous.systems.plaid import Plaid
 from cdlm.convert import convert
-from cdlm.errors import CdlmError
-from cdlm.types import Condition
+from cdlm.core.errors import CdlmError
+from cdlm.core.types import Condition
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -102,7 +102,7 @@ def test_a_model_that_was_trained_comes_back_as_it_was(tmp_path: Path) -> None:
     """Length, settings, and how training was going: none of it is in the archive."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Plaid(**{**SMALL, "network": "released", "own_position_warmup": 2, "self_conditioning": 0.5}).build(64)
+        model = Plaid(**{**SMALL, "network": "released", "output_prior_warmup": 2, "self_conditioning": 0.5}).build(64)
     model.tokenizer, model.length = words(64), 12
     model.after_step()
     model.after_step()
@@ -136,7 +136,7 @@ def test_back_and_there_is_the_identity(archive: Path, ours: Path, tmp_path: Pat
 def test_a_model_of_ours_goes_there_once_its_own_position_term_is_in_full(tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Plaid(**{**SMALL, "network": "released", "own_position_warmup": 2}).build(64)
+        model = Plaid(**{**SMALL, "network": "released", "output_prior_warmup": 2}).build(64)
     model.tokenizer, model.length = words(64), 12
     model.save_pretrained(tmp_path / "young")
     refused(tmp_path / "young", tmp_path / "out", "own-position", "0 of 2")

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdlm.core.errors import CdlmError
 from cdlm.data import arithmetic as grammar
 from cdlm.data.arithmetic import Problem, answer_of, grammar_fingerprint, is_correct, problems
 from cdlm.data.gsm8k import read_problems
 from cdlm.data.sources import Arithmetic
 from cdlm.data.tokenizer import encode_batch, train_tokenizer
-from cdlm.errors import CdlmError
 
 SPLITS: tuple[Literal["train", "valid"], ...] = ("train", "valid")
 STEPS = (1, 2, 3, 4)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from cdlm.core.errors import CdlmError
 from cdlm.data.masking import Block, Completion, Masking, Mixture, Prefix, RandomSubset, Span, Unconditional, mixed
 from cdlm.data.tokenizer import encode_batch, train_tokenizer
-from cdlm.errors import CdlmError
 
 TOKENIZER = train_tokenizer(["one\n\ntwo three"], 261)  # bytes, and two merges
 NEWLINE = encode_batch(TOKENIZER, ["\n"])[0][0]

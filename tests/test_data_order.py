@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from cdlm.core.errors import CdlmError
 from cdlm.data.order import Order, RowLoader, fixed_batches
-from cdlm.data.store import Row, Rows
-from cdlm.errors import CdlmError
+from cdlm.data.store import Row, TextRows
 
 
-class Numbered(Rows):
+class Numbered(TextRows):
     """Row i holds i in every position; its last position is padding."""
 
     def __init__(self, count: int) -> None:

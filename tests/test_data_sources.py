@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cdlm.core.errors import CdlmError
 from cdlm.data import sources
 from cdlm.data.sources import Files, Hub, Source, Stdlib, Stories
 from cdlm.data.stories import is_story
-from cdlm.errors import CdlmError
 
 
 def write(path: Path, content: str | bytes) -> str:

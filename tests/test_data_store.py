@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdlm.core.errors import CdlmError
 from cdlm.data import store as store_module
 from cdlm.data.sources import Source, Stories
 from cdlm.data.store import DocumentRows, PackedRows, TokenStore, build_store
 from cdlm.data.tokenizer import encode_batch, train_tokenizer
-from cdlm.errors import CdlmError
 
 TOKENIZER = train_tokenizer(Stories(n=200).documents("train"), 300)
 

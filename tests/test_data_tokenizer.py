@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cdlm.core.errors import CdlmError
 from cdlm.data.stories import stories
 from cdlm.data.tokenizer import encode_batch, load_tokenizer, tokenizer_hash, train_tokenizer
-from cdlm.errors import CdlmError
 
 TEXTS = list(stories(300, 0))
 TOKENIZER = train_tokenizer(TEXTS, 300)

@@ -14,16 +14,15 @@ from masked_toys import EOS, MASK, PLAIN, SHIFTED, VOCAB, Row, Scripted, Toy, co
 from tiny import GOLDEN, Tiny
 from torch import Tensor
 
-from cdlm.decoding import Decoder, Decoding
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
 from cdlm.halting import (
     KL,
-    AfterStep,
     AngleConvergence,
     Criterion,
     Entropy,
     FixedSteps,
     For,
+    FromStep,
     Full,
     JoT,
     Never,
@@ -33,10 +32,15 @@ from cdlm.halting import (
     SchED,
     StableAndConfident,
 )
-from cdlm.loop import Request
 from cdlm.masked.model import Constants
-from cdlm.masked.policies import KLASS, Dream, DreamThreshold, EntropyBound, Factor, LLaDA, Policy, Threshold
-from cdlm.prompts import canvases
+from cdlm.masked.policies.confidence import Factor, Threshold
+from cdlm.masked.policies.dream import Dream, DreamThreshold
+from cdlm.masked.policies.entropy import EntropyBound
+from cdlm.masked.policies.klass import KLASS
+from cdlm.masked.policies.llada import LLaDA
+from cdlm.masked.policies.policy import Policy
+from cdlm.masked.sampler import Decoder, Decoding
+from cdlm.sampling.requests import Request, canvases
 
 INF, LENGTH = math.inf, 8
 
@@ -97,7 +101,7 @@ MIDDLE: tuple[Criterion, ...] = (
     Patience(1) & Entropy(1.6),
     For(Prophet(1.5, 1.5, 1.5), 2) | FixedSteps(6),
 )
-JOTS: tuple[Criterion, ...] = (JoT(20.0, 2.0), AfterStep(JoT(5.0), 3) | Patience(3))
+JOTS: tuple[Criterion, ...] = (JoT(20.0, 2.0), FromStep(JoT(5.0), 3) | Patience(3))
 
 every_policy = pytest.mark.parametrize("policy", POLICIES, ids=repr)
 both_temperatures = pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -321,7 +325,7 @@ def test_a_halted_row_is_a_prefix_filled_with_the_likeliest(rule: Criterion, tem
 @both_temperatures
 def test_a_rule_that_freezes_leaves_the_run_alone_until_it_does(temperature: float) -> None:
     for policy in POLICIES[::3]:
-        base, late = plain(policy, temperature), plain(policy, temperature, AfterStep(JoT(5.0), 4))
+        base, late = plain(policy, temperature), plain(policy, temperature, FromStep(JoT(5.0), 4))
         assert all(row.canvases[:3] == base[i].canvases[:3] for i, row in late.items())
 
 

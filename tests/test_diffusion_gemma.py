@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
+from cdlm.core.types import Decision, NewRows, StepState
 from cdlm.halting import (
     KL,
-    AfterStep,
     AngleConvergence,
     Criterion,
     Entropy,
     FixedSteps,
     For,
+    FromStep,
     JoT,
     Never,
     NormConvergence,
@@ -36,7 +37,6 @@ from cdlm.halting import (
     Stateless,
     for_transformers,
 )
-from cdlm.types import Decision, Rows, StepState
 
 # transformers' loop imports a part of torch that uses what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
@@ -59,7 +59,7 @@ RULES = (
     SchED(14.0, 5.0),
     SchED(14.0, 5.0, schedule="linear", variant="paper"),
     For(Entropy(0.3), 2),
-    AfterStep(Patience(1), 8),
+    FromStep(Patience(1), 8),
     Entropy(0.2) & Patience(1),
     (Entropy(0.1) & SchED(14.0, 0.0)) | KL(0.1),
     Never(),
@@ -262,7 +262,7 @@ def signals(logits: Tensor, before: Tensor | None) -> dict[str, Tensor]:
 def by_hand(rule: Criterion, logits: Tensor, budget: int) -> int | None:
     """The step, from 1, at which the rule halts a row of logits [step, place, token]; None if it never does."""
     open_, one = torch.ones(1, N, dtype=torch.bool), torch.ones(1, dtype=torch.int64)
-    memory = rule.start(Rows(open_, one * budget, open_))
+    memory = rule.start(NewRows(open_, one * budget, open_))
     for i, now in enumerate(logits):
         seen = signals(now, logits[i - 1] if i else None)
         state = StepState(one * 0, one * i, one * budget, torch.ones(1).double(), one * i + 1, open_, seen)
@@ -415,7 +415,7 @@ def test_refuses_rules_of_embeddings(rule: Criterion) -> None:
     refused(lambda: for_transformers(rule), "embedding space.* use a rule that reads")
 
 
-@pytest.mark.parametrize("rule", [JoT(), For(JoT(), 2), AfterStep(JoT(), 2), JoT() | Entropy(0.1)], ids=repr)
+@pytest.mark.parametrize("rule", [JoT(), For(JoT(), 2), FromStep(JoT(), 2), JoT() | Entropy(0.1)], ids=repr)
 def test_refuses_rules_that_freeze(rule: Criterion) -> None:
     refused(lambda: for_transformers(rule), "only halt whole canvases")
 

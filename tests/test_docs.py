@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cdlm.config import GRIDS, MASKINGS, POLICIES, PROJECTIONS, RULES, SOLVERS
-from cdlm.signals import SIGNALS
+from cdlm.halting.signals import SIGNALS
 
 ROOT = Path(__file__).parent.parent
 PAGES = (

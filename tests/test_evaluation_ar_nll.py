@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from cdlm.errors import CdlmError
-from cdlm.evaluation.ar_nll import ar_nll
+from cdlm.core.errors import CdlmError
 from cdlm.evaluation.judge import Judge
+from cdlm.evaluation.metrics.ar_nll import ar_nll
 
 TEXTS = ["the cat", "", "a", "Grüße, 世界! 🙂", "x" * 50, " a dog sees a tree. " * 9, "my aunt", "old books."]
 JUDGE = random_judge()

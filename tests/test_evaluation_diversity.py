@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdlm.errors import CdlmError
-from cdlm.evaluation.diversity import (
+from cdlm.core.errors import CdlmError
+from cdlm.evaluation.metrics.diversity import (
     distinct_n,
     duplicate_rate,
     empty_rate,

@@ -4,9 +4,9 @@ import torch
 from evaluation_toys import LENGTH, byte_tokenizer, packed_rows, random_judge, sentences, trained_judge
 from safetensors.torch import load_file, save_file
 
-from cdlm.errors import CdlmError
-from cdlm.evaluation.ar_nll import ar_nll
+from cdlm.core.errors import CdlmError
 from cdlm.evaluation.judge import Judge, cached_judge, features, train_judge
+from cdlm.evaluation.metrics.ar_nll import ar_nll
 
 TEXTS = ["the cat sees", "", "a", "Grüße, 世界!", "a dog likes old books.", "x" * 90]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from evaluation_toys import numpy_state
 
-from cdlm.errors import CdlmError
-from cdlm.evaluation.mauve import FEWEST_TEXTS, ceiling, library, mauve
+from cdlm.core.errors import CdlmError
+from cdlm.evaluation.metrics.mauve import FEWEST_TEXTS, ceiling, library, mauve
 
 
 @pytest.fixture(autouse=True, scope="module")

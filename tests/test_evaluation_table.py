@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from evaluation_toys import byte_tokenizer, random_judge, sentences, trained_judge
 
-from cdlm.errors import CdlmError
-from cdlm.evaluation.ar_nll import ar_nll
+from cdlm.core.errors import CdlmError
+from cdlm.evaluation.metrics.ar_nll import ar_nll
 from cdlm.evaluation.table import Corpus, Evaluation, evaluate
 
 TOKENIZER = byte_tokenizer()

@@ -10,10 +10,9 @@ import torch
 from toys import masked_with_tokenizer, tokenizer, with_tokenizer
 
 import cdlm
-from cdlm.collect import shown_of
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
 from cdlm.masked.system import MaskedDiffusion
-from cdlm.types import Samples
+from cdlm.sampling.samples import Samples, shown_of
 
 
 @pytest.fixture(scope="module")

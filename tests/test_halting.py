@@ -16,24 +16,27 @@ from oracle import Oracle
 from torch import Tensor
 
 from cdlm.config import RULES, criterion, parse
-from cdlm.errors import CdlmError
+from cdlm.continuous.sampler import Run, Sampler
+from cdlm.core.errors import CdlmError
+from cdlm.core.trees import take
+from cdlm.core.types import Decision, NewRows, StepState
 from cdlm.halting import (
-    AfterStep,
     AngleConvergence,
     Criterion,
     FixedSteps,
     For,
+    FromStep,
     Never,
     NormConvergence,
     Patience,
     Stateless,
 )
-from cdlm.loop import Request
-from cdlm.sampling import Run, Sampler
-from cdlm.types import Decision, Rows, StepState, take
+from cdlm.sampling.requests import Request
 
 ROWS = 3
-ENTERING = Rows(torch.ones(ROWS, 1, dtype=torch.bool), torch.full((ROWS,), 50), torch.ones(ROWS, 1, dtype=torch.bool))
+ENTERING = NewRows(
+    torch.ones(ROWS, 1, dtype=torch.bool), torch.full((ROWS,), 50), torch.ones(ROWS, 1, dtype=torch.bool)
+)
 
 
 @st.composite
@@ -75,7 +78,7 @@ simple = st.one_of(
 )
 wrapped = st.recursive(
     simple,
-    lambda inner: st.one_of(st.builds(For, inner, st.integers(1, 3)), st.builds(AfterStep, inner, st.integers(1, 6))),
+    lambda inner: st.one_of(st.builds(For, inner, st.integers(1, 3)), st.builds(FromStep, inner, st.integers(1, 6))),
     max_leaves=3,
 )
 rules = st.recursive(
@@ -95,7 +98,7 @@ def test_neutral_elements(a: Criterion, walk: list[StepState]) -> None:
     plain = halts(a, walk)
     for same in (
         For(a, 1),
-        AfterStep(a, 1),
+        FromStep(a, 1),
         a | Never(),
         Never() | a,
         a & FixedSteps(1),
@@ -104,7 +107,7 @@ def test_neutral_elements(a: Criterion, walk: list[StepState]) -> None:
         a | a,
     ):
         assert halts(same, walk) == plain
-    for nothing in (a & Never(), Never() & a, For(a, len(walk) + 1), AfterStep(a, len(walk) + 1)):
+    for nothing in (a & Never(), Never() & a, For(a, len(walk) + 1), FromStep(a, len(walk) + 1)):
         assert halts(nothing, walk) == halts(Never(), walk)
 
 
@@ -123,8 +126,8 @@ def test_and_and_or_are_those_of_logic(a: Criterion, b: Criterion, c: Criterion,
 @settings(max_examples=40)
 def test_patience_adds_up(a: Criterion, n: int, m: int, walk: list[StepState]) -> None:
     assert halts(For(For(a, n), m), walk) == halts(For(a, n + m - 1), walk)
-    assert halts(AfterStep(AfterStep(a, n), m), walk) == halts(AfterStep(a, max(n, m)), walk)
-    assert halts(AfterStep(a, n), walk) == halts(a & FixedSteps(n), walk)
+    assert halts(FromStep(FromStep(a, n), m), walk) == halts(FromStep(a, max(n, m)), walk)
+    assert halts(FromStep(a, n), walk) == halts(a & FixedSteps(n), walk)
 
 
 @given(a=rules, n=st.integers(1, 4), walk=walks())
@@ -159,7 +162,7 @@ def test_rules_follow_their_rows(a: Criterion, order: list[int], walk: list[Step
 @given(a=rules, b=rules)
 def test_needs_are_those_of_the_parts(a: Criterion, b: Criterion) -> None:
     assert (a & b).needs == (a | b).needs == a.needs | b.needs
-    assert For(a, 2).needs == AfterStep(a, 2).needs == a.needs
+    assert For(a, 2).needs == FromStep(a, 2).needs == a.needs
 
 
 def test_the_first_step_never_converges_in_angle() -> None:
@@ -168,7 +171,7 @@ def test_the_first_step_never_converges_in_angle() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, True])
-@pytest.mark.parametrize("make", [Patience, FixedSteps, lambda n: For(Never(), n), lambda n: AfterStep(Never(), n)])
+@pytest.mark.parametrize("make", [Patience, FixedSteps, lambda n: For(Never(), n), lambda n: FromStep(Never(), n)])
 def test_counts_that_are_none_are_refused(make: Callable, value: int) -> None:
     with pytest.raises(CdlmError, match="whole number steps >= 1"):
         make(value)
@@ -202,7 +205,7 @@ def test_the_text_of_a_combined_rule_is_the_rule(rule: Criterion) -> None:
         (" For( NormConvergence(1e-2), 5 ) | Patience(40) ", For(NormConvergence(0.01), 5) | Patience(40)),
         ("Never() & Never() | Never()", (Never() & Never()) | Never()),
         ("(Never() | Patience(2)) & FixedSteps(3)", (Never() | Patience(2)) & FixedSteps(3)),
-        ("AfterStep(AngleConvergence(0.1), steps=3)", AfterStep(AngleConvergence(0.1), 3)),
+        ("FromStep(AngleConvergence(0.1), steps=3)", FromStep(AngleConvergence(0.1), 3)),
     ],
 )
 def test_texts_are_read_as_python_would(text: str, rule: Criterion) -> None:
@@ -288,8 +291,8 @@ ILL_TYPED = (
     ("criterion", f"Patience({'[' * 150}{']' * 150})"),
     ("criterion", "Patience(99999e9999)"), ("criterion", "NormConvergence('0.1')"),
     ("criterion", "NormConvergence(True)"),
-    ("criterion", "For(3, 2)"), ("criterion", "For('Never()', 2)"), ("criterion", "AfterStep((), 2)"),
-    ("criterion", "AfterStep(Never(), Never())"), ("solver", "Patience(3)"), ("solver", "Euler(3)"),
+    ("criterion", "For(3, 2)"), ("criterion", "For('Never()', 2)"), ("criterion", "FromStep((), 2)"),
+    ("criterion", "FromStep(Never(), Never())"), ("solver", "Patience(3)"), ("solver", "Euler(3)"),
     ("solver", "TorchDiffEq()"), ("solver", 'TorchDiffEq("euler9")'), ("solver", "TorchDiffEq(5)"),
     ("solver", "TorchDiffEq([])"), ("solver", 'TorchDiffEq("dopri5", "a")'), ("solver", 'TorchDiffEq("dopri5", -1.0)'),
     ("solver", 'TorchDiffEq("dopri5", atol=0)'), ("solver", "Huen()"), ("grid", "Euler()"), ("grid", "Warped(1)"),

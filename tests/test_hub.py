@@ -14,9 +14,9 @@ from toys import tokenizer, with_tokenizer
 from cdlm import generation
 from cdlm.config import build_system
 from cdlm.continuous.system import EmbeddingDiffusion
-from cdlm.errors import CdlmError
-from cdlm.files import replacing, write_text
-from cdlm.types import Condition
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import replacing, write_text
+from cdlm.core.types import Condition
 
 OURS = {"config.json", "model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"}
 
@@ -150,7 +150,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "config that is no text": (write("config.json", b"\xff\xfe\x00"), "not valid JSON"),
     "config that is a list": (write("config.json", b"[]"), "not a JSON object"),
     "foreign config": (write("config.json", b'{"model_type": "gpt2"}'), "model_type is 'gpt2', expected one of"),
-    "later format": (edit(lambda c: c.update(cdlm_format=99)), "cdlm_format 1"),
+    "later format": (edit(lambda c: c.update(cdlm_format=99)), "cdlm_format 2"),
     "no model": (edit(lambda c: c.pop("model")), "model"),
     "model that is no object": (edit(lambda c: c.update(model=3)), "model"),
     "no length": (edit(lambda c: c.pop("length")), "length"),

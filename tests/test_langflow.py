@@ -17,22 +17,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cdlm.continuous.langflow import Gumbel, LangFlow, open_langflow
-from cdlm.continuous.levels import Grid, alpha_of, gamma_of, t_of_gamma
+from cdlm.continuous.grids import Grid
 from cdlm.continuous.likelihood import Ode, Text, Walk, langflow_evaluator_score
-from cdlm.continuous.released.langflow import LangFlowLayout
-from cdlm.continuous.released.layout import Official
-from cdlm.continuous.released.tensors import read_safetensors
+from cdlm.continuous.published.langflow import LangFlowLayout
+from cdlm.continuous.published.layout import Official
+from cdlm.continuous.published.tensors import read_safetensors
+from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.schedules import Schedule, alpha_of, gamma_of, t_of_gamma
 from cdlm.continuous.system import EmbeddingDiffusion
-from cdlm.continuous.warping import Schedule
+from cdlm.continuous.systems.langflow import Gumbel, LangFlow, open_langflow
 from cdlm.convert import convert
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
+from cdlm.core.types import Condition, LoopStep
 from cdlm.generation import generate, load
-from cdlm.loop import Request
-from cdlm.sampling import Run, Sampler
+from cdlm.sampling.requests import Request
 from cdlm.training.options import TrainOptions
 from cdlm.training.run import train
-from cdlm.types import Condition, Finished
 
 GOLDEN = Path(__file__).parent / "golden" / "langflow"
 MODELS = ("main", "no_self_cond")
@@ -239,7 +239,7 @@ class FromNoise(Run):
         return scale * self.noise[index].to(like)
 
 
-def sampled(model: str, case: dict[str, Any]) -> list[Finished]:
+def sampled(model: str, case: dict[str, Any]) -> list[LoopStep]:
     system, arrays, _ = trace(model)
     name, rows, length = f"sample.{case['index']}", case["num_samples"], case["seq_length"]
     grid = Recorded(arrays[f"{name}.gamma_f32"])
@@ -316,12 +316,12 @@ def test_the_published_size_has_132_million_parameters_beside_its_embeddings() -
 
 @torch.no_grad()
 def test_a_fresh_network_says_what_the_own_position_says() -> None:
-    system = built(**NETWORKS["released"], own_position_warmup=0).double().eval()
+    system = built(**NETWORKS["released"], output_prior_warmup=0).double().eval()
     z, t, condition = question(system)
-    assert system.own_position is not None
-    own = system.own_position(z, t, system.embedding)
+    assert system.output_prior is not None
+    own = system.output_prior(z, t, system.embedding)
     torch.testing.assert_close(system.denoise(z, t, condition).logits, own)
-    bare = built(**NETWORKS["released"], own_position=False).double().eval()
+    bare = built(**NETWORKS["released"], output_prior=False).double().eval()
     assert not bare.denoise(z, t, condition).logits.any()
 
 
@@ -333,7 +333,7 @@ def test_nobody_attends_to_padding() -> None:
     padded = system.denoise(z, t, condition._replace(valid=valid)).logits[:, :3]
     other = torch.where(valid[..., None], z, 7.0)
     torch.testing.assert_close(system.denoise(other, t, condition._replace(valid=valid)).logits[:, :3], padded)
-    short = Condition(condition.clean[:, :3], condition.noised[:, :3], condition.x0[:, :3])
+    short = Condition(condition.clean[:, :3], condition.target[:, :3], condition.x0[:, :3])
     torch.testing.assert_close(system.denoise(z[:, :3], t, short).logits, padded)
 
 
@@ -344,7 +344,7 @@ def test_without_self_conditioning_there_is_nothing_that_reads_the_estimate() ->
         z, t, condition = question(system)
         first, second = (system.denoise(z, t, condition._replace(x0=k * condition.x0)).logits for k in (1, 2))
         assert torch.equal(first, second) == (share == 0)
-        assert ("reader.self_cond_proj.weight" in system.state_dict()) == (share > 0)
+        assert ("network_input.self_cond_proj.weight" in system.state_dict()) == (share > 0)
 
 
 def test_dropout_is_a_function_of_the_generator_and_of_nothing_else() -> None:
@@ -440,11 +440,11 @@ def test_released_files_are_read_and_written_as_they_were(model: str, tmp_path: 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"self_conditioning": 0.0}, {"own_position": False}, {"self_conditioning": 0.5, "cutoff": 1e-3}],
+    [{}, {"self_conditioning": 0.0}, {"output_prior": False}, {"self_conditioning": 0.5, "cutoff": 1e-3}],
     ids=str,
 )
 def test_a_model_of_ours_survives_the_released_format(changes: dict[str, Any], tmp_path: Path) -> None:
-    system = lively(own_position_warmup=2, **changes)
+    system = lively(output_prior_warmup=2, **changes)
     for _ in range(3):
         system.after_step()
     system.length = 5
@@ -462,9 +462,9 @@ def test_what_the_released_format_cannot_say_is_not_written(tmp_path: Path) -> N
     shared = built()
     with pytest.raises(CdlmError, match="network=released"):
         LangFlowLayout().write(Official(shared.config, 5, {}), tmp_path)
-    warming = lively(own_position_warmup=2)
+    warming = lively(output_prior_warmup=2)
     state = {name: (tuple(x.shape), lambda x=x: x) for name, x in warming.state_dict().items()}
-    with pytest.raises(CdlmError, match="own_position_warmup"):
+    with pytest.raises(CdlmError, match="output_prior_warmup"):
         LangFlowLayout().write(Official(warming.config, 5, state), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -613,7 +613,7 @@ class Loader:
         self.batches = state["batches"]
 
 
-RECIPE: dict[str, Any] = {"own_position_warmup": 20, "fit_delay": 10}
+RECIPE: dict[str, Any] = {"output_prior_warmup": 20, "fit_delay": 10}
 
 
 def held_out(system: EmbeddingDiffusion) -> float:
@@ -626,7 +626,7 @@ def held_out(system: EmbeddingDiffusion) -> float:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training_lowers_the_loss_and_learns_the_schedule(network: str) -> None:
     system, untrained = (
-        built(**{**RECIPE, **changes}, **NETWORKS[network]) for changes in ({}, {"own_position_warmup": 0})
+        built(**{**RECIPE, **changes}, **NETWORKS[network]) for changes in ({}, {"output_prior_warmup": 0})
     )
     first = {name: value.clone() for name, value in system.state_dict().items()}
     groups = system.parameter_groups()
@@ -642,7 +642,7 @@ def test_training_lowers_the_loss_and_learns_the_schedule(network: str) -> None:
     untrained.schedule.load_state_dict(system.schedule.state_dict())
     assert held_out(system) < 0.85 * held_out(untrained)  # which knows each position's own state only
     assert all(last[f"schedule.{name}"] != first[f"schedule.{name}"] for name in ("mu", "beta", "entropy"))
-    assert int(last["schedule.steps"]) == int(last["own_position.steps"]) == 40
+    assert int(last["schedule.steps"]) == int(last["output_prior.steps"]) == 40
 
 
 def fit(folder: Path, resume: bool = False, stop: int | None = None, **changes: Any) -> dict[str, Tensor]:

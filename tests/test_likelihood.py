@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from oracle import Oracle
 from torch import Tensor, nn
 
-from cdlm.cli import main
+from cdlm.cli.main import main
 from cdlm.config import parse_run
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.likelihood import (
@@ -32,13 +32,14 @@ from cdlm.continuous.likelihood import (
     stratified_error,
     walk_nats,
 )
-from cdlm.continuous.warping import TimeWarp
-from cdlm.errors import CdlmError
-from cdlm.evaluation.likelihood import BOUND, ODE, Asked, Likelihood, Measure, row_nats
+from cdlm.continuous.schedules import TimeWarp
+from cdlm.core.errors import CdlmError
+from cdlm.core.trees import take
+from cdlm.core.types import Condition, Prediction
+from cdlm.evaluation.metrics.likelihood import BOUND, ODE, Likelihood, LikelihoodSettings, Measure, row_nats
 from cdlm.masked.likelihood import nelbo
 from cdlm.masked.model import Constants, Function
 from cdlm.masked.system import MaskedDiffusion
-from cdlm.types import Condition, Prediction, take
 
 Score = Callable[[Denoiser, Text], Nats]
 
@@ -244,23 +245,23 @@ def test_levels_at_which_a_schedule_stands_still_count_for_nothing() -> None:
 
 def brute_force(denoiser: Denoiser, text: Text, s: float, y: Tensor, detached: bool) -> Float[Tensor, " b"]:
     """The trace over the positions that are scored, from the whole Jacobian of two passes."""
-    clean = denoiser.embed(text.tokens).detach() * ~text.noised[..., None]
+    clean = denoiser.embed(text.tokens).detach() * ~text.target[..., None]
     t = torch.full((len(y),), 1 / s, dtype=torch.float64)
 
     def field(y: Tensor) -> Tensor:
-        told = Condition(clean, text.noised, torch.zeros_like(clean))
+        told = Condition(clean, text.target, torch.zeros_like(clean))
         first = denoiser.denoise(y / s, t, told).x0
         return denoiser.denoise(y / s, t, told._replace(x0=first.detach() if detached else first)).x0
 
     whole_matrix = torch.autograd.functional.jacobian(field, y)  # [b n d, b n d]
     diagonal = torch.einsum("bndbnd->bnd", whole_matrix)
-    return (diagonal * text.noised[..., None]).sum((1, 2))
+    return (diagonal * text.target[..., None]).sum((1, 2))
 
 
 @pytest.mark.parametrize("detached", [False, True])
 def test_the_trace_is_that_of_the_whole_jacobian(detached: bool) -> None:
     system, text = toys.lively(), toy_text()
-    text.noised[:, 1] = False  # one position is given
+    text.target[:, 1] = False  # one position is given
     asked = walk(system, text, 1)
     s = 1 / asked.levels
     score = langflow_evaluator_score if detached else walk_nats
@@ -338,7 +339,7 @@ def test_noise_follows_the_seed_and_the_key(score: Score) -> None:
 def test_padding_does_not_matter(score: Score) -> None:
     system, text = toys.lively(), toy_text(6)
     valid = torch.arange(6).expand(3, 6) < torch.tensor([[6], [4], [1]])
-    text = text._replace(valid=valid, noised=valid)
+    text = text._replace(valid=valid, target=valid)
     found = score(system, text)
     assert found.positions.tolist() == [6, 4, 1]
     other = text._replace(tokens=torch.where(valid, text.tokens, (text.tokens + 1) % 11))
@@ -359,20 +360,20 @@ def test_blocks_take_each_position_once_and_see_only_what_is_before(seed: int, s
     source = torch.Generator().manual_seed(seed)
     tokens = torch.randint(9, (3, 12), generator=source)
     real = torch.arange(12).expand(3, 12) < torch.randint(1, 13, (3, 1), generator=source)
-    noised = real & (torch.rand(3, 12, generator=source) < 0.6)
-    noised[:, 0] = True
-    parts, origin = by_block(Text(tokens, noised, real, torch.arange(3)[:, None]), size)
+    target = real & (torch.rand(3, 12, generator=source) < 0.6)
+    target[:, 0] = True
+    parts, origin = by_block(Text(tokens, target, real, torch.arange(3)[:, None]), size)
     parts.check(Oracle())
-    taken = torch.zeros(3, 12, dtype=torch.int64).index_add_(0, origin, parts.noised.long())
-    assert torch.equal(taken, noised.long())
-    assert parts.noised.sum(1).max() <= size
+    taken = torch.zeros(3, 12, dtype=torch.int64).index_add_(0, origin, parts.target.long())
+    assert torch.equal(taken, target.long())
+    assert parts.target.sum(1).max() <= size
     assert len({tuple(key) for key in parts.key.tolist()}) == len(parts.tokens)
     assert torch.equal(parts.tokens, tokens[origin])
     assert parts.valid is not None
-    for row, now, seen in zip(origin.tolist(), parts.noised, parts.valid, strict=True):
+    for row, now, seen in zip(origin.tolist(), parts.target, parts.valid, strict=True):
         last = int(now.nonzero().max())
         assert torch.equal(seen, real[row] & (torch.arange(12) <= last))
-        assert bool((taken[row] - now.long())[:last].sum() == (noised[row] & ~now)[:last].sum())
+        assert bool((taken[row] - now.long())[:last].sum() == (target[row] & ~now)[:last].sum())
 
 
 def test_a_block_does_not_see_what_comes_after_it() -> None:
@@ -392,7 +393,7 @@ def test_a_block_does_not_see_what_comes_after_it() -> None:
 def test_a_system_of_blocks_is_scored_block_by_block() -> None:
     system, text = toys.lively(), toy_text(5)
     system.block = 2
-    asked = Asked(levels=2, ode=Ode(3), batch_size=2)
+    asked = LikelihoodSettings(levels=2, ode=Ode(3), batch_size=2)
     found = row_nats(system, text, asked)
     parts, origin = by_block(text, 2)
     torch.testing.assert_close(found[BOUND].total, bound(system, parts, 2).summed(origin, 3).total)
@@ -417,7 +418,7 @@ def test_a_network_in_half_precision_is_refused() -> None:
     with pytest.raises(CdlmError, match="half precision"):
         ode_nats(system, text, Ode(2))
     with pytest.raises(CdlmError, match="half precision"):
-        row_nats(system, text, Asked(ode=Ode(2)))
+        row_nats(system, text, LikelihoodSettings(ode=Ode(2)))
     assert bool(bound(system, text, 2).total.isfinite().all())
     with pytest.raises(CdlmError, match="half precision"):
         ode_nats(toys.system().bfloat16(), text, Ode(2))
@@ -433,19 +434,19 @@ def test_a_state_in_float32_is_close_to_one_in_float64() -> None:
 
 def test_positions_that_cannot_be_scored() -> None:
     oracle, text = Oracle(), toy_text(4, vocab=7)
-    nothing = text._replace(noised=torch.zeros_like(text.noised))
+    nothing = text._replace(target=torch.zeros_like(text.target))
     padding = text._replace(valid=torch.arange(4).expand(3, 4) < 3)
     for score in (bound, ode_nats):
         for wrong in (nothing, padding):
             with pytest.raises(CdlmError, match="needs a position to score"):
                 score(oracle, wrong)
     oracle.sees_given = False
-    given_one = text._replace(noised=torch.arange(4).expand(3, 4) > 0)
+    given_one = text._replace(target=torch.arange(4).expand(3, 4) > 0)
     for score in (bound, ode_nats):
         with pytest.raises(CdlmError, match="score whole rows"):
             score(oracle, given_one)
     assert bound(oracle, text).positions.tolist() == [4, 4, 4]
-    assert bound(oracle, given_one._replace(valid=given_one.noised)).positions.tolist() == [3, 3, 3]
+    assert bound(oracle, given_one._replace(valid=given_one.target)).positions.tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -453,22 +454,22 @@ def test_positions_that_cannot_be_scored() -> None:
     [
         (lambda: Ode(steps=0), "steps >= 1"),
         (lambda: Ode(probes=0), "probes >= 1"),
-        (lambda: Asked(levels=0), "levels >= 1"),
+        (lambda: LikelihoodSettings(levels=0), "levels >= 1"),
         (lambda: bound(Oracle(t_min=0.5), toy_text(vocab=7), read_out=0.4), "read_out is a noise level"),
         (lambda: bound(Oracle(t_max=9.0), toy_text(vocab=7), read_out=30.0), "to below 20.12, got 30"),
-        (lambda: row_nats(toys.masked(), toy_text(), Asked(read_out=1.0)), "no noise levels"),
+        (lambda: row_nats(toys.masked(), toy_text(), LikelihoodSettings(read_out=1.0)), "no noise levels"),
         (
             lambda: Measure.of("ODE", nats_of([1.0, math.nan], 0.1), np.ones(2, int), np.ones(2, int)),
             "the ODE of 1 of 2 rows is not a number",
         ),
-        (lambda: Asked(batch_size=0), "batch_size must be >= 1"),
+        (lambda: LikelihoodSettings(batch_size=0), "batch_size must be >= 1"),
         (lambda: bound(Oracle(), toy_text(vocab=7), levels=0), "levels >= 1"),
         (lambda: nelbo(toys.masked(), *toy_text()[:4], levels=0), "levels >= 1"),
         (
-            lambda: row_nats(Function(lambda x, _: x, Constants(2)), toy_text(), Asked()),
+            lambda: row_nats(Function(lambda x, _: x, Constants(2)), toy_text(), LikelihoodSettings()),
             "of a Function, which has none",
         ),
-        (lambda: row_nats(toys.masked(), toy_text(), Asked(ode=Ode())), "a masked model has no ODE"),
+        (lambda: row_nats(toys.masked(), toy_text(), LikelihoodSettings(ode=Ode())), "a masked model has no ODE"),
     ],
 )
 def test_bad_settings(make: Callable[[], object], message: str) -> None:
@@ -531,7 +532,7 @@ def test_a_masked_model_of_a_copied_token_pays_for_it_once() -> None:
 
 def test_a_mask_in_the_text_is_neither_scored_nor_counted() -> None:
     text = whole(torch.tensor([[1, 2, 3, 2, 4], [2, 2, 2, 2, 2]]))
-    found = row_nats(known(torch.zeros_like), text, Asked(levels=3))[BOUND]
+    found = row_nats(known(torch.zeros_like), text, LikelihoodSettings(levels=3))[BOUND]
     assert found.positions.tolist() == [3, 0]
     torch.testing.assert_close(found.total, torch.tensor([3 * math.log(5), 0.0], dtype=torch.float64))
 
@@ -539,7 +540,7 @@ def test_a_mask_in_the_text_is_neither_scored_nor_counted() -> None:
 def test_a_masked_row_does_not_depend_on_its_batch() -> None:
     system, text = toys.lively_masked(), unmasked(toy_text(6, rows=4))
     valid = torch.arange(6).expand(4, 6) < torch.tensor([[6], [4], [1], [5]])
-    text = text._replace(valid=valid, noised=valid)
+    text = text._replace(valid=valid, target=valid)
     together = nelbo(system, *text)
     for rows in ([0], [3, 1], [2]):
         torch.testing.assert_close(nelbo(system, *take(text, torch.tensor(rows))), together[rows])
@@ -554,7 +555,7 @@ def test_the_masked_bound_is_the_one_that_training_minimises() -> None:
         for parameter in (p for name, p in system.named_parameters() if "output" in name):
             parameter *= 0.2
     many = whole(text.tokens.expand(4000, -1).contiguous())
-    trained = system(many.tokens, many.noised, None, torch.Generator().manual_seed(0)).nats.double()
+    trained = system(many.tokens, many.target, None, torch.Generator().manual_seed(0)).nats.double()
     draws = nelbo(system, *take(many, torch.arange(1000)), levels=1) / 4
     error = math.hypot(trained.std() / 4000**0.5, draws.std() / 1000**0.5)
     assert error < 0.05 * draws.mean()
@@ -605,10 +606,10 @@ def test_batches_change_nothing() -> None:
     text = toy_text(4, rows=5)
     for system in (toys.lively(), toys.lively_masked()):
         ode = Ode(2) if system.config["system"] == "cdcd" else None
-        one, all_ = (row_nats(system, unmasked(text), Asked(2, ode, batch_size=size)) for size in (2, 5))
+        one, all_ = (row_nats(system, unmasked(text), LikelihoodSettings(2, ode, batch_size=size)) for size in (2, 5))
         for name, nats in one.items():
             torch.testing.assert_close(nats.total, all_[name].total)
-    row_nats(toys.lively(), text, Asked(1, batch_size=2), lambda *report: told.append(report))
+    row_nats(toys.lively(), text, LikelihoodSettings(1, batch_size=2), lambda *report: told.append(report))
     assert told == [("bound", 2, 5), ("bound", 4, 5), ("bound", 5, 5)]
 
 

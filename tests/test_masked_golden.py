@@ -11,13 +11,18 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cdlm.decoding import Decoder, Decoding, Quirks
+from cdlm.core.rng import ORDER, TOKENS, PositionNoise, Site
 from cdlm.halting import Criterion, Never, Prophet
-from cdlm.masked.draws import ORDER, TOKENS, Draws, Site
+from cdlm.masked.checkpoints.model import open_checkpoint
 from cdlm.masked.model import CachedModel, Constants
-from cdlm.masked.policies import Dream, DreamThreshold, Factor, LLaDA, Policy, Threshold, entropy_bounded
-from cdlm.masked.pretrained import open_checkpoint
-from cdlm.prompts import canvases
+from cdlm.masked.policies.confidence import Factor, Threshold
+from cdlm.masked.policies.dream import Dream, DreamThreshold
+from cdlm.masked.policies.entropy import entropy_bounded
+from cdlm.masked.policies.llada import LLaDA
+from cdlm.masked.policies.policy import Policy
+from cdlm.masked.published import Quirks
+from cdlm.masked.sampler import Decoder, Decoding
+from cdlm.sampling.requests import canvases
 from tests.tiny import GOLDEN, Tiny
 
 MASK, EOS, EOT = 63, 1, 2
@@ -29,7 +34,7 @@ def cases(name: str) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Recorded(Draws):
+class Recorded(PositionNoise):
     """What the published decoder drew, in the order of its steps."""
 
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
@@ -39,7 +44,7 @@ class Recorded(Draws):
 
 
 @dataclass(frozen=True)
-class Drawn(Draws):
+class Drawn(PositionNoise):
     """Numbers of the recorded draws of Dream, one array a step, in the order of the masked positions."""
 
     arrays: Mapping[int, Tensor] = field(default_factory=dict)
@@ -56,7 +61,7 @@ class Drawn(Draws):
         return chosen[site.at[0]].double()
 
 
-def noise_of(folder: str, case: Mapping[str, Any]) -> Draws | None:
+def noise_of(folder: str, case: Mapping[str, Any]) -> PositionNoise | None:
     if case.get("noise_seed") is None:
         return None
     arrays = load_file(GOLDEN / folder / "arrays.safetensors")
@@ -68,7 +73,7 @@ def noise_of(folder: str, case: Mapping[str, Any]) -> Draws | None:
 
 
 def replayed(
-    model: CachedModel, decoder: Decoder, case: Mapping[str, Any], length: int, draws: Draws | None = None,
+    model: CachedModel, decoder: Decoder, case: Mapping[str, Any], length: int, draws: PositionNoise | None = None,
     constraints: Mapping[int, int] | None = None,
 ) -> tuple[list[Any], list[int], list[int]]:  # fmt: skip
     """The canvas after each step, and calls and steps of each row."""

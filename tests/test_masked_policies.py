@@ -14,25 +14,19 @@ from jaxtyping import Float
 from masked_toys import EOS, EOT, MASK, VOCAB, Row, Scripted, Toy, confident, decoded
 from torch import Tensor
 
-from cdlm.decoding import Decoder
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import ORDER, TOKENS, PositionNoise, Site
 from cdlm.halting import Full, Never
-from cdlm.masked.draws import ORDER, TOKENS, Draws, Site
 from cdlm.masked.model import Constants
-from cdlm.masked.policies import (
-    KLASS,
-    Dream,
-    DreamThreshold,
-    EntropyBound,
-    Factor,
-    LLaDA,
-    Policy,
-    Threshold,
-    entropy_bounded,
-    filtered,
-)
-from cdlm.masked.quotas import best, even, falling, ranked, transfer_share
-from cdlm.prompts import canvases
+from cdlm.masked.policies.confidence import Factor, Threshold
+from cdlm.masked.policies.dream import Dream, DreamThreshold, filtered
+from cdlm.masked.policies.entropy import EntropyBound, entropy_bounded
+from cdlm.masked.policies.klass import KLASS
+from cdlm.masked.policies.llada import LLaDA
+from cdlm.masked.policies.policy import Policy
+from cdlm.masked.policies.quotas import best, even, falling, ranked, transfer_share
+from cdlm.masked.sampler import Decoder
+from cdlm.sampling.requests import canvases
 
 INF = math.inf
 
@@ -378,7 +372,7 @@ def test_a_filter_cuts_what_is_drawn() -> None:
 def test_the_first_of_a_drawn_order_has_the_chance_of_its_score() -> None:
     score = torch.tensor([0.0, 1.0, 2.0, -1.0], dtype=torch.float64)
     site = Site(torch.arange(1500), torch.zeros(1500, dtype=torch.int64), torch.ones(1500, 4, dtype=torch.bool))
-    drawn = Draws(0).order(site, score.repeat(1500)).view(-1, 4)
+    drawn = PositionNoise(0).order(site, score.repeat(1500)).view(-1, 4)
     seen = Counter(drawn.argmax(1).tolist())
     assert chi_square([seen[i] for i in range(4)], score.softmax(0).tolist()) < 16.3  # 3 degrees, 0.1 %
 
@@ -388,13 +382,13 @@ def test_draws_are_a_function_of_seed_purpose_sample_and_step() -> None:
         return Site(torch.tensor([row]), torch.tensor([step]), torch.ones(1, 3, dtype=torch.bool))
 
     keys = [(s, p, r, i) for s in (0, 1) for p in (TOKENS, ORDER) for r in (0, 1) for i in (0, 1)]
-    drawn = {tuple(Draws(s).uniform(site(r, i), p).tolist()) for s, p, r, i in keys}
+    drawn = {tuple(PositionNoise(s).uniform(site(r, i), p).tolist()) for s, p, r, i in keys}
     assert len(drawn) == len(keys)
-    assert torch.equal(Draws(3).uniform(site(5, 2), ORDER), Draws(3).uniform(site(5, 2), ORDER))
+    assert torch.equal(PositionNoise(3).uniform(site(5, 2), ORDER), PositionNoise(3).uniform(site(5, 2), ORDER))
     two = Site(torch.tensor([4, 9]), torch.tensor([1, 0]), torch.tensor([[True, False, True], [False, True, False]]))
     one = Site(torch.tensor([9]), torch.tensor([0]), torch.tensor([[True, False, False]]))
-    assert Draws(0).uniform(two, TOKENS, 5).shape == (3, 5)
-    assert torch.equal(Draws(0).uniform(two, TOKENS, 5)[2:], Draws(0).uniform(one, TOKENS, 5))
+    assert PositionNoise(0).uniform(two, TOKENS, 5).shape == (3, 5)
+    assert torch.equal(PositionNoise(0).uniform(two, TOKENS, 5)[2:], PositionNoise(0).uniform(one, TOKENS, 5))
 
 
 def test_dream_origin_decides_each_position_at_a_step_with_the_chance_of_its_time() -> None:

@@ -14,11 +14,11 @@ from foreign import GOLDEN, TINY, copy_of, edit, random_checkpoint, write_tokeni
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cdlm.errors import CdlmError
-from cdlm.masked.family import Settings
+from cdlm.core.errors import CdlmError
+from cdlm.core.trees import join, take
+from cdlm.masked.checkpoints.family import Settings
+from cdlm.masked.checkpoints.model import FAMILIES, ForeignModel, open_checkpoint
 from cdlm.masked.model import Constants
-from cdlm.masked.pretrained import FAMILIES, ForeignModel, open_checkpoint
-from cdlm.types import join, take
 
 ATOL = 1e-5
 CASES = ["full", "left_pad", "right_pad", "long", "single", "all_mask"]

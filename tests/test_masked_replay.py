@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 
 from cdlm.api import recording_of
-from cdlm.collect import NEEDED_MASKED, collect
-from cdlm.decoding import Decoder, Decoding
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
 from cdlm.halting import (
     KL,
-    AfterStep,
     Criterion,
     Entropy,
     FixedSteps,
     For,
+    FromStep,
     Full,
     JoT,
     Never,
@@ -25,13 +23,18 @@ from cdlm.halting import (
     SchED,
     StableAndConfident,
 )
-from cdlm.halting.recording import Recording
 from cdlm.halting.replay import replay
-from cdlm.hub import Folder
-from cdlm.masked.policies import KLASS, Dream, LLaDA, Policy, Threshold
-from cdlm.prompts import canvases
-from cdlm.record import Record
-from cdlm.types import Samples
+from cdlm.masked.policies.confidence import Threshold
+from cdlm.masked.policies.dream import Dream
+from cdlm.masked.policies.klass import KLASS
+from cdlm.masked.policies.llada import LLaDA
+from cdlm.masked.policies.policy import Policy
+from cdlm.masked.sampler import Decoder, Decoding
+from cdlm.models.hub import Folder
+from cdlm.recording.file import Recording
+from cdlm.recording.record import Record
+from cdlm.sampling.requests import canvases
+from cdlm.sampling.samples import NEEDED_MASKED, Samples, collect
 from tests.masked_toys import MASK, Toy
 from tests.toys import tokenizer
 
@@ -42,7 +45,7 @@ POLICIES = (
 RULES = (
     Never(), Full(), FixedSteps(3), Patience(1), Patience(2), Entropy(1.4), KL(0.5, warmup=0.0), Prophet(0.9, 0.8, 0.7),
     SchED(2.0, 0.4), SchED(1.0, 0.5, variant="paper"), StableAndConfident(1, 1.5), For(Entropy(1.6), 2) | FixedSteps(6),
-    AfterStep(Patience(1), 4) & Entropy(2.0),
+    FromStep(Patience(1), 4) & Entropy(2.0),
 )  # fmt: skip
 PROMPTS = [[3, 4], [5, None, 6, 7], [8]]
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from toys import TEXT, VOCAB, lively_masked, masked, masked_with_tokenizer, tokenizer
 
 from cdlm import generation
-from cdlm.cli import main
+from cdlm.cli.main import main
 from cdlm.config import build_system, parse_run, read_run
-from cdlm.continuous.cdcd import CDCD
+from cdlm.continuous.systems.cdcd import CDCD
+from cdlm.core.errors import CdlmError
 from cdlm.data.sources import Files
 from cdlm.data.store import DocumentRows, FilledRows, build_store
-from cdlm.errors import CdlmError
 from cdlm.masked.model import Constants
 from cdlm.masked.system import EPS, Masked, MaskedDiffusion
-from cdlm.system import Loss, Special
+from cdlm.models.system import Loss, Special
 from cdlm.training.options import TrainOptions
 from cdlm.training.run import train
 
@@ -270,7 +270,7 @@ def test_the_groups_share_out_the_parameters() -> None:
     held = [id(p) for group in groups.values() for p in group]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     assert {id(p) for p in model.averaged_parameters()} == set(held)
-    assert model.own_schedule is None
+    assert model.learned_schedule is None
     assert model.facts() == {}
 
 

@@ -14,13 +14,14 @@ from oracle import Oracle, draws
 from test_replay import RULES, M, live, recorded
 from torch import Tensor
 
-from cdlm.continuous.levels import Grid, LogT, UpperEnds, Warped, alpha_of, gamma_of
+from cdlm.continuous.grids import Grid, LogT, UpperEnds, Warped
+from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.schedules import alpha_of, gamma_of
 from cdlm.continuous.solvers import Ancestral, Euler, Heun, Renoise, Solver, TorchDiffEq
+from cdlm.core.rng import StepNoise, row_normal
 from cdlm.halting import Criterion, Never, NormConvergence, Patience
 from cdlm.halting.replay import replay
-from cdlm.loop import Request
-from cdlm.noise import Draws, row_normal
-from cdlm.sampling import Run, Sampler
+from cdlm.sampling.requests import Request
 
 N = 6
 KINDS = pytest.mark.parametrize("kind", ["normal", "uniform"])
@@ -43,7 +44,7 @@ keys = st.builds(Key, st.integers(0, 2**31), st.integers(0, 10_000))
 def drawn(kind: str, keys: list[Key], *shape: int, seed: int = 0, like: torch.dtype = torch.float64) -> Tensor:
     """The numbers [keys, *shape] of rows in one batch."""
     index, step = (torch.tensor(column) for column in zip(*keys, strict=True))
-    return getattr(Draws(seed, index, step), kind)(torch.empty(len(keys), *shape, dtype=like))
+    return getattr(StepNoise(seed, index, step), kind)(torch.empty(len(keys), *shape, dtype=like))
 
 
 # --- the numbers ---

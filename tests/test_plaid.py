@@ -18,22 +18,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cdlm.config import build_system
-from cdlm.continuous.control import Control, Term
-from cdlm.continuous.denoiser import Steering
-from cdlm.continuous.levels import alpha_of, gamma_of, t_of_gamma
+from cdlm.continuous.guidance import Control, Guidance, Term
 from cdlm.continuous.objectives import Batch, squared_error
-from cdlm.continuous.plaid import LearnedGamma, Plaid
-from cdlm.continuous.released.plaid import PlaidLayout, ReleasedTransformer
+from cdlm.continuous.published.plaid import PlaidLayout, ReleasedTransformer
+from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.schedules import TimeWarp, alpha_of, gamma_of, t_of_gamma
 from cdlm.continuous.solvers import Ancestral, Euler
 from cdlm.continuous.system import EmbeddingDiffusion
-from cdlm.continuous.warping import TimeWarp
-from cdlm.errors import CdlmError
+from cdlm.continuous.systems.plaid import LearnedGamma, Plaid
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import StepNoise
+from cdlm.core.types import Condition, Prediction
 from cdlm.halting import Patience
-from cdlm.loop import Request
-from cdlm.noise import Draws
-from cdlm.sampling import Run, Sampler
-from cdlm.system import row_cross_entropy
-from cdlm.types import Condition, Prediction
+from cdlm.models.system import row_cross_entropy
+from cdlm.sampling.requests import Request
 
 GOLDEN = Path(__file__).parent / "golden" / "plaid"
 ARRAYS = load_file(GOLDEN / "arrays.safetensors")
@@ -117,8 +115,8 @@ def test_forward(case: Mapping[str, Any], there: dict[str, Tensor]) -> None:
     z, x0 = there["z"].double() / alpha_of(t)[:, None, None], there["x_selfcond"].double()
     logits = torch.zeros(2, N, V, dtype=torch.float64)
     for valid in pieces(case["cu_seqlens"]):
-        features, level = model.reader(z, t, nothing_given(z, x0, valid))
-        own = case["bias_scale"] * model.own_position(z, t, model.embedding)  # pyright: ignore[reportOptionalCall]
+        features, level = model.network_input(z, t, nothing_given(z, x0, valid))
+        own = case["bias_scale"] * model.output_prior(z, t, model.embedding)  # pyright: ignore[reportOptionalCall]
         whole = model.run_network(features, level, valid) + own
         logits = torch.where(valid[..., None], whole, logits)
     near(logits, there["logits_f64"])
@@ -156,7 +154,7 @@ def released(seed: int = 0, **settings: Any) -> EmbeddingDiffusion:
 
 def lively() -> EmbeddingDiffusion:
     """A float64 system in which no matrix is zero, as after training."""
-    model, generator = released(own_position_warmup=0).double(), torch.Generator().manual_seed(0)
+    model, generator = released(output_prior_warmup=0).double(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.startswith("schedule"):
@@ -204,7 +202,10 @@ def test_prompts_are_kept_and_seen_as_noisy_tokens() -> None:
 def test_a_training_step_reaches_every_parameter() -> None:
     model, generator = released(), torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in (model.network.get_parameter("output.weight"), model.reader.get_parameter("estimate.weight")):
+        for parameter in (
+            model.network.get_parameter("output.weight"),
+            model.network_input.get_parameter("estimate.weight"),
+        ):
             parameter.normal_(0, 0.1, generator=generator)
     model.train()
     tokens = torch.randint(11, (8, 6), generator=generator)
@@ -216,19 +217,19 @@ def test_a_training_step_reaches_every_parameter() -> None:
 
 
 def test_a_few_steps_of_training_lower_the_bound() -> None:
-    model, generator = released(own_position_warmup=0), torch.Generator().manual_seed(3)
+    model, generator = released(output_prior_warmup=0), torch.Generator().manual_seed(3)
     tokens = torch.arange(6).expand(16, 6).contiguous()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    noised = torch.ones(16, 6, dtype=torch.bool)
+    target = torch.ones(16, 6, dtype=torch.bool)
 
     def bound() -> float:
         with torch.no_grad():
-            return model.eval()(tokens, noised, None, torch.Generator().manual_seed(0)).total.item()
+            return model.eval()(tokens, target, None, torch.Generator().manual_seed(0)).total.item()
 
     before = bound()
     for _ in range(40):
         optimizer.zero_grad()
-        model.train()(tokens, noised, None, generator).total.backward()
+        model.train()(tokens, target, None, generator).total.backward()
         optimizer.step()
     assert bound() < 0.8 * before  # the tokens are known, their order is not yet
 
@@ -251,7 +252,7 @@ def test_bad_settings_are_said_in_one_line(bad: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Recorded(Draws):
+class Recorded(StepNoise):
     """The noise that the published sampler drew in one step."""
 
     noise: Tensor | None = None
@@ -267,9 +268,9 @@ def noise_of(there: dict[str, Tensor], step: int, rows: int) -> Recorded:
     return Recorded(0, place, place * 0 + step, drawn[step] if step < len(drawn) else None)
 
 
-def steering(case: Mapping[str, Any]) -> Steering:
+def guidance(case: Mapping[str, Any]) -> Guidance:
     terms = tuple(Term(*term) for term in case.get("guidance", []))
-    return Steering(score_temperature=case["score_temp"], control=Control(terms) if terms else None)
+    return Guidance(score_temperature=case["score_temp"], control=Control(terms) if terms else None)
 
 
 def never(*_: Any) -> Any:
@@ -282,7 +283,7 @@ def test_sampling(case: Mapping[str, Any], there: dict[str, Tensor]) -> None:
     """The published loop steps from t to t - 1/T and takes the state for one at the next of linspace(1, 0, T), which is
     1/(T-1) below t; here the same parts walk this way. Our own loop goes from each point of its grid to the next."""
     model, rows, steps = recorded(), case["n_samples"], case["sampling_timesteps"]
-    solver, steer = Euler() if case.get("ddim_sampler") else Ancestral(), steering(case)
+    solver, steer = Euler() if case.get("ddim_sampler") else Ancestral(), guidance(case)
     z = there["initial_noise"] * model.prior_std
     x0 = torch.zeros_like(z)
     for i, u in enumerate(there["t"]):
@@ -330,8 +331,8 @@ class Told(EmbeddingDiffusion):
 def told(eps: Tensor) -> Told:
     model = recorded()
     made = Told(
-        model.embedding, model.schedule, model.network, reader=model.reader, objective=model.objective,
-        own_position=model.own_position, self_conditioning=0.25, unit_prior=True, config=model.config,
+        model.embedding, model.schedule, model.network, network_input=model.network_input, objective=model.objective,
+        output_prior=model.output_prior, self_conditioning=0.25, unit_prior=True, config=model.config,
     )  # fmt: skip
     made.eps = eps
     return made.eval()
@@ -365,7 +366,7 @@ def read_out(model: Told, batch: Batch) -> Tensor:
     """Cross-entropy of each row at the least noise, in nats per token."""
     low = at(0.0, len(batch.tokens))
     z, condition = model.noisy(model.embed(batch.tokens), low, batch)
-    nats, count = row_cross_entropy(model.logits(z, low, condition), batch.tokens, batch.noised)
+    nats, count = row_cross_entropy(model.logits(z, low, condition), batch.tokens, batch.target)
     return nats / count
 
 
@@ -426,7 +427,7 @@ def moved(term: Term, t: float = 1.5, complement_of: int | None = None) -> tuple
     z = torch.randn(ROWS, 6, oracle.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     levels, open_ = torch.full((ROWS,), t, dtype=torch.float64), torch.ones(ROWS, 6, dtype=torch.bool)
     condition = Condition(z * 0, open_, z * 0)
-    made, driving = Steering(control=Control((term,))).predict(oracle, z, levels, condition, draws(ROWS))
+    made, driving = Guidance(control=Control((term,))).predict(oracle, z, levels, condition, draws(ROWS))
     return oracle, made, driving, made.logits.log_softmax(-1)
 
 
@@ -457,8 +458,8 @@ def test_control_adds_to_what_the_temperature_makes(weight: float, temperature: 
     z = torch.randn(1, 3, oracle.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t, condition = torch.ones(1, dtype=torch.float64), nothing_given(z)
     control = Control((Term(TOKEN, weight, 0),))
-    plain, free = Steering(score_temperature=temperature).predict(oracle, z, t, condition, draws())
-    _, driving = Steering(score_temperature=temperature, control=control).predict(oracle, z, t, condition, draws())
+    plain, free = Guidance(score_temperature=temperature).predict(oracle, z, t, condition, draws())
+    _, driving = Guidance(score_temperature=temperature, control=control).predict(oracle, z, t, condition, draws())
     near((driving - free)[0, 0], weight * (oracle.table[TOKEN] - plain.x0[0, 0]), 1e-9)
 
 
@@ -485,7 +486,7 @@ def test_a_prompt_can_be_asked_for() -> None:
     oracle, prompt = Oracle(), torch.tensor([4, 6, 1, 0, 0, 2])
     control = Control.of_prompt(prompt, torch.tensor([True, True, True, False, False, True]))
     assert control.terms[-1] == Term(2, 2.0, 5)
-    sampler = Sampler(steps=12, steering=Steering(control=control))
+    sampler = Sampler(steps=12, guidance=Guidance(control=control))
     finished = list(Run(oracle, sampler, 2).steps([free_row(6)]))
     assert finished[-1].tokens[0, [0, 1, 2, 5]].tolist() == [4, 6, 1, 2]
     assert finished[-1].state.nfe.tolist() == [12]
@@ -497,7 +498,7 @@ def free_row(n: int, index: int = 0) -> Request:
 
 def test_control_leaves_no_gradient_behind() -> None:
     model = lively()
-    sampler = Sampler(steps=2, steering=Steering(control=Control((Term(3),))), record=frozenset({"logits"}))
+    sampler = Sampler(steps=2, guidance=Guidance(control=Control((Term(3),))), record=frozenset({"logits"}))
     finished = list(Run(model, sampler, 2).steps([free_row(6)]))
     assert not finished[0].state.logits.requires_grad
     assert all(p.grad is None for p in model.parameters())
@@ -505,7 +506,7 @@ def test_control_leaves_no_gradient_behind() -> None:
 
 def test_a_row_does_not_depend_on_those_beside_it() -> None:
     oracle, control = Oracle(), Control((Term(2, 1.0, "any"), Term(1, 1.0, "all", True)))
-    sampler = Sampler(steps=6, steering=Steering(control=control))
+    sampler = Sampler(steps=6, guidance=Guidance(control=control))
     requests = [free_row(4, i) for i in range(3)]
 
     def tokens(batch: int) -> list[list[int]]:
@@ -518,8 +519,8 @@ def test_a_row_does_not_depend_on_those_beside_it() -> None:
 
 
 def test_settings_name_the_control_only_when_there_is_one() -> None:
-    assert "control" not in Steering().settings
-    assert Steering(control=Control((Term(5),))).settings["control"] == (
+    assert "control" not in Guidance().settings
+    assert Guidance(control=Control((Term(5),))).settings["control"] == (
         "Control(terms=(Term(token=5, weight=2.0, position='any', complement=False),))"
     )
 

@@ -13,10 +13,10 @@ from toys import lively
 
 from cdlm.config import projection as named
 from cdlm.continuous.projections import Drawn, Expectation, Greedy, MultiHot, Projection, Uneven, nucleus
-from cdlm.continuous.ssd import SSD
 from cdlm.continuous.system import EmbeddingDiffusion
-from cdlm.errors import CdlmError
-from cdlm.noise import Draws
+from cdlm.continuous.systems.ssd import SSD
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import StepNoise
 
 V, K = 6, 5.0
 WITH_TOP_P = (Drawn, MultiHot, Uneven)
@@ -132,7 +132,7 @@ def test_places_steps_samples_and_seeds_draw_apart() -> None:
     assert len(set(first[0].tolist())) > 1
     assert not torch.equal(first, Drawn()(SYSTEM, logits, draws(2, step=1)).argmax(-1))
     zero = torch.zeros(2, dtype=torch.int64)
-    assert not torch.equal(first, Drawn()(SYSTEM, logits, Draws(1, torch.arange(2), zero)).argmax(-1))
+    assert not torch.equal(first, Drawn()(SYSTEM, logits, StepNoise(1, torch.arange(2), zero)).argmax(-1))
 
 
 @pytest.mark.parametrize("projection", ALL, ids=repr)
@@ -142,7 +142,7 @@ def test_rows_do_not_depend_on_the_batch(projection: Projection) -> None:
         whole = projection(denoiser, logits, draws(4))
         for rows in ([2], [3, 0]):
             index = torch.tensor(rows)
-            part = projection(denoiser, logits[index], Draws(0, index, torch.zeros_like(index)))
+            part = projection(denoiser, logits[index], StepNoise(0, index, torch.zeros_like(index)))
             assert torch.equal(part, whole[index])
 
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from toys import system, tokenizer, with_tokenizer
 
 from cdlm import api, generation
-from cdlm.collect import given_spans, text_of
 from cdlm.continuous.system import EmbeddingDiffusion
-from cdlm.errors import CdlmError
-from cdlm.prompts import requests
-from cdlm.record import RECORDED
-from cdlm.types import HaltReason, Samples
+from cdlm.core.errors import CdlmError
+from cdlm.core.types import HaltReason
+from cdlm.recording.record import RECORDED
+from cdlm.sampling.requests import requests
+from cdlm.sampling.samples import Samples, given_spans, text_of
 
 LENGTH = 12
 

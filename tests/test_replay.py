@@ -13,18 +13,20 @@ from hypothesis import strategies as st
 from oracle import Oracle
 from toys import with_tokenizer
 
-from cdlm import api, cli, generation
-from cdlm.collect import NEEDED, Tape
+from cdlm import api, generation
+from cdlm.cli import main as cli
+from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.solvers import Euler, Heun, Solver, TorchDiffEq
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
+from cdlm.core.types import Decision, StepState
 from cdlm.halting import (
     KL,
-    AfterStep,
     AngleConvergence,
     Criterion,
     Entropy,
     FixedSteps,
     For,
+    FromStep,
     JoT,
     Never,
     NormConvergence,
@@ -34,12 +36,12 @@ from cdlm.halting import (
     StableAndConfident,
     Stateless,
 )
-from cdlm.halting.recording import Recording, read_folder
 from cdlm.halting.replay import replay
-from cdlm.loop import Request
-from cdlm.record import Record
-from cdlm.sampling import Run, Sampler
-from cdlm.types import Decision, StepState
+from cdlm.recording.file import Recording, read_folder
+from cdlm.recording.record import Record
+from cdlm.recording.writer import Recorder
+from cdlm.sampling.requests import Request
+from cdlm.sampling.samples import NEEDED
 
 M, N, STEPS = 6, 5, 14
 RULES = (
@@ -55,7 +57,7 @@ RULES = (
     SchED(3.0, 1.0),
     SchED(3.0, 1.0, "exp", 2.0, "paper"),
     FixedSteps(5),
-    For(Entropy(0.8), 2) & Patience(2) | AfterStep(NormConvergence(0.3), 9),
+    For(Entropy(0.8), 2) & Patience(2) | FromStep(NormConvergence(0.3), 9),
 )
 
 
@@ -71,7 +73,7 @@ def requests() -> list[Request]:
 def recorded(solver: Solver) -> Recording:
     asked = requests()
     tokens = torch.stack([request.tokens for request in asked])
-    tape = Tape(STEPS, tokens)
+    tape = Recorder(STEPS, tokens)
     for step in Run(Oracle(), Sampler(STEPS, solver=solver, record=NEEDED), 4).steps(asked):
         tape.write(step.state, step.state.row.numpy())
         tokens[step.state.row[step.done]] = step.tokens
@@ -80,9 +82,9 @@ def recorded(solver: Solver) -> Recording:
     return Recording(tape.record(), tokens.numpy(), given, valid, np.arange(M), 0, "oracle", "0" * 64, about)
 
 
-def live(solver: Solver, rule: Criterion) -> tuple[dict[int, tuple], Tape]:
+def live(solver: Solver, rule: Criterion) -> tuple[dict[int, tuple], Recorder]:
     out, asked = {}, requests()
-    tape = Tape(STEPS, torch.stack([request.tokens for request in asked]))
+    tape = Recorder(STEPS, torch.stack([request.tokens for request in asked]))
     for step in Run(Oracle(), Sampler(STEPS, rule, solver=solver, record=NEEDED), 4).steps(asked):
         tape.write(step.state, step.state.row.numpy())
         for row, tokens in zip(step.done.nonzero().squeeze(1).tolist(), step.tokens.tolist(), strict=True):
@@ -254,7 +256,7 @@ class Sharp(Stateless):
         return Decision(state.top1.amin(1) > 0)
 
 
-@pytest.mark.parametrize("rule", [JoT(), JoT() | Patience(3), For(JoT(), 2), AfterStep(JoT(), 2) & Never()], ids=repr)
+@pytest.mark.parametrize("rule", [JoT(), JoT() | Patience(3), For(JoT(), 2), FromStep(JoT(), 2) & Never()], ids=repr)
 def test_rules_that_freeze_cannot_be_replayed(rule: Criterion) -> None:
     with pytest.raises(CdlmError, match="freezes positions"):
         replay(recorded(Euler()), rule)
@@ -341,7 +343,7 @@ def test_mistakes_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None
 
 
 def test_a_recording_needs_recorded_samples(run: Path) -> None:
-    from cdlm import hub
+    from cdlm.models import hub
 
     system = generation.load(run)
     samples = generation.generate(system, n=1, steps=2)

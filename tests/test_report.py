@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from cdlm.errors import CdlmError
-from cdlm.report.pareto import Curve, Panel, limits, plot_pareto
-from cdlm.report.plot import plot_trajectories
+from cdlm.core.errors import CdlmError
+from cdlm.evaluation.plots.pareto import Curve, CurvePanel, limits, plot_pareto
+from cdlm.evaluation.plots.trajectories import plot_trajectories
 
 STEPS, ROWS = 30, 9
 HALTED = np.arange(10, 10 + ROWS)
@@ -103,25 +103,25 @@ def curve(label: str, rival: bool = False, chosen: int | None = None) -> Curve:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_panel_for_each_model(count: int, tmp_path):
     curves = [curve("plain", True), curve("a", chosen=1), curve("b")]
-    panels = [Panel(f"m{i}", curves, [("real", 0.7)]) for i in range(count)]
+    panels = [CurvePanel(f"m{i}", curves, [("real", 0.7)]) for i in range(count)]
     png_size(plot_pareto(panels, tmp_path / "p.png"))
 
 
 def test_a_panel_without_a_rival_and_with_one_point_can_be_drawn(tmp_path):
     single = Curve("a", [7.0], [0.9], [0.8], [1.0])
-    png_size(plot_pareto([Panel("m", [single], [])], tmp_path / "p.png"))
+    png_size(plot_pareto([CurvePanel("m", [single], [])], tmp_path / "p.png"))
 
 
 def test_rules_that_fail_badly_do_not_flatten_the_picture():
     wild = Curve("wild", [3.0], [1e6], [1e6], [1e6])
-    low, high = limits(Panel("m", [curve("plain", True), wild], [("real", 0.7)]))
+    low, high = limits(CurvePanel("m", [curve("plain", True), wild], [("real", 0.7)]))
     assert low < 0.7
     assert high == pytest.approx(1.35 * 0.9)
 
 
 def test_rules_that_collapse_do_not_hide_the_full_run():
     collapsed = Curve("collapsed", [3.0], [0.1], [0.1], [0.1])
-    low, high = limits(Panel("m", [curve("plain", True), collapsed], [("full run", 0.9), ("real", 0.7)]))
+    low, high = limits(CurvePanel("m", [curve("plain", True), collapsed], [("full run", 0.9), ("real", 0.7)]))
     assert 0.1 < low < 0.7
     assert high == pytest.approx(1.35 * 0.9)
 

@@ -22,17 +22,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cdlm.config import RULES, criterion
-from cdlm.continuous.denoiser import Steering
+from cdlm.continuous.guidance import Guidance
+from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.solvers import Euler, Heun, Solver
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
+from cdlm.core.trees import join, take
+from cdlm.core.types import Decision, LoopStep, NewRows, StepState
 from cdlm.halting import (
     KL,
-    AfterStep,
     AngleConvergence,
     Criterion,
     Entropy,
     FixedSteps,
     For,
+    FromStep,
     Full,
     JoT,
     Never,
@@ -42,10 +45,8 @@ from cdlm.halting import (
     SchED,
     StableAndConfident,
 )
-from cdlm.loop import Request
-from cdlm.sampling import Run, Sampler
-from cdlm.signals import SIGNALS, Glance, Space, first_past, observe
-from cdlm.types import Decision, Finished, Rows, StepState, join, take
+from cdlm.halting.signals import SIGNALS, EmbeddingState, StepStatistics, first_past, observe
+from cdlm.sampling.requests import Request
 
 GOLDEN = Path(__file__).parent / "golden" / "diffusion_gemma_stopping"
 N, STEPS = 8, 16
@@ -66,14 +67,14 @@ PLAIN = (
     SchED(10.0, 1.0, schedule="linear", variant="paper"),
     SchED(10.0, 0.0, schedule="exp", k=2.0, variant="paper"),
     For(Entropy(0.8), 2),
-    AfterStep(KL(0.01, warmup=0.0), 10),
+    FromStep(KL(0.01, warmup=0.0), 10),
     (Entropy(0.8) & SchED(9.0, 3.0)) | KL(0.001),
 )
 FREEZING = (
     JoT(),
     JoT(1e4, 1.0, gamma=0.7, distance=2),
     For(JoT(50.0), 2),
-    AfterStep(JoT(50.0), 6),
+    FromStep(JoT(50.0), 6),
     JoT(10.0) & Patience(1),
     JoT(500.0) | Entropy(0.3),
     JoT(500.0) & JoT(200.0, 2.0, gamma=0.9, distance=3),
@@ -91,12 +92,12 @@ def request(index: int) -> Request:
     return Request(index, place % 7, (place < index % 3) | ~valid, valid)
 
 
-def run(rule: Criterion, asked: list[int], batch_size: int, oracle: Oracle | None = None, **more) -> list[Finished]:
+def run(rule: Criterion, asked: list[int], batch_size: int, oracle: Oracle | None = None, **more) -> list[LoopStep]:
     sampler = Sampler(**{"steps": STEPS, "criterion": rule, **more})
     return list(Run(oracle or Oracle(t_min=0.08, t_max=1.2), sampler, batch_size).steps(request(i) for i in asked))
 
 
-def outcome(steps: list[Finished]) -> dict[int, tuple]:
+def outcome(steps: list[LoopStep]) -> dict[int, tuple]:
     """Each sample's tokens, calls, last step and why it ended."""
     out = {}
     for step in steps:
@@ -106,7 +107,7 @@ def outcome(steps: list[Finished]) -> dict[int, tuple]:
     return out
 
 
-def paths(steps: list[Finished], *names: str) -> dict[int, list[tuple]]:
+def paths(steps: list[LoopStep], *names: str) -> dict[int, list[tuple]]:
     """Of each sample, step by step: t, open positions, and the signals of these names."""
     out: dict[int, list[tuple]] = {}
     for step in steps:
@@ -154,7 +155,7 @@ def test_a_halted_row_is_a_prefix_of_the_full_run(solver: Solver, rules: tuple[C
             assert tokens == tuple(torch.where(request(i).given, request(i).tokens, best).tolist())
 
 
-@pytest.mark.parametrize("rule", [JoT(1e4), AfterStep(JoT(50.0), 6), For(JoT(), 3)], ids=repr)
+@pytest.mark.parametrize("rule", [JoT(1e4), FromStep(JoT(50.0), 6), For(JoT(), 3)], ids=repr)
 def test_a_rule_that_freezes_leaves_the_run_alone_until_it_does(rule: Criterion) -> None:
     full, frozen = (paths(run(r, list(range(4)), 4, record=frozenset({"z"})), "z") for r in (Never(), rule))
     changed = 0
@@ -169,12 +170,12 @@ def test_a_rule_that_freezes_leaves_the_run_alone_until_it_does(rule: Criterion)
 
 
 @cache
-def walk(budget: int) -> tuple[list[StepState], Rows]:
+def walk(budget: int) -> tuple[list[StepState], NewRows]:
     """All steps of five samples that never halt, with every signal."""
     asked = [request(i) for i in range(5)]
     states = [step.state for step in run(Never(), list(range(5)), 5, steps=budget, record=frozenset(SIGNALS))]
     valid = torch.stack([r.valid for r in asked if r.valid is not None])
-    return states, Rows(states[0].open, states[0].budget, valid)
+    return states, NewRows(states[0].open, states[0].budget, valid)
 
 
 def first_halts(rule: Criterion, budget: int) -> list[int]:
@@ -231,7 +232,7 @@ def test_short_runs_have_sweeps_too(budget: int) -> None:
 
 
 def test_what_cannot_be_swept_says_so() -> None:
-    for family in (Full, Never, For, AfterStep):
+    for family in (Full, Never, For, FromStep):
         with pytest.raises(CdlmError, match="no settings to sweep"):
             family.sweep(10)
 
@@ -258,7 +259,7 @@ def strict_and_loose(draw: Callable) -> tuple[Criterion, Criterion]:
         tuple(Prophet(tau[0], tau[1], tau[2], region) for tau in (strict, loose)),
         tuple(SchED(tau[0], tau[1], schedule, variant=variant) for tau in (strict, loose)),
         (For(Entropy(low), many), For(Entropy(high), few)),
-        (AfterStep(KL(low), many), AfterStep(KL(high), few)),
+        (FromStep(KL(low), many), FromStep(KL(high), few)),
         (Entropy(low) & Patience(many), Entropy(high) & Patience(few)),
         (Entropy(low) | Patience(many), Entropy(high) | Patience(few)),
     )
@@ -306,9 +307,9 @@ INFINITE = (
     JoT(1e300, 1e299),
     JoT(1e13, 1.1e12),
     For(JoT(), 10**9),
-    AfterStep(JoT(), 10**9),
+    FromStep(JoT(), 10**9),
     For(Entropy(1e9), 10**9),
-    AfterStep(Entropy(1e9), 10**9),
+    FromStep(Entropy(1e9), 10**9),
     JoT() & Never(),
     Never() | Never(),
     Full(),
@@ -355,11 +356,11 @@ def calls(rule: Criterion, oracle: Oracle | None = None, budget: int = 10) -> se
         (JoT(1.0, 0.0), 1),
         (JoT(0.5, -1.0), 1),
         (For(JoT(0.5, 0.0), 3), 3),
-        (AfterStep(JoT(0.5, 0.0), 4), 4),
+        (FromStep(JoT(0.5, 0.0), 4), 4),
         (JoT(0.5, 0.0) & FixedSteps(6), 6),
         (JoT(0.5, 0.0) | FixedSteps(6), 1),
         (For(Entropy(1e9), 3), 3),
-        (AfterStep(Entropy(1e9), 4), 4),
+        (FromStep(Entropy(1e9), 4), 4),
     ],
     ids=repr,
 )
@@ -400,11 +401,11 @@ def looks(rule: Criterion, logits: Tensor) -> list[list[bool]]:
     open_ = torch.ones(logits.shape[1:3], dtype=torch.bool)
     z, number = torch.zeros(*open_.shape, 1), torch.arange(len(open_))
     budget = torch.full_like(number, len(logits))
-    past, memory, said = first_past(rule.needs, z, None), rule.start(Rows(open_, budget, open_)), []
+    past, memory, said = first_past(rule.needs, z, None), rule.start(NewRows(open_, budget, open_)), []
     for i, now in enumerate(logits):
         step, t = torch.full_like(number, i), torch.ones(len(open_), dtype=torch.float64)
-        glance = Glance(now, open_, open_, step == 0, past)
-        signals, past = observe(rule.needs, glance)
+        statistics = StepStatistics(now, open_, open_, step == 0, past)
+        signals, past = observe(rule.needs, statistics)
         memory, decision = rule.look(memory, StepState(number, step, budget, t, step + 1, open_, signals))
         said.append(decision.halt.tolist())
     return said
@@ -512,7 +513,7 @@ def test_thresholds_of_prophet() -> None:
 def test_prophet_reads_the_answer_and_nothing_else() -> None:
     """Margins 9 1 4 6 5 0 at six positions of which the fourth is prompt: the answer's mean is (4 + 5) / 2."""
     rule, open_ = Prophet(9.0, 4.5, 2.0, region=(2, 5)), torch.tensor([[True, True, True, False, True, True]])
-    entering = Rows(open_, torch.tensor([10]), torch.ones_like(open_))
+    entering = NewRows(open_, torch.tensor([10]), torch.ones_like(open_))
     signals = {"top1": torch.tensor([[9.0, 2, 3, 5, 5, 1]]), "top2": torch.tensor([[0.0, 1, -1, -1, 0, 1]])}
     halts = []
     for step in range(10):
@@ -528,7 +529,7 @@ def test_prophet_reads_the_answer_and_nothing_else() -> None:
 def test_prophet_without_an_answer_never_halts() -> None:
     eager = Prophet(-math.inf, -math.inf, -math.inf, region=(1, 3))
     open_ = torch.tensor([[False, True, False, False, True], [False, True, False, True, True]])  # given in row 0
-    memory = eager.start(Rows(open_, torch.tensor([4, 4]), torch.ones_like(open_)))
+    memory = eager.start(NewRows(open_, torch.tensor([4, 4]), torch.ones_like(open_)))
     now = {"top1": torch.full((2, 5), 3.0), "top2": torch.zeros(2, 5)}
     step = torch.zeros(2, dtype=torch.int64)
     state = StepState(step, step, torch.tensor([4, 4]), torch.ones(2, dtype=torch.float64), step + 1, open_, now)
@@ -603,7 +604,7 @@ def test_jot_freezes_what_its_formula_says(seed: int, gamma: float, distance: in
     number = torch.arange(4)
     t = torch.ones(4, dtype=torch.float64)
     state = StepState(number, number * 0, number * 0 + 9, t, number * 0 + 1, kind == 0, signals)
-    _, decision = rule.look(rule.start(Rows(kind == 0, state.budget, kind < 2)), state)
+    _, decision = rule.look(rule.start(NewRows(kind == 0, state.budget, kind < 2)), state)
     assert decision.freeze is not None
     assert not decision.halt.any()
     ratio = (top[..., 0] - top[..., 1]).double().exp()
@@ -615,18 +616,18 @@ def test_jot_freezes_what_its_formula_says(seed: int, gamma: float, distance: in
         assert valid == 0 or float(decision.info["decided"][row]) == pytest.approx(1 - float(undecided / valid))
 
 
-SETUPS = [(Euler(), Steering()), (Euler(), Steering(guidance=2.0, score_temperature=0.8)), (Heun(), Steering())]
+SETUPS = [(Euler(), Guidance()), (Euler(), Guidance(scale=2.0, score_temperature=0.8)), (Heun(), Guidance())]
 
 
 @pytest.mark.parametrize(
-    ("rule", "solver", "steering"),
+    ("rule", "solver", "guidance"),
     [*((rule, *SETUPS[0]) for rule in FREEZING), *((FREEZING[i], *setup) for i in (0, 2, 6) for setup in SETUPS[1:])],
     ids=repr,
 )
-def test_frozen_tokens_stay(rule: Criterion, solver: Solver, steering: Steering) -> None:
+def test_frozen_tokens_stay(rule: Criterion, solver: Solver, guidance: Guidance) -> None:
     asked = list(range(4))
-    steps = run(rule, asked, 4, solver=solver, steering=steering, record=frozenset({"tokens"}))
-    most = (STEPS * 2 - 1 if solver == Heun() else STEPS) * steering.calls  # of the plain run
+    steps = run(rule, asked, 4, solver=solver, guidance=guidance, record=frozenset({"tokens"}))
+    most = (STEPS * 2 - 1 if solver == Heun() else STEPS) * guidance.calls  # of the plain run
     ends, seen = outcome(steps), paths(steps, "tokens")
     frozen = 0
     for i in asked:
@@ -661,10 +662,10 @@ def test_a_row_that_is_halted_and_filled_at_once_is_halted() -> None:
     assert all((halted, full) == (True, False) for _, _, _, halted, full in ends.values())
 
 
-@pytest.mark.parametrize(("solver", "steering"), SETUPS, ids=repr)
-def test_the_state_of_a_frozen_position_follows_its_token(solver: Solver, steering: Steering) -> None:
-    oracle, rule = Oracle(), AfterStep(JoT(30.0), 3)
-    steps = run(rule, list(range(5)), 3, oracle, solver=solver, steering=steering, record=frozenset({"tokens", "z"}))
+@pytest.mark.parametrize(("solver", "guidance"), SETUPS, ids=repr)
+def test_the_state_of_a_frozen_position_follows_its_token(solver: Solver, guidance: Guidance) -> None:
+    oracle, rule = Oracle(), FromStep(JoT(30.0), 3)
+    steps = run(rule, list(range(5)), 3, oracle, solver=solver, guidance=guidance, record=frozenset({"tokens", "z"}))
     checked, ends = 0, outcome(steps)
     for i, path in paths(steps, "tokens", "z").items():
         given, target = request(i).given, oracle.embed(torch.tensor([ends[i][0]]))[0]
@@ -682,7 +683,7 @@ def test_the_state_of_a_frozen_position_follows_its_token(solver: Solver, steeri
 # --- the algebra of rules that freeze ---
 
 ROWS, WIDTH = 3, 5
-ENTERING = Rows(
+ENTERING = NewRows(
     torch.tensor([[True] * WIDTH, [False] + [True] * (WIDTH - 1), [True] * (WIDTH - 1) + [False]]),
     torch.full((ROWS,), 20),
     torch.tensor([[True] * WIDTH, [True] * WIDTH, [True] * (WIDTH - 1) + [False]]),
@@ -749,7 +750,7 @@ rules = st.recursive(
     atoms,
     lambda inner: st.one_of(
         st.builds(For, inner, st.integers(1, 3)),
-        st.builds(AfterStep, inner, st.integers(1, 5)),
+        st.builds(FromStep, inner, st.integers(1, 5)),
         st.builds(lambda a, b: a & b, inner, inner),
         st.builds(lambda a, b: a | b, inner, inner),
     ),
@@ -770,11 +771,11 @@ def test_neutral_elements(a: Criterion, walk: list[StepState]) -> None:
         a & a,
         a | a,
         For(a, 1),
-        AfterStep(a, 1),
+        FromStep(a, 1),
     ):
         assert said(same, walk) == plain
         assert same.freezes == a.freezes
-    for nothing in (a & Never(), Never() & a, For(a, len(walk) + 1), AfterStep(a, len(walk) + 1)):
+    for nothing in (a & Never(), Never() & a, For(a, len(walk) + 1), FromStep(a, len(walk) + 1)):
         assert said(nothing, walk) == said(Never(), walk)
     assert said(a | FixedSteps(1), walk) == said(FixedSteps(1), walk)
 
@@ -795,8 +796,8 @@ def test_and_and_or_are_those_of_sets(a: Criterion, b: Criterion, c: Criterion, 
 @settings(max_examples=25)
 def test_patience_adds_up(a: Criterion, n: int, m: int, walk: list[StepState]) -> None:
     assert said(For(For(a, n), m), walk) == said(For(a, n + m - 1), walk)
-    assert said(AfterStep(AfterStep(a, n), m), walk) == said(AfterStep(a, max(n, m)), walk)
-    assert said(AfterStep(a, n), walk) == said(a & FixedSteps(n), walk)
+    assert said(FromStep(FromStep(a, n), m), walk) == said(FromStep(a, max(n, m)), walk)
+    assert said(FromStep(a, n), walk) == said(a & FixedSteps(n), walk)
 
 
 @given(a=rules, b=rules, n=st.integers(1, 4), walk=walks())
@@ -911,7 +912,7 @@ def test_every_rule_is_under_test_here_and_can_be_written() -> None:
 def test_the_benchmark_of_rules_measures_every_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     benchmark = importlib.import_module("criterion_cost")
-    assert set(benchmark.rules()) == set(RULES) - {"For", "AfterStep", "And", "Or"}
+    assert set(benchmark.rules()) == set(RULES) - {"For", "FromStep", "And", "Or"}
 
 
 REFUSED = (
@@ -935,7 +936,7 @@ REFUSED = (
     ("JoT(1.0)", "tau_max > 1"), ("JoT(1.0, 2.0)", "tau_max > 2"), ("JoT('a')", "tau_max > 1"),
     ("JoT(3.0, 'a')", "tau_min"), ("JoT(gamma=0.0)", "gamma > 0"), ("JoT(gamma=-0.5)", "gamma > 0"),
     ("JoT(distance=0)", "distance >= 1"), ("JoT(distance=2.5)", "distance >= 1"), ("JoT(True)", "tau_max"),
-    ("For(JoT(), 0)", "steps >= 1"), ("AfterStep(JoT(), 1.5)", "steps >= 1"),
+    ("For(JoT(), 0)", "steps >= 1"), ("FromStep(JoT(), 1.5)", "steps >= 1"),
 )  # fmt: skip
 PROGRAM = """
 import json, math, sys
@@ -992,7 +993,9 @@ def mean(values: Tensor, over: Tensor) -> Tensor:
     return torch.stack([row[chosen].mean() for row, chosen in zip(values, over, strict=True)])
 
 
-def a_glance(seed: int, dtype: torch.dtype, shape: tuple[int, int, int] = (4, 9, 23), scale: float = 3.0) -> Glance:
+def a_glance(
+    seed: int, dtype: torch.dtype, shape: tuple[int, int, int] = (4, 9, 23), scale: float = 3.0
+) -> StepStatistics:
     """A step of rows of which the first enters now, beside others whose second step it is."""
     b, n, v = shape
     generator = torch.Generator().manual_seed(seed)
@@ -1008,12 +1011,13 @@ def a_glance(seed: int, dtype: torch.dtype, shape: tuple[int, int, int] = (4, 9,
     none = first_past(frozenset(SIGNALS), normal(b, n, 5), None)
     z, t, first = normal(b, n, 5), normal(b).double().exp(), torch.arange(b) == 0
     _, past = observe(
-        frozenset(SIGNALS), Glance(before, span, span, first | True, none, space=Space(z, t, 2.0, normal(b, n, 5)))
+        frozenset(SIGNALS),
+        StepStatistics(before, span, span, first | True, none, embedding=EmbeddingState(z, t, 2.0, normal(b, n, 5))),
     )
     past = take(past, torch.arange(1, b))
     past = join(first_past(frozenset(SIGNALS), z[:1], past), past)
-    space = Space(z + normal(b, n, 5), t * 0.9, 2.0, normal(b, n, 5))
-    return Glance(logits, span & chosen(0.8), span, first, past, space=space)
+    space = EmbeddingState(z + normal(b, n, 5), t * 0.9, 2.0, normal(b, n, 5))
+    return StepStatistics(logits, span & chosen(0.8), span, first, past, embedding=space)
 
 
 @given(
@@ -1038,7 +1042,7 @@ def test_signals_are_what_they_say(seed: int, scale: float, v: int, dtype: torch
         "top1": ordered.values[..., 0], "top2": ordered.values[..., 1], "logsumexp": logits.exp().sum(-1).log(),
         "entropy": entropies(logits), "switches": (switched & open_).sum(1),
         "mean_entropy": mean(entropies(logits), open_), "mean_kl": torch.where(seen.first, math.inf, kl),
-        "margin": mean(margin, open_), "span_margin": mean(margin, seen.span),
+        "margin": mean(margin, open_), "span_margin": mean(margin, seen.target),
         "z_norm": mean(z.norm(dim=-1), open_) / 2, "x0_norm": mean(x0.norm(dim=-1), open_) / 2,
         "score_cosine": torch.where(seen.first, math.nan, cosine),
     }  # fmt: skip
@@ -1062,12 +1066,12 @@ def test_the_signals_of_a_row_do_not_depend_on_its_neighbours(v: int, dtype: tor
             whole.here.x0,
             whole.logits,
             whole.open,
-            whole.span,
+            whole.target,
             whole.first,
             whole.past,
         )
         z, t, x0, logits, open_, span, first, past = take(fields, torch.tensor([row]))
-        alone = Glance(logits, open_, span, first, past, space=Space(z, t, 2.0, x0))
+        alone = StepStatistics(logits, open_, span, first, past, embedding=EmbeddingState(z, t, 2.0, x0))
         single, _ = observe(frozenset(SIGNALS), alone)
         for name in SIGNALS:
             assert torch.equal(single[name][0].nan_to_num(), signals[name][row].nan_to_num()), name

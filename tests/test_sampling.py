@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from oracle import Oracle
 from torch import Tensor
 
-from cdlm.continuous.denoiser import Steering
-from cdlm.continuous.levels import LogT, UniformT, Warped
+from cdlm.continuous.grids import LogT, UniformT, Warped
+from cdlm.continuous.guidance import Guidance
+from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.solvers import Euler, Heun, Solver, TorchDiffEq
-from cdlm.errors import CdlmError
-from cdlm.halting import AfterStep, AngleConvergence, Criterion, FixedSteps, For, Never, NormConvergence, Patience
-from cdlm.loop import Request
-from cdlm.sampling import Run, Sampler
-from cdlm.types import Condition, Prediction
+from cdlm.core.errors import CdlmError
+from cdlm.core.types import Condition, Prediction
+from cdlm.halting import AngleConvergence, Criterion, FixedSteps, For, FromStep, Never, NormConvergence, Patience
+from cdlm.sampling.requests import Request
 
 N = 6
 SOLVERS = (Euler(), Heun(), TorchDiffEq("midpoint", double=True), TorchDiffEq("dopri5", double=True))
@@ -28,7 +28,7 @@ CRITERIA = (
     AngleConvergence(0.05),
     FixedSteps(4),
     For(NormConvergence(0.3), 2),
-    AfterStep(AngleConvergence(0.2), 5),
+    FromStep(AngleConvergence(0.2), 5),
     Patience(2) & NormConvergence(0.1),
     Patience(6) | NormConvergence(0.01),
 )
@@ -103,7 +103,7 @@ def test_a_looser_threshold_never_halts_later(strict: float, factor: float, pati
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_calls_reported_are_calls_made(solver: Solver, guidance: float) -> None:
     oracle = Oracle()
-    sampler = Sampler(steps=7, solver=solver, criterion=Patience(3), steering=Steering(guidance=guidance))
+    sampler = Sampler(steps=7, solver=solver, criterion=Patience(3), guidance=Guidance(scale=guidance))
     reported = 0
     for step in Run(oracle, sampler, 2).steps(requests(range(5))):
         reported += int(step.state.nfe[step.done].sum())

@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cdlm.signals import SIGNALS, Glance, Past, Space, chunk_maxima, first_past, most_likely, observe
+from cdlm.halting.signals import (
+    SIGNALS,
+    EmbeddingState,
+    Past,
+    StepStatistics,
+    chunk_maxima,
+    first_past,
+    most_likely,
+    observe,
+)
 
 EVERYTHING = frozenset(SIGNALS)
 VOCABULARIES = [1, 2, 7, 480, 2047, 2048, 2049, 5000]  # one chunk below 2048, and chunks of 64 from there on
@@ -20,19 +29,19 @@ def logits_of(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     return 4 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def glance(logits: Tensor, past: Past | None = None, needs: frozenset[str] = EVERYTHING) -> Glance:
+def statistics(logits: Tensor, past: Past | None = None, needs: frozenset[str] = EVERYTHING) -> StepStatistics:
     """A look at these logits, all positions open, at a row's first step unless there is a past."""
     b, n = logits.shape[:2]
     z, open_ = torch.ones(b, n, 3, dtype=logits.dtype), torch.ones(b, n, dtype=torch.bool)
     first = torch.full((b,), past is None)
     past = first_past(needs, z, None) if past is None else past
-    space = Space(z, torch.ones(b, dtype=torch.float64), 1.0, z + logits[..., :1])
-    return Glance(logits, open_, open_, first, past, needs, space)
+    space = EmbeddingState(z, torch.ones(b, dtype=torch.float64), 1.0, z + logits[..., :1])
+    return StepStatistics(logits, open_, open_, first, past, needs, space)
 
 
 def look(logits: Tensor, before: Tensor | None = None, needs: frozenset[str] = EVERYTHING) -> dict[str, Tensor]:
-    past = None if before is None else observe(needs, glance(before, None, needs))[1]
-    return observe(needs, glance(logits, past, needs))[0]
+    past = None if before is None else observe(needs, statistics(before, None, needs))[1]
+    return observe(needs, statistics(logits, past, needs))[0]
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -172,9 +181,9 @@ class Largest(TorchDispatchMode):
 def test_no_signal_copies_the_logits(name: str) -> None:
     needs = frozenset({name})
     now, before = torch.randn(4, 64, 50304), torch.randn(4, 64, 50304)
-    first = glance(before, None, needs)
+    first = statistics(before, None, needs)
     with Largest(now, before) as noted:
         _, past = observe(needs, first)
-        observe(needs, glance(now, past, needs))
+        observe(needs, statistics(now, past, needs))
     assert noted.bytes < now.nbytes / 16
     assert past.logits is None or past.logits is before

@@ -19,25 +19,27 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
-from cdlm import hub
 from cdlm.config import RunConfig, build_system
-from cdlm.continuous.denoiser import Steering
-from cdlm.continuous.levels import UpperEnds, alpha_of
+from cdlm.continuous.grids import UpperEnds
+from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import MultiHot, Projection, Uneven, nucleus
-from cdlm.continuous.released.ssd import Roberta, RobertaReader, SSDLayout
+from cdlm.continuous.published.ssd import Roberta, RobertaInput, SSDLayout
+from cdlm.continuous.sampler import DiffusionRows, Run, Sampler
+from cdlm.continuous.schedules import alpha_of
 from cdlm.continuous.solvers import Renoise
-from cdlm.continuous.ssd import SSD, Cosine, Simplex
 from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.continuous.systems.ssd import SSD, Cosine, Simplex
 from cdlm.convert import convert
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import StepNoise
+from cdlm.core.trees import take
+from cdlm.core.types import Condition
 from cdlm.data.masking import Block
-from cdlm.errors import CdlmError
 from cdlm.generation import load
-from cdlm.loop import Request
-from cdlm.noise import Draws
-from cdlm.sampling import Live, Run, Sampler
-from cdlm.system import Loss
+from cdlm.models import hub
+from cdlm.models.system import Loss
+from cdlm.sampling.requests import Request
 from cdlm.training.average import Average
-from cdlm.types import Condition, take
 
 GOLDEN = Path(__file__).parent / "golden" / "ssdlm"
 ARRAYS = load_file(GOLDEN / "arrays.safetensors")
@@ -160,7 +162,7 @@ def test_projections_are_the_published_ones(case: dict) -> None:
 # --- decoding ---
 
 
-class Told(Draws):
+class Told(StepNoise):
     """Recorded noise of one step."""
 
     def __init__(self, recording: "Recording", step: int):
@@ -191,7 +193,7 @@ class Recording(Run):
     def _start(self, index: Tensor, before: Tensor, like: Tensor) -> Tensor:
         return self.noise(int(before[0]), like, 0)
 
-    def _draws(self, live: Live) -> Draws:
+    def _draws(self, live: DiffusionRows) -> StepNoise:
         return Told(self, int((live.before + live.step)[0]))
 
 
@@ -201,7 +203,7 @@ class Sampled(Projection):
     def __init__(self, case: dict, start: int):
         self.case, self.start, self.calls = case, start, 0
 
-    def __call__(self, denoiser: Any, logits: Tensor, draws: Draws) -> Tensor:
+    def __call__(self, denoiser: Any, logits: Tensor, draws: StepNoise) -> Tensor:
         places = slice(self.start, self.start + self.case["block_length"])
         drawn = ARRAYS[f"decode.{self.case['index']}.sampled_tokens"][self.calls]
         assert nucleus(logits[:, places], self.case["top_p"]).gather(-1, drawn[..., None]).all()
@@ -226,7 +228,7 @@ def test_decoding_is_the_published_one(case: dict) -> None:
     requests, first = asked_of(case)
     projection = Sampled(case, first) if case["projection"] == "sampling" else MultiHot(case["top_p"])
     sampler = Sampler(
-        case["steps_per_block"], solver=Renoise(), grid=UpperEnds(), steering=Steering(projection=projection),
+        case["steps_per_block"], solver=Renoise(), grid=UpperEnds(), guidance=Guidance(projection=projection),
         block=case["block_length"], record=frozenset({"logits", "tokens", "z"}),
     )  # fmt: skip
     run = Recording(case, published(), sampler)
@@ -417,18 +419,18 @@ def question(system: EmbeddingDiffusion, rows: int = 3, context: int = 2) -> tup
     """States with a context, a block and something after it."""
     tokens = torch.randint(11, (rows, N), generator=rng(1))
     place = torch.arange(N).expand(rows, N)
-    noised = (place >= context) & (place < context + 3)
+    target = (place >= context) & (place < context + 3)
     t = system.schedule.t_of_u(torch.linspace(0.2, 0.9, rows, dtype=torch.float64))
     clean = system.embed(tokens)
     z = clean + t[:, None, None] * torch.randn(clean.shape, generator=rng(2), dtype=clean.dtype)
-    return z, t, Condition(clean * (~noised)[..., None], noised, torch.zeros_like(clean))
+    return z, t, Condition(clean * (~target)[..., None], target, torch.zeros_like(clean))
 
 
 @BOTH
 def test_a_block_sees_its_context_its_state_and_its_level(config: SSD) -> None:
     system = lively(config)
     z, t, condition = question(system)
-    seen = condition.noised
+    seen = condition.target
     logits = system.denoise(z, t, condition).logits[seen]
 
     def changed(z: Tensor = z, t: Tensor = t, condition: Condition = condition) -> bool:
@@ -453,9 +455,9 @@ def test_rows_do_not_see_each_other_nor_padding(config: SSD) -> None:
     for row in range(3):
         alone = take((z, t, condition), torch.tensor([row]))
         torch.testing.assert_close(system.denoise(*alone).logits, whole[row : row + 1])
-    short = Condition(condition.clean[:, :6], condition.noised[:, :6], condition.x0[:, :6])
+    short = Condition(condition.clean[:, :6], condition.target[:, :6], condition.x0[:, :6])
     padded = condition._replace(valid=(torch.arange(N) < 6).expand(3, N))
-    without, with_ = (system.denoise(z[:, : c.noised.shape[1]], t, c).logits for c in (short, padded))
+    without, with_ = (system.denoise(z[:, : c.target.shape[1]], t, c).logits for c in (short, padded))
     torch.testing.assert_close(with_[:, 2:5], without[:, 2:5])
 
 
@@ -464,16 +466,18 @@ def test_what_the_network_reads(config: SSD) -> None:
     system = lively(config)
     z, t, condition = question(system)
     hidden = condition._replace(clean=condition.clean * (torch.arange(N) != 0)[:, None])
-    features, _ = system.reader(z, t, hidden)
+    features, _ = system.network_input(z, t, hidden)
     assert torch.equal(features[:, 0], torch.zeros_like(features[:, 0]))  # nothing is given there
     table = (
-        system.network.table() if isinstance(system.network, Roberta) else system.reader.get_parameter("given.weight")
+        system.network.table()
+        if isinstance(system.network, Roberta)
+        else system.network_input.get_parameter("given.weight")
     )
     torch.testing.assert_close(features[:, 1], table[condition.clean[:, 1].argmax(-1)])
     shown = (z[:, 2] * alpha_of(t / 5)[:, None]).softmax(-1)
-    noisy = shown @ system.reader.get_parameter("noisy.weight").T
-    if isinstance(system.reader, RobertaReader):
-        weight, bias = (system.reader.get_parameter(f"timestep.{name}") for name in ("weight", "bias"))
+    noisy = shown @ system.network_input.get_parameter("noisy.weight").T
+    if isinstance(system.network_input, RobertaInput):
+        weight, bias = (system.network_input.get_parameter(f"timestep.{name}") for name in ("weight", "bias"))
         noisy = noisy + system.schedule.u_of_t(t)[:, None] * weight[:, 0] + bias
     torch.testing.assert_close(features[:, 2], noisy)
 
@@ -486,7 +490,7 @@ def test_the_recorded_logits_are_those_of_transformers() -> None:
     with torch.no_grad():
         clean = system.embed(tokens)
         ask = Condition(clean, everything, clean * 0)
-        features, level = system.reader(clean, torch.ones(2, dtype=torch.float64), ask)
+        features, level = system.network_input(clean, torch.ones(2, dtype=torch.float64), ask)
         torch.testing.assert_close(system.network(features, level), network(input_ids=tokens).logits)
 
 
@@ -510,7 +514,7 @@ def test_every_parameter_is_there_once_and_in_a_group(tmp_path: Path) -> None:
 def test_the_published_model_is_roberta_large_and_two_layers() -> None:
     with torch.device("meta"):
         system = SSD(1024, 24, 16, network="roberta").build(50_265)
-    own = sum(p.numel() for p in system.reader.parameters())
+    own = sum(p.numel() for p in system.network_input.parameters())
     assert own == 50_265 * 1024 + 2 * 1024
     assert sum(p.numel() for p in system.parameters()) - own == 355_412_057
 
@@ -524,7 +528,7 @@ def test_the_reader_of_a_copy_reads_the_copy() -> None:
         torch.testing.assert_close(twin.denoise(z, t, condition).logits, before)
         with torch.no_grad():
             twin.network.get_parameter("roberta.embeddings.word_embeddings.weight").add_(1.0)
-        assert not torch.equal(twin.reader(z, t, condition)[0], system.reader(z, t, condition)[0])
+        assert not torch.equal(twin.network_input(z, t, condition)[0], system.network_input(z, t, condition)[0])
     assert torch.equal(system.denoise(z, t, condition).logits, before)
 
 
@@ -532,7 +536,7 @@ def test_rows_longer_than_the_positions_are_refused() -> None:
     system = built(replace(ROBERTA, positions=7))
     z, t, condition = question(system)
     with pytest.raises(CdlmError, match="has 7 positions, the rows have 8"):
-        system.denoise(z.float(), t, Condition(condition.clean.float(), condition.noised, z.float()))
+        system.denoise(z.float(), t, Condition(condition.clean.float(), condition.target, z.float()))
 
 
 @pytest.mark.parametrize(
@@ -602,8 +606,8 @@ def test_training_learns_and_sampling_continues_a_text(config: SSD) -> None:
     tokens = pattern(6, rng(5))
     requests = [Request(i, row, torch.arange(N) < 2) for i, row in enumerate(tokens)]
     for guidance in (1.0, 1.5):
-        steering = Steering(guidance=guidance, projection=MultiHot(0.0))
-        sampler = Sampler(8, solver=Renoise(), grid=UpperEnds(), steering=steering, block=3)
+        guidance = Guidance(scale=guidance, projection=MultiHot(0.0))
+        sampler = Sampler(8, solver=Renoise(), grid=UpperEnds(), guidance=guidance, block=3)
         last = list(Run(system, sampler, 6).steps(requests))[-1]
         assert (last.tokens == tokens).float().mean() > 0.8
 
@@ -657,7 +661,7 @@ def test_training_starts_from_a_checkpoint(tmp_path: Path) -> None:
     for name, value in system.network.state_dict().items():
         assert torch.equal(value, weights[name])
     assert torch.equal(
-        system.reader.get_parameter("noisy.weight").T, weights["roberta.embeddings.word_embeddings.weight"]
+        system.network_input.get_parameter("noisy.weight").T, weights["roberta.embeddings.word_embeddings.weight"]
     )
     assert system.config == built(ROBERTA).config  # what is saved does not ask for the checkpoint again
     shutil.rmtree(tmp_path / "roberta")

@@ -14,21 +14,21 @@ from oracle import Oracle
 from toys import with_tokenizer
 
 from cdlm import studies
-from cdlm.cli import main
-from cdlm.continuous.levels import LogT
+from cdlm.cli.main import main
+from cdlm.continuous.grids import LogT
+from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.solvers import Euler, Solver
-from cdlm.errors import CdlmError
-from cdlm.prompts import requests
-from cdlm.record import Record, Switches
-from cdlm.sampling import Run, Sampler
+from cdlm.core.errors import CdlmError
+from cdlm.recording.record import Record, Switches
+from cdlm.sampling.requests import requests
+from cdlm.sampling.samples import Samples
 from cdlm.studies.measures import position_zero_switch, reached, settled_by, zero_switch
 from cdlm.studies.more_steps import VANILLA, _shown
-from cdlm.studies.norm_causality import UNTOUCHED, Driven, Struck, at_norm, noised
+from cdlm.studies.norm_causality import UNTOUCHED, Driven, Struck, at_norm, target
 from cdlm.studies.norms import trace
 from cdlm.studies.picture import Line, Panel, draw
 from cdlm.studies.study import Finding
 from cdlm.studies.t_max import prior_mismatch, top_level
-from cdlm.types import Samples
 
 THINGS, PLACES = ("hat", "ball", "kite", "bird"), ("mat", "roof", "road", "hill", "farm", "boat")
 TEXT = "".join(f"the {a} saw the {b} on the {c}.\n" for a in ("cat", "dog", "fox") for b in THINGS for c in PLACES)
@@ -138,7 +138,7 @@ def test_disturbances_of_size_zero_change_nothing() -> None:
     level = levels()[3]
     idle = [
         Driven(lambda x0: x0), Struck(level, lambda z, t: z), Struck(1e9, lambda z, t: 2 * z),
-        Struck(level, lambda z, t: noised(z, t, scale=0.0, seed=0, indices=range(3))),
+        Struck(level, lambda z, t: target(z, t, scale=0.0, seed=0, indices=range(3))),
     ]  # fmt: skip
     for solver in idle:
         assert all(torch.equal(a, b) for a, b in zip(plain, states(solver), strict=True))
@@ -166,11 +166,11 @@ def test_the_estimate_is_put_at_the_norm_of_an_embedding() -> None:
 
 def test_injected_noise_is_the_samples_own_and_scales_with_the_level() -> None:
     z, t = torch.zeros(2, 400, 8), torch.tensor([1.0, 3.0], dtype=torch.float64)
-    both = noised(z, t, scale=0.5, seed=1, indices=[4, 9])
-    alone = noised(z[1:], t[1:], scale=0.5, seed=1, indices=[9])
+    both = target(z, t, scale=0.5, seed=1, indices=[4, 9])
+    alone = target(z[1:], t[1:], scale=0.5, seed=1, indices=[9])
     assert torch.equal(both[1:], alone)
     assert both.std(dim=(1, 2)).tolist() == pytest.approx([0.5, 1.5], rel=0.05)
-    assert not torch.equal(noised(z, t, scale=0.5, seed=2, indices=[4, 9]), both)
+    assert not torch.equal(target(z, t, scale=0.5, seed=2, indices=[4, 9]), both)
 
 
 def test_the_causality_study_strikes_at_steps_that_are_walked() -> None:

@@ -19,8 +19,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from test_training_run import DEFAULTS, Batch, Loader, assert_same, masking, tiny, valid_batches
 from toys import weight_of
 
-from cdlm.errors import CdlmError
-from cdlm.noise import generator
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import generator
 from cdlm.training.average import Average
 from cdlm.training.files import METRICS, AtomicCheckpoints, MetricsFile
 from cdlm.training.module import TRAINING
@@ -153,8 +153,8 @@ def test_accumulated_gradients_are_the_mean_of_the_batches(tmp_path: Path, monke
     system, total = tiny(), 0.0
     for index in range(3):
         batch, noise = Loader().batch(index), generator(0, TRAINING, index, 0)
-        noised = masking(batch.tokens, batch.valid, noise)
-        total = total + system(batch.tokens, noised, batch.valid, noise).total / 3
+        target = masking(batch.tokens, batch.valid, noise)
+        total = total + system(batch.tokens, target, batch.valid, noise).total / 3
     assert isinstance(total, torch.Tensor)
     total.backward()
     expected = {name: p.grad for name, p in system.named_parameters()}

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from toys import weight_of
 
-from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.system import EmbeddingDiffusion
-from cdlm.errors import CdlmError
-from cdlm.noise import generator
+from cdlm.continuous.systems.cdcd import CDCD
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import generator
 from cdlm.training.module import TRAINING
 from cdlm.training.optimizers import build_optimizer, set_rates
 from cdlm.training.options import TrainOptions
@@ -66,9 +66,9 @@ class Loader:
 
 
 def masking(tokens: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
-    noised = torch.rand(valid.shape, generator=generator) < 0.7
-    noised[:, 0] = True
-    return noised
+    target = torch.rand(valid.shape, generator=generator) < 0.7
+    target[:, 0] = True
+    return target
 
 
 def tiny() -> EmbeddingDiffusion:
@@ -454,8 +454,8 @@ def by_hand(steps: int) -> dict[str, Tensor]:
         optimizer.zero_grad()
         for rank, loader in enumerate(loaders):
             batch, noise = next(loader), generator(0, TRAINING, step, rank)
-            noised = masking(batch.tokens, batch.valid, noise)
-            (system(batch.tokens, noised, batch.valid, noise).total / 2).backward()
+            target = masking(batch.tokens, batch.valid, noise)
+            (system(batch.tokens, target, batch.valid, noise).total / 2).backward()
         torch.nn.utils.clip_grad_norm_(groups["matrices"] + groups["rest"], options.clip)
         set_rates(optimizer, step, options)
         optimizer.step()

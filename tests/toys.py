@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from cdlm.continuous.cdcd import CDCD
 from cdlm.continuous.embedding import TokenEmbedding
-from cdlm.continuous.langflow import LangFlow
-from cdlm.continuous.plaid import Plaid
-from cdlm.continuous.ssd import SSD
 from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.continuous.systems.cdcd import CDCD
+from cdlm.continuous.systems.langflow import LangFlow
+from cdlm.continuous.systems.plaid import Plaid
+from cdlm.continuous.systems.ssd import SSD
 from cdlm.data.tokenizer import train_tokenizer
 from cdlm.masked.system import Masked, MaskedDiffusion
-from cdlm.system import Special, System, SystemConfig, special_of
+from cdlm.models.system import Special, System, SystemConfig, special_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -63,7 +63,7 @@ class TokenEmbedding(Embedding):
         return torch.stack([row.softmax(-1) @ table for row in logits])
 
 
-class OwnPosition(nn.Module):
+class OutputPrior(nn.Module):
     """What a position's own noisy state says about its token in closed form: `z . e_w / t^2`, up to a constant.
 
     ln q(z | w) for embeddings of one norm, to be added to the logits (Plaid, arXiv 2305.18619, section 3.4; LangFlow,

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.objectives import squared_error
+from cdlm.continuous.schedules import Schedule
 from cdlm.continuous.system import EmbeddingDiffusion
-from cdlm.continuous.warping import Schedule
-from cdlm.errors import CdlmError
-from cdlm.noise import generator
-from cdlm.system import row_cross_entropy
-from cdlm.types import Condition, Prediction
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import generator
+from cdlm.core.types import Condition, Prediction
+from cdlm.models.system import row_cross_entropy
 
 BOUND, FLOW = 0x626F, 0x666C
 """Purposes of noise: a word of its key."""
@@ -36,7 +36,7 @@ class Text(NamedTuple):
     """Rows to score."""
 
     tokens: Int[Tensor, "b n"]
-    noised: Bool[Tensor, "b n"]
+    target: Bool[Tensor, "b n"]
     """Positions to score, at least one a row; the others are given, or padding."""
     valid: Bool[Tensor, "b n"] | None
     """False on padding; None when there is none."""
@@ -46,18 +46,18 @@ class Text(NamedTuple):
     @property
     def given(self) -> Bool[Tensor, "b n"]:
         """Positions that are neither scored nor padding."""
-        return ~self.noised if self.valid is None else self.valid & ~self.noised
+        return ~self.target if self.valid is None else self.valid & ~self.target
 
     def to(self, device: torch.device) -> Text:
         """The same on another device."""
         valid = None if self.valid is None else self.valid.to(device)
-        return Text(self.tokens.to(device), self.noised.to(device), valid, self.key.to(device))
+        return Text(self.tokens.to(device), self.target.to(device), valid, self.key.to(device))
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise if a row has nothing to score, padding is to be scored, or something is given to a network that does
         not tell given positions from noisy ones."""
         padding = None if self.valid is None else ~self.valid
-        if not bool(self.noised.any(1).all()) or (padding is not None and bool((self.noised & padding).any())):
+        if not bool(self.target.any(1).all()) or (padding is not None and bool((self.target & padding).any())):
             raise CdlmError("each row needs a position to score, and padding is none: choose other positions")
         if not denoiser.sees_given and bool(self.given.any()):
             raise CdlmError("this network does not tell given positions from noisy ones: score whole rows")
@@ -93,12 +93,12 @@ def by_block(text: Text, size: int) -> tuple[Text, Int[Tensor, " k"]]:
 
     A block is the next `size` positions to score. What is before it is given, what is after it is hidden as padding.
     """
-    order = text.noised.cumsum(1)
+    order = text.target.cumsum(1)
     blocks = (order[:, -1] + size - 1) // size
     origin = torch.arange(len(blocks), device=order.device).repeat_interleave(blocks)
     number = torch.arange(len(origin), device=order.device) - (blocks.cumsum(0) - blocks)[origin]
     rank, first = order[origin] - 1, (number * size)[:, None]
-    now = text.noised[origin] & (rank >= first) & (rank < first + size)
+    now = text.target[origin] & (rank >= first) & (rank < first + size)
     valid = now.flip(1).cumsum(1).flip(1) > 0
     if text.valid is not None:
         valid = valid & text.valid[origin]
@@ -126,7 +126,7 @@ class Estimate:
             two_passes = isinstance(denoiser, EmbeddingDiffusion) and denoiser.self_conditioning > 0
         clean = denoiser.embed(text.tokens) * text.given[..., None]
         return Estimate(
-            denoiser, Condition(clean, text.noised, torch.zeros_like(clean), text.valid), two_passes, detached
+            denoiser, Condition(clean, text.target, torch.zeros_like(clean), text.valid), two_passes, detached
         )
 
     def __call__(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Prediction:
@@ -185,12 +185,12 @@ def bound(
         u, eps = _bound_noise([(seed, BOUND, *key, level) for key in keys], clean)
         t, weight = _level((level + u) / levels, denoiser.schedule, first)
         x0 = estimate(_noisy(clean, t, eps[:, 0]), t).x0
-        diffusion.append(weight / t**3 * squared_error(x0.double(), clean.double(), text.noised))
+        diffusion.append(weight / t**3 * squared_error(x0.double(), clean.double(), text.target))
         logits = estimate(_noisy(clean, low, eps[:, 1]), low).logits
-        reconstruction.append(row_cross_entropy(logits, text.tokens, text.noised)[0].double())
+        reconstruction.append(row_cross_entropy(logits, text.tokens, text.target)[0].double())
     at_end, between = torch.stack(reconstruction, 1), torch.stack(diffusion, 1)
-    terms = {"prior": _prior_nats(denoiser, clean, text.noised), "reconstruction": at_end.mean(1)}
-    return Nats({**terms, "diffusion": between.mean(1)}, stratified_error(at_end + between), text.noised.sum(1))
+    terms = {"prior": _prior_nats(denoiser, clean, text.target), "reconstruction": at_end.mean(1)}
+    return Nats({**terms, "diffusion": between.mean(1)}, stratified_error(at_end + between), text.target.sum(1))
 
 
 def _first(schedule: Schedule, read_out: float | None, device: torch.device) -> float:
@@ -242,12 +242,12 @@ def _noisy(
     return clean + t.to(clean.dtype)[:, None, None] * eps
 
 
-def _prior_nats(denoiser: Denoiser, clean: Float[Tensor, "b n d"], noised: Bool[Tensor, "b n"]) -> Float[Tensor, " b"]:
+def _prior_nats(denoiser: Denoiser, clean: Float[Tensor, "b n d"], target: Bool[Tensor, "b n"]) -> Float[Tensor, " b"]:
     one = torch.ones(1, dtype=torch.float64, device=clean.device)
     variance = denoiser.prior_std**2
     ratio = denoiser.schedule.t_of_u(one).square() / variance
     each = clean.double().square().sum(-1) / variance + clean.shape[-1] * (ratio - 1 - ratio.log())
-    return 0.5 * (each * noised).sum(1)
+    return 0.5 * (each * target).sum(1)
 
 
 # --- the density of the ODE -------------------------------------------------------------------------------------------
@@ -363,8 +363,8 @@ def walk_nats(
     text.check(denoiser)
     ode = ode or Ode()
     solution = _solve(Estimate.of(denoiser, text, two_passes), text, walk, ode)
-    c, size = denoiser.prior_std / denoiser.schedule.t_max, text.noised.sum(1) * walk.noise.shape[-1]
-    eps = (walk.noise.double() * text.noised[..., None]).square().sum((1, 2))
+    c, size = denoiser.prior_std / denoiser.schedule.t_max, text.target.sum(1) * walk.noise.shape[-1]
+    eps = (walk.noise.double() * text.target[..., None]).square().sum((1, 2))
     prior = size * math.log(c) + solution.length / (2 * c**2) - 0.5 * eps
     return _as_nats(solution, prior, text)
 
@@ -380,7 +380,7 @@ def langflow_evaluator_score(
     """
     ode = ode or Ode()
     solution = _solve(Estimate.of(denoiser, text, two_passes, detached=True), text, walk, ode)
-    return _as_nats(solution, 0.5 * (solution.length - text.noised.sum(1) * walk.noise.shape[-1]), text)
+    return _as_nats(solution, 0.5 * (solution.length - text.target.sum(1) * walk.noise.shape[-1]), text)
 
 
 class Solution(NamedTuple):
@@ -395,7 +395,7 @@ class Solution(NamedTuple):
 
 def _as_nats(solution: Solution, prior: Float[Tensor, " b"], text: Text) -> Nats:
     terms = {"prior": prior, "reconstruction": solution.reconstruction, "flow": solution.trace}
-    return Nats(terms, torch.full_like(prior, math.nan), text.noised.sum(1))
+    return Nats(terms, torch.full_like(prior, math.nan), text.target.sum(1))
 
 
 @torch.no_grad()
@@ -404,11 +404,11 @@ def _solve(estimate: Estimate, text: Text, walk: Walk, ode: Ode) -> Solution:
 
     clean = estimate.denoiser.embed(text.tokens)
     check_precision(estimate.denoiser, clean.dtype, clean.device)
-    open_ = text.noised[..., None]
+    open_ = text.target[..., None]
     s = 1 / walk.levels.double().sort().values.to(clean.device)
     start = (s[0] * clean.double() + walk.noise.double()).to(ode.state)
     logits = estimate((start / s[0]).to(clean.dtype), (1 / s[:1]).expand(len(start))).logits
-    nats, _ = row_cross_entropy(logits, text.tokens, text.noised)
+    nats, _ = row_cross_entropy(logits, text.tokens, text.target)
 
     def slope(s: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return _slope(estimate, s.double(), state[0], walk.probe(), open_)

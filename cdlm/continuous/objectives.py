@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from cdlm.errors import CdlmError
-from cdlm.system import Loss, row_cross_entropy, stratified
+from cdlm.core.errors import CdlmError
+from cdlm.models.system import Loss, row_cross_entropy, stratified
 
 if TYPE_CHECKING:
     from cdlm.continuous.system import EmbeddingDiffusion
@@ -22,7 +22,7 @@ class Batch:
     """The arguments of `System.forward`."""
 
     tokens: Int[Tensor, "b n"]
-    noised: Bool[Tensor, "b n"]
+    target: Bool[Tensor, "b n"]
     valid: Bool[Tensor, "b n"] | None
     generator: torch.Generator
     u: Float[Tensor, " b"] | None
@@ -42,7 +42,7 @@ class CrossEntropy(Objective):
         u = stratified(len(batch.tokens), batch.generator) if batch.u is None else batch.u
         t = system.schedule.t_of_u(u).detach()
         z, condition = system.noisy(system.embed(batch.tokens), t, batch)
-        nats, count = row_cross_entropy(system.logits(z, t, condition), batch.tokens, batch.noised)
+        nats, count = row_cross_entropy(system.logits(z, t, condition), batch.tokens, batch.target)
         fit = system.schedule.fit(t, (nats / count).detach())
         return Loss(nats.sum() / count.sum() + fit.to(nats.dtype), (nats / count).detach(), t, count)
 
@@ -82,8 +82,8 @@ class Variational(Objective):
         clean = torch.where(cut[:, None, None], clean.detach(), clean)
         z, condition = system.noisy(clean, t, batch)
         logits = system.logits(z, t, condition)
-        nats, count = row_cross_entropy(logits, batch.tokens, batch.noised)
-        squares = squared_error(system.expect(logits), clean, batch.noised)
+        nats, count = row_cross_entropy(logits, batch.tokens, batch.target)
+        squares = squared_error(system.expect(logits), clean, batch.target)
         error = (slope / t**3).to(squares.dtype) * squares / count
         made.append(torch.where(last, 0, error.detach()).double())
         read_out = nats / count
@@ -98,10 +98,10 @@ class Variational(Objective):
         clean = system.embed(batch.tokens)
         z, condition = system.noisy(clean, t, batch)
         x0 = system.expect(system.logits(z, t, condition))
-        error = (slope / t**3).to(x0.dtype) * squared_error(x0, clean, batch.noised)
+        error = (slope / t**3).to(x0.dtype) * squared_error(x0, clean, batch.target)
         low = system.schedule.t_of_u(torch.zeros_like(u))
         z, condition = system.noisy(clean, low, batch)
-        nats, count = row_cross_entropy(system.logits(z, low, condition), batch.tokens, batch.noised)
+        nats, count = row_cross_entropy(system.logits(z, low, condition), batch.tokens, batch.target)
         prior = system.prior_nats(system.schedule.t_of_u(torch.ones_like(u)))
         whole = (error + nats) / count + prior.to(nats.dtype)
         return Loss((whole * count).sum() / count.sum(), whole.detach(), t.detach(), count)
@@ -151,7 +151,7 @@ class Seeded(Objective):
 
 
 def squared_error(
-    x0: Float[Tensor, "b n d"], clean: Float[Tensor, "b n d"], noised: Bool[Tensor, "b n"]
+    x0: Float[Tensor, "b n d"], clean: Float[Tensor, "b n d"], target: Bool[Tensor, "b n"]
 ) -> Float[Tensor, " b"]:
     """||x0 - e||^2, summed over each row's positions to generate."""
-    return ((x0 - clean).square().sum(-1) * noised).sum(1)
+    return ((x0 - clean).square().sum(-1) * target).sum(1)

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cdlm.errors import CdlmError
-from cdlm.noise import Draws
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import StepNoise
 
 if TYPE_CHECKING:
     from cdlm.continuous.denoiser import Denoiser
@@ -22,7 +22,7 @@ class Projection(ABC):
     """From logits to a clean estimate."""
 
     @abstractmethod
-    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: Draws) -> Float[Tensor, "b n d"]:
+    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: StepNoise) -> Float[Tensor, "b n d"]:
         """`draws` is where random numbers of this step come from."""
 
 
@@ -30,7 +30,7 @@ class Projection(ABC):
 class Expectation(Projection):
     """The mean embedding under softmax(logits): what interpolates the score (CDCD, arXiv 2211.15089, section 3.1)."""
 
-    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: Draws) -> Float[Tensor, "b n d"]:
+    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: StepNoise) -> Float[Tensor, "b n d"]:
         return denoiser.expect(logits)
 
 
@@ -38,7 +38,7 @@ class Expectation(Projection):
 class Greedy(Projection):
     """The embedding of the most likely token (SSD-LM, section 3.3; CDCD calls it clamping and finds it harmful)."""
 
-    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: Draws) -> Float[Tensor, "b n d"]:
+    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: StepNoise) -> Float[Tensor, "b n d"]:
         return denoiser.embed(logits.argmax(-1))
 
 
@@ -55,7 +55,7 @@ class Drawn(Projection):
     def __post_init__(self) -> None:
         check_top_p(self.top_p)
 
-    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: Draws) -> Float[Tensor, "b n d"]:
+    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: StepNoise) -> Float[Tensor, "b n d"]:
         kept = nucleus(logits, self.top_p)
         # Gumbel-max in float64: in float32 the noise has a largest value, and rare tokens are lost.
         gumbel = -(-draws.uniform(logits).clamp(min=1e-300).log()).log()
@@ -76,7 +76,7 @@ class MultiHot(Projection):
     def __post_init__(self) -> None:
         check_top_p(self.top_p)
 
-    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: Draws) -> Float[Tensor, "b n d"]:
+    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: StepNoise) -> Float[Tensor, "b n d"]:
         return denoiser.mix(nucleus(logits, self.top_p).to(logits.dtype))
 
 
@@ -94,7 +94,7 @@ class Uneven(Projection):
     def __post_init__(self) -> None:
         check_top_p(self.top_p)
 
-    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: Draws) -> Float[Tensor, "b n d"]:
+    def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: StepNoise) -> Float[Tensor, "b n d"]:
         gap = logits.amax(-1, keepdim=True) - logits
         edge = 2 * denoiser.rho / math.sqrt(denoiser.dim)  # 2 K: from weight 0 to weight 1
         return denoiser.mix((1 - gap / edge).clamp(min=0) * nucleus(logits, self.top_p))

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cdlm.errors import CdlmError
-from cdlm.noise import Draws
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import StepNoise
 
 Estimate = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """(z, t, rows or None) -> (estimate that drives the state, plain x0): one prediction for those rows of the batch."""
@@ -42,7 +42,7 @@ class Solver(ABC):
         x0: Float[Tensor, "b n d"],
         t: Float[Tensor, " b"],
         t_next: Float[Tensor, " b"],
-        draws: Draws,
+        draws: StepNoise,
     ) -> Advance:
         """`x0` is the estimate already made at (z, t); `draws` is where fresh noise comes from."""
 
@@ -59,7 +59,9 @@ def _no_calls(t: Tensor) -> Tensor:
 class Euler(Solver):
     """`z' = (t'/t) z + (1 - t'/t) x0`: exact for a constant x0, the same map as DDIM (arXiv 2010.02502)."""
 
-    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
+    def advance(
+        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
+    ) -> Advance:
         return Advance(_lerp(z, x0, t, t_next), None, _no_calls(t))
 
 
@@ -67,7 +69,9 @@ class Euler(Solver):
 class Heun(Solver):
     """Euler, then the mean of both slopes: second order, one more prediction an interval (arXiv 2206.00364, alg. 1)."""
 
-    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
+    def advance(
+        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
+    ) -> Advance:
         tilde = _lerp(z, x0, t, t_next)
         x0_tilde, plain = estimate(tilde, t_next, None)
         now, then = t.to(z.dtype)[:, None, None], t_next.to(z.dtype)[:, None, None]
@@ -82,7 +86,9 @@ class Ancestral(Solver):
     The reverse step of a variational diffusion model (arXiv 2107.00630, eq. 33), which Plaid samples with.
     """
 
-    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
+    def advance(
+        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
+    ) -> Advance:
         kept = (t_next / t).square()
         fresh = t_next * (-torch.expm1(2 * (t_next / t).log())).sqrt()  # near 1 the difference is exact in this form
         moved = x0 + kept.to(z.dtype)[:, None, None] * (z - x0) + fresh.to(z.dtype)[:, None, None] * draws.normal(z)
@@ -93,7 +99,9 @@ class Ancestral(Solver):
 class Renoise(Solver):
     """`z' = x0 + t' eps`: the estimate under fresh noise, nothing of the state is kept (SSD-LM, section 3.3)."""
 
-    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
+    def advance(
+        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
+    ) -> Advance:
         return Advance(x0 + t_next.to(z.dtype)[:, None, None] * draws.normal(z), None, _no_calls(t))
 
 
@@ -129,7 +137,9 @@ class TorchDiffEq(Solver):
             if not isinstance(value, int | float) or not value > 0:
                 raise CdlmError(f"TorchDiffEq needs a number {name} > 0, got {value!r}")
 
-    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
+    def advance(
+        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
+    ) -> Advance:
         rows = torch.arange(len(t), device=z.device)
         parts = rows.split(1) if self.method in ADAPTIVE else (rows,)
         moved = [self._integrate(estimate, z[part], x0[part], t[part], t_next[part], part) for part in parts]

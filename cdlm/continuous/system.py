@@ -12,15 +12,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cdlm.continuous.denoiser import Denoiser
-from cdlm.continuous.embedding import Embedding, OwnPosition
-from cdlm.continuous.levels import Grid, Warped
+from cdlm.continuous.embedding import Embedding, OutputPrior
+from cdlm.continuous.grids import Grid, Warped
+from cdlm.continuous.inputs import ConcatenatedInput, NetworkInput
 from cdlm.continuous.objectives import Batch, CrossEntropy, Objective
 from cdlm.continuous.projections import Expectation, Projection
-from cdlm.continuous.reader import Reader, SideBySide
+from cdlm.continuous.schedules import Schedule
 from cdlm.continuous.solvers import Euler, Solver
-from cdlm.continuous.warping import Schedule
-from cdlm.system import Loss, Special, System, SystemConfig
-from cdlm.types import Condition, Prediction, join, take
+from cdlm.core.trees import join, take
+from cdlm.core.types import Condition, Prediction
+from cdlm.models.system import Loss, Special, System, SystemConfig
 
 
 class EmbeddingDiffusion(System, Denoiser):
@@ -31,9 +32,9 @@ class EmbeddingDiffusion(System, Denoiser):
 
     Args:
         embedding, schedule, network: the parts. The network maps features and a level to v logits.
-        reader: how the state is shown to the network; by default CDCD's, with 3 d + 1 features.
+        network_input: how the state is shown to the network; by default CDCD's, with 3 d + 1 features.
         objective: what training minimises; by default cross-entropy.
-        own_position: what a position's own noisy state says about its token, in closed form; None leaves it out.
+        output_prior: what a position's own noisy state says about its token, in closed form; None leaves it out.
         self_conditioning: share of training rows that see an estimate of a first pass.
         guidance_dropout: share of training rows that do not see their clean embeddings.
         unit_prior: sampling starts where the variance-preserving state is standard normal, at sqrt(1 + t_max**2),
@@ -49,9 +50,9 @@ class EmbeddingDiffusion(System, Denoiser):
         schedule: Schedule,
         network: nn.Module,
         *,
-        reader: Reader | None = None,
+        network_input: NetworkInput | None = None,
         objective: Objective | None = None,
-        own_position: OwnPosition | None = None,
+        output_prior: OutputPrior | None = None,
         self_conditioning: float = 0.5,
         guidance_dropout: float = 0.1,
         unit_prior: bool = False,
@@ -60,14 +61,14 @@ class EmbeddingDiffusion(System, Denoiser):
     ):
         super().__init__()
         self.embedding, self.schedule, self.network = embedding, schedule, network
-        self.reader = reader or SideBySide(embedding.dim, embedding.rho)
+        self.network_input = network_input or ConcatenatedInput(embedding.dim, embedding.rho)
         self.objective = objective or CrossEntropy()
-        self.own_position, self.self_conditioning, self.guidance_dropout = (
-            own_position, self_conditioning, guidance_dropout,
+        self.output_prior, self.self_conditioning, self.guidance_dropout = (
+            output_prior, self_conditioning, guidance_dropout,
         )  # fmt: skip
         self.unit_prior, self.block = unit_prior, block
         self.config = dict(config)
-        self.rho, self.dim, self.sees_given = embedding.rho, embedding.dim, self.reader.sees_given
+        self.rho, self.dim, self.sees_given = embedding.rho, embedding.dim, self.network_input.sees_given
 
     @property
     def prior_std(self) -> float:
@@ -89,25 +90,25 @@ class EmbeddingDiffusion(System, Denoiser):
     def forward(
         self,
         tokens: Int[Tensor, "b n"],
-        noised: Bool[Tensor, "b n"],
+        target: Bool[Tensor, "b n"],
         valid: Bool[Tensor, "b n"] | None,
         generator: torch.Generator,
         u: Float[Tensor, " b"] | None = None,
     ) -> Loss:
         """The objective; in evaluation mode all rows get a first pass and no prompt is hidden."""
-        return self.objective(self, Batch(tokens, noised, valid, generator, u))
+        return self.objective(self, Batch(tokens, target, valid, generator, u))
 
     def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
         return self.schedule.t_of_u(u)
 
     @property
-    def own_schedule(self) -> nn.Module:
+    def learned_schedule(self) -> nn.Module:
         return self.schedule
 
     def after_step(self) -> None:
         self.schedule.after_step()
-        if self.own_position is not None:
-            self.own_position.after_step()
+        if self.output_prior is not None:
+            self.output_prior.after_step()
 
     def facts(self) -> dict[str, float]:
         """KL divergence in nats, of one embedding at the noisiest level from the prior."""
@@ -127,8 +128,8 @@ class EmbeddingDiffusion(System, Denoiser):
         eps = torch.randn(clean.shape, generator=batch.generator, device=device)
         z = clean + t.to(clean.dtype)[:, None, None] * eps
         kept = torch.rand(rows, 1, 1, generator=batch.generator, device=device) >= self.guidance_dropout * self.training
-        given = clean * (~batch.noised)[..., None] * kept
-        condition = Condition(given, batch.noised, torch.zeros_like(clean), batch.valid)
+        given = clean * (~batch.target)[..., None] * kept
+        condition = Condition(given, batch.target, torch.zeros_like(clean), batch.valid)
         return z, condition._replace(x0=self._first_pass(z, t, condition))
 
     def first_rows(self, rows: int) -> int:
@@ -151,18 +152,18 @@ class EmbeddingDiffusion(System, Denoiser):
             condition = condition._replace(x0=torch.zeros_like(condition.x0))
         if self.block is not None:
             condition = _without_future(condition)
-        features, level = self.reader(z, t, condition)
+        features, level = self.network_input(z, t, condition)
         logits = self.run_network(features, level, condition.valid)
-        if self.own_position is None:
+        if self.output_prior is None:
             return logits
         # A given position is only in play where the network does not know that it is given.
-        own = self.own_position(z, t, self.embedding)
-        return logits + (own * condition.noised[..., None].to(z.dtype) if self.sees_given else own)
+        own = self.output_prior(z, t, self.embedding)
+        return logits + (own * condition.target[..., None].to(z.dtype) if self.sees_given else own)
 
 
 def _without_future(condition: Condition) -> Condition:
     """The same, with everything after the last position to generate taken for padding."""
-    seen = condition.noised.flip(1).cumsum(1).flip(1) > 0
+    seen = condition.target.flip(1).cumsum(1).flip(1) > 0
     return condition._replace(valid=seen if condition.valid is None else seen & condition.valid)
 
 

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
 
 SEPARATOR = "\n"
 """Between the prompt and the completion of a document; the first one counts."""

@@ -6,9 +6,9 @@ The answer's lines are the reasoning, with calculator annotations such as `<<16-
 import re
 from pathlib import Path
 
+from cdlm.core.errors import CdlmError
 from cdlm.data.arithmetic import MARK, Problem, answer_of
 from cdlm.data.sources import jsonl_rows, text_of
-from cdlm.errors import CdlmError
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 

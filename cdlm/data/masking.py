@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cdlm.core.errors import CdlmError
 from cdlm.data.tokenizer import encode_batch
-from cdlm.errors import CdlmError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Int, Int64, UInt64
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from cdlm.data.store import Row, Rows
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
+from cdlm.data.store import Row, TextRows
 
 _ROUNDS = 8  # of the Feistel network; each changes one half of the index
 
@@ -86,7 +86,9 @@ class RowLoader:
         workers: Reading processes; 0 reads in this one.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int, rank: int = 0, world: int = 1, workers: int = 0) -> None:
+    def __init__(
+        self, rows: TextRows, batch_size: int, seed: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> None:
         if batch_size < 1:
             raise CdlmError(f"batch size must be at least 1, got {batch_size}")
         if not 0 <= rank < world:
@@ -124,7 +126,7 @@ class RowLoader:
                                collate_fn=collate, generator=torch.Generator()))  # fmt: skip
 
 
-def fixed_batches(rows: Rows, batch_size: int, limit: int | None = None) -> DataLoader:
+def fixed_batches(rows: TextRows, batch_size: int, limit: int | None = None) -> DataLoader:
     """The first `limit` rows (all if None) in order, each once, for validation; the last batch may be smaller."""
     if batch_size < 1 or (limit is not None and limit < 1):
         raise CdlmError(f"batch size and limit must be at least 1, got {batch_size} and {limit}")

@@ -18,9 +18,9 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
+from cdlm.core.errors import CdlmError
 from cdlm.data import arithmetic
 from cdlm.data.stories import grammar_fingerprint, stories
-from cdlm.errors import CdlmError
 
 Split = Literal["train", "valid"]
 SampleBy = Literal["line", "paragraph", "document"]

@@ -23,9 +23,9 @@ import numpy as np
 from jaxtyping import Bool, Int64, Shaped
 from torch.utils.data import Dataset
 
+from cdlm.core.errors import CdlmError
 from cdlm.data.sources import Source, Split
 from cdlm.data.tokenizer import encode_batch, tokenizer_hash
-from cdlm.errors import CdlmError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -101,7 +101,7 @@ def build_store(source: Source, split: Split, tokenizer: "PreTrainedTokenizerFas
     return TokenStore.open(folder)
 
 
-class Rows(ABC, Dataset[Row]):
+class TextRows(ABC, Dataset[Row]):
     """Rows of `length` positions, by index; `key` tells which rows of which corpus, for checks on resuming."""
 
     length: int
@@ -116,7 +116,7 @@ class Rows(ABC, Dataset[Row]):
         """One row of `length` positions."""
 
 
-class PackedRows(Rows):
+class PackedRows(TextRows):
     """Documents joined end to end, an EOS after each, and cut into rows; the rest after the last whole row is dropped.
 
     No row has padding, and nothing is held in memory: a row is found by bisection in the store's offsets.
@@ -160,7 +160,7 @@ class PackedRows(Rows):
         return bisect_right(documents, position, key=lambda i: int(offsets[i]) + i) - 1
 
 
-class DocumentRows(Rows):
+class DocumentRows(TextRows):
     """One document a row: its tokens and EOS, cut to `length`, padded on the right (valid is False there)."""
 
     def __init__(self, store: TokenStore, length: int) -> None:

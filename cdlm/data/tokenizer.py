@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cdlm.errors import CdlmError, first_line
+from cdlm.core.errors import CdlmError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -28,8 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cdlm.errors import CdlmError
-from cdlm.files import replacing
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import replacing
 
 LONGEST_CONTEXT = 1024
 """No judge reads more tokens than this at once, whatever it could: the usual length of published AR-NLL."""

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from cdlm.errors import CdlmError
-from cdlm.evaluation import diversity
-from cdlm.evaluation import mauve as mauve_metric
-from cdlm.evaluation.ar_nll import RESAMPLES, ArNll, Spans, ar_nll
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import write_text
 from cdlm.evaluation.judge import Judge, features
-from cdlm.files import write_text
+from cdlm.evaluation.metrics import diversity
+from cdlm.evaluation.metrics import mauve as mauve_metric
+from cdlm.evaluation.metrics.ar_nll import RESAMPLES, ArNll, Spans, ar_nll
 
 Value = str | int | float | None
 Row = dict[str, Any]

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from cdlm.errors import CdlmError
-from cdlm.types import Decision, Rows, StepState
+from cdlm.core.errors import CdlmError
+from cdlm.core.types import Decision, NewRows, StepState
 
 Memory = Any
 """A nest of row-first tensors; the loop drops, adds and reorders its rows."""
@@ -29,7 +29,7 @@ class Criterion(ABC):
     @property
     @abstractmethod
     def needs(self) -> frozenset[str]:
-        """Names of the signals that `look` reads (see `cdlm.signals.SIGNALS`)."""
+        """Names of the signals that `look` reads (see `cdlm.halting.signals.SIGNALS`)."""
 
     @property
     def freezes(self) -> bool:
@@ -47,7 +47,7 @@ class Criterion(ABC):
         raise CdlmError(f"{cls.__name__} has no settings to sweep: write it with its arguments")
 
     @abstractmethod
-    def start(self, rows: Rows) -> Memory:
+    def start(self, rows: NewRows) -> Memory:
         """Memory of rows that enter."""
 
     @abstractmethod
@@ -64,7 +64,7 @@ class Criterion(ABC):
 class Stateless(Criterion):
     """A rule of the present step alone: subclasses say what it decides."""
 
-    def start(self, rows: Rows) -> Memory:
+    def start(self, rows: NewRows) -> Memory:
         return ()
 
     def look(self, memory: Memory, state: StepState) -> tuple[Memory, Decision]:
@@ -93,7 +93,7 @@ class Pair(Criterion):
     def freezes(self) -> bool:
         return self.first.freezes or self.second.freezes
 
-    def start(self, rows: Rows) -> Memory:
+    def start(self, rows: NewRows) -> Memory:
         return self.first.start(rows), self.second.start(rows)
 
     def look(self, memory: Memory, state: StepState) -> tuple[Memory, Decision]:
@@ -155,7 +155,7 @@ class For(Criterion):
     def waits(self) -> bool:
         return self.rule.waits
 
-    def start(self, rows: Rows) -> Memory:
+    def start(self, rows: NewRows) -> Memory:
         runs = torch.zeros_like(rows.open, dtype=torch.int64) if self.freezes else None
         return self.rule.start(rows), torch.zeros_like(rows.budget), runs
 
@@ -168,15 +168,15 @@ class For(Criterion):
 
 
 @dataclass(frozen=True)
-class AfterStep(Criterion):
+class FromStep(Criterion):
     """`rule`, from the `steps`-th step on (counted from 1); it looks at earlier steps too, but does nothing there."""
 
     rule: Criterion
     steps: int
 
     def __post_init__(self) -> None:
-        require_rule("AfterStep", self.rule)
-        require_count("AfterStep", "steps", self.steps)
+        require_rule("FromStep", self.rule)
+        require_count("FromStep", "steps", self.steps)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -190,7 +190,7 @@ class AfterStep(Criterion):
     def waits(self) -> bool:
         return self.rule.waits
 
-    def start(self, rows: Rows) -> Memory:
+    def start(self, rows: NewRows) -> Memory:
         return self.rule.start(rows)
 
     def look(self, memory: Memory, state: StepState) -> tuple[Memory, Decision]:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
+from cdlm.core.types import NewRows, StepState
 from cdlm.halting.criterion import Criterion
-from cdlm.halting.recording import Recording
-from cdlm.record import RECORDED
-from cdlm.types import Rows, StepState
+from cdlm.recording.file import Recording
+from cdlm.recording.record import RECORDED
 
 MADE = ("switches", "tokens")
 """Signals that are made from the switches of a recording."""
@@ -46,7 +46,7 @@ def replay(recording: Recording, rule: Criterion) -> Replayed:
         signals["switches"] = torch.from_numpy(record.switch_counts())
     t, nfe = torch.from_numpy(record.t), torch.from_numpy(record.nfe).long()
     tokens = _Tokens(recording) if "tokens" in rule.needs else None
-    memory = rule.start(Rows(open_, budget, torch.from_numpy(recording.valid)))
+    memory = rule.start(NewRows(open_, budget, torch.from_numpy(recording.valid)))
     end = last = torch.from_numpy(record.last_step(committed=not rule.waits))
     halted = torch.zeros(m, dtype=torch.bool)
     for k in range(record.steps):

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import generator
 from cdlm.masked.system import MaskedDiffusion
-from cdlm.noise import generator
-from cdlm.system import row_cross_entropy
+from cdlm.models.system import row_cross_entropy
 
 NELBO = 0x6E65
 """Purpose of noise: a word of its key."""

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
 
 Cache = Any
 """Keys and values of whole rows: a nest of row-first tensors, so that rows can be dropped, added and reordered."""

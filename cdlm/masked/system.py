@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
 from cdlm.masked.model import Constants, MaskedModel
-from cdlm.system import Loss, Special, System, SystemConfig, row_cross_entropy, stratified
-from cdlm.transformer import Transformer
+from cdlm.models.system import Loss, Special, System, SystemConfig, row_cross_entropy, stratified
+from cdlm.models.transformer import Transformer
 
 EPS = 1e-3
 """Least share of masked tokens: t = (1 - EPS) u + EPS, so that 1 / t stays bounded (MDLM and LLaDA alike)."""
@@ -41,7 +41,7 @@ class MaskedDiffusion(System, MaskedModel):
     def forward(
         self,
         tokens: Int[Tensor, "b n"],
-        noised: Bool[Tensor, "b n"],
+        target: Bool[Tensor, "b n"],
         valid: Bool[Tensor, "b n"] | None,
         generator: torch.Generator,
         u: Float[Tensor, " b"] | None = None,
@@ -50,11 +50,11 @@ class MaskedDiffusion(System, MaskedModel):
         u = stratified(len(tokens), generator) if u is None else u
         t = self.levels(u.to(tokens.device))
         coin = torch.rand(tokens.shape, generator=generator, device=tokens.device)
-        masked = noised & (coin < t.float()[:, None])
+        masked = target & (coin < t.float()[:, None])
         logits = self.logits(tokens.masked_fill(masked, self.constants.mask_id), valid)
         # The mask itself, which some text may hold, is nothing to predict.
         nats, hidden = row_cross_entropy(logits, tokens, masked & (tokens != self.constants.mask_id))
-        count = noised.sum(1)
+        count = target.sum(1)
         bound = nats / t.to(nats.dtype)
         total = nats.sum() / hidden.sum().clamp(min=1) if self.flat and self.training else bound.sum() / count.sum()
         return Loss(total, (bound / count).detach(), t, count)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
 from cdlm.studies.study import Study
 
 _HERE = Path(__file__).parent

@@ -13,20 +13,22 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from cdlm import api, config, generation, hub
-from cdlm.collect import shown_of, texts_of
+from cdlm import api, config, generation
+from cdlm.core.stats import Scores, bootstrap
 from cdlm.data.arithmetic import Problem, is_correct, problems
 from cdlm.data.gsm8k import read_problems
-from cdlm.decoding import Decoder
 from cdlm.halting import Full, Never
-from cdlm.halting.calibration import Scores, bootstrap
-from cdlm.halting.recording import Recording
 from cdlm.halting.replay import replay
-from cdlm.loop import Request
-from cdlm.masked.policies import Dream, LLaDA, Policy
+from cdlm.masked.policies.dream import Dream
+from cdlm.masked.policies.llada import LLaDA
+from cdlm.masked.policies.policy import Policy
+from cdlm.masked.sampler import Decoder
+from cdlm.models import hub
+from cdlm.recording.file import Recording
+from cdlm.sampling.requests import Request
+from cdlm.sampling.samples import Samples, shown_of, texts_of
 from cdlm.studies.picture import Line, Panel
 from cdlm.studies.study import Finding, Study, column, ends, interval, label
-from cdlm.types import Samples
 
 NOTE = (
     "Of each rule and policy the loosest setting that loses at most `max_drop` of the answers of the full run, over"
@@ -36,7 +38,7 @@ NOTE = (
 FULL = "full budget"
 
 
-class Trial(NamedTuple):
+class SettingResult(NamedTuple):
     """One setting on all problems."""
 
     setting: str
@@ -137,7 +139,7 @@ class _Bench:
         self.decoder = decoder
         self.given = np.stack([request.given.numpy() for request in self.asked])
 
-    def families(self, full: Samples) -> Iterable[tuple[str, list[Trial]]]:
+    def families(self, full: Samples) -> Iterable[tuple[str, list[SettingResult]]]:
         """Each rule and each policy with all its settings."""
         machine = self.study.machine
         recording = api.recording_of(full, self.decoder, self.folder, machine.precision)
@@ -148,13 +150,13 @@ class _Bench:
             tried = [replace(self.decoder, policy=p, criterion=Full()) for p in config.policies(text)]
             yield text, [self.trial(self.run(decoder), decoder) for decoder in tried]
 
-    def under(self, rule: Any, recording: Recording) -> Trial:
+    def under(self, rule: Any, recording: Recording) -> SettingResult:
         """All problems under a rule, replayed where it can be."""
         decoder = replace(self.decoder, criterion=rule)
         if rule.freezes:
             return self.trial(self.run(decoder), decoder)
         run = replay(recording, rule)
-        return Trial(repr(rule), run.tokens, run.nfe, decoder)
+        return SettingResult(repr(rule), run.tokens, run.nfe, decoder)
 
     def run(self, decoder: Decoder) -> Samples:
         """All problems, decoded; recorded only in the full run."""
@@ -166,10 +168,12 @@ class _Bench:
             device=machine.device, devices=machine.devices, progress=machine.progress,
         )  # fmt: skip
 
-    def trial(self, samples: Samples, decoder: Decoder) -> Trial:
+    def trial(self, samples: Samples, decoder: Decoder) -> SettingResult:
         """A run as a trial."""
         of_rule = not isinstance(decoder.criterion, Full) or isinstance(decoder.criterion, Never)
-        return Trial(repr(decoder.criterion if of_rule else decoder.policy), samples.tokens, samples.nfe, decoder)
+        return SettingResult(
+            repr(decoder.criterion if of_rule else decoder.policy), samples.tokens, samples.nfe, decoder
+        )
 
     def right(self, tokens: Int[np.ndarray, "m n"]) -> Float[np.ndarray, " m"]:
         """1.0 where the answer is right."""
@@ -191,7 +195,7 @@ class _Bench:
         return time.perf_counter() - start
 
     def row(
-        self, family: str, trial: Trial, own: Float[np.ndarray, " m"], right: Float[np.ndarray, " m"],
+        self, family: str, trial: SettingResult, own: Float[np.ndarray, " m"], right: Float[np.ndarray, " m"],
         full: Int[np.ndarray, " m"], chosen: bool,
     ) -> dict[str, Any]:  # fmt: skip
         """Everything about one setting."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from cdlm.record import Record
+from cdlm.recording.record import Record
 
 
 def zero_switch(record: Record) -> Int[np.ndarray, " m"]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cdlm.compare import Plain
 from cdlm.config import sweep
-from cdlm.frontier import Bench, Drawn
-from cdlm.halting.calibration import bootstrap
+from cdlm.core.stats import bootstrap
+from cdlm.evaluation.bench import Bench, Drawn
+from cdlm.evaluation.compare import Plain
 from cdlm.halting.replay import check_kept
 from cdlm.studies.picture import Panel
 from cdlm.studies.study import Finding, Judged, curve, ends, interval, label

@@ -13,18 +13,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cdlm import generation
+from cdlm.continuous.sampler import Sampler
 from cdlm.continuous.solvers import Advance, Estimate, Euler, Solver
 from cdlm.continuous.system import EmbeddingDiffusion
-from cdlm.halting.calibration import Bootstrap, Scores
-from cdlm.loop import Request
-from cdlm.noise import Draws, row_normal
-from cdlm.prompts import requests
-from cdlm.sampling import Sampler
+from cdlm.core.rng import StepNoise, row_normal
+from cdlm.core.stats import Bootstrap, Scores
+from cdlm.sampling.requests import Request, requests
+from cdlm.sampling.samples import Samples
 from cdlm.studies.measures import reached, zero_switch
 from cdlm.studies.norms import NEAR, batches
 from cdlm.studies.picture import Line, Panel
 from cdlm.studies.study import Finding, Sampled, ends, interval, label
-from cdlm.types import Samples
 
 UNTOUCHED = "untouched"
 NOISE_KEY = 7
@@ -43,7 +42,9 @@ class Driven(Solver):
     change: Change
     inner: Solver = field(default_factory=Euler)
 
-    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
+    def advance(
+        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
+    ) -> Advance:
         return self.inner.advance(estimate, z, self.change(x0), t, t_next, draws)
 
 
@@ -55,7 +56,9 @@ class Struck(Solver):
     strike: Strike
     inner: Solver = field(default_factory=Euler)
 
-    def advance(self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: Draws) -> Advance:
+    def advance(
+        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
+    ) -> Advance:
         moved = self.inner.advance(estimate, z, x0, t, t_next, draws)
         hit = (t_next == self.level)[:, None, None]
         return moved._replace(z=torch.where(hit, self.strike(moved.z, t_next), moved.z))
@@ -66,7 +69,7 @@ def at_norm(x0: Float[Tensor, "b n d"], norm: float) -> Float[Tensor, "b n d"]:
     return norm * torch.nn.functional.normalize(x0, dim=-1)
 
 
-def noised(
+def target(
     z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], *, scale: float, seed: int, indices: Sequence[int]
 ) -> Float[Tensor, "b n d"]:
     """z + scale * t * eps, with noise of each sample's own."""
@@ -134,7 +137,7 @@ class NormCausality(Sampled):
         for f in self.factors:
             made |= {f"z * {f:g} at {a:.0%}": Struck(level, lambda z, t, f=f: f * z) for a, level in places.items()}
         for s in self.noise:
-            strike = partial(noised, scale=s, seed=self.seed, indices=indices)
+            strike = partial(target, scale=s, seed=self.seed, indices=indices)
             made |= {f"noise {s:g} t at {a:.0%}": Struck(level, strike) for a, level in places.items()}
         return made
 

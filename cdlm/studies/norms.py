@@ -14,11 +14,10 @@ from torch import Tensor
 
 from cdlm import config as names
 from cdlm import generation
-from cdlm.continuous.levels import alpha_of
+from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.schedules import alpha_of
 from cdlm.continuous.system import EmbeddingDiffusion
-from cdlm.loop import Request
-from cdlm.prompts import requests
-from cdlm.sampling import Run, Sampler
+from cdlm.sampling.requests import Request, requests
 from cdlm.studies.measures import reached
 from cdlm.studies.picture import Line, Panel
 from cdlm.studies.study import Finding, Sampled, label

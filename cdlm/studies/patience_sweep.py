@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product, takewhile
 from typing import Any
 
-from cdlm.frontier import Bench
+from cdlm.evaluation.bench import Bench
 from cdlm.halting import Patience
 from cdlm.halting.calibration import Goal
 from cdlm.studies.picture import Line, Panel

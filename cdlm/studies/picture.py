@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from jaxtyping import Num
 from numpy import ndarray
 
-from cdlm.errors import CdlmError
-from cdlm.files import replacing
-from cdlm.report.pareto import COLORS, GREY, MARKERS
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import replacing
+from cdlm.evaluation.plots.pareto import COLORS, GREY, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,16 +13,17 @@ import yaml
 from jaxtyping import Float
 
 from cdlm import config as names
-from cdlm import generation, hub
-from cdlm.continuous.denoiser import Steering
-from cdlm.files import write_rows, write_text
-from cdlm.frontier import Bench, Machine, open_bench
-from cdlm.halting.calibration import Bootstrap
-from cdlm.prompts import requests
-from cdlm.sampling import Sampler
+from cdlm import generation
+from cdlm.continuous.guidance import Guidance
+from cdlm.continuous.sampler import Sampler
+from cdlm.core.files import write_rows, write_text
+from cdlm.core.stats import Bootstrap
+from cdlm.evaluation.bench import Bench, Machine, open_bench
+from cdlm.models import hub
+from cdlm.models.system import Precision
+from cdlm.sampling.requests import requests
+from cdlm.sampling.samples import Samples
 from cdlm.studies.picture import Line, Panel, draw
-from cdlm.system import Precision
-from cdlm.types import Samples
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ class Sampled(Study):
 
     def sampler(self, steps: int, seed: int, grid: str, record: bool = True) -> Sampler:
         """Without a rule, with or without what a record needs."""
-        steering = Steering(score_temperature=self.score_temperature)
-        return generation.make_sampler(steps, None, seed, record, grid=grid, steering=steering)
+        guidance = Guidance(score_temperature=self.score_temperature)
+        return generation.make_sampler(steps, None, seed, record, grid=grid, guidance=guidance)
 
     def draw(self, model: str, sampler: Sampler, prompts: list[str] | None = None) -> Samples:
         """n samples of each prompt, or of none."""

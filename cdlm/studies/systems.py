@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from cdlm import config as names
-from cdlm import generation, hub
-from cdlm.decoding import Decoder
-from cdlm.frontier import Bench, open_bench
+from cdlm import generation
+from cdlm.continuous.sampler import Sampler
+from cdlm.core.stats import Scores
+from cdlm.evaluation.bench import Bench, open_bench
 from cdlm.halting import Criterion
-from cdlm.halting.calibration import Goal, Scores
+from cdlm.halting.calibration import Goal
 from cdlm.halting.replay import check_kept
-from cdlm.sampling import Sampler
+from cdlm.masked.sampler import Decoder
+from cdlm.models import hub
 from cdlm.studies.picture import Panel
 from cdlm.studies.study import Finding, Study, check_texts, curve, ends, label
 

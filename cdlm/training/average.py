@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cdlm.system import System
+from cdlm.models.system import System
 
 
 class Average(nn.Module):
@@ -34,5 +34,5 @@ class Average(nn.Module):
         get_ema_multi_avg_fn(decay)(self.system.averaged_parameters(), system.averaged_parameters(), step)
         for mine, theirs in zip(self.system.buffers(), system.buffers(), strict=True):
             mine.copy_(theirs)
-        if self.system.own_schedule is not None and system.own_schedule is not None:
-            self.system.own_schedule.load_state_dict(system.own_schedule.state_dict())
+        if self.system.learned_schedule is not None and system.learned_schedule is not None:
+            self.system.learned_schedule.load_state_dict(system.learned_schedule.state_dict())

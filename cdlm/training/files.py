@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from cdlm.errors import CdlmError
-from cdlm.files import cannot_write, replacing, write_text
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import cannot_write, replacing, write_text
 from cdlm.training.validation import BUCKETS
 
 METRICS = (

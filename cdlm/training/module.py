@@ -13,9 +13,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdlm.errors import CdlmError
-from cdlm.noise import generator
-from cdlm.system import System
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import generator
+from cdlm.models.system import System
 from cdlm.training import sharding
 from cdlm.training.average import Average
 from cdlm.training.optimizers import build_optimizer, set_rates
@@ -63,8 +63,8 @@ class TrainingModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         noise = generator(self.options.seed, TRAINING, self.batches, self.global_rank, device=self.device)
         self.batches += 1
-        noised = self.masking(batch.tokens, batch.valid, noise)
-        loss = self.system(batch.tokens, noised, batch.valid, noise)
+        target = self.masking(batch.tokens, batch.valid, noise)
+        loss = self.system(batch.tokens, target, batch.valid, noise)
         row = (loss.total.detach(), (loss.nats * loss.count).sum(), loss.count.sum(), batch.valid.sum())
         self.window.append(torch.stack([x.double() for x in row]))
         return loss.total

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
 
 
 @dataclass(frozen=True)

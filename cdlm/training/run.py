@@ -18,8 +18,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 
-from cdlm.errors import CdlmError
-from cdlm.system import System
+from cdlm.core.errors import CdlmError
+from cdlm.models.system import System
 from cdlm.training.files import AtomicCheckpoints
 from cdlm.training.module import TrainingModule
 from cdlm.training.options import TrainOptions

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from cdlm.system import System
+from cdlm.models.system import System
 
 
 def shard(system: System, mesh: DeviceMesh) -> None:

@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from cdlm.errors import CdlmError
+from cdlm.core.errors import CdlmError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

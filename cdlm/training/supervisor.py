@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from cdlm.errors import CdlmError
-from cdlm.files import write_text
-from cdlm.system import System
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import write_text
+from cdlm.models.system import System
 from cdlm.training.files import MetricsFile
 from cdlm.training.module import TrainingModule
 from cdlm.training.progress import Reporter

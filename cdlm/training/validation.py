@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cdlm.noise import generator
-from cdlm.system import System
+from cdlm.core.rng import generator
+from cdlm.models.system import System
 from cdlm.training.module import VALIDATION
 
 BUCKETS = 10
@@ -35,8 +35,8 @@ def losses_by_level(
         noise = generator(seed, VALIDATION, index, device=device)
         tokens, valid = batch.tokens.to(device), batch.valid.to(device)
         bucket = torch.arange(row, row + len(tokens), device=device) % BUCKETS
-        noised = masking(tokens, valid, noise)
-        loss = system(tokens, noised, valid, noise, (bucket.double() + 0.5) / BUCKETS)
+        target = masking(tokens, valid, noise)
+        loss = system(tokens, target, valid, noise, (bucket.double() + 0.5) / BUCKETS)
         sums.index_add_(1, bucket, torch.stack([loss.nats.double() * loss.count, loss.count.double()]))
         row += len(tokens)
     return sums

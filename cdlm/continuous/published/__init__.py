@@ -1,0 +1,1 @@
+"""Published networks and file formats."""

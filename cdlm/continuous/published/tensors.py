@@ -1,0 +1,109 @@
+"""Weights in files, one tensor at a time: no more of them is in memory than the largest tensor."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cdlm.continuous.published.layout import Lazy
+from cdlm.core.errors import CdlmError, first_line
+
+DTYPES = {
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Types by their names in a safetensors header, in the order in which the library writes their tensors."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Spec(NamedTuple):
+    """What a file has to say of a tensor before its content."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of the content."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def read_state(path: Path) -> dict[str, tuple[tuple[int, ...], Lazy]]:
+    """The state dict in a file that torch.save has written: shape and content of each tensor, nothing unpickled but
+    tensors.
+
+    Raises:
+        CdlmError: the file is missing or damaged, or holds anything else.
+    """
+    return {name: (tuple(value.shape), lambda n=name: _mapped(path)[n]) for name, value in _mapped(path).items()}
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    # Opened anew for each tensor: a mapping that stays would keep all pages that were ever read.
+    if not path.exists():
+        raise CdlmError(f"{path.parent} has no {path.name}: copy the whole archive")
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise CdlmError(f"{path} cannot be read as tensors ({first_line(error)}); copy it again") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CdlmError(f"{path} is no state dict: expected names with tensors, got a {type(state).__name__}")
+    return dict(state)
+
+
+def read_safetensors(path: Path) -> dict[str, tuple[tuple[int, ...], Lazy]]:
+    """Shape and content of each tensor of a safetensors file.
+
+    Raises:
+        CdlmError: the file is missing or damaged.
+    """
+    if not path.exists():
+        raise CdlmError(f"{path.parent} has no {path.name}: copy the whole folder")
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= path.stat().st_size - 8:
+                raise ValueError(f"its header is said to have {length} bytes")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found = {name: (Spec(tuple(item["shape"]), DTYPES[item["dtype"]]), item["data_offsets"][0] + 8 + length)
+                 for name, item in header.items()}  # fmt: skip
+        if any(start + spec.size > path.stat().st_size for spec, start in found.values()):
+            raise ValueError("it ends too early")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CdlmError(f"{path} cannot be read, it is truncated or damaged ({error}); copy it again") from error
+    return {name: (spec.shape, lambda s=spec, at=start: _content(path, s, at)) for name, (spec, start) in found.items()}
+
+
+def _content(path: Path, spec: Spec, start: int) -> Tensor:
+    if spec.size == 0:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), start + spec.size - page, access=mmap.ACCESS_COPY, offset=page)
+    count = spec.size // spec.dtype.itemsize
+    return torch.frombuffer(pages, dtype=spec.dtype, count=count, offset=start - page).view(spec.shape)
+
+
+def write_safetensors(path: Path, specs: Mapping[str, Spec], tensors: Mapping[str, Lazy]) -> None:
+    """A safetensors file, as the library writes it: the header, then the content of each tensor in its type."""
+    order = {dtype: i for i, dtype in enumerate(DTYPES.values())}
+    names = sorted(specs, key=lambda name: (order[specs[name].dtype], name))
+    header, end = {}, 0
+    for name in names:
+        spec, start, end = specs[name], end, end + specs[name].size
+        header[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            flat = tensors[name]().detach().to(specs[name].dtype).contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)

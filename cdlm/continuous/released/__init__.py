@@ -1,1 +1,0 @@
-"""Networks of published checkpoints, and their file formats."""

@@ -1,0 +1,240 @@
+"""Sampling from a continuous model: one step of a solver for each row. It yields; everything else consumes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cdlm.continuous.denoiser import Denoiser
+from cdlm.continuous.grids import Grid, Warped
+from cdlm.continuous.guidance import Guidance
+from cdlm.continuous.solvers import Euler, Solver
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import StepNoise, generator
+from cdlm.core.trees import join, take
+from cdlm.core.types import Condition, Decision, LoopStep, NewRows, Prediction, StepState
+from cdlm.halting import Criterion, Never
+from cdlm.halting.signals import EmbeddingState, Past, StepStatistics, check_signals, first_past, most_likely, observe
+from cdlm.sampling.loop import Loop
+from cdlm.sampling.requests import Request, stack_masks
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Everything that fixes a sampling run except the model, the requests and the batch size.
+
+    Args:
+        steps: grid points, >= 1. One prediction each; the last, at t_min, is read out, so Euler spends `steps` calls.
+        criterion: when a row is done before that.
+        grid, solver, guidance: see there.
+        init_scale: the start is `init_scale` times the prior; CDCD finds that a little below 1 sharpens.
+        block: positions that are generated at a time: `steps` for each block, and the rule is asked for each anew.
+            None generates all at once.
+        seed: of the run, >= 0.
+        record: names of signals to compute at every step, for the loop's consumers.
+    """
+
+    steps: int = 200
+    criterion: Criterion = field(default_factory=Never)
+    grid: Grid = field(default_factory=Warped)
+    solver: Solver = field(default_factory=Euler)
+    guidance: Guidance = field(default_factory=Guidance)
+    init_scale: float = 1.0
+    block: int | None = None
+    seed: int = 0
+    record: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise CdlmError(f"sampling needs steps >= 1, got {self.steps}: ask for at least one denoiser call")
+        if self.seed < 0:
+            raise CdlmError(f"a seed is a whole number >= 0, got {self.seed}")
+        if not 0 <= self.init_scale < math.inf:
+            raise CdlmError(f"init_scale must be >= 0, got {self.init_scale}: 1 is the model's own noise level")
+        if self.block is not None and self.block < 1:
+            raise CdlmError(f"a block has one position or more, got {self.block}: None generates all at once")
+        check_signals(self.record | self.criterion.needs)
+
+    @property
+    def settings(self) -> dict[str, int | float | str]:
+        """What fixes the run besides seed and rule: two runs with equal settings walk the same steps."""
+        parts = {name: repr(getattr(self, name)) for name in ("grid", "solver")}
+        block = {} if self.block is None else {"block": self.block}
+        return {"steps": self.steps, **parts, **self.guidance.settings, "init_scale": float(self.init_scale), **block}
+
+    def blocks(self, request: Request) -> int:
+        """Blocks of a request."""
+        return 1 if self.block is None else math.ceil(int((~request.given).sum()) / self.block)
+
+    def with_steps(self, steps: int) -> Sampler:
+        """The same with so many steps."""
+        return replace(self, steps=steps)
+
+
+class DiffusionRows(NamedTuple):
+    """Everything with a row axis that lives from one step to the next."""
+
+    row: Int[Tensor, " b"]
+    step: Int[Tensor, " b"]
+    before: Int[Tensor, " b"]
+    """Steps taken in earlier blocks."""
+    nfe: Int[Tensor, " b"]
+    z: Float[Tensor, "b n d"]
+    tokens: Int[Tensor, "b n"]
+    """Prompt, earlier blocks and frozen tokens; meaningless at open positions and in later blocks."""
+    open: Bool[Tensor, "b n"]
+    """Positions of the block that may still change."""
+    later: Bool[Tensor, "b n"]
+    """Positions of later blocks."""
+    condition: Condition
+    past: Past
+    memory: Any
+
+
+class Stepped(NamedTuple):
+    """Rows between a prediction and the move that follows it."""
+
+    live: DiffusionRows
+    x0: Float[Tensor, "b n d"]
+    """The estimate that drives the state."""
+    tokens: Int[Tensor, "b n"]
+    """The row as it would be returned now."""
+    ended: Bool[Tensor, " b"]
+    """Rows whose block is done and that have another."""
+
+
+class Run(Loop[DiffusionRows]):
+    """One run of a sampler on a denoiser.
+
+    Row i is the same in any batch, order or batch size (bit for bit where the denoiser's arithmetic is), and a halted
+    row is a prefix of the row that is not halted.
+    """
+
+    def __init__(self, denoiser: Denoiser, sampler: Sampler, batch_size: int, device: torch.device | str = "cpu"):
+        super().__init__(batch_size, device)
+        self.denoiser, self.sampler = denoiser, sampler
+        self.needs = sampler.record | sampler.criterion.needs
+        self.grid = sampler.grid.levels(denoiser.schedule, sampler.steps).to(self.device)
+
+    @torch.no_grad()
+    def admit(self, requests: list[Request], beside: DiffusionRows | None) -> DiffusionRows:
+        tokens = torch.stack([request.tokens for request in requests]).to(self.device)
+        open_ = ~torch.stack([request.given for request in requests]).to(self.device)
+        valid = stack_masks([request.valid for request in requests], self.device)
+        if not bool(open_.any(1).all()):
+            raise CdlmError("a prompt leaves nothing to generate: shorten it, or raise the length")
+        index = torch.tensor([request.index for request in requests], device=self.device)
+        zero = torch.zeros_like(index)
+        return self._enter(index, zero, zero, tokens, open_, valid, None if beside is None else beside.past)
+
+    def _enter(
+        self, index: Tensor, before: Tensor, nfe: Tensor, tokens: Tensor, left: Tensor, valid: Tensor | None,
+        beside: Past | None,
+    ) -> DiffusionRows:  # fmt: skip
+        """Rows at the first step of their next block, with the positions in `left` yet to be generated."""
+        block = self.sampler.block
+        now = left if block is None else left & (left.cumsum(1) <= block)
+        clean = self.denoiser.embed(tokens)
+        z = self.sampler.init_scale * self.denoiser.prior_std * self._start(index, before, clean)
+        real, later, zero = torch.ones_like(left) if valid is None else valid, left & ~now, torch.zeros_like(index)
+        # To a rule, later blocks are no part of the row yet: neither open nor decided.
+        memory = self.sampler.criterion.start(NewRows(now, zero + self.sampler.steps, real & ~later))
+        condition = Condition(clean * (~left & real)[..., None], now, torch.zeros_like(z), valid)
+        past = first_past(self.needs, z, beside)
+        return DiffusionRows(index, zero, before, nfe, z, tokens, now, later, condition, past, memory)
+
+    def _start(self, index: Tensor, before: Tensor, like: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Standard normal noise of each row: of its first block by its index alone, of later ones by what came before
+        as well."""
+        seed, pairs = self.sampler.seed, zip(index.tolist(), before.tolist(), strict=True)
+        keys = [(seed, i, b) if b else (seed, i) for i, b in pairs]
+        return torch.stack([torch.randn(like.shape[1:], generator=generator(*key)) for key in keys]).to(like)
+
+    @torch.no_grad()
+    def step(self, live: DiffusionRows) -> tuple[LoopStep, Stepped]:
+        t, target = self.grid[live.step], live.condition.target
+        prediction, x0 = self.sampler.guidance.predict(self.denoiser, live.z, t, live.condition, self._draws(live))
+        rho, first = self.denoiser.rho, live.step == 0
+        embedding = EmbeddingState(live.z, t, rho, prediction.x0)
+        statistics = StepStatistics(prediction.logits, live.open, target, first, live.past, self.needs, embedding)
+        signals, past = observe(self.needs, statistics)
+        nfe = live.nfe + self.sampler.guidance.calls
+        budget = torch.full_like(live.step, self.sampler.steps)
+        state = StepState(live.row, live.step, budget, t, nfe, live.open, signals)
+        memory, decision = self.sampler.criterion.look(live.memory, state)
+        live = _freeze(live, decision, statistics)
+        full = ~live.open.any(1)
+        ended = decision.halt | full | (live.step == budget - 1)
+        done = ended & ~live.later.any(1)
+        tokens = _read_out(prediction, live, ended)
+        finished = LoopStep(
+            state, done, decision.halt, full & ~decision.halt, tokens[done], decision.info,
+            taken=live.before + live.step + 1,
+        )  # fmt: skip
+        live = live._replace(nfe=nfe, past=past, memory=memory)
+        live = live._replace(condition=live.condition._replace(x0=self._held(live, prediction.x0)))
+        return finished, Stepped(live, self._held(live, x0), tokens, ended & ~done)
+
+    @torch.no_grad()
+    def advance(self, carried: Stepped) -> DiffusionRows:
+        if not bool(carried.ended.any()):
+            return self._move(carried)
+        fresh = self._next_block(take(carried, carried.ended.nonzero().squeeze(1)))
+        if bool(carried.ended.all()):
+            return fresh
+        return join(self._move(take(carried, (~carried.ended).nonzero().squeeze(1))), fresh)
+
+    def _next_block(self, carried: Stepped) -> DiffusionRows:
+        live = carried.live
+        before = live.before + live.step + 1
+        valid, past = live.condition.valid, live.past
+        return self._enter(live.row, before, live.nfe, carried.tokens, live.later, valid, past)
+
+    def _move(self, carried: Stepped) -> DiffusionRows:
+        live, x0 = carried.live, carried.x0
+        guidance, condition, draws = self.sampler.guidance, live.condition, self._draws(live)
+
+        def estimate(z: Tensor, t: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+            asked = live if rows is None else take(live, rows)
+            prediction, driving = guidance.predict(self.denoiser, z, t, asked.condition, self._draws(asked))
+            return self._held(asked, driving), self._held(asked, prediction.x0)
+
+        moved = self.sampler.solver.advance(estimate, live.z, x0, self.grid[live.step], self.grid[live.step + 1], draws)
+        if moved.x0 is not None:
+            condition = condition._replace(x0=moved.x0)
+        nfe = live.nfe + moved.evaluations * guidance.calls
+        return live._replace(z=moved.z, step=live.step + 1, nfe=nfe, condition=condition)
+
+    def _draws(self, live: DiffusionRows) -> StepNoise:
+        return StepNoise(self.sampler.seed, live.row, live.before + live.step)
+
+    def _held(self, live: DiffusionRows, x0: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """`x0` with the embedding of its token at each frozen position, so that the state there follows the level; the
+        same at given positions for a network that takes them for noisy ones."""
+        held = live.condition.target & ~live.open if self.sampler.criterion.freezes else None
+        if not self.denoiser.sees_given:
+            given = ~live.condition.target & ~live.later
+            held = given if held is None else held | given
+        return x0 if held is None else torch.where(held[..., None], self.denoiser.embed(live.tokens).to(x0), x0)
+
+
+def _freeze(live: DiffusionRows, decision: Decision, statistics: StepStatistics) -> DiffusionRows:
+    if decision.freeze is None:
+        return live
+    fresh = decision.freeze & live.open
+    return live._replace(tokens=torch.where(fresh, statistics.tokens, live.tokens), open=live.open & ~fresh)
+
+
+def _read_out(prediction: Prediction, live: DiffusionRows, ended: Bool[Tensor, " b"]) -> Int[Tensor, "b n"]:
+    """The tokens of each row, read out of the prediction where the block has ended."""
+    tokens = live.tokens.clone()
+    for row in ended.nonzero().squeeze(1).tolist():  # row by row: no copy of the logits
+        if bool((prediction.logits[row].isnan().any(-1) & live.open[row]).any()):
+            raise CdlmError("the model gave logits that are not numbers (NaN): its weights or its precision are broken")
+        tokens[row] = torch.where(live.open[row], most_likely(prediction.logits[row]), tokens[row])
+    return tokens

@@ -1,0 +1,197 @@
+"""Which noise levels to train on: a learned map between u in [0, 1] and t in [t_min, t_max]."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cdlm.core.errors import CdlmError
+
+
+class Schedule(nn.Module, ABC):
+    """The distribution of noise levels: u uniform in [0, 1] gives t; u = 0 is t_min, u = 1 is t_max. Float64."""
+
+    @property
+    @abstractmethod
+    def t_min(self) -> float:
+        """The least noise that training knows; it may be learned."""
+
+    @property
+    @abstractmethod
+    def t_max(self) -> float:
+        """The most."""
+
+    @abstractmethod
+    def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]: ...
+
+    @abstractmethod
+    def u_of_t(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]: ...
+
+    @abstractmethod
+    def density(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """du/dt at t."""
+
+    @abstractmethod
+    def fit(self, t: Float[Tensor, " b"], nats: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+        """Loss of the schedule's own parameters, given the losses of rows at levels t; both detached."""
+
+    def slope(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """dt/du at u."""
+        return 1 / self.density(self.t_of_u(u))
+
+    def learn(
+        self, u: Float[Tensor, " b"], scale: Callable[[], Float[Tensor, " b"]]
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """(t, dt/du) for an objective whose gradient may reach the schedule; here it does not.
+
+        Args:
+            scale: asked in the backward pass, by what each row's gradient of the schedule's shape is multiplied.
+        """
+        return self.t_of_u(u).detach(), self.slope(u).detach()
+
+    @abstractmethod
+    def after_step(self) -> None:
+        """Called after each optimiser step."""
+
+
+class TimeWarp(Schedule):
+    """A piecewise linear CDF fitted to the loss as a function of the noise level (CDCD, section 3.3 and appendix A).
+
+    `F~(t)`, with bin widths softmax(l_t) on the noise axis and bin heights exp(l_u), regresses the loss at t.
+    Normalised, it is the CDF from which training draws t, so that the loss grows linearly with u. The same map spaces
+    the steps of sampling. The noise axis is ln t by default: on the paper's linear axis almost all early draws are pure
+    noise.
+
+    Training and sampling read an exponential moving average of the logits. Bins never shrink below `floor`, a share of
+    the axis. With `raw_floor` it is added to the heights before they are normalised, which is how Plaid's authors
+    implemented CDCD (with 1e-3 on the linear axis): the CDF is then the fitted curve itself, up to scale.
+    """
+
+    def __init__(
+        self,
+        t_min: float,
+        t_max: float,
+        axis: Literal["log", "linear"] = "log",
+        bins: int = 100,
+        floor: float = 1e-4,
+        ema: float = 0.99,
+        raw_floor: bool = False,
+    ):
+        super().__init__()
+        check_range(t_min, t_max)
+        self._range, self.axis, self.floor, self.ema, self.raw_floor = (t_min, t_max), axis, floor, ema, raw_floor
+        self.logits = nn.Parameter(torch.full((2, bins), -math.log(bins)))
+        self.averaged: Tensor
+        self.register_buffer("averaged", self.logits.detach().clone())
+
+    @property
+    def t_min(self) -> float:
+        return self._range[0]
+
+    @property
+    def t_max(self) -> float:
+        return self._range[1]
+
+    def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        edges_t, edges_u = self._edges(self.averaged)
+        return self._from_axis(_interpolate(u.double().to(edges_u.device), edges_u, edges_t)).clamp(
+            self.t_min, self.t_max
+        )
+
+    def u_of_t(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        edges_t, edges_u = self._edges(self.averaged)
+        return _interpolate(self._to_axis(t), edges_t, edges_u)
+
+    def density(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        edges_t, edges_u = self._edges(self.averaged)
+        bin_ = _bin(self._to_axis(t), edges_t)
+        slope = (edges_u.diff() / edges_t.diff())[bin_]
+        if self.axis == "log":
+            return slope / (t.double() * math.log(self.t_max / self.t_min))
+        return slope / (self.t_max - self.t_min)
+
+    def fit(self, t: Float[Tensor, " b"], nats: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+        axis = self._to_axis(t)
+        with torch.no_grad():  # undo the non-uniform draw, so that every level of the axis counts alike
+            edges_t, edges_u = self._edges(self.averaged)
+            weight = (edges_t.diff() / edges_u.diff())[_bin(axis, edges_t)]
+            weight = weight / weight.mean()
+        widths = self._floored(self.logits[0].double().softmax(0))
+        heights = self._heights(self.logits)
+        predicted = _interpolate(axis, _cumulative(widths), _cumulative(heights))
+        return (weight * (predicted - nats.double()).square()).mean()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.averaged.lerp_(self.logits, 1 - self.ema)
+
+    def _edges(self, logits: Float[Tensor, "2 bins"]) -> tuple[Float[Tensor, " edges"], Float[Tensor, " edges"]]:
+        widths = self._floored(logits.double().softmax(-1))
+        edges_t = _cumulative(widths[0])
+        edges_u = _cumulative(self._heights(logits) if self.raw_floor else widths[1])
+        return edges_t / edges_t[-1], edges_u / edges_u[-1]
+
+    def _heights(self, logits: Float[Tensor, "2 bins"]) -> Float[Tensor, " bins"]:
+        return logits[1].double().exp() + self.floor
+
+    def _floored(self, widths: Float[Tensor, "... bins"]) -> Float[Tensor, "... bins"]:
+        return (widths + self.floor) / (1 + self.floor * widths.shape[-1])
+
+    def _to_axis(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        t = t.double()
+        if self.axis == "log":
+            return (t / self.t_min).log() / math.log(self.t_max / self.t_min)
+        return (t - self.t_min) / (self.t_max - self.t_min)
+
+    def _from_axis(self, x: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        if self.axis == "log":
+            return self.t_min * (x * math.log(self.t_max / self.t_min)).exp()
+        return self.t_min + x * (self.t_max - self.t_min)
+
+
+def _cumulative(widths: Float[Tensor, " bins"]) -> Float[Tensor, " edges"]:
+    return torch.cat([widths.new_zeros(1), widths.cumsum(0)])
+
+
+def _bin(x: Float[Tensor, " b"], edges: Float[Tensor, " edges"]) -> Tensor:
+    return torch.searchsorted(edges.detach(), x.contiguous(), right=True).sub_(1).clamp_(0, len(edges) - 2)
+
+
+def _interpolate(
+    x: Float[Tensor, " b"], inputs: Float[Tensor, " edges"], outputs: Float[Tensor, " edges"]
+) -> Float[Tensor, " b"]:
+    """The piecewise linear function through (inputs, outputs); swap the two for its inverse."""
+    i = _bin(x, inputs)
+    return outputs[i] + (outputs[i + 1] - outputs[i]) * (x - inputs[i]) / (inputs[i + 1] - inputs[i])
+
+
+def alpha_of(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """Signal scale of the variance-preserving view."""
+    return torch.rsqrt(1 + t.square())
+
+
+def sigma_of(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """Noise scale of the variance-preserving view."""
+    return t * torch.rsqrt(1 + t.square())
+
+
+def gamma_of(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """Minus the log signal-to-noise ratio."""
+    return 2 * t.log()
+
+
+def t_of_gamma(gamma: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """Inverse of `gamma_of`."""
+    return (gamma / 2).exp()
+
+
+def check_range(t_min: float, t_max: float) -> None:
+    """Raise unless 0 < t_min < t_max < infinity."""
+    if not 0 < t_min < t_max < math.inf:
+        raise CdlmError(f"noise levels need 0 < t_min < t_max, got t_min={t_min:g} and t_max={t_max:g}: lower t_min")

@@ -1,0 +1,1 @@
+"""Systems in embedding space, one file each."""

@@ -1,0 +1,191 @@
+"""LangFlow: cross-entropy under noise levels spread evenly over information (arXiv 2604.11748)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cdlm.continuous.embedding import OutputPrior, TokenEmbedding
+from cdlm.continuous.objectives import CrossEntropy, Seeded
+from cdlm.continuous.published.langflow import MLP_RATIO, DiT, LangFlowLayout, PreconditionedInput
+from cdlm.continuous.schedules import Schedule, gamma_of, t_of_gamma
+from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
+from cdlm.core.errors import CdlmError
+from cdlm.models.hub import read_tokenizer
+from cdlm.models.system import Special
+from cdlm.models.transformer import Transformer
+
+
+class Gumbel(Schedule):
+    """gamma = mu - beta ln(-ln q): where the posterior entropy H exp(-exp(-(gamma - mu) / beta)) changes, levels are
+    drawn. mu, beta and H are fitted to the loss as a function of gamma.
+
+    Args:
+        mu, beta, entropy: first values, in gamma = ln(sigma^2 / alpha^2) and nats.
+        cutoff: q runs from `cutoff` to 1 - `cutoff`, since the ends lie at infinity.
+        delay: optimiser steps before the fit starts: an untrained model is equally wrong at every level.
+    """
+
+    def __init__(self, mu: float, beta: float, entropy: float, cutoff: float = 1e-5, delay: int = 0):
+        super().__init__()
+        self.mu, self.beta = nn.Parameter(torch.tensor(mu)), nn.Parameter(torch.tensor(beta))
+        self.entropy = nn.Parameter(torch.tensor(entropy))
+        self.cutoff, self.delay = cutoff, delay
+        self.steps: Tensor
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def t_min(self) -> float:
+        return self.t_of_u(torch.zeros(1)).item()
+
+    @property
+    def t_max(self) -> float:
+        return self.t_of_u(torch.ones(1)).item()
+
+    def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        mu, beta = self._place()
+        q = self.cutoff + (1 - 2 * self.cutoff) * u.double().to(mu.device)
+        return t_of_gamma(mu - beta * (-q.log()).log())
+
+    def u_of_t(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        return (self._quantile(t) - self.cutoff) / (1 - 2 * self.cutoff)
+
+    def density(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        _, beta = self._place()
+        q = self._quantile(t)
+        return -q * q.log() / beta * 2 / t.double() / (1 - 2 * self.cutoff)
+
+    def fit(self, t: Float[Tensor, " b"], nats: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+        """Mean squared error of the modelled entropy, zero before the delay is over."""
+        expected = self.entropy.double() * self._quantile(t, learned=True)
+        return (expected - nats.double()).square().mean() * (self.steps >= self.delay)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.steps += 1
+        self.beta.clamp_(min=0.05)  # a step function would never be left again
+
+    def _place(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        return self.mu.detach().double(), self.beta.detach().double()
+
+    def _quantile(self, t: Float[Tensor, " b"], learned: bool = False) -> Float[Tensor, " b"]:
+        mu, beta = (self.mu.double(), self.beta.double()) if learned else self._place()
+        return (-(-(gamma_of(t.double()) - mu) / beta).exp()).exp()
+
+
+@dataclass(frozen=True)
+class LangFlow(ContinuousConfig):
+    """Cross-entropy under a learned Gumbel schedule, with the own-position term. `langflow_owt.yaml` has the published
+    size.
+
+    Args:
+        width, depth, heads, mlp_ratio: the transformer.
+        dim: embedding dimension, in the paper the width; every embedding has norm sqrt(dim).
+        gates: AdaLN-Zero gates on the branches.
+        cond: width of the level embedding.
+        output_prior: add what a position's own noisy state says about its token in closed form.
+        output_prior_warmup: optimiser steps until that term counts in full.
+        cutoff: share of levels that is cut off at each end of the schedule, in (0, 1/2).
+        fit_delay: optimiser steps before the schedule is fitted.
+        self_conditioning: share of training rows with a first pass.
+        guidance_dropout: share of training rows whose prompt is hidden; the released network does not see it anyway.
+        network: "shared" is the toolkit's own. "released" is LangFlow's, which adds what it is told to the state
+            instead of reading it beside the state, takes given tokens for noisy ones, and asks for dim = width.
+        dropout: share of each branch that training drops, in [0, 1); of the released network only (in the paper 0.1).
+    """
+
+    dim: int = 64
+    gates: bool = True
+    cond: int = 128
+    output_prior: bool = True
+    output_prior_warmup: int = 500
+    cutoff: float = 1e-5
+    fit_delay: int = 200
+    self_conditioning: float = 0.25
+    guidance_dropout: float = 0.1
+    network: Literal["shared", "released"] = "shared"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(1, "dim", "cond")
+        self._check_least(0, "output_prior_warmup", "fit_delay")
+        self._check_shares("self_conditioning", "guidance_dropout")
+        if not 0 < self.cutoff < 0.5:
+            raise CdlmError(f"cutoff is a share of levels in (0, 1/2), got {self.cutoff}")
+        self._check_network()
+
+    def _check_network(self) -> None:
+        if self.network not in ("shared", "released"):
+            raise CdlmError(f"network must be shared or released, got {self.network!r}")
+        if not 0 <= self.dropout < 1:
+            raise CdlmError(f"dropout is a share in [0, 1), got {self.dropout}")
+        if self.network == "shared" and self.dropout:
+            raise CdlmError(f"the shared network has no dropout, got {self.dropout}: set it to 0, or network=released")
+        if self.network == "released" and (self.dim, self.mlp_ratio, self.gates) != (self.width, MLP_RATIO, True):
+            raise CdlmError(
+                f"the released network has dim = width, mlp_ratio={MLP_RATIO} and gates, got dim={self.dim},"
+                f" width={self.width}, mlp_ratio={self.mlp_ratio}, gates={self.gates}"
+            )
+
+    def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion:
+        released = self.network == "released"
+        embedding = TokenEmbedding(vocab, self.dim, init_std=(3 * self.dim) ** -0.5 if released else 1e-3)
+        # At 0.4 embedding norms half the tokens of a large vocabulary can be told from their noisy state alone.
+        mode = 2 * math.log(0.4 * embedding.rho)
+        return EmbeddingDiffusion(
+            embedding,
+            Gumbel(mode, 1.0, math.log(vocab), self.cutoff, self.fit_delay),
+            self._network(vocab),
+            network_input=PreconditionedInput(self.dim, self.self_conditioning > 0) if released else None,
+            objective=Seeded(CrossEntropy()) if self.dropout else None,
+            output_prior=OutputPrior(self.output_prior_warmup) if self.output_prior else None,
+            self_conditioning=self.self_conditioning,
+            guidance_dropout=self.guidance_dropout,
+            unit_prior=True,
+            config={"system": "langflow", "vocab": vocab, **asdict(self)},
+        )
+
+    def _network(self, vocab: int) -> nn.Module:
+        sizes = {"width": self.width, "depth": self.depth, "heads": self.heads, "cond": self.cond}
+        if self.network == "released":
+            return DiT(vocab, **sizes, dropout=self.dropout)
+        return Transformer(3 * self.dim + 1, vocab, **sizes, mlp_ratio=self.mlp_ratio, gates=self.gates)
+
+
+def open_langflow(folder: Path) -> EmbeddingDiffusion:
+    """A released LangFlow model, in float32 and evaluation mode, on the CPU. No code of the folder is run.
+
+    Args:
+        folder: with config.json (model_type LangFlow), model.safetensors, and perhaps tokenizer.json. The weights on
+            the Hub come without a tokenizer: langflow-owt was trained with that of GPT-2.
+
+    Raises:
+        CdlmError: a file or a tensor is missing, unknown or of another shape, a setting is not one of LangFlow's, or
+            the tokenizer is of another size than the vocabulary of the weights.
+    """
+    official = LangFlowLayout().read(folder)
+    settings = {name: value for name, value in official.config.items() if name not in ("system", "vocab")}
+    try:
+        with torch.device("meta"):  # the weights are read, not drawn
+            system = LangFlow(**settings).build(official.config["vocab"])
+    except TypeError as error:
+        raise CdlmError(f"{folder / 'config.json'} has a setting that is not one of LangFlow's ({error})") from error
+    kinds = {name: value.dtype for name, value in system.state_dict().items()}
+    state = {name: content().to(kinds[name]) for name, (_, content) in official.tensors.items()}
+    system.load_state_dict(state, assign=True)
+    system.length, system.folder = official.length, folder
+    if (folder / "tokenizer.json").exists():
+        system.tokenizer = read_tokenizer(folder)
+        if len(system.tokenizer) != official.config["vocab"]:
+            raise CdlmError(
+                f"the weights of {folder} are of {official.config['vocab']} tokens, its tokenizer has"
+                f" {len(system.tokenizer)}: copy the tokenizer that the model was trained with"
+            )
+    return system.eval()

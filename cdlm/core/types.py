@@ -1,0 +1,149 @@
+"""What every part agrees on: predictions, step states, decisions, samples.
+
+Axis glossary: b rows (samples in flight), n positions, d embedding dimension, v vocabulary.
+
+Noise coordinate: `t = sigma / alpha`, the noise-to-signal ratio. Larger is noisier; sampling walks from `t_max` down to
+`t_min`. States are variance exploding, `z = e + t * eps`; everything else (alpha, sigma, gamma) is a view of `t`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cdlm.core.errors import CdlmError
+
+
+class Prediction(NamedTuple):
+    """All that a denoiser says about one state."""
+
+    logits: Float[Tensor, "b n v"]
+    """Unnormalised log-probabilities of the clean token, float32 or float64."""
+    x0: Float[Tensor, "b n d"]
+    """Expected clean embedding under softmax(logits)."""
+
+
+class Condition(NamedTuple):
+    """What a denoiser is told besides the noisy state."""
+
+    clean: Float[Tensor, "b n d"]
+    """Embeddings at given positions, zero elsewhere (zero everywhere for the unconditional branch of guidance)."""
+    target: Bool[Tensor, "b n"]
+    """True where a token is to be generated, False where it is given (or padding)."""
+    x0: Float[Tensor, "b n d"]
+    """Self-conditioning: the previous estimate of the clean embedding, zero on the first call."""
+    valid: Bool[Tensor, "b n"] | None = None
+    """False on padding, which nobody attends to; None when there is none."""
+
+
+class HaltReason(Enum):
+    """Why a sample was returned."""
+
+    CRITERION = "the halting criterion fired"
+    FULL = "no position may change any more"
+    BUDGET = "the last step of the grid was reached"
+
+
+class NewRows(NamedTuple):
+    """Rows that enter the batch, as a criterion sees them in `start`."""
+
+    open: Bool[Tensor, "b n"]
+    """Positions that may still change."""
+    budget: Int[Tensor, " b"]
+    """Steps that the row may take at most."""
+    valid: Bool[Tensor, "b n"]
+    """False on padding, and on blocks that come later."""
+
+
+class Decision(NamedTuple):
+    """What a criterion says about one step."""
+
+    halt: Bool[Tensor, " b"]
+    """True: return the row with this step's tokens."""
+    freeze: Bool[Tensor, "b n"] | None = None
+    """True: the position keeps this step's token; only of a criterion that `freezes`."""
+    info: Mapping[str, Tensor] = MappingProxyType({})
+    """Logged signals, each with one value a row."""
+
+
+class Signals:
+    """The optional parts of a step: present only while some criterion or recorder lists them in its `needs`."""
+
+    if TYPE_CHECKING:
+        logits: Float[Tensor, "b n v"]
+        x0: Float[Tensor, "b n d"]
+        z: Float[Tensor, "b n d"]
+        score: Float[Tensor, "b n d"]
+        tokens: Int[Tensor, "b n"]
+        top1: Float[Tensor, "b n"]
+        top2: Float[Tensor, "b n"]
+        logsumexp: Float[Tensor, "b n"]
+        entropy: Float[Tensor, "b n"]
+        switches: Int[Tensor, " b"]
+        mean_entropy: Float[Tensor, " b"]
+        mean_kl: Float[Tensor, " b"]
+        margin: Float[Tensor, " b"]
+        span_margin: Float[Tensor, " b"]
+        z_norm: Float[Tensor, " b"]
+        x0_norm: Float[Tensor, " b"]
+        score_cosine: Float[Tensor, " b"]
+
+
+@dataclass(frozen=True)
+class StepState(Signals):
+    """One step of the rows in flight, after the denoiser was called and before the criterion looked.
+
+    Signals that were asked for are attributes as well: `state.switches`. Nobody pays for the others.
+    """
+
+    row: Int[Tensor, " b"]
+    """Index of the sample in the run; rows change place, indices do not."""
+    step: Int[Tensor, " b"]
+    """Zero-based position on the grid."""
+    budget: Int[Tensor, " b"]
+    """Steps of the grid."""
+    t: Float[Tensor, " b"]
+    """Noise level of z, float64."""
+    nfe: Int[Tensor, " b"]
+    """Denoiser calls spent on the row so far, this one included."""
+    open: Bool[Tensor, "b n"]
+    """Positions that may still change."""
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        signals = self.__dict__.get("signals", {})
+        if name in signals:
+            return signals[name]
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise CdlmError(
+            f"the step has no signal {name!r}: list it in the criterion's `needs` (it has {sorted(signals)})"
+        )
+
+
+class LoopStep(NamedTuple):
+    """A step as the loop's consumers see it."""
+
+    state: StepState
+    done: Bool[Tensor, " b"]
+    """Rows that leave with this step's tokens."""
+    halted: Bool[Tensor, " b"]
+    """Those of them that the criterion halted."""
+    full: Bool[Tensor, " b"]
+    """Those of them in which every position is frozen; the others reached the end of the grid."""
+    tokens: Int[Tensor, "m n"]
+    """Final tokens of the m rows that leave, prompts filled in."""
+    info: Mapping[str, Tensor]
+    """What the criterion logged, one value a row."""
+    canvas: Int[Tensor, "b n"] | None = None
+    """Of a masked model: every row after the step, the mask where it is open."""
+    settled: Int[Tensor, " b"] | None = None
+    """Of a masked model: calls after which the text up to its first end was decided; 0 while it is not."""
+    taken: Int[Tensor, " b"] | None = None
+    """Steps that each row has taken, in a run whose rows count anew for each block."""

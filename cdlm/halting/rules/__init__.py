@@ -1,0 +1,1 @@
+"""Halting rules, by what they read."""

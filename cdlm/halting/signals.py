@@ -1,0 +1,279 @@
+"""Statistics of a step, each computed only when a criterion or a recorder asks for it by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cdlm.core.errors import CdlmError
+
+
+class Past(NamedTuple):
+    """What the step before leaves behind; a part is None when no signal needs it."""
+
+    tokens: Int[Tensor, "b n"] | None
+    score: Float[Tensor, "b n d"] | None
+    logits: Float[Tensor, "b n v"] | None
+    """The very tensor of the step before, no copy; without a vocabulary axis (v = 0) while no row has a past."""
+    scale: Float[Tensor, "b n 2"] | None = None
+    """Of those logits: the largest, and the log of the sum of exp(logit - largest); as `StepStatistics.scale`."""
+
+
+class EmbeddingState(NamedTuple):
+    """What a step of a continuous model has beside its logits."""
+
+    z: Float[Tensor, "b n d"]
+    t: Float[Tensor, " b"]
+    rho: float
+    x0: Float[Tensor, "b n d"]
+
+
+class Sums(NamedTuple):
+    """What one pass over the logits finds, as far as it is needed; p is their softmax."""
+
+    peak: Float[Tensor, "*n"]
+    """Largest logit."""
+    peaks: Float[Tensor, "*n c"] | None
+    """Largest logit of each chunk of the vocabulary."""
+    total: Float[Tensor, "*n"]
+    """Sum of exp(logit - peak), from 1 to v."""
+    below: Float[Tensor, "*n"] | None
+    """Mean over p of logit - peak, times the total."""
+    drift: Float[Tensor, "*n"] | None
+    """Mean over p of logit - logit of the step before, times the total."""
+
+
+ENTROPIES = frozenset({"entropy", "mean_entropy"})
+SUMMED = ENTROPIES | {"logsumexp", "mean_kl"}
+"""Signals that are made from sums over the vocabulary."""
+RANKED = frozenset({"tokens", "switches", "top1", "top2", "margin", "span_margin"})
+"""Signals that are made from the one or two largest logits."""
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """What the signals of one step are made from; intermediate results are computed once.
+
+    Sums over the vocabulary are what costs, and most of that is reading the logits from memory. So the logits are read
+    piece by piece, each piece once for all sums, and what is in between is no larger than a piece.
+    """
+
+    logits: Float[Tensor, "b n v"]
+    open: Bool[Tensor, "b n"]
+    target: Bool[Tensor, "b n"]
+    """Positions that are generated, frozen ones included."""
+    first: Bool[Tensor, " b"]
+    """Rows at their first step."""
+    past: Past
+    needs: frozenset[str] = SUMMED | RANKED
+    """Signals that will be asked for, so that one pass serves them all."""
+    embedding: EmbeddingState | None = None
+    """None in a model without embeddings to move in; the signals of `SPATIAL` are then not to be had."""
+
+    @cached_property
+    def sums(self) -> Sums:
+        before = self.past.logits
+        known = before is not None and before.shape[-1] > 0
+        return _sums(self.logits, before if known else None, self.needs)
+
+    @cached_property
+    def peaks(self) -> Float[Tensor, "b n c"]:
+        peaks = None if self.needs.isdisjoint(SUMMED) else self.sums.peaks
+        return chunk_maxima(self.logits) if peaks is None else peaks
+
+    @cached_property
+    def tokens(self) -> Int[Tensor, "b n"]:
+        return _argmax(self.logits, self.peaks)
+
+    @cached_property
+    def top(self) -> Float[Tensor, "b n 2"]:
+        # The two largest logits lie in the two chunks with the largest maxima.
+        best = self.peaks.topk(min(2, self.peaks.shape[-1]), -1).indices
+        return _members(self.logits, best).topk(2, -1).values
+
+    @cached_property
+    def scale(self) -> Float[Tensor, "b n 2"]:
+        return torch.stack([self.sums.peak, self.sums.total.log()], -1)
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, "b n"]:
+        assert self.sums.below is not None
+        return (self.scale[..., 1] - self.sums.below / self.sums.total).clamp(min=0)
+
+    @cached_property
+    def kl(self) -> Float[Tensor, "b n"]:
+        assert self.past.scale is not None
+        if self.sums.drift is None:
+            return torch.full_like(self.sums.total, torch.inf)
+        # Peaks and logs apart: both are near those of the step before, and the difference of near numbers is exact.
+        peak, log = (self.scale - self.past.scale).unbind(-1)
+        kl = self.sums.drift / self.sums.total - peak - log
+        return torch.where(self.first[:, None], torch.inf, kl.clamp(min=0))
+
+    @cached_property
+    def score(self) -> Float[Tensor, "b n d"]:
+        """(x0 - z) / t**2 at open positions, zero elsewhere."""
+        z, t, _, x0 = self.here
+        return (x0 - z) / t.to(z.dtype)[:, None, None].square() * self.open[..., None]
+
+    @property
+    def here(self) -> EmbeddingState:
+        """The state in embedding space, where there is one."""
+        assert self.embedding is not None
+        return self.embedding
+
+    def mean(self, values: Float[Tensor, "b n"], over: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, " b"]:
+        """Mean over the open positions of each row, or over others, in float32."""
+        over = self.open if over is None else over
+        return torch.where(over, values, 0).sum(1).float() / over.sum(1)
+
+
+def most_likely(logits: Float[Tensor, "*b n v"]) -> Int[Tensor, "*b n"]:
+    """The argmax; of equals, the first."""
+    return _argmax(logits, chunk_maxima(logits))
+
+
+def chunk_maxima(logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n c"]:
+    """Largest logit of each chunk of the vocabulary. To find a maximum is four times faster than to find its place,
+    which is then a matter of one chunk."""
+    vocabulary = logits.shape[-1]
+    width = _width(vocabulary)
+    count = vocabulary // width
+    whole = logits[..., : count * width].unflatten(-1, (count, width)).amax(-1)
+    rest = logits[..., count * width :]
+    return whole if rest.shape[-1] == 0 else torch.cat([whole, rest.amax(-1, keepdim=True)], -1)
+
+
+def _width(vocabulary: int) -> int:
+    return 64 if vocabulary >= 2048 else vocabulary  # a small vocabulary is one chunk
+
+
+def _members(logits: Float[Tensor, "*n v"], chunks: Int[Tensor, "*n k"]) -> Float[Tensor, "*n kw"]:
+    """The logits of some chunks of each position; minus infinity past the end of the vocabulary."""
+    vocabulary = logits.shape[-1]
+    width = _width(vocabulary)
+    if width == vocabulary:
+        return logits
+    index = (chunks[..., None] * width + torch.arange(width, device=logits.device)).flatten(-2)
+    return logits.gather(-1, index.clamp(max=vocabulary - 1)).masked_fill(index >= vocabulary, -torch.inf)
+
+
+def _argmax(logits: Float[Tensor, "*n v"], peaks: Float[Tensor, "*n c"]) -> Int[Tensor, "*n"]:
+    best = peaks.max(-1, keepdim=True).indices  # the same as argmax, and on CPUs twice as fast
+    return best.squeeze(-1) * _width(logits.shape[-1]) + _members(logits, best).max(-1).indices
+
+
+def _sums(logits: Float[Tensor, "b n v"], before: Float[Tensor, "b n v"] | None, needs: frozenset[str]) -> Sums:
+    def whole(parts: Any) -> Any:
+        return None if parts[0] is None else torch.cat(parts).unflatten(0, logits.shape[:2])
+
+    pieces = _pieces(logits)
+    pasts = [None] * len(pieces) if before is None else _pieces(before)
+    sums = [_piece_sums(piece, past, needs) for piece, past in zip(pieces, pasts, strict=True)]
+    return Sums(*map(whole, zip(*sums, strict=True)))
+
+
+def _pieces(logits: Float[Tensor, "b n v"]) -> list[Float[Tensor, "k v"]]:
+    # On a CPU a piece and what is made of it fit in the second cache, and no piece holds positions of two rows, so that
+    # the last bit of a sum does not depend on the batch. A GPU wants few and large pieces.
+    small = logits.device.type == "cpu"
+    size = max(1, (2**17 if small else 2**24) // logits.shape[-1])
+    rows = logits if small else logits.flatten(0, 1)[None]
+    return [piece for row in rows for piece in row.split(size)]
+
+
+def _piece_sums(logits: Float[Tensor, "k v"], before: Float[Tensor, "k v"] | None, needs: frozenset[str]) -> Sums:
+    peaks = None if needs.isdisjoint(RANKED) else chunk_maxima(logits)
+    peak = (logits if peaks is None else peaks).amax(-1)
+    x = logits - peak[:, None]
+    p = x.exp()
+    total = p.sum(-1)
+    # A token that is ruled out has p = 0 and a logit of minus infinity: nansum takes 0 * inf as the 0 that it is.
+    below = None if needs.isdisjoint(ENTROPIES) else x.mul_(p).nansum(-1)
+    drift = None if before is None else torch.sub(logits, before, out=x).mul_(p).nansum(-1)
+    return Sums(peak, peaks, total, below, drift)
+
+
+def _switches(statistics: StepStatistics) -> Int[Tensor, " b"]:
+    assert statistics.past.tokens is not None
+    return ((statistics.tokens != statistics.past.tokens) & statistics.open).sum(1)
+
+
+def _score_cosine(statistics: StepStatistics) -> Float[Tensor, " b"]:
+    assert statistics.past.score is not None
+    now, before = statistics.score.flatten(1), statistics.past.score.flatten(1)
+    return ((now * before).sum(1) / (now.norm(dim=1) * before.norm(dim=1))).float()
+
+
+SIGNALS: Mapping[str, Callable[[StepStatistics], Tensor]] = MappingProxyType(
+    {
+        "logits": lambda statistics: statistics.logits,
+        "x0": lambda statistics: statistics.here.x0,
+        "z": lambda statistics: statistics.here.z,
+        "score": lambda statistics: statistics.score,
+        "tokens": lambda statistics: statistics.tokens,
+        "top1": lambda statistics: statistics.top[..., 0],
+        "top2": lambda statistics: statistics.top[..., 1],
+        "logsumexp": lambda statistics: statistics.scale.sum(-1),
+        "entropy": lambda statistics: statistics.entropy,
+        "switches": _switches,
+        "mean_entropy": lambda statistics: statistics.mean(statistics.entropy),
+        "mean_kl": lambda statistics: statistics.mean(statistics.kl),
+        "margin": lambda statistics: statistics.mean(statistics.top[..., 0] - statistics.top[..., 1]),
+        "span_margin": lambda statistics: statistics.mean(
+            statistics.top[..., 0] - statistics.top[..., 1], statistics.target
+        ),
+        "z_norm": lambda statistics: statistics.mean(statistics.here.z.norm(dim=-1)) / statistics.here.rho,
+        "x0_norm": lambda statistics: statistics.mean(statistics.here.x0.norm(dim=-1)) / statistics.here.rho,
+        "score_cosine": _score_cosine,
+    }
+)
+"""The signals that a criterion may list in its `needs`; docs/write-a-criterion.md says what each is."""
+
+SPATIAL = frozenset({"x0", "z", "score", "z_norm", "x0_norm", "score_cosine"})
+"""Signals of a state in embedding space; models of tokens alone have the others."""
+
+
+def check_signals(names: Iterable[str], spatial: bool = True) -> frozenset[str]:
+    """The names as a set; an error for one that there is not, or not without a state in embedding space."""
+    known = [name for name in SIGNALS if spatial or name not in SPATIAL]
+    unknown = sorted(set(names) - set(known))
+    if unknown and unknown[0] in SPATIAL:
+        raise CdlmError(
+            f"{unknown[0]!r} is of a state in embedding space, and a masked model has none: use a rule that reads"
+            f" {', '.join(known)}"
+        )
+    if unknown:
+        raise CdlmError(f"there is no signal {unknown[0]!r} here: use some of {', '.join(known)}")
+    return frozenset(names)
+
+
+def first_past(needs: frozenset[str], z: Float[Tensor, "b n d"], beside: Past | None) -> Past:
+    """The past of rows that have none, of one form with that of the rows `beside` which they join."""
+    vocabulary = 0 if beside is None or beside.logits is None else beside.logits.shape[-1]
+    dtype = z.dtype if beside is None or beside.logits is None else beside.logits.dtype
+    return Past(
+        torch.full(z.shape[:2], -1, device=z.device) if "switches" in needs else None,
+        torch.full_like(z, torch.nan) if "score_cosine" in needs else None,
+        z.new_empty((*z.shape[:2], vocabulary), dtype=dtype) if "mean_kl" in needs else None,
+        z.new_empty((*z.shape[:2], 2), dtype=dtype) if "mean_kl" in needs else None,
+    )
+
+
+def observe(needs: frozenset[str], statistics: StepStatistics) -> tuple[dict[str, Tensor], Past]:
+    """The signals asked for, and what the next step needs of this one."""
+    signals = {name: SIGNALS[name](statistics) for name in sorted(needs)}
+    past = Past(
+        statistics.tokens if "switches" in needs else None,
+        statistics.score if "score_cosine" in needs else None,
+        statistics.logits if "mean_kl" in needs else None,
+        statistics.scale if "mean_kl" in needs else None,
+    )
+    return signals, past

@@ -1,0 +1,1 @@
+"""Foreign masked checkpoints on transformers' own architectures."""

@@ -1,0 +1,200 @@
+"""Foreign masked checkpoints, run by transformers' own architectures: no code of theirs is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache as LibraryCache
+from transformers.cache_utils import CacheLayerMixin
+
+from cdlm.core.errors import CdlmError
+from cdlm.masked.checkpoints.dream import DREAM
+from cdlm.masked.checkpoints.family import Family, Settings
+from cdlm.masked.checkpoints.folder import load_weights, read_settings, read_tokenizer
+from cdlm.masked.checkpoints.llada import LLADA
+from cdlm.masked.model import Cache, CachedModel, Constants
+from cdlm.models.hub import to_device
+from cdlm.models.system import Precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLADA, DREAM)}
+DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ForeignModel(CachedModel):
+    """A foreign masked model: its network, tokenizer and constants. For inference; logits carry no gradient.
+
+    Args:
+        network: transformers' model, bidirectional, in evaluation mode.
+        length: context of the configuration in tokens; nothing breaks beyond it.
+        skips_padding: positions are counted over real tokens. Otherwise they are places in the row.
+        tokenizer: None if the folder has none.
+        folder: where it was loaded from.
+    """
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        constants: Constants,
+        *,
+        length: int,
+        skips_padding: bool = False,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        folder: Path | None = None,
+    ):
+        self.network, self.constants, self.length = network, constants, length
+        self.skips_padding, self.tokenizer, self.folder = skips_padding, tokenizer, folder
+        self.vocab = int(network.config.vocab_size)
+        """Rows of the logits; the tokenizer may use fewer."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go."""
+        # Under a device_map, weights that wait in memory for their turn have no device.
+        return next(weight.device for weight in self.network.parameters() if not weight.is_meta)
+
+    def to(self, device: str | torch.device) -> ForeignModel:
+        """Move the weights. Their precision is fixed when they are loaded, as a cast would spoil the angles too."""
+        to_device(self.network, str(device))
+        return self
+
+    def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
+        return self._call(tokens, self._positions(valid), valid, None)
+
+    def fill(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None
+    ) -> tuple[Float[Tensor, "b n v"], Cache]:
+        layers = [SlotLayer() for _ in range(self.network.config.num_hidden_layers)]
+        logits = self._call(tokens, self._positions(valid), valid, layers)
+        return logits, tuple((layer.keys, layer.values) for layer in layers)
+
+    def partial(
+        self,
+        tokens: Int[Tensor, "b q"],
+        slots: Int[Tensor, "b q"],
+        cache: Cache,
+        valid: Bool[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b q v"]:
+        places = self._positions(valid)
+        positions = slots if places is None else places.gather(1, slots)
+        return self._call(tokens, positions, valid, [SlotLayer(keys, values, slots) for keys, values in cache])
+
+    def _positions(self, valid: Bool[Tensor, "b n"] | None) -> Int[Tensor, "b n"] | None:
+        """Running count of real tokens and 1 on padding, as Dream was trained; None: places in the row."""
+        if valid is None or not self.skips_padding:
+            return None
+        return (valid.cumsum(1) - 1).masked_fill(~valid, 1)
+
+    @torch.no_grad()
+    def _call(
+        self, tokens: Tensor, positions: Tensor | None, valid: Tensor | None, layers: list[SlotLayer] | None
+    ) -> Float[Tensor, "b q v"]:
+        cache = None if layers is None else LibraryCache(layers=list(layers))
+        logits = self.network(
+            input_ids=tokens, attention_mask=valid, position_ids=positions, past_key_values=cache
+        ).logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values `[b, heads, n, head_dim]` of one layer for whole rows; a call for some slots overwrites those.
+
+    Keys are kept as rotated: a slot keeps its position. Without keys the first call fills all slots.
+    """
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, slots: Tensor | None = None):
+        super().__init__()
+        self.keys, self.values, self.slots = keys, values, slots
+        self.is_initialized = keys is not None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None or self.slots is None:
+            self.lazy_initialization(key_states, value_states)
+            return key_states, value_states
+        place = self.slots.to(key_states.device)[:, None, :, None].expand_as(key_states)
+        return self.keys.scatter_(2, place, key_states), self.values.scatter_(2, place, value_states)
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length if self.keys is None else self.keys.shape[2]), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def open_checkpoint(
+    folder: Path,
+    *,
+    dtype: Precision | None = None,
+    device: str = "cpu",
+    device_map: str | Mapping[str, int | str] | None = None,
+) -> ForeignModel:
+    """Load a LLaDA or Dream checkpoint, in one file or several. No network, no question, no foreign code.
+
+    Args:
+        folder: with config.json, safetensors files, and perhaps a tokenizer.
+        dtype: of the weights and the arithmetic; by default as in the files, which on the CPU are mapped, not read.
+        device: for all of the model, unless there is a device_map.
+        device_map: "auto", or names of modules to devices: spread the model by means of accelerate.
+
+    Raises:
+        CdlmError: a family that is not known, a setting that the architecture cannot express, tensors that are not
+            those of config.json, or a tokenizer without mask or end token.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise CdlmError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    settings = read_settings(folder)
+    family = _family(settings)
+    network = family.network(settings)
+    rows = int(network.config.vocab_size)
+    constants = family.constants(settings, rows)
+    tokenizer = read_tokenizer(folder, family, constants, rows)
+    load_weights(network, family, folder, None if dtype is None else DTYPES[dtype])
+    if device_map is None:
+        to_device(network, device)
+    else:
+        network = _spread(network, device_map)
+    return ForeignModel(
+        network, constants, length=settings.count(family.length), skips_padding=family.skips_padding,
+        tokenizer=tokenizer, folder=folder,
+    )  # fmt: skip
+
+
+def _family(settings: Settings) -> Family:
+    kind = settings.values.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise settings.wrong("model_type", f"one of {', '.join(FAMILIES)}; other architectures are not known")
+    return FAMILIES[kind]
+
+
+def _spread(network: PreTrainedModel, device_map: str | Mapping[str, int | str]) -> PreTrainedModel:
+    try:
+        accelerate: Any = import_module("accelerate")
+    except ImportError as error:
+        raise CdlmError("device_map needs the package accelerate: install it, or give a device") from error
+    whole = network._no_split_modules
+    if device_map == "auto":
+        memory = accelerate.utils.get_balanced_memory(network, no_split_module_classes=whole)
+        device_map = accelerate.infer_auto_device_map(network, memory, no_split_module_classes=whole)
+    if isinstance(device_map, str):
+        raise CdlmError(f"device_map must be auto or a map from modules to devices, got {device_map!r}")
+    try:
+        return accelerate.dispatch_model(network, dict(device_map))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).partition(":")[0]  # what follows is a list of all tensors
+        raise CdlmError(f"the device_map cannot be used ({reason}); give another, or auto") from error

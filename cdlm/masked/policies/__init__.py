@@ -1,0 +1,1 @@
+"""Unmasking policies."""

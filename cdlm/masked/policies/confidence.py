@@ -1,0 +1,99 @@
+"""Commit every position that is confident enough (Fast-dLLM)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from cdlm.masked.policies.policy import (
+    Choice,
+    Plan,
+    Policy,
+    View,
+    proposal,
+    require_block,
+    require_number,
+    require_whole,
+)
+from cdlm.masked.policies.quotas import best, ranked
+
+
+@dataclass(frozen=True)
+class Threshold(Policy):
+    """Commit every position of the block with a probability of at least `tau`, and always the best (Fast-dLLM).
+
+    arXiv 2505.22618, section 3.2. There is no schedule: a block takes the steps that it takes.
+
+    Args:
+        tau: least probability, >= 0; above 1 one position a step.
+        block: positions of a block; by default one block.
+        calls: quirk: a block is left after so many steps, full or not (Fast-dLLM's dual cache since 2026).
+    """
+
+    tau: float = 0.9
+    block: int | None = None
+    calls: int | None = None
+
+    def __post_init__(self) -> None:
+        require_number("Threshold", "tau", self.tau, 0.0)
+        require_block("Threshold", self.block)
+        if self.calls is not None:
+            require_whole("Threshold", "calls", self.calls)
+
+    @classmethod
+    def sweep(cls, **fixed: Any) -> Sequence[Policy]:
+        taus = (0.999, 0.99, 0.97, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+        return [cls(tau, **fixed) for tau in taus]
+
+    def schedule(self, plan: Plan) -> Int[Tensor, " b"] | None:
+        return None if self.calls is None else torch.full_like(plan.block, self.calls)
+
+    def budget(self, masks: Int[Tensor, " b"], blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        return masks if self.calls is None else blocks * self.calls
+
+    def choose(self, view: View) -> Choice:
+        tokens, confidence = proposal(view)
+        count = (view.candidates & (confidence >= self.tau)).sum(1).clamp(min=1)
+        return Choice(best(confidence, view.candidates, count), tokens)
+
+
+@dataclass(frozen=True)
+class Factor(Policy):
+    """Commit the best n positions of the block, for the largest n with (k + 1) (1 - p_k) <= f at each rank 2 to n.
+
+    Fast-dLLM's factor rule (arXiv 2505.22618, theorem 1): as many as a greedy sequential decoder would agree with when
+    f = 1. The best is always committed.
+
+    Args:
+        f: >= 0; larger commits more.
+        block: positions of a block; by default one block.
+        last_rank: quirk: the first position that fails is committed too if it is the last one, as published.
+    """
+
+    f: float = 1.0
+    block: int | None = None
+    last_rank: bool = False
+
+    def __post_init__(self) -> None:
+        require_number("Factor", "f", self.f, 0.0)
+        require_block("Factor", self.block)
+
+    @classmethod
+    def sweep(cls, **fixed: Any) -> Sequence[Policy]:
+        return [cls(f, **fixed) for f in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)]
+
+    def choose(self, view: View) -> Choice:
+        tokens, confidence = proposal(view)
+        p = confidence.gather(1, ranked(confidence, view.candidates))
+        rank = torch.arange(1, p.shape[1] + 1, device=p.device)
+        there = rank <= view.candidates.sum(1, keepdim=True)
+        passes = there & ((p >= 1 - self.f / (rank + 1)) | (rank == 1))
+        count = passes.cumprod(1).sum(1)
+        if self.last_rank:
+            count = count + (count == view.candidates.sum(1) - 1)
+        return Choice(best(confidence, view.candidates, count), tokens)

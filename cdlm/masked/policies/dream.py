@@ -1,0 +1,191 @@
+"""The samplers of Dream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import ORDER
+from cdlm.masked.model import Constants
+from cdlm.masked.policies.policy import (
+    Choice,
+    Plan,
+    Policy,
+    View,
+    check_blocks,
+    proposal,
+    require_block,
+    require_number,
+    require_whole,
+)
+from cdlm.masked.policies.quotas import best, falling, transfer_share
+
+ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
+
+
+@dataclass(frozen=True)
+class Dream(Policy):
+    """The sampler of Dream (arXiv 2508.15487): a falling quota, ranked by one of four confidences, on one canvas.
+
+    Args:
+        steps: of the whole canvas, or over all blocks; None commits one position a step.
+        alg: "origin" commits each position with the schedule's probability; "maskgit_plus" ranks by the probability of
+            the proposal, "topk_margin" by the distance of the two best, "entropy" by minus the entropy, all of the
+            tempered and filtered distribution.
+        alg_temp: positions are drawn from softmax(confidence / alg_temp) instead of taking the best; None or 0 is off.
+        eps: the end of the grid of times, in [0, 1].
+        top_p, top_k: filters of the distribution that is sampled from.
+        block: positions of a block, a divisor of the length (as Fast-dLLM does); by default one block.
+        pooled: quirk: the quota is the mean over the rows that are decoded together, and a row with fewer masks gets
+            masks written over its tokens, as published.
+    """
+
+    steps: int | None = None
+    alg: Literal["origin", "maskgit_plus", "topk_margin", "entropy"] = "entropy"
+    alg_temp: float | None = None
+    eps: float = 1e-3
+    top_p: float | None = None
+    top_k: int | None = None
+    block: int | None = None
+    pooled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            require_whole("Dream", "steps", self.steps)
+        elif self.pooled or self.alg == "origin":
+            raise CdlmError(f"Dream needs a number of steps with {'pooled' if self.pooled else 'origin'}: give steps")
+        require_block("Dream", self.block)
+        if self.alg not in ALGORITHMS:
+            raise CdlmError(f"Dream needs an alg among {', '.join(ALGORITHMS)}, got {self.alg!r}")
+        require_number("Dream", "eps", self.eps, 0.0, 1.0)
+        require_number("Dream", "alg_temp", self.alg_temp or 0.0, 0.0)
+        require_number("Dream", "top_p", 1.0 if self.top_p is None else self.top_p, 0.0, 1.0)
+        if self.top_k is not None:
+            require_whole("Dream", "top_k", self.top_k)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"tokens"})
+
+    @property
+    def tokenwise(self) -> bool:
+        return not self.pooled
+
+    def check(self, length: int, constants: Constants) -> None:
+        if self.block is not None:
+            check_blocks("Dream", length, self.block, self.steps)
+
+    def schedule(self, plan: Plan) -> Int[Tensor, " b"] | None:
+        return None if self.steps is None else self.steps // (plan.last + 1)
+
+    def budget(self, masks: Int[Tensor, " b"], blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        return masks if self.steps is None else torch.full_like(masks, self.steps)
+
+    def choose(self, view: View) -> Choice:
+        steps, inner = self.schedule(view.plan), view.plan.inner
+        tokens, confidence = self.propose(view)
+        if self.alg == "origin" and steps is not None:
+            chance = transfer_share(steps, inner, self.eps)[:, None].expand_as(view.candidates)
+            drawn = view.spread(view.draws.uniform(view.site, ORDER).float(), 1.0)
+            return Choice(view.candidates & (drawn < chance), tokens)
+        if self.pooled:
+            return self._pooled(view, tokens, confidence)
+        if self.alg_temp:
+            score = view.draws.order(view.site, confidence[view.candidates] / self.alg_temp)
+            confidence = view.spread(score, 0.0)
+        masks = view.candidates.sum(1)
+        quota = torch.ones_like(masks) if steps is None else falling(masks, steps, inner, self.eps)
+        return Choice(best(confidence, view.candidates, quota), tokens)
+
+    def propose(self, view: View) -> tuple[Int[Tensor, "b q"], Float[Tensor, "b q"]]:
+        """Tokens and confidence, from the tempered and filtered distribution."""
+        logits = view.statistics.logits[view.candidates]
+        if view.temperature > 0:
+            logits = logits / view.temperature
+        logits = filtered(logits, self.top_p, self.top_k)
+        p = logits.softmax(-1)
+        chosen = view.draws.category(view.site, p.log()) if view.temperature > 0 else p.argmax(-1)
+        if self.alg == "topk_margin":
+            first, second = p.topk(2, -1).values.unbind(-1)
+            confidence = first - second
+        elif self.alg == "entropy":
+            confidence = (p * (p + 1e-10).log()).sum(-1)
+        else:
+            confidence = p.gather(1, chosen[:, None]).squeeze(1)
+        tokens = view.statistics.tokens.clone()
+        tokens[view.candidates] = chosen
+        return tokens, view.spread(confidence, 0.0)
+
+    def _pooled(self, view: View, tokens: Int[Tensor, "b q"], confidence: Float[Tensor, "b q"]) -> Choice:
+        masks = view.candidates.sum()[None].float() / len(view.row)
+        step, schedule = view.plan.inner[:1], self.schedule(view.plan)
+        assert schedule is not None
+        steps = schedule[:1]
+        share = transfer_share(steps, step, self.eps)
+        count = int(masks if bool(step >= steps - 1) else masks * share)
+        places = confidence.masked_fill(~view.candidates, -torch.inf).topk(count, -1).indices
+        commit = torch.zeros_like(view.candidates).scatter(1, places, True)
+        return Choice(commit, tokens.masked_fill(~view.candidates, view.constants.mask_id))
+
+
+def filtered(logits: Float[Tensor, "k v"], top_p: float | None, top_k: int | None) -> Float[Tensor, "k v"]:
+    """Logits whose unlikely tokens are the least finite number: those after the first whose cumulative probability
+    exceeds `top_p`, then those below the `top_k`-th largest."""
+    least = torch.finfo(logits.dtype).min
+    if top_p is not None and top_p < 1:
+        falling_logits, order = logits.sort(dim=-1, descending=True, stable=True)
+        beyond = falling_logits.softmax(-1).cumsum(-1) > top_p
+        beyond = torch.cat([torch.zeros_like(beyond[:, :1]), beyond[:, :-1]], -1)
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), least)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, least)
+    return logits
+
+
+@dataclass(frozen=True)
+class DreamThreshold(Policy):
+    """Fast-dLLM's rule for Dream without a cache: of a growing quota, what is confident enough (arXiv 2505.22618).
+
+    A step looks at the `masks / steps` most confident positions and those it still owes, commits the best, and of the
+    others those with a probability of at least `tau`; what it refuses it owes. When the steps are over, it goes on
+    with what it owes.
+
+    Args:
+        steps: a divisor of the number of masks.
+        tau: least probability, >= 0.
+    """
+
+    steps: int
+    tau: float = 0.9
+
+    def __post_init__(self) -> None:
+        require_whole("DreamThreshold", "steps", self.steps)
+        require_number("DreamThreshold", "tau", self.tau, 0.0)
+
+    def check(self, length: int, constants: Constants) -> None:
+        if length % self.steps:
+            raise CdlmError(
+                f"DreamThreshold needs a number of steps that divides the length {length}, got {self.steps}:"
+                f" these do: {', '.join(str(s) for s in range(1, length + 1) if length % s == 0)}"
+            )
+
+    def budget(self, masks: Int[Tensor, " b"], blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        return masks + self.steps
+
+    def start(self, tokens: Int[Tensor, "b n"]) -> Any:
+        return torch.zeros_like(tokens[:, 0])
+
+    def choose(self, view: View) -> Choice:
+        tokens, confidence = proposal(view)
+        owed, over = view.plan.own, view.step >= self.steps
+        quota = torch.where(over, 0, view.plan.masks // self.steps) + owed
+        asked = best(confidence, view.candidates, quota)
+        first = best(confidence, view.candidates, torch.ones_like(quota))
+        commit = first | (asked & (confidence >= self.tau))
+        return Choice(commit, tokens, (asked & ~commit).sum(1))

@@ -1,0 +1,96 @@
+"""The sampler of LLaDA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import ORDER
+from cdlm.masked.model import Constants
+from cdlm.masked.policies.policy import (
+    Choice,
+    Plan,
+    Policy,
+    View,
+    _end,
+    check_blocks,
+    proposal,
+    require_block,
+    require_whole,
+)
+from cdlm.masked.policies.quotas import best, even
+
+
+@dataclass(frozen=True)
+class LLaDA(Policy):
+    """The sampler of LLaDA (arXiv 2502.09992): an even quota a step, the most confident first, block by block.
+
+    Args:
+        steps: over all blocks, a multiple of their number; None commits one position a step.
+        block: positions of a block, a divisor of the length; by default one block.
+        remasking: "low_confidence" ranks by the probability of the proposal, "random" draws the order.
+        no_eos: the end-of-text token is never proposed (published as logits_eos_inf).
+        eos_last: proposals of the ends of text and turn rank last (confidence_eos_eot_inf).
+        eot_only: quirk: above temperature 0 eos_last holds for the end of a turn alone, as published.
+        block_quota: quirk: quotas do not count what is open before the first block, which then stays open.
+    """
+
+    steps: int | None = None
+    block: int | None = None
+    remasking: Literal["low_confidence", "random"] = "low_confidence"
+    no_eos: bool = False
+    eos_last: bool = False
+    eot_only: bool = False
+    block_quota: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            require_whole("LLaDA", "steps", self.steps)
+        require_block("LLaDA", self.block)
+        if self.remasking not in ("low_confidence", "random"):
+            raise CdlmError(f"LLaDA needs a remasking among low_confidence, random, got {self.remasking!r}")
+
+    def suppressed(self, constants: Constants) -> tuple[int, ...]:
+        return (_end(constants, "no_eos"),) if self.no_eos else ()
+
+    def check(self, length: int, constants: Constants) -> None:
+        check_blocks("LLaDA", length, self.block, self.steps)
+        if self.eos_last:
+            _end(constants, "eos_last")
+
+    def due(
+        self, block_of: Int[Tensor, "b n"], block: Int[Tensor, " b"], open_: Bool[Tensor, "b n"]
+    ) -> Int[Tensor, " b"]:
+        if self.block_quota:
+            return (open_ & (block_of == block[:, None])).sum(1)
+        return super().due(block_of, block, open_)
+
+    def schedule(self, plan: Plan) -> Int[Tensor, " b"] | None:
+        return None if self.steps is None else self.steps // (plan.last + 1)
+
+    def budget(self, masks: Int[Tensor, " b"], blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        return masks if self.steps is None else torch.full_like(masks, self.steps)
+
+    def choose(self, view: View) -> Choice:
+        tokens, confidence = proposal(view)
+        if self.remasking == "random":
+            confidence = view.spread(view.draws.uniform(view.site, ORDER), 0.0)
+        elif self.eos_last:
+            confidence = self._without_ends(view, tokens)
+        steps, plan = self.schedule(view.plan), view.plan
+        quota = torch.ones_like(plan.inner) if steps is None else even(plan.masks, steps, plan.inner)
+        return Choice(best(confidence, view.candidates, quota), tokens)
+
+    def _without_ends(self, view: View, tokens: Int[Tensor, "b q"]) -> Float[Tensor, "b q"]:
+        """Probability of each proposal when there are no ends: 0 for them, and more for the others."""
+        ends = [view.constants.eos_id, view.constants.eot_id]
+        held = ends[1:] if self.eot_only and view.temperature > 0 else ends
+        logits = view.statistics.logits[view.candidates].clone()
+        logits[:, [end for end in held if end is not None]] = -torch.inf
+        chosen = tokens[view.candidates][:, None]
+        return view.spread(logits.softmax(-1).gather(1, chosen).squeeze(1), 0.0)

@@ -1,0 +1,225 @@
+"""Unmasking policies: which masked positions to commit at a step, and to what."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cdlm.core.errors import CdlmError
+from cdlm.core.rng import PositionNoise, Site
+from cdlm.halting.signals import StepStatistics
+from cdlm.masked.model import Constants
+
+LIGHT = frozenset({"tokens", "logsumexp"})
+"""Signals from which the most likely token and its probability follow."""
+
+
+class Plan(NamedTuple):
+    """Where a row stands in its blocks; every policy's memory."""
+
+    block_of: Int[Tensor, "b n"]
+    """Number of the block of each position, counted from where generation begins; below 0 before that."""
+    block: Int[Tensor, " b"]
+    """The block that is being decoded, with what earlier ones left open."""
+    inner: Int[Tensor, " b"]
+    """Steps spent in it."""
+    masks: Int[Tensor, " b"]
+    """Open positions when it was entered."""
+    last: Int[Tensor, " b"]
+    """The row's last block."""
+    own: Any = ()
+    """What the policy itself remembers: a nest of row-first tensors."""
+
+
+class View(NamedTuple):
+    """What a policy sees of a step: q positions of each row, all of them or those of a block."""
+
+    statistics: StepStatistics
+    """Logits (guided, suppressed and shifted) and what follows from them."""
+    candidates: Bool[Tensor, "b q"]
+    """Open positions of the current block and those before it."""
+    row: Int[Tensor, " b"]
+    step: Int[Tensor, " b"]
+    """Of the schedule, or of the row if there is none."""
+    plan: Plan
+    temperature: float
+    constants: Constants
+    draws: PositionNoise
+
+    @property
+    def site(self) -> Site:
+        """Where things are drawn at random."""
+        return Site(self.row, self.step, self.candidates)
+
+    def spread(self, values: Tensor, empty: float) -> Tensor:
+        """Values of the k candidates at their places, float; `empty` elsewhere."""
+        out = torch.full(self.candidates.shape, empty, dtype=values.dtype, device=values.device)
+        out[self.candidates] = values
+        return out
+
+
+class Choice(NamedTuple):
+    """What to commit."""
+
+    commit: Bool[Tensor, "b q"]
+    tokens: Int[Tensor, "b q"]
+    """Proposals; used where committed, and to fill what is left where a quirk says so."""
+    own: Any = ()
+    """The policy's next memory."""
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """An unmasking policy: small, frozen, and its own configuration.
+
+    Its rows are decoded block by block from left to right; a row's block is done when nothing in it is open.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals of the step that it reads, beside those of the criterion."""
+        return LIGHT
+
+    @property
+    def size(self) -> int | None:
+        """Positions of a block; None makes all that is generated one."""
+        return getattr(self, "block", None)
+
+    def schedule(self, plan: Plan) -> Int[Tensor, " b"] | None:
+        """Steps of a block, after which it is left whatever is open; None if it ends when it is full."""
+        return None
+
+    @property
+    def tokenwise(self) -> bool:
+        """Whether it can decode one block alone, as a cache asks for."""
+        return True
+
+    @classmethod
+    def sweep(cls, **fixed: Any) -> Sequence[Policy]:
+        """Settings to try, from strict to loose; `fixed` are the parameters not swept."""
+        raise CdlmError(f"{cls.__name__} has no settings to sweep: write it with its arguments")
+
+    def suppressed(self, constants: Constants) -> tuple[int, ...]:
+        """Tokens that are never proposed, and that no statistic sees."""
+        return ()
+
+    def check(self, length: int, constants: Constants) -> None:
+        """Raise unless rows that generate `length` positions can be decoded."""
+        return
+
+    def due(
+        self, block_of: Int[Tensor, "b n"], block: Int[Tensor, " b"], open_: Bool[Tensor, "b n"]
+    ) -> Int[Tensor, " b"]:
+        """Positions that a block has to decode when it is entered: its own, and what earlier ones left."""
+        return (open_ & (block_of <= block[:, None])).sum(1)
+
+    def budget(self, masks: Int[Tensor, " b"], blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """Steps that rows with so many open positions and blocks take at most: here one position a step."""
+        return masks
+
+    def start(self, tokens: Int[Tensor, "b n"]) -> Any:
+        """The policy's own memory of rows that enter."""
+        return ()
+
+    @abstractmethod
+    def choose(self, view: View) -> Choice:
+        """What to commit at this step: at least one position of each row that has candidates, or its quota of none."""
+
+
+def plan_of(
+    policy: Policy, open_: Bool[Tensor, "b n"], start: Int[Tensor, " b"], end: Int[Tensor, " b"],
+    tokens: Int[Tensor, "b n"],
+) -> Plan:  # fmt: skip
+    """The plan of rows that enter, whose generated part is [start, end)."""
+    place = torch.arange(open_.shape[1], device=open_.device)
+    size = policy.size or open_.shape[1]
+    block_of = torch.div(place - start[:, None], size, rounding_mode="floor")
+    last = torch.div(end - 1 - start, size, rounding_mode="floor")
+    zero = torch.zeros_like(start)
+    return Plan(block_of, zero, zero, policy.due(block_of, zero, open_), last, policy.start(tokens))
+
+
+def enter(policy: Policy, plan: Plan, open_: Bool[Tensor, "b n"], waits: bool) -> Plan:
+    """The plan at the start of a step, before the model is called: rows whose block is done move on.
+
+    Args:
+        waits: a block with a schedule of steps is left at its end alone, even if nothing in it is open any more.
+    """
+    steps = policy.schedule(plan)
+    full = ~(open_ & (plan.block_of <= plan.block[:, None])).any(1)
+    following = plan.block + 1
+    if steps is None or not waits:  # blocks that are full already are passed over
+        ahead = open_ & (plan.block_of > plan.block[:, None])
+        following = torch.where(ahead, plan.block_of, plan.last[:, None]).amin(1)
+    done = full if steps is None else plan.inner >= steps if waits else (plan.inner >= steps) | full
+    moves = done & (plan.block < plan.last)
+    block = torch.where(moves, torch.minimum(following, plan.last), plan.block)
+    masks = torch.where(moves, policy.due(plan.block_of, block, open_), plan.masks)
+    inner = torch.where(moves, 0, plan.inner)
+    return plan._replace(block=block, inner=inner, masks=masks)
+
+
+def proposal(view: View) -> tuple[Int[Tensor, "b q"], Float[Tensor, "b q"]]:
+    """The most likely token, or one drawn at the temperature, and its probability at temperature 1 (LLaDA)."""
+    statistics = view.statistics
+    if view.temperature == 0:
+        return statistics.tokens, (-statistics.scale[..., 1]).exp()  # the scale is relative to the largest logit
+    logits = statistics.logits[view.candidates]
+    drawn = view.draws.token(view.site, logits, view.temperature)
+    chance = logits.log_softmax(-1).gather(1, drawn[:, None]).squeeze(1).exp()
+    tokens = statistics.tokens.clone()
+    tokens[view.candidates] = drawn
+    return tokens, view.spread(chance, 0.0)
+
+
+def check_blocks(policy: str, length: int, block: int | None, steps: int | None) -> None:
+    """Raise unless blocks divide the length, and the steps are shared out evenly among them."""
+    size = block or length
+    if length % size:
+        raise CdlmError(
+            f"{policy} needs a length that is a multiple of its block {size}, got {length}: {_near(length, size)}"
+        )
+    blocks = length // size
+    if steps is not None and steps % blocks:
+        raise CdlmError(
+            f"{policy} needs steps that are a multiple of its {blocks} blocks (length {length}, block {size}),"
+            f" got {steps}: {_near(steps, blocks)}"
+        )
+
+
+def _near(value: int, unit: int) -> str:
+    """The multiples beside a value that is none."""
+    below = value // unit * unit
+    return f"{below} and {below + unit} fit" if below else f"{unit} fits"
+
+
+def require_whole(policy: str, name: str, value: object) -> None:
+    """Raise unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CdlmError(f"{policy} needs a whole number {name} >= 1, got {value!r}")
+
+
+def require_block(policy: str, block: object) -> None:
+    """Raise unless `block` is None or a number of positions."""
+    if block is not None:
+        require_whole(policy, "block", block)
+
+
+def require_number(policy: str, name: str, value: object, least: float, most: float = math.inf) -> None:
+    """Raise unless `value` is a number, at least `least` and at most `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        limit = "" if most == math.inf else f" and at most {most:g}"
+        raise CdlmError(f"{policy} needs a number {name} of at least {least:g}{limit}, got {value!r}")
+
+
+def _end(constants: Constants, switch: str) -> int:
+    if constants.eos_id is None:
+        raise CdlmError(f"LLaDA's {switch} needs a model with an end-of-text token: give eos_id")
+    return constants.eos_id

@@ -1,0 +1,1 @@
+"""What a trained model is: its parts, its training contract, its folder."""

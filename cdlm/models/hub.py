@@ -1,0 +1,270 @@
+"""A trained model as a folder: `config.json`, `model.safetensors`, tokenizer files and a model card.
+
+Loading runs no code and unpickles nothing, and it is strict: a missing, unexpected or misshapen weight is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cdlm.core.errors import CdlmError, first_line
+from cdlm.core.files import read_json, replacing, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = 2
+"""Version of the folder, in config.json. Version 1 had other names for two parts; it is read as well."""
+RENAMED = {"own_position": "output_prior", "own_position_warmup": "output_prior_warmup", "reader": "network_input"}
+"""Settings, and first words of the names of tensors, in version 1."""
+
+
+class Pretrained(nn.Module):
+    """A module that can be saved as a folder and shared on the Hub.
+
+    `config` holds the plain values that rebuild it, `length` the positions it was trained on, `tokenizer` its tokens.
+    """
+
+    config: dict[str, Any]
+    length: int = 0
+    ends: bool = False
+    """Whether a text ends at its first end-of-text token, as in a model of whole documents."""
+    tokenizer: PreTrainedTokenizerFast | None = None
+    folder: Path | None = None
+    """Where it was loaded from."""
+
+    def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
+        """Write the folder, each file whole or not at all; other files in it stay.
+
+        Args:
+            card: text of the model card; by default the configuration alone.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        config = {"cdlm_format": FORMAT, "length": self.length, "ends": self.ends, "model": self.config}
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, folder)
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder / "README.md", model_card(config) if card is None else card)
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        with replacing(folder / "model.safetensors") as temporary:
+            try:
+                save_file(state, temporary)
+            except SafetensorError as error:  # the library's word for a write that the system refused
+                raise CdlmError(
+                    f"cannot write {folder / 'model.safetensors'} ({error}); choose another folder"
+                ) from error
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, card: str | None = None) -> str:
+        """Upload the folder to the Hugging Face Hub and return its address. Needs a token (`hf auth login`)."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a model folder says, before anything is built from it."""
+
+    path: Path
+    config: dict[str, Any]
+    length: int
+    ends: bool
+    weights: Mapping[str, Tensor]
+    tokenizer: PreTrainedTokenizerFast
+
+
+def read(name: str | Path) -> Folder:
+    """Read a local folder or a Hub repository.
+
+    Raises:
+        CdlmError: there is no such model, it is not one of ours, or a file is broken.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = locate(name)
+    config = read_config(path)
+    weights_file = path / "model.safetensors"
+    if not weights_file.exists():
+        raise CdlmError(f"{path} has no model.safetensors: training has not finished, or the copy is incomplete")
+    try:
+        weights = load_file(weights_file)
+    except (SafetensorError, OSError) as error:
+        raise CdlmError(
+            f"{weights_file} cannot be read, it is truncated or damaged ({error}); copy it again"
+        ) from error
+    tokenizer, vocab = read_tokenizer(path), config["model"].get("vocab")
+    if isinstance(vocab, int) and vocab != len(tokenizer):
+        raise CdlmError(f"{path} has weights of {vocab} tokens and a tokenizer of {len(tokenizer)}: copy both again")
+    ends = bool(config.get("ends", False))
+    return Folder(path, config["model"], int(config["length"]), ends, renamed(weights), tokenizer)
+
+
+def load_weights(module: Pretrained, folder: Folder) -> None:
+    """Copy the weights into the module, which must have exactly these tensors in these shapes."""
+    same_tensors(folder.path / "model.safetensors", shapes(module.state_dict()), shapes(folder.weights))
+    module.load_state_dict(dict(folder.weights))
+    module.tokenizer, module.length, module.folder = folder.tokenizer, folder.length, folder.path
+    module.ends = folder.ends
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensors by name: how large each is."""
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    """How large each tensor is."""
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def same_tensors(place: Path, expected: Shapes, found: Shapes) -> None:
+    """Check that weights are those of a model: the same names, in the same shapes.
+
+    Args:
+        place: file or folder of the weights, for the error.
+
+    Raises:
+        CdlmError: a tensor is missing, unknown or of another shape.
+    """
+    for what, odd in (("misses", expected.keys() - found.keys()), ("has an unknown", found.keys() - expected.keys())):
+        if odd:
+            raise CdlmError(
+                f"{place} {what} tensor {min(odd)!r} ({len(odd)} in all): these are not the weights of config.json;"
+                " copy both again"
+            )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CdlmError(
+                f"tensor {name!r} of {place} has shape {found[name]}, config.json asks for {shape}: of another model"
+            )
+
+
+def model_card(config: Mapping[str, Any], sections: Mapping[str, str] | None = None) -> str:
+    """A model card: front matter, how to use it, its configuration, then further sections by heading."""
+    lines = [
+        "---", "library_name: cdlm", "pipeline_tag: text-generation", "tags: [diffusion, text-diffusion]", "---", "",
+        "# A diffusion language model in embedding space", "",
+        "```python", "import cdlm", 'system = cdlm.load("FOLDER_OR_HUB_ID")',
+        'print(cdlm.generate(system, n=4, steps=200, halt="Patience(60)").texts)', "```", "",
+        "## Configuration", "", "```json", json.dumps(config, indent=2), "```", "",
+    ]  # fmt: skip
+    for heading, text in (sections or {}).items():
+        lines += [f"## {heading}", "", text, ""]
+    return "\n".join(lines)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether the folder's config.json is that of another library's model: it names a `model_type`."""
+    return model_type(path) is not None
+
+
+def model_type(path: Path) -> str | None:
+    """What another library's config.json calls its model; None of ours, and of what cannot be read."""
+    try:
+        config = read_json(path / "config.json", "a model")
+    except CdlmError:
+        return None  # reading it as ours says what is wrong
+    if "cdlm_format" in config or "model_type" not in config:
+        return None
+    return str(config["model_type"])
+
+
+def locate(name: str | Path) -> Path:
+    """The folder of that path, or of that Hub repository, whose files are fetched.
+
+    Raises:
+        CdlmError: there is neither, or the Hub cannot be reached.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~", "runs/")):
+        raise CdlmError(
+            f"{name} is not a model folder: expected a folder with config.json, or a Hub id such as user/model"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "merges.txt", "*.jinja"]))
+    except Exception as error:  # the client raises its HTTP library's errors as well as its own
+        raise CdlmError(
+            f"{name} is no folder here and could not be fetched from the Hub ({first_line(error)});"
+            " offline, copy the model's folder and give its path, or set HF_HUB_OFFLINE=1 to use the local cache"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a folder of ours: `model` rebuilds the system.
+
+    Raises:
+        CdlmError: there is none, it is not one of ours, or it lacks a setting.
+    """
+    file = path / "config.json"
+    config = read_json(file, "a finished training run")
+    if config.get("cdlm_format") not in (1, FORMAT):
+        raise CdlmError(f"{file} is not a model of this toolkit (cdlm_format {FORMAT}): train or convert one")
+    if not isinstance(config.get("model"), dict) or not isinstance(config.get("length"), int):
+        raise CdlmError(f"{file} lacks the settings 'model' or the number 'length': copy it again")
+    if config["cdlm_format"] == 1:
+        config["model"] = {RENAMED.get(name, name): value for name, value in config["model"].items()}
+    return config
+
+
+def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a folder of version 1 under the names of today; others stay."""
+    parts = [(name.partition("."), value) for name, value in weights.items()]
+    return {RENAMED.get(first, first) + dot + rest: value for (first, dot, rest), value in parts}
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the tokenizer's files, each whole or not at all."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer.save_pretrained(temporary)
+        for file in sorted(Path(temporary).iterdir()):
+            write_text(folder / file.name, file.read_text(encoding="utf-8"))
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a model folder's weights."""
+    with (folder / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not (path / "tokenizer.json").exists():
+        raise CdlmError(f"{path} has no tokenizer.json: copy the whole folder")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(path, clean_up_tokenization_spaces=False)
+    except Exception as error:  # transformers and tokenizers each raise their own kinds
+        raise CdlmError(f"the tokenizer of {path} cannot be read ({first_line(error)}); copy it again") from error
+
+
+def to_device(module: nn.Module, device: str) -> torch.device:
+    """Move the module, with a readable error for a device that is not there."""
+    try:
+        module.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise CdlmError(f"device {device!r} cannot be used ({first_line(error)}); use cpu") from error
+    return torch.device(device)

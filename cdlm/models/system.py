@@ -1,0 +1,171 @@
+"""What training knows of a system: a loss, groups of parameters, and noise levels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cdlm.core.errors import CdlmError
+from cdlm.models.hub import Pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Special:
+    """Ids of a tokenizer's special tokens; None where it has none."""
+
+    mask_id: int | None = None
+    eos_id: int | None = None
+
+
+def special_of(tokenizer: PreTrainedTokenizerFast) -> Special:
+    """Special tokens of a tokenizer."""
+
+    def whole(value: object) -> int | None:
+        return value if isinstance(value, int) else None
+
+    return Special(whole(tokenizer.mask_token_id), whole(tokenizer.eos_token_id))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One training batch."""
+
+    total: Float[Tensor, ""]
+    """What to differentiate."""
+    nats: Float[Tensor, " b"]
+    """The family's loss of each row in nats per generated token, float32, detached."""
+    t: Float[Tensor, " b"]
+    count: Int[Tensor, " b"]
+    """Generated tokens of each row."""
+
+
+class System(Pretrained, ABC):
+    """A model that can be trained: parts, and an objective over a noise level u in [0, 1], where 1 is all noise."""
+
+    network: nn.Module
+    """The backbone, a `Transformer`."""
+    precision: Precision = "fp32"
+    """Arithmetic of the network alone; everything around it is at least float32."""
+
+    @abstractmethod
+    def forward(
+        self,
+        tokens: Int[Tensor, "b n"],
+        target: Bool[Tensor, "b n"],
+        valid: Bool[Tensor, "b n"] | None,
+        generator: torch.Generator,
+        u: Float[Tensor, " b"] | None = None,
+    ) -> Loss:
+        """The loss of a batch.
+
+        Args:
+            target: positions to generate, at least one a row.
+            valid: False on padding; None when there is none.
+            generator: source of all randomness of the step, on the device of the tokens.
+            u: fixed noise levels; by default stratified over the batch.
+        """
+
+    @abstractmethod
+    def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        """Noise levels at u, as the family measures them."""
+
+    @property
+    def learned_schedule(self) -> nn.Module | None:
+        """A noise schedule that learns, with an average and a learning rate of its own; None if nothing does."""
+        return None
+
+    def after_step(self) -> None:
+        """Called after each optimiser step."""
+        return
+
+    def facts(self) -> dict[str, float]:
+        """What is worth logging once, before the first step."""
+        return {}
+
+    @property
+    def blocks(self) -> nn.Module:
+        """The hidden layers of the network, one child each."""
+        return self.network.get_submodule("blocks")
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """`matrices`: hidden 2-D weights (what Muon is for); `schedule`: the noise schedule's own; `rest`."""
+        schedule = [] if self.learned_schedule is None else list(self.learned_schedule.parameters())
+        matrices = [p for name, p in self.blocks.named_parameters() if p.ndim == 2 and "modulation" not in name]
+        taken = {id(p) for p in schedule + matrices}
+        return {
+            "matrices": matrices,
+            "schedule": schedule,
+            "rest": [p for p in self.parameters() if id(p) not in taken],
+        }
+
+    def averaged_parameters(self) -> list[Tensor]:
+        """All but the schedule's, which averages itself."""
+        groups = self.parameter_groups()
+        return [*groups["matrices"], *groups["rest"]]
+
+    def run_network(
+        self, features: Float[Tensor, "b n f"], level: Float[Tensor, " b"], valid: Bool[Tensor, "b n"] | None
+    ) -> Float[Tensor, "b n v"]:
+        """The network in its precision; the result is at least float32."""
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.network(features, level, valid)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def stratified(rows: int, generator: torch.Generator) -> Float[Tensor, " rows"]:
+    """One u in [0, 1) per row, evenly spaced with a random offset, in random order (low discrepancy)."""
+    device = generator.device
+    offset = torch.rand(1, generator=generator, dtype=torch.float64, device=device)
+    order = torch.randperm(rows, generator=generator, device=device)
+    return (offset + order / rows) % 1
+
+
+def row_cross_entropy(
+    logits: Float[Tensor, "b n v"], tokens: Int[Tensor, "b n"], scored: Bool[Tensor, "b n"]
+) -> tuple[Float[Tensor, " b"], Int[Tensor, " b"]]:
+    """Summed cross-entropy of each row's scored positions in nats, and their number."""
+    nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+    return torch.where(scored, nats, 0).sum(1), scored.sum(1)
+
+
+@dataclass(frozen=True)
+class SystemConfig(ABC):
+    """A system's settings: plain values that rebuild it. The sizes are those of the transformer."""
+
+    width: int = 128
+    depth: int = 3
+    heads: int = 4
+    mlp_ratio: int = 4
+
+    @abstractmethod
+    def build(self, vocab: int, special: Special | None = None) -> System:
+        """A freshly initialised system over `vocab` tokens. Draws from torch's global generator: seed it first."""
+
+    def __post_init__(self) -> None:
+        self._check_least(1, "width", "depth", "heads", "mlp_ratio")
+        if self.width % (2 * self.heads):
+            raise CdlmError(
+                f"width must be a multiple of 2 * heads, got width={self.width} and heads={self.heads}:"
+                f" try width={max(1, self.width // (2 * self.heads)) * 2 * self.heads}"
+            )
+
+    def _check_least(self, least: int, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < least:
+                raise CdlmError(f"{name} must be >= {least}, got {getattr(self, name)}")
+
+    def _check_shares(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) <= 1:
+                raise CdlmError(f"{name} is a share of rows in [0, 1], got {getattr(self, name)}")

@@ -1,0 +1,177 @@
+"""What a run leaves behind step by step, small enough to keep: row statistics, and tokens as the switches they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Integer
+
+from cdlm.core.errors import CdlmError
+
+RECORDED = ("mean_entropy", "mean_kl", "margin", "span_margin", "z_norm", "x0_norm", "score_cosine")
+"""Row signals that a record keeps, beside each step's tokens."""
+
+
+class Switches(NamedTuple):
+    """Every switch of an open position's most likely token, in order of step; a first prediction is a switch too."""
+
+    step: Integer[np.ndarray, " e"]
+    sample: Integer[np.ndarray, " e"]
+    """Column of the record."""
+    position: Integer[np.ndarray, " e"]
+    token: Integer[np.ndarray, " e"]
+    """What the position switched to."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """m samples over the steps of their grid."""
+
+    t: Float[np.ndarray, " steps"]
+    """Noise level of each step, float64; NaN where no row came."""
+    nfe: Int[np.ndarray, "steps m"]
+    """Denoiser calls spent up to and with each step; 0 after a row has left."""
+    signals: Mapping[str, Float[np.ndarray, "steps m"]]
+    """Row signals by name, float32; NaN after a row has left."""
+    switches: Switches
+    commits: Switches | None = None
+    """Of a masked model: every token that was committed, with its step; None of a model that decides all at once."""
+    budget: Int[np.ndarray, " m"] | None = None
+    """Steps that each sample may take at most; None: those of the grid."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.t)
+
+    def __len__(self) -> int:
+        return self.nfe.shape[1]
+
+    @property
+    def budgets(self) -> Int[np.ndarray, " m"]:
+        """Steps that each sample may take at most."""
+        return np.full(len(self), self.steps) if self.budget is None else self.budget
+
+    def last_step(self, committed: bool) -> Int[np.ndarray, " m"]:
+        """The last recorded step of each sample; or, of a masked model, the one at which all is `committed`."""
+        last = np.maximum((self.nfe > 0).sum(0) - 1, 0)
+        if self.commits is None or not committed:
+            return last
+        full = np.zeros(len(self), np.int64)
+        np.maximum.at(full, self.commits.sample, self.commits.step.astype(np.int64))
+        return np.minimum(full, last)
+
+    def settled(
+        self, ends: Bool[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], last: Int[np.ndarray, " m"]
+    ) -> Int[np.ndarray, " m"]:
+        """Calls after which the text up to the first place where it may end was decided, of samples that leave at their
+        own `last` step; of a continuous model all calls."""
+        when = np.broadcast_to(last[:, None], given.shape).copy()
+        if self.commits is not None:
+            step = self.commits.step.astype(np.int64)
+            early = step < last[self.commits.sample]
+            when[self.commits.sample[early], self.commits.position[early]] = step[early]
+            end = np.logical_or.accumulate(ends, 1)
+            after = np.concatenate([np.zeros_like(end[:, :1]), end[:, :-1]], 1)
+            when[given | after] = 0
+        return self.nfe[when.max(1), np.arange(len(self))].astype(np.int64)
+
+    def switch_counts(self) -> Int[np.ndarray, "steps m"]:
+        """The signal `switches`: how many positions switch at each step."""
+        cell = self.switches.step.astype(np.int64) * len(self) + self.switches.sample
+        return np.bincount(cell, minlength=self.steps * len(self)).reshape(self.steps, len(self))
+
+    def tokens_at(self, step: Int[np.ndarray, " m"], start: Int[np.ndarray, "m n"]) -> Int[np.ndarray, "m n"]:
+        """Tokens of each sample at its own step, over `start`, which holds the prompts."""
+        past = self.switches.step <= step[self.switches.sample]
+        tokens = start.copy()
+        # Of several switches of one position the last is the one that stays.
+        tokens[self.switches.sample[past], self.switches.position[past]] = self.switches.token[past]
+        if self.commits is not None:  # a rule that halts fills what is open at its step, and nothing else
+            before = self.commits.step < step[self.commits.sample]
+            kept = Switches(*(part[before] for part in self.commits))
+            tokens[kept.sample, kept.position] = kept.token
+        return tokens
+
+    def canvases(
+        self, start: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], mask_id: int
+    ) -> Int[np.ndarray, "steps m n"]:
+        """Of a masked model: every sample after each step, the mask where it is open.
+
+        Raises:
+            CdlmError: the model decides all positions at once and has no canvas.
+        """
+        if self.commits is None:
+            raise CdlmError("a continuous model has no canvas of masks: tokens_at gives its tokens at a step")
+        now, frames = np.where(given, start, mask_id), []
+        for step in range(self.steps):
+            here = self.commits.step == step
+            now = now.copy()
+            now[self.commits.sample[here], self.commits.position[here]] = self.commits.token[here]
+            frames.append(now)
+        return np.stack(frames)
+
+    def select(self, samples: Int[np.ndarray, " k"]) -> Record:
+        """The samples of these columns, in this order."""
+        place = np.full(len(self), -1, np.int64)
+        place[samples] = np.arange(len(samples))
+
+        def of(switches: Switches) -> Switches:
+            kept = place[switches.sample] >= 0
+            switches = Switches(*(part[kept] for part in switches))
+            return switches._replace(sample=place[switches.sample].astype(np.uint32))
+
+        return Record(
+            self.t,
+            self.nfe[:, samples],
+            {name: values[:, samples] for name, values in self.signals.items()},
+            of(self.switches),
+            None if self.commits is None else of(self.commits),
+            None if self.budget is None else self.budget[samples],
+        )
+
+    @staticmethod
+    def join(parts: Sequence[Record]) -> Record:
+        """The samples of several records of the same grid, side by side."""
+        first = np.cumsum([0, *(len(part) for part in parts)])
+        commits = [part.commits for part in parts if part.commits is not None]
+        steps = max(part.steps for part in parts)
+        if any(part.steps < steps for part in parts):
+            parts = [part.padded(steps) for part in parts]
+        return Record(
+            np.fmax.reduce([part.t for part in parts]),  # of parts that halted early the longest knows the levels
+            np.concatenate([part.nfe for part in parts], 1),
+            {name: np.concatenate([part.signals[name] for part in parts], 1) for name in parts[0].signals},
+            _side_by_side([part.switches for part in parts], first),
+            _side_by_side(commits, first) if commits else None,
+            np.concatenate([part.budgets for part in parts]) if commits else None,
+        )
+
+    def padded(self, steps: int) -> Record:
+        """The same samples on a longer grid, which they left before its end."""
+        more = [(0, steps - self.steps), (0, 0)]
+        signals = {name: np.pad(values, more, constant_values=np.nan) for name, values in self.signals.items()}
+        t = np.pad(self.t, more[:1], constant_values=np.nan)
+        return Record(t, np.pad(self.nfe, more), signals, self.switches, self.commits, self.budgets)
+
+
+def _side_by_side(parts: Sequence[Switches], first: Int[np.ndarray, " k"]) -> Switches:
+    """Switches of several records, whose columns begin at `first`."""
+    shifted = [
+        part._replace(sample=(part.sample + offset).astype(np.uint32))
+        for part, offset in zip(parts, first, strict=False)
+    ]
+    return in_order(joined(shifted))
+
+
+def joined(parts: Sequence[Switches]) -> Switches:
+    """One after the other."""
+    return Switches(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def in_order(switches: Switches) -> Switches:
+    """Sorted by step."""
+    order = np.argsort(switches.step, kind="stable")
+    return Switches(*(part[order] for part in switches))

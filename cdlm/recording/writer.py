@@ -1,0 +1,63 @@
+"""A record in the making: what a run leaves, taken down step by step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from cdlm.core.types import StepState
+from cdlm.recording.record import RECORDED, Record, Switches, in_order, joined
+
+if TYPE_CHECKING:
+    pass
+
+
+class Recorder:
+    """A record in the making."""
+
+    def __init__(self, budget: int, start: Int[Tensor, "m n"], mask_id: int | None = None):
+        count, self.mask_id = len(start), mask_id
+        self.tokens = np.full(start.shape, -1, np.int64)
+        self.t = np.full(budget, np.nan)
+        self.nfe = np.zeros((budget, count), np.int32)
+        self.budget = np.full(count, budget)
+        self.signals: dict[str, np.ndarray] = {}
+        self.switches: list[Switches] = []
+        self.commits: list[Switches] = []
+
+    def write(self, state: StepState, columns: Int[np.ndarray, " b"], canvas: Int[Tensor, "b n"] | None = None) -> None:
+        """Take down one step of the rows whose places among the samples are `columns`."""
+        steps, tokens = state.step.cpu().numpy(), state.tokens.cpu().numpy()
+        self.nfe[steps, columns], self.budget[columns] = state.nfe.cpu().numpy(), state.budget.cpu().numpy()
+        for name in RECORDED:
+            if name in state.signals:
+                values = self.signals.setdefault(name, np.full(self.nfe.shape, np.nan, np.float32))
+                values[steps, columns] = state.signals[name].cpu().numpy()
+        open_ = state.open.cpu().numpy()
+        self.switches.append(_changes(tokens, self.tokens[columns], open_, steps, columns))
+        self.tokens[columns] = tokens
+        if canvas is None:
+            self.t[steps] = state.t.cpu().numpy()  # rows of a masked model have levels of their own
+        else:
+            after = canvas.cpu().numpy()
+            self.commits.append(_changes(after, np.full_like(after, self.mask_id), open_, steps, columns))
+
+    def record(self) -> Record:
+        """What was taken down."""
+        commits = in_order(joined(self.commits)) if self.commits else None
+        budget = None if commits is None else self.budget
+        return Record(self.t, self.nfe, self.signals, in_order(joined(self.switches)), commits, budget)
+
+
+def _changes(
+    now: Int[np.ndarray, "b n"], before: Int[np.ndarray, "b n"], open_: Bool[np.ndarray, "b n"],
+    steps: Int[np.ndarray, " b"], columns: Int[np.ndarray, " b"],
+) -> Switches:  # fmt: skip
+    """Open positions whose token is another than before."""
+    row, position = np.nonzero((now != before) & open_)
+    changed = (steps[row], columns[row], position, now[row, position])
+    kinds = (np.uint32, np.uint32, np.uint16, np.uint32)
+    return Switches(*(part.astype(kind) for part, kind in zip(changed, kinds, strict=True)))

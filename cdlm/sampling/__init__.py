@@ -1,0 +1,1 @@
+"""The loop that serves requests, and what comes out of it."""

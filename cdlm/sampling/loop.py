@@ -1,0 +1,79 @@
+"""The loop that every sampler shares: rows leave when they are done, and waiting requests enter at once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from cdlm.core.errors import CdlmError
+from cdlm.core.trees import join, take
+from cdlm.core.types import LoopStep
+from cdlm.sampling.requests import Request
+
+
+@runtime_checkable
+class HasRows(Protocol):
+    """Rows in flight: a nest of row-first tensors, one of which says which rows they are."""
+
+    @property
+    def row(self) -> Tensor: ...
+
+
+L = TypeVar("L", bound=HasRows)
+
+
+class Loop(ABC, Generic[L]):
+    """One run, at most `batch_size` rows at a time; subclasses say what a step is."""
+
+    def __init__(self, batch_size: int, device: torch.device | str = "cpu"):
+        if batch_size < 1:
+            raise CdlmError(f"batch_size must be >= 1, got {batch_size}")
+        self.batch_size, self.device = batch_size, torch.device(device)
+
+    @abstractmethod
+    def admit(self, requests: list[Request], beside: L | None) -> L:
+        """Rows of requests that enter, in the form of the rows `beside` which they join."""
+
+    @abstractmethod
+    def step(self, live: L) -> tuple[LoopStep, Any]:
+        """One step of these rows, and what `advance` needs of them: a nest of row-first tensors."""
+
+    @abstractmethod
+    def advance(self, carried: Any) -> L:
+        """The rows that stay, ready for their next step."""
+
+    def choose(self, live: L) -> Int[Tensor, " k"] | None:
+        """Rows that take the next step together; None for all."""
+        return None
+
+    def steps(self, requests: Iterable[Request]) -> Iterator[LoopStep]:
+        """One item a step, until every request is served. Rows that finish leave; waiting requests enter at once."""
+        waiting, live = iter(requests), None
+        while True:
+            fresh = list(islice(waiting, self.batch_size - (0 if live is None else len(live.row))))
+            if fresh:
+                entered = self.admit(fresh, live)
+                live = entered if live is None else join(live, entered)
+            if live is None:
+                return
+            served, idle = self._split(live)
+            finished, carried = self.step(served)
+            yield finished
+            if finished.done.any():
+                carried = take(carried, (~finished.done).nonzero().squeeze(1))
+            moved = None if bool(finished.done.all()) else self.advance(carried)
+            live = moved if idle is None else idle if moved is None else join(idle, moved)
+
+    def _split(self, live: L) -> tuple[L, L | None]:
+        chosen = self.choose(live)
+        if chosen is None or len(chosen) == len(live.row):
+            return live, None
+        others = torch.ones_like(live.row, dtype=torch.bool)
+        others[chosen] = False
+        return take(live, chosen), take(live, others.nonzero().squeeze(1))
