@@ -325,7 +325,7 @@ def _call(node: ast.Call, names: Names, what: str) -> Any:
     for keyword in node.keywords:
         if keyword.arg not in signature.parameters:
             known = list(signature.parameters)
-            hint = _nearest(str(keyword.arg), known)
+            hint = nearest(str(keyword.arg), known)
             raise CdlmError(f"{name} has no parameter {keyword.arg!r}{hint}: it is {name}{_plain(signature)}")
     arguments = [_build(item, names, what) for item in node.args]
     keywords = {str(k.arg): _build(k.value, names, what) for k in node.keywords}
@@ -342,10 +342,10 @@ def _plain(signature: inspect.Signature) -> str:
 
 
 def _unknown(name: str, names: Names, what: str) -> CdlmError:
-    return CdlmError(f"there is no {what} {name!r}{_nearest(name, names)}: use one of {', '.join(names)}")
+    return CdlmError(f"there is no {what} {name!r}{nearest(name, names)}: use one of {', '.join(names)}")
 
 
-def _nearest(name: str, names: Mapping[str, Any] | list[str]) -> str:
+def nearest(name: str, names: Mapping[str, Any] | list[str]) -> str:
     close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], 1, 0.5)
     found = [n for n in names if n.lower() in close]
     return f" (did you mean {found[0]}?)" if found else ""

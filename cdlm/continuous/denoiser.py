@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from cdlm.continuous.schedules import Schedule
 from cdlm.core.types import Condition, Prediction
+from cdlm.sampling.session import Model, Sampling
 
 
-class Denoiser(ABC):
+class Denoiser(Model):
     """`(z, t, condition) -> Prediction`, row by row: no row sees another."""
 
     rho: float
@@ -21,6 +22,12 @@ class Denoiser(ABC):
     """Says which noise levels the denoiser knows and how to space them."""
     sees_given: bool = True
     """Whether the network tells given positions apart. If not, their state has to be held at their embedding."""
+
+    @property
+    def defaults(self) -> Sampling:
+        from cdlm.continuous.sampler import Diffusion
+
+        return Diffusion()
 
     @property
     def prior_std(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -13,67 +14,142 @@ from torch import Tensor
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.grids import Grid, Warped
 from cdlm.continuous.guidance import Guidance
+from cdlm.continuous.projections import Projection
 from cdlm.continuous.solvers import Euler, Solver
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import StepNoise, generator
 from cdlm.core.trees import join, take
 from cdlm.core.types import Condition, Decision, LoopStep, NewRows, Prediction, StepState
-from cdlm.halting import Criterion, Never
-from cdlm.halting.signals import EmbeddingState, Past, StepStatistics, check_signals, first_past, most_likely, observe
-from cdlm.sampling.loop import Loop
+from cdlm.halting.signals import SIGNALS, EmbeddingState, Past, StepStatistics, first_past, most_likely, observe
+from cdlm.recording.record import RECORDED
+from cdlm.sampling.loop import Loop, RunOptions
 from cdlm.sampling.requests import Request, stack_masks
+from cdlm.sampling.requests import requests as row_requests
+from cdlm.sampling.session import Model, Sampling
+
+
+def parse_solver(text):
+    from cdlm import config
+
+    return config.solver(text)
+
+
+def parse_grid(text):
+    from cdlm import config
+
+    return config.grid(text)
+
+
+def parse_projection(text):
+    from cdlm import config
+
+    return config.projection(text)
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """Everything that fixes a sampling run except the model, the requests and the batch size.
+class DiffusionSettings:
+    """How a continuous model is sampled, as plain values; what is not given is as in the model's paper.
+
+    Args:
+        solver: Euler(), Heun(), TorchDiffEq("rk4"), TorchDiffEq("dopri5"), ..., Ancestral() or Renoise().
+        grid: Warped(), LogT(), UniformT() or UpperEnds().
+        projection: how logits drive the state: Expectation(), Greedy(), Drawn(0.9), MultiHot(0.2) or Uneven(0.2).
+        softmax_temperature: divides the logits; below 1 sharpens.
+        score_temperature: divides the score; below 1 sharpens.
+        guidance: scale of classifier-free guidance; 1 is off, others double the calls.
+        init_scale: scale of the noise that a sample starts from.
+    """
+
+    solver: str | Solver | None = None
+    grid: str | Grid | None = None
+    projection: str | Projection | None = None
+    softmax_temperature: float | None = None
+    score_temperature: float | None = None
+    guidance: float | None = None
+    init_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Diffusion(Sampling):
+    """How a continuous model is sampled.
 
     Args:
         steps: grid points, >= 1. One prediction each; the last, at t_min, is read out, so Euler spends `steps` calls.
-        criterion: when a row is done before that.
-        grid, solver, guidance: see there.
+        solver, grid, guidance: see there.
         init_scale: the start is `init_scale` times the prior; CDCD finds that a little below 1 sharpens.
         block: positions that are generated at a time: `steps` for each block, and the rule is asked for each anew.
             None generates all at once.
-        seed: of the run, >= 0.
-        record: names of signals to compute at every step, for the loop's consumers.
     """
 
+    family = "continuous"
+    flat = DiffusionSettings
+    signals = frozenset(SIGNALS)
+    recorded = frozenset({"tokens", *RECORDED})
+
     steps: int = 200
-    criterion: Criterion = field(default_factory=Never)
-    grid: Grid = field(default_factory=Warped)
     solver: Solver = field(default_factory=Euler)
+    grid: Grid = field(default_factory=Warped)
     guidance: Guidance = field(default_factory=Guidance)
     init_scale: float = 1.0
     block: int | None = None
-    seed: int = 0
-    record: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise CdlmError(f"sampling needs steps >= 1, got {self.steps}: ask for at least one denoiser call")
-        if self.seed < 0:
-            raise CdlmError(f"a seed is a whole number >= 0, got {self.seed}")
         if not 0 <= self.init_scale < math.inf:
             raise CdlmError(f"init_scale must be >= 0, got {self.init_scale}: 1 is the model's own noise level")
         if self.block is not None and self.block < 1:
             raise CdlmError(f"a block has one position or more, got {self.block}: None generates all at once")
-        check_signals(self.record | self.criterion.needs)
 
     @property
-    def settings(self) -> dict[str, int | float | str]:
-        """What fixes the run besides seed and rule: two runs with equal settings walk the same steps."""
+    def settings(self) -> dict[str, Any]:
         parts = {name: repr(getattr(self, name)) for name in ("grid", "solver")}
         block = {} if self.block is None else {"block": self.block}
         return {"steps": self.steps, **parts, **self.guidance.settings, "init_scale": float(self.init_scale), **block}
 
-    def blocks(self, request: Request) -> int:
-        """Blocks of a request."""
+    def with_flat(self, **settings: Any) -> Diffusion:
+        given = {name: value for name, value in settings.items() if value is not None}
+        parts = {name: PARTS[name](given.pop(name)) for name in PARTS if name in given}
+        steered = {field: parts.get(name, given.pop(name, None)) for name, field in GUIDANCE.items()}
+        guidance = replace(self.guidance, **{name: value for name, value in steered.items() if value is not None})
+        whole = {name: value for name, value in parts.items() if name not in GUIDANCE}
+        return replace(self, guidance=guidance, **whole, **given)
+
+    def with_steps(self, steps: int) -> Diffusion:
+        return replace(self, steps=steps)
+
+    def steps_of(self, request: Request) -> int:
+        return self.steps
+
+    def fewer_steps(self, wanted: Sequence[int], request: Request) -> list[int]:
+        return sorted({max(1, steps) for steps in wanted})
+
+    def blocks_of(self, request: Request) -> int:
         return 1 if self.block is None else math.ceil(int((~request.given).sum()) / self.block)
 
-    def with_steps(self, steps: int) -> Sampler:
-        """The same with so many steps."""
-        return replace(self, steps=steps)
+    def length_of(self, requests: Sequence[Request]) -> int:
+        return len(requests[0].tokens)
+
+    def requests(
+        self, model: Model, prompts: list[str] | None, n: int, length: int | None, new_tokens: int | None, chat: bool
+    ) -> list[Request]:
+        if new_tokens is not None or chat:
+            name = "chat" if new_tokens is None else "new_tokens"
+            raise CdlmError(f"{name} is a setting of masked models, and this one is continuous: leave it out")
+        tokenizer = None if prompts is None else model.need_tokenizer()
+        return row_requests(prompts, n, model.length if length is None else length, tokenizer)
+
+    def loop(self, model: Any, options: RunOptions, batch_size: int) -> DiffusionLoop:
+        return DiffusionLoop(model, self, options, batch_size, model.device)
+
+
+PARTS: Mapping[str, Callable[[Any], Any]] = {"solver": parse_solver, "grid": parse_grid, "projection": parse_projection}
+"""Flat settings that are objects, and what reads their text."""
+GUIDANCE = {
+    "projection": "projection", "softmax_temperature": "softmax_temperature", "score_temperature": "score_temperature",
+    "guidance": "scale",
+}  # fmt: skip
+"""Flat settings of the guidance, and its fields."""
 
 
 class DiffusionRows(NamedTuple):
@@ -108,18 +184,23 @@ class Stepped(NamedTuple):
     """Rows whose block is done and that have another."""
 
 
-class Run(Loop[DiffusionRows]):
-    """One run of a sampler on a denoiser.
+class DiffusionLoop(Loop[DiffusionRows]):
+    """One run of a denoiser.
 
     Row i is the same in any batch, order or batch size (bit for bit where the denoiser's arithmetic is), and a halted
     row is a prefix of the row that is not halted.
     """
 
-    def __init__(self, denoiser: Denoiser, sampler: Sampler, batch_size: int, device: torch.device | str = "cpu"):
-        super().__init__(batch_size, device)
-        self.denoiser, self.sampler = denoiser, sampler
-        self.needs = sampler.record | sampler.criterion.needs
-        self.grid = sampler.grid.levels(denoiser.schedule, sampler.steps).to(self.device)
+    def __init__(
+        self, denoiser: Denoiser, sampling: Diffusion, options: RunOptions, batch_size: int,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        super().__init__(options, batch_size, device)
+        self.denoiser, self.sampling = denoiser, sampling
+        self.grid = sampling.grid.levels(denoiser.schedule, sampling.steps).to(self.device)
+
+    def budget(self, requests: Sequence[Request]) -> int:
+        return self.sampling.steps * max(self.sampling.blocks_of(request) for request in requests)
 
     @torch.no_grad()
     def admit(self, requests: list[Request], beside: DiffusionRows | None) -> DiffusionRows:
@@ -137,36 +218,38 @@ class Run(Loop[DiffusionRows]):
         beside: Past | None,
     ) -> DiffusionRows:  # fmt: skip
         """Rows at the first step of their next block, with the positions in `left` yet to be generated."""
-        block = self.sampler.block
+        block = self.sampling.block
         now = left if block is None else left & (left.cumsum(1) <= block)
         clean = self.denoiser.embed(tokens)
-        z = self.sampler.init_scale * self.denoiser.prior_std * self._start(index, before, clean)
+        z = self.sampling.init_scale * self.denoiser.prior_std * self._start(index, before, clean)
         real, later, zero = torch.ones_like(left) if valid is None else valid, left & ~now, torch.zeros_like(index)
         # To a rule, later blocks are no part of the row yet: neither open nor decided.
-        memory = self.sampler.criterion.start(NewRows(now, zero + self.sampler.steps, real & ~later))
+        memory = self.options.criterion.start(NewRows(now, zero + self.sampling.steps, real & ~later))
         condition = Condition(clean * (~left & real)[..., None], now, torch.zeros_like(z), valid)
-        past = first_past(self.needs, z, beside)
+        past = first_past(self.options.needs, z, beside)
         return DiffusionRows(index, zero, before, nfe, z, tokens, now, later, condition, past, memory)
 
     def _start(self, index: Tensor, before: Tensor, like: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Standard normal noise of each row: of its first block by its index alone, of later ones by what came before
         as well."""
-        seed, pairs = self.sampler.seed, zip(index.tolist(), before.tolist(), strict=True)
+        seed, pairs = self.options.seed, zip(index.tolist(), before.tolist(), strict=True)
         keys = [(seed, i, b) if b else (seed, i) for i, b in pairs]
         return torch.stack([torch.randn(like.shape[1:], generator=generator(*key)) for key in keys]).to(like)
 
     @torch.no_grad()
     def step(self, live: DiffusionRows) -> tuple[LoopStep, Stepped]:
         t, target = self.grid[live.step], live.condition.target
-        prediction, x0 = self.sampler.guidance.predict(self.denoiser, live.z, t, live.condition, self._draws(live))
+        prediction, x0 = self.sampling.guidance.predict(self.denoiser, live.z, t, live.condition, self._draws(live))
         rho, first = self.denoiser.rho, live.step == 0
         embedding = EmbeddingState(live.z, t, rho, prediction.x0)
-        statistics = StepStatistics(prediction.logits, live.open, target, first, live.past, self.needs, embedding)
-        signals, past = observe(self.needs, statistics)
-        nfe = live.nfe + self.sampler.guidance.calls
-        budget = torch.full_like(live.step, self.sampler.steps)
+        statistics = StepStatistics(
+            prediction.logits, live.open, target, first, live.past, self.options.needs, embedding
+        )
+        signals, past = observe(self.options.needs, statistics)
+        nfe = live.nfe + self.sampling.guidance.calls
+        budget = torch.full_like(live.step, self.sampling.steps)
         state = StepState(live.row, live.step, budget, t, nfe, live.open, signals)
-        memory, decision = self.sampler.criterion.look(live.memory, state)
+        memory, decision = self.options.criterion.look(live.memory, state)
         live = _freeze(live, decision, statistics)
         full = ~live.open.any(1)
         ended = decision.halt | full | (live.step == budget - 1)
@@ -197,26 +280,28 @@ class Run(Loop[DiffusionRows]):
 
     def _move(self, carried: Stepped) -> DiffusionRows:
         live, x0 = carried.live, carried.x0
-        guidance, condition, draws = self.sampler.guidance, live.condition, self._draws(live)
+        guidance, condition, draws = self.sampling.guidance, live.condition, self._draws(live)
 
         def estimate(z: Tensor, t: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
             asked = live if rows is None else take(live, rows)
             prediction, driving = guidance.predict(self.denoiser, z, t, asked.condition, self._draws(asked))
             return self._held(asked, driving), self._held(asked, prediction.x0)
 
-        moved = self.sampler.solver.advance(estimate, live.z, x0, self.grid[live.step], self.grid[live.step + 1], draws)
+        moved = self.sampling.solver.advance(
+            estimate, live.z, x0, self.grid[live.step], self.grid[live.step + 1], draws
+        )
         if moved.x0 is not None:
             condition = condition._replace(x0=moved.x0)
         nfe = live.nfe + moved.evaluations * guidance.calls
         return live._replace(z=moved.z, step=live.step + 1, nfe=nfe, condition=condition)
 
     def _draws(self, live: DiffusionRows) -> StepNoise:
-        return StepNoise(self.sampler.seed, live.row, live.before + live.step)
+        return StepNoise(self.options.seed, live.row, live.before + live.step)
 
     def _held(self, live: DiffusionRows, x0: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """`x0` with the embedding of its token at each frozen position, so that the state there follows the level; the
         same at given positions for a network that takes them for noisy ones."""
-        held = live.condition.target & ~live.open if self.sampler.criterion.freezes else None
+        held = live.condition.target & ~live.open if self.options.criterion.freezes else None
         if not self.denoiser.sees_given:
             given = ~live.condition.target & ~live.later
             held = given if held is None else held | given

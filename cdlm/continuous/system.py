@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.embedding import Embedding, OutputPrior
-from cdlm.continuous.grids import Grid, Warped
 from cdlm.continuous.inputs import ConcatenatedInput, NetworkInput
 from cdlm.continuous.objectives import Batch, CrossEntropy, Objective
-from cdlm.continuous.projections import Expectation, Projection
+from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.schedules import Schedule
-from cdlm.continuous.solvers import Euler, Solver
 from cdlm.core.trees import join, take
 from cdlm.core.types import Condition, Prediction
 from cdlm.models.system import Loss, Special, System, SystemConfig
@@ -41,6 +39,7 @@ class EmbeddingDiffusion(System, Denoiser):
             instead of at t_max.
         block: positions that are generated at a time, each block after those before it and blind for what follows;
             None generates all at once.
+        sampling: how its paper samples it; by default `Diffusion` in such blocks.
         config: plain values that rebuild the system; saved beside the weights.
     """
 
@@ -57,6 +56,7 @@ class EmbeddingDiffusion(System, Denoiser):
         guidance_dropout: float = 0.1,
         unit_prior: bool = False,
         block: int | None = None,
+        sampling: Diffusion | None = None,
         config: Mapping[str, Any],
     ):
         super().__init__()
@@ -68,7 +68,12 @@ class EmbeddingDiffusion(System, Denoiser):
         )  # fmt: skip
         self.unit_prior, self.block = unit_prior, block
         self.config = dict(config)
+        self._defaults = Diffusion(block=block) if sampling is None else sampling
         self.rho, self.dim, self.sees_given = embedding.rho, embedding.dim, self.network_input.sees_given
+
+    @property
+    def defaults(self) -> Diffusion:
+        return self._defaults
 
     @property
     def prior_std(self) -> float:
@@ -168,23 +173,13 @@ def _without_future(condition: Condition) -> Condition:
 
 
 @dataclass(frozen=True)
-class Usual:
-    """How a system is sampled unless said otherwise."""
-
-    solver: Solver = field(default_factory=Euler)
-    grid: Grid = field(default_factory=Warped)
-    projection: Projection = field(default_factory=Expectation)
-    block: int | None = None
-
-
-@dataclass(frozen=True)
 class ContinuousConfig(SystemConfig):
     """Settings of a system in embedding space."""
 
     @property
-    def usual(self) -> Usual:
-        """Its published sampler."""
-        return Usual()
+    def sampling(self) -> Diffusion:
+        """The sampler of its paper."""
+        return Diffusion()
 
     @abstractmethod
     def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion: ...

@@ -1,50 +1,90 @@
-"""The same work on several processes, with Lightning Fabric: each takes every N-th item."""
+"""The same work on several processes: each opens what it needs once, then serves many calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Generic, TypeVar
+
+import torch
 
 from cdlm.core.errors import CdlmError
 
+M = TypeVar("M")
+S = TypeVar("S")
 T = TypeVar("T")
 
 
-def spread(work: Callable[[int, int, str], T], devices: int, device: str = "cpu") -> list[T]:
-    """Results of `work(rank, world, device)` from `devices` processes, in the order of the ranks.
+class Workers(Generic[M]):
+    """This process and `devices` - 1 others, one for each device.
 
-    One device runs here, without Fabric. `work` and its results travel between processes: functions of a module, or
-    partial calls of them, with plain data.
+    Everything that travels between processes must be picklable: functions of a module, or partial calls of them, with
+    plain data. Close the workers, or use them in a `with` statement.
 
     Args:
+        open_: gives what the work needs on a device, such as a loaded model; each further process calls it once.
+        devices: number of processes, >= 1.
         device: "cpu", or "cuda" for one GPU per process.
     """
-    if devices < 1:
-        raise CdlmError(f"devices is a number of processes and must be >= 1, got {devices}")
-    if devices == 1:
-        return [work(0, 1, device)]
-    from lightning.fabric import Fabric
 
-    if ":" in device:
-        raise CdlmError(f"several devices need a kind of device, got {device!r}: say {device.split(':')[0]!r}")
-    fabric = Fabric(accelerator="gpu" if device == "cuda" else device, devices=devices, strategy="ddp_spawn")
-    launch: Callable[..., Any] = fabric.launch  # its own type forgets the arguments of the function
-    return launch(_collect, work, device).results
+    def __init__(self, open_: Callable[[str], M], devices: int, device: str = "cpu"):
+        if devices < 1:
+            raise CdlmError(f"devices is a number of processes and must be >= 1, got {devices}")
+        if devices > 1 and ":" in device:
+            raise CdlmError(f"several devices need a kind of device, got {device!r}: say {device.split(':')[0]!r}")
+        context = multiprocessing.get_context("spawn")
+        self.threads = max(1, torch.get_num_threads() // devices) if device == "cpu" else None
+        self._open = open_
+        self._places = [f"{device}:{rank}" if device == "cuda" else device for rank in range(1, devices)]
+        self._pools = [ProcessPoolExecutor(1, context) for _ in self._places]
+
+    def __len__(self) -> int:
+        return len(self._pools) + 1
+
+    def map(self, work: Callable[[M, S], T], here: M, shares: Sequence[S]) -> list[T]:
+        """`work(opened, share)` for each share, one a process at most, in the order of the shares; the first share is
+        done in this process with `here`.
+
+        Raises:
+            CdlmError: that of the work, whichever process it comes from.
+        """
+        calls = [
+            pool.submit(_serve, self._open, place, self.threads, work, share)
+            for pool, place, share in zip(self._pools, self._places, shares[1:], strict=False)
+        ]
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads if calls and self.threads else before)
+        try:
+            first = work(here, shares[0])
+        finally:
+            torch.set_num_threads(before)
+        return [first, *(call.result() for call in calls)]
+
+    def close(self) -> None:
+        """End the processes."""
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Workers[M]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-class _Parcel:
-    """Fabric walks through dataclasses on their way back and refuses frozen ones; other objects it lets pass."""
-
-    def __init__(self, results: list[Any]):
-        self.results = results
+_opened: dict[Any, Any] = {}
+"""In a further process: what it has opened. Nothing is kept here in the first one."""
 
 
-def _collect(fabric: Any, work: Callable[[int, int, str], T], device: str) -> Any:
-    import torch
+def _serve(open_: Callable[[str], Any], device: str, threads: int | None, work: Callable[[Any, S], T], share: S) -> T:
+    if "it" not in _opened:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        _opened["it"] = open_(device)
+    return work(_opened["it"], share)
 
-    here = f"{device}:{fabric.local_rank}" if device == "cuda" else device
-    threads = max(1, torch.get_num_threads() // (fabric.world_size if device == "cpu" else 1))
-    torch.set_num_threads(threads)
-    results: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(results, work(fabric.global_rank, fabric.world_size, here))
-    return _Parcel(results)
+
+def deal(items: Sequence[T], hands: int) -> list[Sequence[T]]:
+    """Every `hands`-th item for each of as many processes; fewer if there are fewer items."""
+    return [items[hand::hands] for hand in range(min(hands, len(items)))]

@@ -143,8 +143,11 @@ def keep(folder: Path, weights: str, entry: Calibration) -> None:
     write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
 
 
-def automatic(folder: Path, weights: str, settings: Mapping[str, Any]) -> str:
+def automatic(folder: Path, has_weights: Callable[[str], bool], settings: Mapping[str, Any]) -> str:
     """The rule that was calibrated for this model and sampler, as text.
+
+    Args:
+        has_weights: whether the model's weights are those that the file names.
 
     Raises:
         CdlmError: there is none, or it is of other weights.
@@ -152,7 +155,7 @@ def automatic(folder: Path, weights: str, settings: Mapping[str, Any]) -> str:
     if not (folder / FILE).exists():
         raise CdlmError(f'halt="auto" needs a {FILE} in {folder}: make one with cdlm calibrate')
     content = _read(folder)
-    if content["weights"] != weights:
+    if not has_weights(content["weights"]):
         raise CdlmError(f"{folder / FILE} was made for other weights than those beside it: run cdlm calibrate again")
     for item in content["calibrations"]:
         if item["settings"] == dict(settings):

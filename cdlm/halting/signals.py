@@ -241,17 +241,23 @@ SPATIAL = frozenset({"x0", "z", "score", "z_norm", "x0_norm", "score_cosine"})
 """Signals of a state in embedding space; models of tokens alone have the others."""
 
 
-def check_signals(names: Iterable[str], spatial: bool = True) -> frozenset[str]:
-    """The names as a set; an error for one that there is not, or not without a state in embedding space."""
-    known = [name for name in SIGNALS if spatial or name not in SPATIAL]
+def check_signals(names: Iterable[str], known: Iterable[str] = SIGNALS) -> frozenset[str]:
+    """The names as a set.
+
+    Args:
+        known: signals that a family of models has.
+
+    Raises:
+        CdlmError: a signal that there is not, or not in this family.
+    """
     unknown = sorted(set(names) - set(known))
     if unknown and unknown[0] in SPATIAL:
         raise CdlmError(
             f"{unknown[0]!r} is of a state in embedding space, and a masked model has none: use a rule that reads"
-            f" {', '.join(known)}"
+            f" {', '.join(sorted(known))}"
         )
     if unknown:
-        raise CdlmError(f"there is no signal {unknown[0]!r} here: use some of {', '.join(known)}")
+        raise CdlmError(f"there is no signal {unknown[0]!r} here: use some of {', '.join(sorted(known))}")
     return frozenset(names)
 
 

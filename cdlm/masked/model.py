@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.core.errors import CdlmError
+from cdlm.sampling.session import Model, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Cache = Any
 """Keys and values of whole rows: a nest of row-first tensors, so that rows can be dropped, added and reordered."""
@@ -42,12 +46,31 @@ class Constants:
                 raise CdlmError(f"{name} and mask_id are both {value}: the mask must be a token of its own")
 
 
-class MaskedModel(ABC):
+class MaskedModel(Model):
     """`tokens -> logits`, row by row: no row sees another. Decoding sees nothing else of a model."""
 
     constants: Constants
+    ends = True
+    whole_rows = False
+    batch_size = 4
     vocab: int | None = None
     """Tokens that it knows; None if that is not known before it is called."""
+
+    @property
+    def defaults(self) -> Sampling:
+        """One position a step: Dream's sampler where logits are shifted, else LLaDA's, at temperature 0."""
+        from cdlm.masked.policies import Dream, LLaDA
+        from cdlm.masked.sampler import Unmasking
+
+        return Unmasking(Dream() if self.constants.shift else LLaDA())
+
+    @property
+    def mask_id(self) -> int:  # type: ignore[override]
+        return self.constants.mask_id
+
+    @property
+    def end_id(self) -> int | None:
+        return self.constants.eos_id if self.ends else None
 
     @abstractmethod
     def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
@@ -64,8 +87,18 @@ LogitsFn = Callable[[Tensor, Tensor | None], Tensor]
 class Function(MaskedModel):
     """A masked model that is a plain function; its logits may be of any precision and are read as float32 or more."""
 
-    def __init__(self, logits_fn: LogitsFn, constants: Constants):
-        self.logits_fn, self.constants = logits_fn, constants
+    batch_size = 64
+
+    def __init__(
+        self, logits_fn: LogitsFn, constants: Constants, tokenizer: PreTrainedTokenizerFast | None = None,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        self.logits_fn, self.constants, self.tokenizer = logits_fn, constants, tokenizer
+        self._device = torch.device(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
         found = self.logits_fn(tokens, valid)
@@ -101,3 +134,20 @@ class CachedModel(MaskedModel):
             cache: from `fill`; what stands at the slots is overwritten.
             valid: of the whole rows.
         """
+
+
+def as_masked_model(model: LogitsFn | MaskedModel, constants: Constants | None) -> MaskedModel:
+    """A masked model, or a function from tokens to logits with its constants, as a masked model.
+
+    Raises:
+        CdlmError: it is neither, a function comes without constants, or a model with some.
+    """
+    if isinstance(model, MaskedModel):
+        if constants is not None:
+            raise CdlmError("the model knows its own constants: leave them out")
+        return model
+    if isinstance(model, Model) or not callable(model):
+        raise CdlmError(f"decode needs a masked model or a function of tokens, got a {type(model).__name__}")
+    if constants is None:
+        raise CdlmError("a model that is a function needs its constants: Constants(mask_id), the token of the mask")
+    return Function(model, constants)

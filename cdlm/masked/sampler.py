@@ -15,44 +15,65 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise
 from cdlm.core.trees import blank
 from cdlm.core.types import Decision, LoopStep, NewRows, StepState
-from cdlm.halting import Criterion, Never
-from cdlm.halting.signals import SPATIAL, Past, StepStatistics, check_signals, first_past, observe
+from cdlm.halting.signals import SIGNALS, SPATIAL, Past, StepStatistics, check_signals, first_past, observe
 from cdlm.masked.model import Cache, CachedModel, MaskedModel
 from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.policies.policy import Choice, Plan, Policy, View, enter, plan_of
 from cdlm.masked.published import Quirks
 from cdlm.recording.record import RECORDED
-from cdlm.sampling.loop import Loop
-from cdlm.sampling.requests import Request, stack_masks
+from cdlm.sampling.loop import Loop, RunOptions
+from cdlm.sampling.requests import Request, canvases, encode_prompt, stack_masks
+from cdlm.sampling.requests import requests as row_requests
+from cdlm.sampling.session import Model, Sampling
 
-REPLAYED = frozenset(RECORDED) - SPATIAL
-"""What a record that is to be replayed is made of."""
+
+def parse_policy(text):
+    from cdlm import config
+
+    return config.policy(text)
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """Everything that fixes a decoding run except the model, the requests and the batch size.
+class UnmaskingSettings:
+    """How a masked model is sampled, as plain values; what is not given is as in the model's paper.
+
+    Args:
+        policy: LLaDA(64, block=32), Dream(64), DreamThreshold(64, 0.9), Threshold(0.9, block=32), Factor(1.0), KLASS()
+            or EntropyBound(0.01).
+        temperature: of the proposals; 0 takes the likeliest token.
+        cfg_scale: classifier-free guidance; 0 is off, others double the calls.
+        cache: keep keys and values while a block is decoded (of LLaDA and Dream).
+    """
+
+    policy: str | Policy | None = None
+    temperature: float | None = None
+    cfg_scale: float | None = None
+    cache: Literal["prefix", "dual"] | None = None
+
+
+@dataclass(frozen=True)
+class Unmasking(Sampling):
+    """How a masked model is sampled.
 
     Args:
         policy: which positions to commit at a step.
-        criterion: when a row is done before the policy is.
         temperature: of the proposals, >= 0; 0 takes the likeliest token.
         cfg_scale: classifier-free guidance, logits = free + (cfg_scale + 1) (given - free), where the free call does
             not see what was given; 0 is off, others cost a second call a step.
         cache: "prefix" recomputes a block and what follows it, "dual" the block alone, against the keys and values of a
             whole call when the block was entered; criteria then look at those whole calls alone.
-        seed: of the run, >= 0.
-        record: names of signals to compute at every step, for the loop's consumers.
         quirks: see there.
     """
 
+    family = "masked"
+    flat = UnmaskingSettings
+    signals = frozenset(SIGNALS) - SPATIAL
+    recorded = frozenset({"tokens", *RECORDED}) - SPATIAL
+
     policy: Policy = field(default_factory=LLaDA)
-    criterion: Criterion = field(default_factory=Never)
     temperature: float = 0.0
     cfg_scale: float = 0.0
     cache: Literal["prefix", "dual"] | None = None
-    seed: int = 0
-    record: frozenset[str] = frozenset()
     quirks: Quirks = field(default_factory=Quirks)
 
     def __post_init__(self) -> None:
@@ -60,9 +81,6 @@ class Decoder:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise CdlmError(f"{name} must be a number >= 0, got {value}: 0 switches it off")
-        if self.seed < 0:
-            raise CdlmError(f"a seed is a whole number >= 0, got {self.seed}")
-        check_signals(self.record | self.criterion.needs, spatial=False)
         if self.cache is not None:
             self._check_cache()
 
@@ -73,12 +91,9 @@ class Decoder:
             raise CdlmError(f"{self.policy!r} reads whole rows at every step: decode without a cache")
         if self.cfg_scale > 0:
             raise CdlmError("guidance needs two calls of whole rows a step: leave out the cache, or cfg_scale")
-        if self.record:
-            raise CdlmError("a record needs the logits of whole rows at every step: leave out the cache")
 
     @property
-    def settings(self) -> dict[str, int | float | str]:
-        """What fixes the run besides seed and rule: two runs with equal settings walk the same steps."""
+    def settings(self) -> dict[str, Any]:
         return {
             "policy": repr(self.policy),
             "temperature": float(self.temperature),
@@ -87,34 +102,55 @@ class Decoder:
             **({} if self.quirks == Quirks() else {"quirks": repr(self.quirks)}),
         }
 
-    def steps(self, request: Request) -> int:
-        """Most steps of a request."""
+    def with_flat(self, **settings: Any) -> Unmasking:
+        given = {name: value for name, value in settings.items() if value is not None}
+        steps = given.pop("steps", None)
+        if "policy" in given:
+            if steps is not None:
+                raise CdlmError(f"a policy has its own steps: write them in {given['policy']}, or leave out the policy")
+            given["policy"] = parse_policy(given["policy"])
+        changed = replace(self, **given)
+        return changed if steps is None else changed.with_steps(steps)
+
+    def with_steps(self, steps: int) -> Unmasking:
+        if not self._has_steps:
+            raise CdlmError(f"{self.policy!r} has no number of steps: of the policies, LLaDA and Dream have one")
+        return replace(self, policy=replace(self.policy, **{"steps": steps}))
+
+    @property
+    def _has_steps(self) -> bool:
+        return any(field.name == "steps" for field in fields(self.policy))
+
+    def steps_of(self, request: Request) -> int:
         open_ = int((~request.given).sum())
         size = self.policy.size or open_
         return int(self.policy.budget(torch.tensor([open_]), torch.tensor([-(-open_ // size)])))
 
-    def fewer(self, wanted: Sequence[int], request: Request) -> list[int]:
-        """Numbers of steps near those wanted that the request can be decoded with; none if the policy has no number."""
-        if not any(field.name == "steps" for field in fields(self.policy)):
+    def fewer_steps(self, wanted: Sequence[int], request: Request) -> list[int]:
+        if not self._has_steps:
             return []
         open_ = int((~request.given).sum())
         blocks = max(1, -(-open_ // (self.policy.size or open_)))
         return sorted({max(blocks, steps // blocks * blocks) for steps in wanted})
 
-    def with_steps(self, steps: int) -> Decoder:
-        """The same with so many steps.
+    def length_of(self, requests: Sequence[Request]) -> int:
+        return max(int((~request.given).sum()) for request in requests)
 
-        Raises:
-            CdlmError: the policy has no number of steps.
-        """
-        if not any(field.name == "steps" for field in fields(self.policy)):
-            raise CdlmError(f"{self.policy!r} has no number of steps: of the policies, LLaDA and Dream have one")
-        return replace(self, policy=replace(self.policy, **{"steps": steps}))
+    def requests(
+        self, model: Model, prompts: list[str] | None, n: int, length: int | None, new_tokens: int | None, chat: bool
+    ) -> list[Request]:
+        tokenizer = None if prompts is None else model.need_tokenizer()
+        if model.whole_rows and new_tokens is None and not chat:
+            return row_requests(prompts, n, model.length if length is None else length, tokenizer)
+        if length is not None or new_tokens is None:
+            raise CdlmError("new_tokens is the number of positions after each prompt: give it, and no length beside it")
+        texts = [""] if prompts is None else prompts
+        tokenizer = model.need_tokenizer()
+        made = canvases([encode_prompt(tokenizer, text, chat) for text in texts], new_tokens, n)
+        return [replace(request, prompt=texts[i // n]) for i, request in enumerate(made)]
 
-    @property
-    def asked(self) -> frozenset[str]:
-        """Signals of a step that the criterion or a consumer reads, or whose past the policy needs."""
-        return self.record | self.criterion.needs | (self.policy.needs & {"mean_kl"})
+    def loop(self, model: Any, options: RunOptions, batch_size: int) -> UnmaskingLoop:
+        return UnmaskingLoop(model, self, options, batch_size, model.device)
 
     @property
     def calls(self) -> int:
@@ -152,36 +188,39 @@ class Seen(NamedTuple):
     cache: Cache
 
 
-class Decoding(Loop[UnmaskingRows]):
-    """One run of a decoder on a masked model.
+class UnmaskingLoop(Loop[UnmaskingRows]):
+    """One run of a masked model.
 
     Row i is the same in any batch, order or batch size (bit for bit where the model's arithmetic is), and until it
     halts a row is what it is without a rule. No step writes over a token that is decided, nor over what was given.
 
     Args:
-        draws: source of randomness; by default that of the decoder's seed.
-        ends: whether a text ends at its first end-of-text token; in packed text that token is only a line break.
+        noise: source of randomness; by default that of the run's seed.
     """
 
     def __init__(
-        self, model: MaskedModel, decoder: Decoder, batch_size: int, device: torch.device | str = "cpu",
-        draws: PositionNoise | None = None, ends: bool = True,
+        self, model: MaskedModel, sampling: Unmasking, options: RunOptions, batch_size: int,
+        device: torch.device | str = "cpu", noise: PositionNoise | None = None,
     ):  # fmt: skip
-        super().__init__(batch_size, device)
-        if decoder.cache is not None and not isinstance(model, CachedModel):
+        super().__init__(options, batch_size, device)
+        check_signals(options.needs, sampling.signals)
+        if sampling.cache is not None and not isinstance(model, CachedModel):
             raise CdlmError(f"{type(model).__name__} keeps no keys and values: decode without a cache")
-        self.model, self.decoder, self.ends = model, decoder, ends
-        self.draws = PositionNoise(decoder.seed) if draws is None else draws
-        mask = () if decoder.quirks.propose_mask else (model.constants.mask_id,)
-        self.suppressed = (*mask, *decoder.policy.suppressed(model.constants))
+        if sampling.cache is not None and options.record:
+            raise CdlmError("a record needs the logits of whole rows at every step: leave out the cache")
+        self.model, self.sampling = model, sampling
+        self.noise = PositionNoise(options.seed) if noise is None else noise
+        self.needs = options.needs | (sampling.policy.needs & {"mean_kl"})
+        """Signals of a step: those asked for, and those whose past the policy needs."""
+        mask = () if sampling.quirks.propose_mask else (model.constants.mask_id,)
+        self.suppressed = (*mask, *sampling.policy.suppressed(model.constants))
 
     def budget(self, requests: Sequence[Request]) -> int:
-        """Most steps that any of the requests may take."""
         return max(int(self.admit([request], None).budget) for request in requests)
 
     @torch.no_grad()
     def admit(self, requests: list[Request], beside: UnmaskingRows | None) -> UnmaskingRows:
-        decoder = self.decoder
+        sampling = self.sampling
         tokens, given, valid = self._canvas(requests)
         real = torch.ones_like(given) if valid is None else valid
         place = torch.arange(tokens.shape[1], device=self.device)
@@ -189,18 +228,18 @@ class Decoding(Loop[UnmaskingRows]):
         start = torch.where(begin < 0, (~given).long().argmax(1), begin)
         end = torch.where(real, place + 1, 0).amax(1)
         for length in sorted(set((end - start).tolist())):
-            decoder.policy.check(length, self.model.constants)
-        plan = plan_of(decoder.policy, ~given, start, end, tokens)
-        plan = enter(decoder.policy, plan, ~given, decoder.criterion.waits)
-        if decoder.criterion.waits and decoder.record >= REPLAYED:
+            sampling.policy.check(length, self.model.constants)
+        plan = plan_of(sampling.policy, ~given, start, end, tokens)
+        plan = enter(sampling.policy, plan, ~given, self.options.criterion.waits)
+        if self.options.criterion.waits and self.options.record >= sampling.recorded:
             self._check_replay(plan, ~given)
-        budget = decoder.policy.budget((~given).sum(1), plan.last + 1)
-        if decoder.quirks.extra_call and decoder.policy.schedule(plan) is None:
+        budget = sampling.policy.budget((~given).sum(1), plan.last + 1)
+        if sampling.quirks.extra_call and sampling.policy.schedule(plan) is None:
             budget = budget + plan.last + 1
         index = torch.tensor([request.index for request in requests], device=self.device)
         zero, fresh = torch.zeros_like(index), torch.ones_like(index, dtype=torch.bool)
-        past = first_past(decoder.asked, tokens[..., None].float(), None if beside is None else beside.past)
-        memory = decoder.criterion.start(NewRows(~given, budget, real))
+        past = first_past(self.needs, tokens[..., None].float(), None if beside is None else beside.past)
+        memory = self.options.criterion.start(NewRows(~given, budget, real))
         cache = None if beside is None else blank(beside.cache, len(index))
         return UnmaskingRows(index, zero, budget, zero, zero, tokens, given, valid, plan, past, memory, fresh, cache)
 
@@ -222,19 +261,19 @@ class Decoding(Loop[UnmaskingRows]):
 
     def _check_replay(self, plan: Plan, open_: Bool[Tensor, "b n"]) -> None:
         """Raise if rows idle inside their blocks, which every rule but Never passes over: replay could not tell."""
-        steps = self.decoder.policy.schedule(plan)
+        steps = self.sampling.policy.schedule(plan)
         if steps is None:
             return
         for block in range(int(plan.last.max())):
             masks = (open_ & (plan.block_of == block)).sum(1)
             if bool(((masks < steps) & (plan.last > block)).any()):
                 raise CdlmError(
-                    f"{self.decoder.policy!r} takes more steps for a block than it has masks, and idle steps cannot be"
+                    f"{self.sampling.policy!r} takes more steps for a block than it has masks, and idle steps cannot be"
                     " replayed: record with the rule Full(), or take fewer steps"
                 )
 
     def choose(self, live: UnmaskingRows) -> Int[Tensor, " k"] | None:
-        if self.decoder.cache is None:
+        if self.sampling.cache is None:
             return None
         # Rows whose calls have the same shape go together, the largest such group first. Of the others, those whose
         # block begins their row are apart: nothing stands before it.
@@ -245,49 +284,49 @@ class Decoding(Loop[UnmaskingRows]):
 
     @torch.no_grad()
     def step(self, live: UnmaskingRows) -> tuple[LoopStep, UnmaskingRows]:
-        decoder, whole = self.decoder, bool(live.fresh.all())
+        sampling, whole = self.sampling, bool(live.fresh.all())
         seen = self._whole(live) if whole else self._part(live)
         masked = live.tokens == self.model.constants.mask_id
         statistics = self._glance(live, seen, masked, whole)
         share = masked.sum(1).double() / (~live.given).sum(1)
-        live = live._replace(nfe=live.nfe + decoder.calls, cache=seen.cache)
+        live = live._replace(nfe=live.nfe + sampling.calls, cache=seen.cache)
         decision, signals = Decision(torch.zeros_like(live.fresh)), {}
         if whole:
-            signals, past = observe(decoder.asked, statistics)
+            signals, past = observe(self.needs, statistics)
             live = live._replace(past=past)
         state = StepState(live.row, live.step, live.budget, share, live.nfe, masked, signals)
         if whole:
-            memory, decision = decoder.criterion.look(live.memory, state)
+            memory, decision = self.options.criterion.look(live.memory, state)
             live = live._replace(memory=memory)
         choice = self._propose(live, seen, statistics, whole)
         live = self._write(live, seen, statistics, decision, choice)
         return self._finish(live, state, decision)
 
     def advance(self, carried: UnmaskingRows) -> UnmaskingRows:
-        decoder, plan = self.decoder, carried.plan
+        sampling, plan = self.sampling, carried.plan
         open_ = carried.tokens == self.model.constants.mask_id
-        moved = enter(decoder.policy, plan, open_, decoder.criterion.waits)
-        if decoder.quirks.extra_call:
+        moved = enter(sampling.policy, plan, open_, self.options.criterion.waits)
+        if sampling.quirks.extra_call:
             moved = _where(plan.inner >= 2, moved, plan)
         # Holes in the prompt lie outside every block, so that only whole calls see them.
         holes = (open_ & (plan.block_of < 0)).any(1)
-        fresh = torch.ones_like(carried.fresh) if decoder.cache is None else (moved.block != plan.block) | holes
+        fresh = torch.ones_like(carried.fresh) if sampling.cache is None else (moved.block != plan.block) | holes
         return carried._replace(plan=moved, fresh=fresh, step=carried.step + 1)
 
     def _whole(self, live: UnmaskingRows) -> Seen:
         """A call of whole rows."""
         tokens, cache = live.tokens, live.cache
-        if self.decoder.cache is not None:
+        if self.sampling.cache is not None:
             assert isinstance(self.model, CachedModel)
             logits, cache = self.model.fill(tokens, live.valid)
-        elif self.decoder.cfg_scale > 0:
+        elif self.sampling.cfg_scale > 0:
             free = tokens.masked_fill(live.given, self.model.constants.mask_id)
             valid = None if live.valid is None else torch.cat([live.valid, live.valid])
             both = torch.cat([tokens, free])
             logits = self.model.logits(both, valid)
             self._check(logits, both)
-            told, free = logits.chunk(2)
-            logits = free + (self.decoder.cfg_scale + 1) * (told - free)
+            conditional, free = logits.chunk(2)
+            logits = free + (self.sampling.cfg_scale + 1) * (conditional - free)
         else:
             logits = self.model.logits(tokens, live.valid)
         self._check(logits, tokens)
@@ -303,7 +342,7 @@ class Decoding(Loop[UnmaskingRows]):
         at = start[:, None] + torch.arange(int((end - start)[0]), device=self.device)
         if not self.model.constants.shift:
             logits = self.model.partial(live.tokens.gather(1, at), at, live.cache, live.valid)
-        elif self.decoder.quirks.first_from_full or bool((start == 0).any()):
+        elif self.sampling.quirks.first_from_full or bool((start == 0).any()):
             logits = self.model.partial(live.tokens.gather(1, at), at, live.cache, live.valid)
             logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
         else:  # the position before the block is what predicts its first one
@@ -316,7 +355,7 @@ class Decoding(Loop[UnmaskingRows]):
         return before.sum(1)
 
     def _block_end(self, live: UnmaskingRows) -> Int[Tensor, " b"]:
-        if self.decoder.cache == "prefix":
+        if self.sampling.cache == "prefix":
             return torch.full_like(live.row, live.tokens.shape[1])
         return (live.plan.block_of <= live.plan.block[:, None]).sum(1)
 
@@ -337,7 +376,7 @@ class Decoding(Loop[UnmaskingRows]):
     def _glance(self, live: UnmaskingRows, seen: Seen, masked: Bool[Tensor, "b n"], whole: bool) -> StepStatistics:
         open_ = masked.gather(1, seen.at)
         target = ~live.given.gather(1, seen.at)
-        needs = self.decoder.policy.needs | (self.decoder.asked if whole else frozenset())
+        needs = self.sampling.policy.needs | (self.needs if whole else frozenset())
         past = live.past if whole else Past(None, None, None)
         statistics = StepStatistics(seen.logits, open_, target, live.step == 0, past, needs)
         if bool((statistics.peaks.isnan().any(-1) & open_).any()):
@@ -346,22 +385,22 @@ class Decoding(Loop[UnmaskingRows]):
 
     def _propose(self, live: UnmaskingRows, seen: Seen, statistics: StepStatistics, whole: bool) -> Choice:
         block_of = live.plan.block_of.gather(1, seen.at)
-        if whole and self.decoder.cache is not None and self.decoder.quirks.first_from_full:
+        if whole and self.sampling.cache is not None and self.sampling.quirks.first_from_full:
             return Choice(seen.at == self._block_start(live)[:, None], statistics.tokens, live.plan.own)
         candidates = statistics.open & (block_of <= live.plan.block[:, None])
-        decoder, steps = self.decoder, self.decoder.policy.schedule(live.plan)
+        sampling, steps = self.sampling, self.sampling.policy.schedule(live.plan)
         # Of a schedule the clock is its own, so that steps that are skipped change nothing that is drawn.
         clock = live.step if steps is None else live.plan.block * steps + live.plan.inner
         view = View(
-            statistics, candidates, live.row, clock, live.plan, decoder.temperature, self.model.constants, self.draws
+            statistics, candidates, live.row, clock, live.plan, sampling.temperature, self.model.constants, self.noise
         )
-        return decoder.policy.choose(view)
+        return sampling.policy.choose(view)
 
     def _write(
         self, live: UnmaskingRows, seen: Seen, statistics: StepStatistics, decision: Decision, choice: Choice
     ) -> UnmaskingRows:
         """Commit what the policy chose and the criterion froze; fill rows that halt, and those at their last step."""
-        quirks, mask_id = self.decoder.quirks, self.model.constants.mask_id
+        quirks, mask_id = self.sampling.quirks, self.model.constants.mask_id
         value = torch.where(choice.commit, choice.tokens, live.tokens.gather(1, seen.at))
         if decision.freeze is not None:
             value = torch.where(decision.freeze & statistics.open, statistics.tokens, value)
@@ -376,20 +415,22 @@ class Decoding(Loop[UnmaskingRows]):
 
     def _settled(self, live: UnmaskingRows, tokens: Int[Tensor, "b n"]) -> Int[Tensor, " b"]:
         place = torch.arange(tokens.shape[1], device=tokens.device)
-        eos = self.model.constants.eos_id
+        eos = self.model.end_id
         real = live.given if live.valid is None else live.given & live.valid
-        told = torch.where(real, place, -1).amax(1, keepdim=True)  # what is given after a hole belongs to the text
-        found = (tokens == eos) & (place > told) if self.ends and eos is not None else torch.zeros_like(real)
+        given_last = torch.where(real, place, -1).amax(
+            1, keepdim=True
+        )  # what is given after a hole belongs to the text
+        found = (tokens == eos) & (place > given_last) if eos is not None else torch.zeros_like(real)
         end = torch.where(found, place, tokens.shape[1]).amin(1, keepdim=True)
         ready = ~((tokens == self.model.constants.mask_id) & (place < end)).any(1)
         return torch.where(ready & (live.settled == 0), live.nfe, live.settled)
 
     def _finish(self, live: UnmaskingRows, state: StepState, decision: Decision) -> tuple[LoopStep, UnmaskingRows]:
-        decoder = self.decoder
+        sampling = self.sampling
         full = ~(live.tokens == self.model.constants.mask_id).any(1)
-        if decoder.criterion.waits and decoder.policy.schedule(live.plan) is not None:
+        if self.options.criterion.waits and sampling.policy.schedule(live.plan) is not None:
             full = full & False  # it takes all steps of its schedule
-        if decoder.quirks.extra_call:
+        if sampling.quirks.extra_call:
             full = full & (live.plan.inner >= 2)
         done = decision.halt | full | (live.step == live.budget - 1)
         finished = LoopStep(

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from cdlm.core.errors import CdlmError
 from cdlm.masked.model import Constants, MaskedModel
+from cdlm.masked.policies.llada import LLaDA
+from cdlm.masked.sampler import Unmasking
 from cdlm.models.system import Loss, Special, System, SystemConfig, row_cross_entropy, stratified
 from cdlm.models.transformer import Transformer
 
@@ -26,12 +28,20 @@ class MaskedDiffusion(System, MaskedModel):
     positions], which `weight="flat"` replaces in training by the mean over masked positions; evaluation is the bound.
     """
 
+    whole_rows = True
+    batch_size = 64
+
     def __init__(
         self, network: nn.Module, embedding: nn.Embedding, constants: Constants, *, flat: bool, config: dict[str, Any]
     ):
         super().__init__()
         self.network, self.embedding, self.constants, self.flat = network, embedding, constants, flat
         self.config, self.vocab = config, embedding.num_embeddings
+
+    @property
+    def defaults(self) -> Unmasking:
+        """Drawn at temperature 1, one position a step in random order: samples of what it was trained on."""
+        return Unmasking(LLaDA(remasking="random"), temperature=1.0)
 
     def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
         level = torch.zeros(len(tokens), device=tokens.device)

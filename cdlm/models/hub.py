@@ -10,13 +10,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import read_json, replacing, write_text
+from cdlm.sampling.session import Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,19 +28,31 @@ RENAMED = {"own_position": "output_prior", "own_position_warmup": "output_prior_
 """Settings, and first words of the names of tensors, in version 1."""
 
 
-class Pretrained(nn.Module):
+class Pretrained(nn.Module, Model):
     """A module that can be saved as a folder and shared on the Hub.
 
     `config` holds the plain values that rebuild it, `length` the positions it was trained on, `tokenizer` its tokens.
     """
 
     config: dict[str, Any]
-    length: int = 0
-    ends: bool = False
-    """Whether a text ends at its first end-of-text token, as in a model of whole documents."""
-    tokenizer: PreTrainedTokenizerFast | None = None
-    folder: Path | None = None
-    """Where it was loaded from."""
+    precision: str = "fp32"
+    """Arithmetic of the network alone; everything around it is at least float32."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def end_id(self) -> int | None:
+        return self.tokenizer.eos_token_id if self.ends and self.tokenizer is not None else None
+
+    def need_fingerprint(self) -> str:
+        return self.fingerprint or fingerprint_of(self.state_dict())
+
+    def has_weights(self, fingerprint: str) -> bool:
+        if self.folder is not None and not fingerprint.startswith(TENSORS):  # written by an earlier version
+            return fingerprint == file_hash(self.folder / "model.safetensors")
+        return super().has_weights(fingerprint)
 
     def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
         """Write the folder, each file whole or not at all; other files in it stay.
@@ -80,18 +93,22 @@ class Pretrained(nn.Module):
 
 @dataclass(frozen=True)
 class Folder:
-    """What a model folder says, before anything is built from it."""
+    """What a model folder says, before anything is built from it. Each file is read once."""
 
     path: Path
     config: dict[str, Any]
     length: int
     ends: bool
     weights: Mapping[str, Tensor]
+    fingerprint: str
     tokenizer: PreTrainedTokenizerFast
 
 
-def read(name: str | Path) -> Folder:
-    """Read a local folder or a Hub repository.
+def read(path: Path, config: dict[str, Any] | None = None) -> Folder:
+    """Read a model folder.
+
+    Args:
+        config: the content of its config.json, where that was read before.
 
     Raises:
         CdlmError: there is no such model, it is not one of ours, or a file is broken.
@@ -99,8 +116,7 @@ def read(name: str | Path) -> Folder:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = locate(name)
-    config = read_config(path)
+    config = read_config(path) if config is None else checked_config(path, config)
     weights_file = path / "model.safetensors"
     if not weights_file.exists():
         raise CdlmError(f"{path} has no model.safetensors: training has not finished, or the copy is incomplete")
@@ -114,7 +130,9 @@ def read(name: str | Path) -> Folder:
     if isinstance(vocab, int) and vocab != len(tokenizer):
         raise CdlmError(f"{path} has weights of {vocab} tokens and a tokenizer of {len(tokenizer)}: copy both again")
     ends = bool(config.get("ends", False))
-    return Folder(path, config["model"], int(config["length"]), ends, renamed(weights), tokenizer)
+    return Folder(
+        path, config["model"], int(config["length"]), ends, renamed(weights), fingerprint_of(weights), tokenizer
+    )
 
 
 def load_weights(module: Pretrained, folder: Folder) -> None:
@@ -122,7 +140,7 @@ def load_weights(module: Pretrained, folder: Folder) -> None:
     same_tensors(folder.path / "model.safetensors", shapes(module.state_dict()), shapes(folder.weights))
     module.load_state_dict(dict(folder.weights))
     module.tokenizer, module.length, module.folder = folder.tokenizer, folder.length, folder.path
-    module.ends = folder.ends
+    module.ends, module.fingerprint = folder.ends, folder.fingerprint
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -168,6 +186,9 @@ def model_card(config: Mapping[str, Any], sections: Mapping[str, str] | None = N
     for heading, text in (sections or {}).items():
         lines += [f"## {heading}", "", text, ""]
     return "\n".join(lines)
+
+
+P = TypeVar("P", bound=Pretrained)
 
 
 def is_foreign(path: Path) -> bool:
@@ -216,8 +237,12 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         CdlmError: there is none, it is not one of ours, or it lacks a setting.
     """
+    return checked_config(path, read_json(path / "config.json", "a finished training run"))
+
+
+def checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The content of a config.json of ours, in the form of today."""
     file = path / "config.json"
-    config = read_json(file, "a finished training run")
     if config.get("cdlm_format") not in (1, FORMAT):
         raise CdlmError(f"{file} is not a model of this toolkit (cdlm_format {FORMAT}): train or convert one")
     if not isinstance(config.get("model"), dict) or not isinstance(config.get("length"), int):
@@ -243,10 +268,24 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
             write_text(folder / file.name, file.read_text(encoding="utf-8"))
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 of a model folder's weights."""
-    with (folder / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+TENSORS = "tensors:"
+"""How a fingerprint begins; those of earlier versions are the bare hash of the file."""
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of tensors: their names, types, shapes and values (SHA-256)."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return TENSORS + digest.hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -259,6 +298,15 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast.from_pretrained(path, clean_up_tokenization_spaces=False)
     except Exception as error:  # transformers and tokenizers each raise their own kinds
         raise CdlmError(f"the tokenizer of {path} cannot be read ({first_line(error)}); copy it again") from error
+
+
+def ready(system: P, device: str, precision: str | None) -> P:
+    """A system to sample from: on its device, in its precision, in evaluation mode."""
+    if precision not in (None, "fp32", "bf16"):
+        raise CdlmError(f"precision is fp32 or bf16, got {precision!r}")
+    system.precision = precision or "fp32"
+    to_device(system, device)
+    return system.eval()
 
 
 def to_device(module: nn.Module, device: str) -> torch.device:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -14,7 +15,34 @@ from torch import Tensor
 from cdlm.core.errors import CdlmError
 from cdlm.core.trees import join, take
 from cdlm.core.types import LoopStep
+from cdlm.halting import Criterion, Never
+from cdlm.halting.signals import check_signals
 from cdlm.sampling.requests import Request
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What fixes a run beside the model and how it is sampled.
+
+    Args:
+        criterion: when a row is done before its last step.
+        seed: of the run, >= 0.
+        record: names of signals to compute at every step, for what consumes the loop.
+    """
+
+    criterion: Criterion = field(default_factory=Never)
+    seed: int = 0
+    record: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise CdlmError(f"a seed is a whole number >= 0, got {self.seed}")
+        check_signals(self.needs)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals that every step computes."""
+        return self.record | self.criterion.needs
 
 
 @runtime_checkable
@@ -31,10 +59,14 @@ L = TypeVar("L", bound=HasRows)
 class Loop(ABC, Generic[L]):
     """One run, at most `batch_size` rows at a time; subclasses say what a step is."""
 
-    def __init__(self, batch_size: int, device: torch.device | str = "cpu"):
+    def __init__(self, options: RunOptions, batch_size: int, device: torch.device | str = "cpu"):
         if batch_size < 1:
             raise CdlmError(f"batch_size must be >= 1, got {batch_size}")
-        self.batch_size, self.device = batch_size, torch.device(device)
+        self.options, self.batch_size, self.device = options, batch_size, torch.device(device)
+
+    @abstractmethod
+    def budget(self, requests: Sequence[Request]) -> int:
+        """Most steps that any of the requests may take."""
 
     @abstractmethod
     def admit(self, requests: list[Request], beside: L | None) -> L:

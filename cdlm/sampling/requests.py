@@ -1,9 +1,10 @@
-"""Prompts: text whose holes are to be filled."""
+"""Requests: what is to be generated, and the prompts around it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,14 +16,29 @@ from cdlm.core.errors import CdlmError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-
-from dataclasses import dataclass
-
 _HOLE = re.compile(r"\[(\d+)\]")
 
 
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One sample to draw."""
+
+    index: int
+    """Its number: with the run's seed it fixes the sample's noise."""
+    tokens: Int[Tensor, " n"]
+    """Prompt tokens; ignored where not given."""
+    given: Bool[Tensor, " n"]
+    """True at prompt positions and padding; at least one position must be open."""
+    valid: Bool[Tensor, " n"] | None = None
+    """False on padding; None when no request of the run has any."""
+    start: int | None = None
+    """Where generation begins, from which blocks are counted; by default at the first open position."""
+    prompt: str | None = None
+    """The text that the tokens came from; None if there was none."""
+
+
 def requests(
-    prompts: list[str] | None, n: int, length: int, tokenizer: PreTrainedTokenizerFast, first: int = 0
+    prompts: list[str] | None, n: int, length: int, tokenizer: PreTrainedTokenizerFast | None, first: int = 0
 ) -> list[Request]:
     """`n` samples of each prompt (or of none), numbered from `first`; the samples of a prompt are neighbours.
 
@@ -36,13 +52,14 @@ def requests(
         raise CdlmError(f"length is the number of tokens of a sample and must be >= 1, got {length}")
     if prompts is not None and not prompts:
         raise CdlmError("there are no prompts: give one or more, or leave them out")
-    if prompts is None:
+    if prompts is None or tokenizer is None:
         rows = [(torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool))]
     else:
         rows = [_parse(prompt, length, tokenizer) for prompt in prompts]
     ragged = any(len(tokens) < length for tokens, _ in rows)
     padded = [_pad(tokens, given, length, ragged) for tokens, given in rows]
-    return [Request(first + i, *padded[i // n]) for i in range(n * len(padded))]
+    texts = [None] if prompts is None else prompts
+    return [Request(first + i, *padded[i // n], prompt=texts[i // n]) for i in range(n * len(padded))]
 
 
 def _fill(prompt: str, length: int, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[bool]]:
@@ -94,7 +111,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool = 
     """
     if not chat:
         tokens, given = _fill(prompt, 2**31, tokenizer)
-        return [token if told else None for token, told in zip(tokens, given, strict=True)]
+        return [token if fixed else None for token, fixed in zip(tokens, given, strict=True)]
     if not tokenizer.chat_template:
         raise CdlmError("the tokenizer has no chat template: leave out chat, and write the whole prompt")
     message = [{"role": "user", "content": prompt}]
@@ -121,10 +138,10 @@ def canvases(
         length: >= 0, and >= 1 unless every prompt has something to generate.
         constraints: tokens given in the generated part, by their place in it, such as a suffix "The answer is".
     """
-    told = _rows_of_tokens(prompts)
-    _check_canvases(told, length, n)
+    rows_of_tokens = _rows_of_tokens(prompts)
+    _check_canvases(rows_of_tokens, length, n)
     part = _constrained(length, constraints or {})
-    rows = [[*prompt, *part] for prompt in told]
+    rows = [[*prompt, *part] for prompt in rows_of_tokens]
     width = max(len(row) for row in rows)
     ragged = any(len(row) < width for row in rows)
     made = []
@@ -175,22 +192,6 @@ def _constrained(length: int, constraints: Mapping[int, int]) -> list[int | None
     for token in constraints.values():
         _check_token(token)
     return [constraints.get(place) for place in range(length)]
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One sample to draw."""
-
-    index: int
-    """Its number: with the run's seed it fixes the sample's noise."""
-    tokens: Int[Tensor, " n"]
-    """Prompt tokens; ignored where not given."""
-    given: Bool[Tensor, " n"]
-    """True at prompt positions and padding; at least one position must be open."""
-    valid: Bool[Tensor, " n"] | None = None
-    """False on padding; None when no request of the run has any."""
-    start: int | None = None
-    """Where generation begins, from which blocks are counted; by default at the first open position."""
 
 
 def stack_masks(masks: list[Tensor | None], device: torch.device) -> Tensor | None:

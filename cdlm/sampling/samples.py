@@ -1,31 +1,225 @@
-"""Consumers of the sampling loop: samples in the order of their requests, per-step records, progress."""
+"""What a run returns: samples in the order of their requests, with what each of them cost and what made them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import replacing, write_rows, write_text
 from cdlm.core.types import HaltReason, LoopStep
-from cdlm.halting.signals import SPATIAL
-from cdlm.recording.record import RECORDED, Record
+from cdlm.recording.record import Record
 from cdlm.recording.writer import Recorder
 from cdlm.sampling.requests import Request
+from cdlm.sampling.texts import given_spans, shown_of, texts_of
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from transformers import PreTrainedTokenizerFast
 
+Spans = list[tuple[int, int]]
+"""Characters [start, end) of a text."""
+SHOWN = 3
+"""Texts that the repr of samples shows."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-NEEDED = frozenset({"tokens", *RECORDED})
-"""Signals that the sampler of a recorded run computes."""
-NEEDED_MASKED = NEEDED - SPATIAL
-"""The same of a decoder."""
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a run."""
+
+    text: str
+    """Empty when there is no tokenizer."""
+    tokens: Int[np.ndarray, " k"]
+    """Tokens of the text: without padding, and without what follows its end."""
+    nfe: int
+    """Model calls spent on it."""
+    steps: int
+    reason: HaltReason
+    index: int
+    """With the seed of the run it fixes the sample's noise."""
+    seed: int
+    prompt: str | None
+    given: Spans
+    """Parts of the text that came from the prompt."""
+
+
+@dataclass(frozen=True, repr=False)
+class Samples:
+    """A finished run, in the order of the requests: a sequence of samples."""
+
+    tokens: Int[np.ndarray, "m n"]
+    """Whole rows, prompts and padding included."""
+    texts: list[str]
+    """Empty when there is no tokenizer."""
+    nfe: Int[np.ndarray, " m"]
+    """Model calls spent on each sample."""
+    steps: Int[np.ndarray, " m"]
+    """Steps that each sample took."""
+    budget: int
+    """Steps that a sample of this run takes at most."""
+    reason: list[HaltReason]
+    seed: int
+    index: Int[np.ndarray, " m"]
+    """Index of each sample: with the seed it fixes the sample's noise."""
+    given: Bool[np.ndarray, "m n"]
+    """True at prompt positions and padding."""
+    valid: Bool[np.ndarray, "m n"]
+    """False on padding, which a template shorter than the length leaves."""
+    shown: Bool[np.ndarray, "m n"]
+    """Positions that are text: no padding, and nothing from the end of a text on where texts have one."""
+    settled: Int[np.ndarray, " m"]
+    """Calls after which the text up to its first end-of-text token was decided: what was spent beyond, was spent after
+    the end. Of a continuous model all calls."""
+    spans: list[Spans] = field(default_factory=list)
+    """Characters of each text that came from its prompt."""
+    prompts: list[str | None] = field(default_factory=list)
+    """The prompt of each sample."""
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+    """Model, fingerprint of its weights, sampling, rule and version."""
+    record: Record | None = None
+    """Statistics of every step; None unless asked for."""
+
+    def __len__(self) -> int:
+        return len(self.nfe)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+    def __getitem__(self, index: int | slice) -> Sample | Samples:
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        i = range(len(self))[index]  # counts from the end as well, and raises IndexError
+        return Sample(
+            text=self.texts[i] if self.texts else "",
+            tokens=self.tokens[i][self.shown[i]],
+            nfe=int(self.nfe[i]),
+            steps=int(self.steps[i]),
+            reason=self.reason[i],
+            index=int(self.index[i]),
+            seed=self.seed,
+            prompt=self.prompts[i] if self.prompts else None,
+            given=self.spans[i] if self.spans else [],
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        head = f"{len(self)} samples, {self.nfe.mean():.1f} calls a sample of {self.budget} steps"
+        lines = [f"  {sample.nfe:4} calls  {_short(sample)}" for sample in self[:SHOWN]]
+        rest = [f"  ... and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
+        return "\n".join([head, *lines, *rest])
+
+    @property
+    def calls_after_end(self) -> Int[np.ndarray, " m"]:
+        """Calls that each sample spent when its text was already decided."""
+        return self.nfe - self.settled
+
+    def select(self, samples: Int[np.ndarray, " k"]) -> Samples:
+        """The samples at these places, in this order."""
+        values = {f.name: _picked(getattr(self, f.name), samples) for f in fields(self) if f.name in PER_SAMPLE}
+        return replace(self, **values, record=None if self.record is None else self.record.select(samples))
+
+    @staticmethod
+    def merge(parts: Sequence[Samples]) -> Samples:
+        """The samples of several processes as one run, in the order of their index."""
+        order = np.argsort(np.concatenate([part.index for part in parts]), kind="stable")
+        values = {name: _joined([getattr(part, name) for part in parts]) for name in PER_SAMPLE}
+        records = [part.record for part in parts if part.record is not None]
+        whole = replace(
+            parts[0], **values, budget=max(part.budget for part in parts),
+            record=Record.join(records) if records else None,
+        )  # fmt: skip
+        return whole.select(order)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain mapping a sample: its text, what it cost, and what made it."""
+        made_by = {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.made_by.items()}
+        return [
+            {
+                "text": sample.text, "tokens": sample.tokens.tolist(), "nfe": sample.nfe, "steps": sample.steps,
+                "budget": self.budget, "reason": sample.reason.name.lower(), "seed": sample.seed,
+                "index": sample.index, "prompt": sample.prompt, "given": [list(span) for span in sample.given],
+                **made_by,
+            }
+            for sample in self
+        ]  # fmt: skip
+
+    def to_pandas(self) -> DataFrame:
+        """The rows as a table of pandas."""
+        from pandas import DataFrame
+
+        return DataFrame(self.rows())
+
+    def save(self, path: str | Path) -> Path:
+        """Write the rows as .jsonl, .csv or .parquet, whole or not at all.
+
+        Raises:
+            CdlmError: another extension, or a place that cannot be written.
+        """
+        path = Path(path)
+        WRITERS[check_extension(path)](self.rows(), path)
+        return path
+
+
+PER_SAMPLE = (
+    "tokens", "texts", "nfe", "steps", "reason", "index", "given", "valid", "shown", "settled", "spans", "prompts",
+)  # fmt: skip
+"""Fields of samples with an entry for each."""
+
+
+def _picked(values: Any, samples: Int[np.ndarray, " k"]) -> Any:
+    return values[samples] if isinstance(values, np.ndarray) else [values[i] for i in samples] if values else values
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    return [item for part in parts for item in part]
+
+
+def _short(sample: Sample, width: int = 88) -> str:
+    text = " ".join(sample.text.split()) or " ".join(map(str, sample.tokens.tolist()))
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _write_jsonl(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    write_rows(path, [{k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows])
+
+
+def _write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with replacing(path) as temporary:
+        parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows]), temporary)
+
+
+WRITERS = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}
+"""How rows are written, by the extension of the file."""
+
+
+def check_extension(path: Path) -> str:
+    """The extension of a file to write samples to.
+
+    Raises:
+        CdlmError: no writer has it.
+    """
+    if path.suffix not in WRITERS:
+        raise CdlmError(f"samples are written as {', '.join(WRITERS)}, got {path.name!r}: give the file one of these")
+    return path.suffix
 
 
 def collect(
@@ -39,10 +233,11 @@ def collect(
     mask_id: int | None = None,
     eos_id: int | None = None,
 ) -> Samples:
-    """Run the loop to its end. `record` needs a sampler that computes the signals of `NEEDED`, as far as there are any.
+    """Run the loop to its end.
 
     Args:
         tokenizer: None leaves out the texts.
+        record: keep every step; the loop must compute the signals of a record.
         mask_id: of a masked model.
         eos_id: texts are cut at the first such token that was generated; None cuts none.
     """
@@ -51,11 +246,11 @@ def collect(
     tokens = torch.stack([request.tokens for request in requests])
     nfe, taken, settled = (np.zeros(count, np.int64) for _ in range(3))
     reasons = [HaltReason.BUDGET] * count
-    tape = Recorder(budget, tokens, mask_id) if record else None
+    recorder = Recorder(budget, tokens, mask_id) if record else None
     for step in steps:
         columns = np.array([place[row] for row in step.state.row.tolist()])
-        if tape is not None:
-            tape.write(step.state, columns, step.canvas)
+        if recorder is not None:
+            recorder.write(step.state, columns, step.canvas)
         leaving = step.done.nonzero().squeeze(1).tolist()
         for row, final in zip(leaving, step.tokens.cpu(), strict=True):
             i = columns[row]
@@ -83,106 +278,16 @@ def collect(
         valid=valid,
         shown=shown,
         settled=settled,
-        record=None if tape is None else tape.record(),
+        spans=[] if tokenizer is None else spans_of(tokenizer, tokens.numpy(), given, shown),
+        prompts=[request.prompt for request in requests],
+        record=None if recorder is None else recorder.record(),
     )
 
 
-def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    """Text of a packed row: the end-of-text token, which joins documents, is a line break."""
-    return str(tokenizer.decode(ids, skip_special_tokens=False)).replace(str(tokenizer.eos_token), "\n")
-
-
-def texts_of(
-    tokenizer: PreTrainedTokenizerFast, tokens: Int[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"]
-) -> list[str]:
-    """Text of each row without its padding."""
-    return [text_of(tokenizer, ids[real].tolist()) for ids, real in zip(tokens, valid, strict=True)]
-
-
-def shown_of(
-    tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"], eos_id: int | None
-) -> Bool[np.ndarray, "m n"]:
-    """Positions that are text: no padding, and nothing from the first generated `eos_id` on; None ends no text."""
-    if eos_id is None:
-        return valid
-    return valid & ~np.logical_or.accumulate(ends_of(tokens, given & valid, eos_id), 1)
-
-
-def ends_of(
-    tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], eos_id: int | None
-) -> Bool[np.ndarray, "m n"]:
-    """Where a text may end: at an `eos_id` after the last position that was given (padding apart)."""
-    after = ~np.logical_or.accumulate(given[:, ::-1], 1)[:, ::-1]
-    return (tokens == eos_id) & after
-
-
-def given_spans(
-    tokenizer: PreTrainedTokenizerFast, ids: list[int], given: Bool[np.ndarray, " n"]
-) -> list[tuple[int, int]]:
-    """Characters [start, end) of the decoded text that came from a prompt."""
-    edges = np.flatnonzero(np.diff(given.astype(np.int8), prepend=0, append=0))
-    at = [len(text_of(tokenizer, ids[:edge])) for edge in edges.tolist()]
-    return list(zip(at[::2], at[1::2], strict=True))
-
-
-COLUMNS = ("tokens", "nfe", "steps", "index", "given", "valid", "shown", "settled")
-"""Fields of samples that are arrays with a row for each."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A finished run, in the order of the requests."""
-
-    tokens: Int[np.ndarray, "m n"]
-    texts: list[str]
-    """Empty when there is no tokenizer."""
-    nfe: Int[np.ndarray, " m"]
-    """Denoiser calls spent on each sample."""
-    steps: Int[np.ndarray, " m"]
-    """Grid points visited by each sample."""
-    budget: int
-    """Grid points of the run."""
-    reason: list[HaltReason]
-    seed: int
-    index: Int[np.ndarray, " m"]
-    """Index of each sample: with the seed it fixes the sample's noise."""
-    given: Bool[np.ndarray, "m n"]
-    """True at prompt positions and padding."""
-    valid: Bool[np.ndarray, "m n"]
-    """False on padding, which a template shorter than the length leaves."""
-    shown: Bool[np.ndarray, "m n"]
-    """Positions that are text: no padding, and nothing from the end of a text on where texts have one."""
-    settled: Int[np.ndarray, " m"]
-    """Calls after which the text up to its first end-of-text token was decided: what was spent beyond, was spent after
-    the end. Of a continuous model all calls."""
-    record: Record | None = None
-    """Statistics of every step; None unless asked for."""
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def calls_after_end(self) -> Int[np.ndarray, " m"]:
-        """Calls that each sample spent when its text was already decided."""
-        return self.nfe - self.settled
-
-    @staticmethod
-    def merge(parts: Sequence[Samples]) -> Samples:
-        """The samples of several processes as one run, in the order of their index."""
-        order = np.argsort(np.concatenate([part.index for part in parts]), kind="stable")
-
-        def all_of(name: str) -> np.ndarray:
-            return np.concatenate([getattr(part, name) for part in parts])[order]
-
-        texts = [text for part in parts for text in part.texts]
-        reasons = [reason for part in parts for reason in part.reason]
-        records = [part.record for part in parts if part.record is not None]
-        record = Record.join(records).select(order) if records else None
-        return Samples(
-            **{name: all_of(name) for name in COLUMNS},
-            texts=[texts[i] for i in order] if texts else [],
-            reason=[reasons[i] for i in order],
-            seed=parts[0].seed,
-            budget=max(part.budget for part in parts),
-            record=record,
-        )
+def spans_of(
+    tokenizer: PreTrainedTokenizerFast, tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"],
+    shown: Bool[np.ndarray, "m n"],
+) -> list[Spans]:  # fmt: skip
+    """Characters of each text that came from its prompt."""
+    rows = zip(tokens, given, shown, strict=True)
+    return [given_spans(tokenizer, ids[text].tolist(), part[text]) for ids, part, text in rows]

@@ -55,5 +55,6 @@ class CDCD(ContinuousConfig):
             output_prior=OutputPrior() if self.output_prior else None,
             self_conditioning=self.self_conditioning,
             guidance_dropout=self.guidance_dropout,
+            sampling=self.sampling,
             config={"system": "cdcd", "vocab": vocab, **asdict(self)},
         )  # fmt: skip

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from cdlm.continuous.published.langflow import MLP_RATIO, DiT, LangFlowLayout, P
 from cdlm.continuous.schedules import Schedule, gamma_of, t_of_gamma
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
-from cdlm.models.hub import read_tokenizer
+from cdlm.models.hub import read_tokenizer, ready
 from cdlm.models.system import Special
 from cdlm.models.transformer import Transformer
 
@@ -149,6 +150,7 @@ class LangFlow(ContinuousConfig):
             self_conditioning=self.self_conditioning,
             guidance_dropout=self.guidance_dropout,
             unit_prior=True,
+            sampling=self.sampling,
             config={"system": "langflow", "vocab": vocab, **asdict(self)},
         )
 
@@ -157,6 +159,20 @@ class LangFlow(ContinuousConfig):
         if self.network == "released":
             return DiT(vocab, **sizes, dropout=self.dropout)
         return Transformer(3 * self.dim + 1, vocab, **sizes, mlp_ratio=self.mlp_ratio, gates=self.gates)
+
+
+def opens(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a released LangFlow model."""
+    return "cdlm_format" not in config and config.get("model_type") == "LangFlow"
+
+
+def open_folder(
+    folder: Path, config: Mapping[str, Any], *, device: str, precision: str | None, device_map: object
+) -> EmbeddingDiffusion:
+    """A released LangFlow model, on its device; see `open_langflow`."""
+    if device_map is not None:
+        raise CdlmError("device_map is for foreign masked models: give a device")
+    return ready(open_langflow(folder), device, precision)
 
 
 def open_langflow(folder: Path) -> EmbeddingDiffusion:

@@ -16,9 +16,10 @@ from cdlm.continuous.grids import Warped
 from cdlm.continuous.inputs import ConcatenatedInput, NetworkInput
 from cdlm.continuous.objectives import Variational
 from cdlm.continuous.published.plaid import BASE_WIDTH, ReleasedTransformer, SummedInput
+from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.schedules import Schedule, t_of_gamma
 from cdlm.continuous.solvers import Ancestral
-from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion, Usual
+from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
 from cdlm.models.system import Special
 from cdlm.models.transformer import Transformer
@@ -136,8 +137,8 @@ class Plaid(ContinuousConfig):
             raise CdlmError(f"base_width is of the released network, got {self.base_width}: leave it out")
 
     @property
-    def usual(self) -> Usual:
-        return Usual(Ancestral(), Warped())
+    def sampling(self) -> Diffusion:
+        return Diffusion(solver=Ancestral(), grid=Warped())
 
     def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion:
         embedding = TokenEmbedding(vocab, self.dim, init_std=0.25, rho=1.0)
@@ -151,6 +152,7 @@ class Plaid(ContinuousConfig):
             self_conditioning=self.self_conditioning,
             guidance_dropout=self.guidance_dropout,
             unit_prior=True,
+            sampling=self.sampling,
             config={"system": "plaid", "vocab": vocab, **asdict(self)},
         )  # fmt: skip
 

@@ -13,12 +13,14 @@ from torch.nn import functional as F
 
 from cdlm.continuous.embedding import Embedding
 from cdlm.continuous.grids import UpperEnds
+from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.inputs import NetworkInput
 from cdlm.continuous.objectives import CrossEntropy, Objective
 from cdlm.continuous.projections import MultiHot
+from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.schedules import Schedule, alpha_of
 from cdlm.continuous.solvers import Renoise
-from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion, Usual
+from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Condition
 from cdlm.models.system import Special
@@ -184,8 +186,9 @@ class SSD(ContinuousConfig):
             raise CdlmError(f"a block of {self.block} does not fit into {self.positions} positions: lower block")
 
     @property
-    def usual(self) -> Usual:
-        return Usual(Renoise(), UpperEnds(), MultiHot(self.top_p), self.block)
+    def sampling(self) -> Diffusion:
+        guidance = Guidance(projection=MultiHot(self.top_p))
+        return Diffusion(solver=Renoise(), grid=UpperEnds(), guidance=guidance, block=self.block)
 
     def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion:
         """A system; `start` is read here and not again when the trained system is loaded.
@@ -204,6 +207,7 @@ class SSD(ContinuousConfig):
             self_conditioning=0.0,
             guidance_dropout=0.0,
             block=self.block,
+            sampling=self.sampling,
             config={"system": "ssd", "vocab": vocab, **asdict(self), "start": None},
         )
 

@@ -19,7 +19,7 @@ from cdlm.masked.checkpoints.family import Family, Settings
 from cdlm.masked.checkpoints.folder import load_weights, read_settings, read_tokenizer
 from cdlm.masked.checkpoints.llada import LLADA
 from cdlm.masked.model import Cache, CachedModel, Constants
-from cdlm.models.hub import to_device
+from cdlm.models.hub import fingerprint_of, to_device
 from cdlm.models.system import Precision
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ class ForeignModel(CachedModel):
         self.skips_padding, self.tokenizer, self.folder = skips_padding, tokenizer, folder
         self.vocab = int(network.config.vocab_size)
         """Rows of the logits; the tokenizer may use fewer."""
+
+    def need_fingerprint(self) -> str:
+        return fingerprint_of(self.network.state_dict())
 
     @property
     def device(self) -> torch.device:
@@ -135,6 +138,19 @@ class SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def opens(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of another library's model."""
+    return "cdlm_format" not in config and "model_type" in config
+
+
+def open_folder(
+    folder: Path, config: Mapping[str, Any], *, device: str, precision: Precision | None,
+    device_map: str | Mapping[str, int | str] | None,
+) -> ForeignModel:  # fmt: skip
+    """A LLaDA or Dream checkpoint; see `open_checkpoint`."""
+    return open_checkpoint(folder, dtype=precision, device=device, device_map=device_map)
 
 
 def open_checkpoint(

@@ -1,0 +1,346 @@
+"""What is sampled from, how, and on which machine, for every family of models alike."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+
+from cdlm.core.errors import CdlmError
+from cdlm.core.parallel import Workers, deal
+from cdlm.core.types import LoopStep
+from cdlm.halting import Criterion
+from cdlm.halting.signals import check_signals
+from cdlm.sampling.loop import Loop, RunOptions
+from cdlm.sampling.progress import with_progress
+from cdlm.sampling.requests import Request
+from cdlm.sampling.samples import Samples, collect
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Model(ABC):
+    """A model that text is sampled from, of either family."""
+
+    length: int = 0
+    """Positions that it was trained on; of a foreign model its context."""
+    whole_rows: bool = True
+    """Whether samples fill rows of `length` positions; if not, a prompt is continued by as many tokens as are asked."""
+    ends: bool = False
+    """Whether a text ends at its first end-of-text token, as in a model of whole documents."""
+    tokenizer: PreTrainedTokenizerFast | None = None
+    folder: Path | None = None
+    """Where it was loaded from."""
+    fingerprint: str | None = None
+    """Of its weights, where it is known without more work; see `need_fingerprint`."""
+    batch_size: int = 64
+    """Rows in flight unless a run asks for another number."""
+    mask_id: int | None = None
+    """The mask, of a masked model."""
+    _sampling: Sampling | None = None
+
+    @property
+    @abstractmethod
+    def defaults(self) -> Sampling:
+        """How its paper samples it."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How it is sampled unless a call says otherwise: its paper's defaults, until another is assigned."""
+        return self._sampling or self.defaults
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        check_family(sampling, self)
+        self._sampling = sampling
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tokens go."""
+        return torch.device("cpu")
+
+    @property
+    def end_id(self) -> int | None:
+        """The token that ends a text; None if texts fill their rows."""
+        return None
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables and files."""
+        return type(self).__name__ if self.folder is None else self.folder.name
+
+    def need_fingerprint(self) -> str:
+        """A hash of its weights, which names them in recordings and calibrations.
+
+        Raises:
+            CdlmError: the model is a plain function and has none.
+        """
+        if self.fingerprint is None:
+            raise CdlmError(f"{self.name} has no weights that could be named in a file: load a model from a folder")
+        return self.fingerprint
+
+    def has_weights(self, fingerprint: str) -> bool:
+        """Whether its weights are those that a file names."""
+        return fingerprint == self.need_fingerprint()
+
+    def need_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer.
+
+        Raises:
+            CdlmError: there is none.
+        """
+        if self.tokenizer is None:
+            place = "set model.tokenizer" if self.folder is None else f"copy tokenizer.json into {self.folder}"
+            raise CdlmError(f"the model has no tokenizer: {place}, or decode tokens with cdlm.decode")
+        return self.tokenizer
+
+
+class Sampling(ABC):
+    """How a family of models is sampled: frozen, and its own configuration."""
+
+    family: ClassVar[str]
+    """For messages, such as "continuous"."""
+    flat: ClassVar[type[Any]]
+    """Its settings as plain values, each None for what the model's paper does: those of the command line."""
+    signals: ClassVar[frozenset[str]]
+    """Signals that its steps have."""
+    recorded: ClassVar[frozenset[str]]
+    """Signals that a record of its runs needs."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What fixes a run besides seed and rule, as plain values: two runs with equal settings walk the same steps."""
+
+    @abstractmethod
+    def with_flat(self, **settings: Any) -> Self:
+        """The same with some of its flat settings (and `steps`) replaced; None leaves a setting as it is."""
+
+    @abstractmethod
+    def with_steps(self, steps: int) -> Self:
+        """The same with so many steps.
+
+        Raises:
+            CdlmError: it has no number of steps.
+        """
+
+    @abstractmethod
+    def steps_of(self, request: Request) -> int:
+        """Most steps of a request, or of each of its blocks where these are runs of their own."""
+
+    @abstractmethod
+    def fewer_steps(self, wanted: Sequence[int], request: Request) -> list[int]:
+        """Numbers of steps near those wanted that the request can be sampled with; none if there is no such number."""
+
+    def blocks_of(self, request: Request) -> int:
+        """Runs in a row that a sample takes, each from fresh noise."""
+        return 1
+
+    @abstractmethod
+    def length_of(self, requests: Sequence[Request]) -> int:
+        """Positions of a sample, as a calibration counts them."""
+
+    @abstractmethod
+    def requests(
+        self, model: Model, prompts: list[str] | None, n: int, length: int | None, new_tokens: int | None, chat: bool
+    ) -> list[Request]:
+        """`n` samples of each prompt, or in all where there are none."""
+
+    @abstractmethod
+    def loop(self, model: Any, options: RunOptions, batch_size: int) -> Loop[Any]:
+        """A run of the model, where the model is."""
+
+
+def check_family(sampling: Sampling, model: Model) -> None:
+    """Raise unless the sampling is of the model's family."""
+    if type(sampling) is not type(model.defaults):
+        raise CdlmError(
+            f"{model.name} is a {model.defaults.family} model and is sampled by {type(model.defaults).__name__}, got"
+            f" {sampling!r}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """A model, how it is sampled, and the machine it runs on. It is loaded once and serves any number of runs.
+
+    Args:
+        model: loaded, on its device.
+        sampling: how it is sampled.
+        options: rule, seed, and what is recorded.
+        batch_size: samples in flight; by default the model's.
+        workers: further processes with the same model; None serves all requests here.
+        progress: show a bar.
+    """
+
+    model: Model
+    sampling: Sampling
+    options: RunOptions = field(default_factory=RunOptions)
+    batch_size: int | None = None
+    workers: Workers[Model] | None = None
+    progress: bool = False
+    device: torch.device = field(init=False)
+    """Where the model was when the session was opened."""
+
+    def __post_init__(self) -> None:
+        check_family(self.sampling, self.model)
+        self._check_signals(self.options.needs)
+        object.__setattr__(self, "device", self.model.device)
+
+    @property
+    def criterion(self) -> Criterion:
+        """The halting rule."""
+        return self.options.criterion
+
+    @property
+    def seed(self) -> int:
+        """Of every run."""
+        return self.options.seed
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What fixes a run besides seed and rule."""
+        return self.sampling.settings
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """Signals that a rule can read here."""
+        return self.sampling.signals
+
+    def with_criterion(self, criterion: Criterion) -> Session:
+        """The same under a rule."""
+        return self._with(options=replace(self.options, criterion=criterion))
+
+    def with_sampling(self, sampling: Sampling) -> Session:
+        """The same model, sampled in another way."""
+        return self._with(sampling=sampling)
+
+    def with_steps(self, steps: int) -> Session:
+        """The same with so many steps."""
+        return self._with(sampling=self.sampling.with_steps(steps))
+
+    def recorded(self, record: bool = True) -> Session:
+        """The same, keeping every step of its runs, or none."""
+        return self._with(options=replace(self.options, record=self.sampling.recorded if record else frozenset()))
+
+    def alone(self) -> Session:
+        """The same in this process alone, without a bar: for wall time."""
+        return self._with(workers=None, progress=False)
+
+    def requests(
+        self, prompts: list[str] | None = None, n: int = 1, length: int | None = None, *,
+        new_tokens: int | None = None, chat: bool = False,
+    ) -> list[Request]:  # fmt: skip
+        """`n` samples of each prompt, or in all where there are none; see `cdlm.generate`."""
+        if isinstance(prompts, str):
+            raise CdlmError(f"prompts is a list of texts, got the text {prompts[:40]!r}: put it into a list")
+        return self.sampling.requests(self.model, prompts, n, length, new_tokens, chat)
+
+    def steps_of(self, request: Request) -> int:
+        """Most steps of a request, or of each of its blocks."""
+        return self.sampling.steps_of(request)
+
+    def blocks_of(self, requests: Sequence[Request]) -> int:
+        """Runs in a row that a sample takes at most."""
+        return max(self.sampling.blocks_of(request) for request in requests)
+
+    def replayable(self, requests: Sequence[Request]) -> bool:
+        """Whether rules can be tried on a record of these requests. They cannot where a sample is several runs in a
+        row: to halt one block changes the next."""
+        return self.blocks_of(requests) == 1
+
+    def check_recordable(self, requests: Sequence[Request], what: str = "recorded") -> None:
+        """Raise unless the steps of these requests can be kept.
+
+        Args:
+            what: is to be done with them, for the error.
+        """
+        if not self.replayable(requests):
+            raise CdlmError(
+                f"a run of {self.blocks_of(requests)} blocks cannot be {what}: its steps are not kept, because to halt"
+                " one block changes the next, and a rule has to be run"
+            )
+
+    def refuses(self, criterion: Criterion) -> str:
+        """Why the model has no use for a rule; empty if it has."""
+        try:
+            self._check_signals(criterion.needs)
+        except CdlmError as error:
+            return str(error)
+        return ""
+
+    def run(self, requests: Sequence[Request]) -> Samples:
+        """Serve the requests.
+
+        Raises:
+            CdlmError: the model was moved since the session was opened, a prompt leaves nothing to generate, or the
+                model's logits are not numbers.
+        """
+        if self.model.device != self.device:
+            raise CdlmError(
+                f"the model was moved from {self.device} to {self.model.device} since the session was opened: open"
+                " another session"
+            )
+        if self.options.record >= self.sampling.recorded:
+            self.check_recordable(requests)
+        work = partial(serve, self.sampling, self.options, self.batch_size)
+        if self.workers is None or len(self.workers) == 1:
+            samples = work(self.model, requests, progress=self.progress)
+        else:
+            shares = deal(requests, len(self.workers))
+            samples = Samples.merge(self.workers.map(work, self.model, shares))
+        return replace(samples, made_by=self.description)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What makes the samples, for the record: model, sampling, rule and version."""
+        from importlib.metadata import version
+
+        return {
+            "model": self.model.name, "weights": self.model.fingerprint or "", "sampling": repr(self.sampling),
+            "halt": repr(self.criterion), "version": version("cdlm"),
+        }  # fmt: skip
+
+    def _check_signals(self, names: Iterable[str]) -> None:
+        check_signals(names, self.signals)
+
+    def _with(self, **changes: Any) -> Session:
+        kept = ("model", "sampling", "options", "batch_size", "workers", "progress")
+        return Session(**{name: changes.get(name, getattr(self, name)) for name in kept})
+
+
+def serve(
+    sampling: Sampling, options: RunOptions, batch_size: int | None, model: Model, requests: Sequence[Request],
+    progress: bool = False,
+) -> Samples:  # fmt: skip
+    """The samples of some requests, drawn in this process."""
+    loop = sampling.loop(model, options, model.batch_size if batch_size is None else batch_size)
+    return run_loop(loop, model, requests, progress, record=options.record >= sampling.recorded)
+
+
+def run_loop(
+    loop: Loop[Any], model: Model, requests: Sequence[Request], progress: bool = False, *, record: bool = False
+) -> Samples:
+    """Run a loop to its end.
+
+    Args:
+        record: keep every step.
+    """
+    steps: Iterable[LoopStep] = loop.steps(requests)
+    if progress:
+        steps = with_progress(steps, len(requests))
+    return collect(
+        steps, requests, model.tokenizer, budget=loop.budget(requests), seed=loop.options.seed, record=record,
+        mask_id=model.mask_id, eos_id=model.end_id,
+    )  # fmt: skip
+
+
+Opener = Callable[[str], Model]
+"""Gives a model on a device."""
+Settings = Mapping[str, Any]

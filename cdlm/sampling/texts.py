@@ -1,0 +1,49 @@
+"""From tokens to texts: where a text begins and ends in its row, and which of it was given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """Text of a packed row: the end-of-text token, which joins documents, is a line break."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False)).replace(str(tokenizer.eos_token), "\n")
+
+
+def texts_of(
+    tokenizer: PreTrainedTokenizerFast, tokens: Int[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"]
+) -> list[str]:
+    """Text of each row without its padding."""
+    return [text_of(tokenizer, ids[real].tolist()) for ids, real in zip(tokens, valid, strict=True)]
+
+
+def shown_of(
+    tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"], eos_id: int | None
+) -> Bool[np.ndarray, "m n"]:
+    """Positions that are text: no padding, and nothing from the first generated `eos_id` on; None ends no text."""
+    if eos_id is None:
+        return valid
+    return valid & ~np.logical_or.accumulate(ends_of(tokens, given & valid, eos_id), 1)
+
+
+def ends_of(
+    tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], eos_id: int | None
+) -> Bool[np.ndarray, "m n"]:
+    """Where a text may end: at an `eos_id` after the last position that was given (padding apart)."""
+    after = ~np.logical_or.accumulate(given[:, ::-1], 1)[:, ::-1]
+    return (tokens == eos_id) & after
+
+
+def given_spans(
+    tokenizer: PreTrainedTokenizerFast, ids: list[int], given: Bool[np.ndarray, " n"]
+) -> list[tuple[int, int]]:
+    """Characters [start, end) of the decoded text that came from a prompt."""
+    edges = np.flatnonzero(np.diff(given.astype(np.int8), prepend=0, append=0))
+    at = [len(text_of(tokenizer, ids[:edge])) for edge in edges.tolist()]
+    return list(zip(at[::2], at[1::2], strict=True))
