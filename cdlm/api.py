@@ -17,16 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cdlm import config as names
-from cdlm import generation
 from cdlm.config import RunConfig
 from cdlm.continuous.likelihood import Nats, Text
-from cdlm.continuous.sampler import Sampler
-from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
-from cdlm.core.parallel import spread
+from cdlm.core.parallel import on_devices
 from cdlm.core.trees import take
-from cdlm.core.types import HaltReason
 from cdlm.data.order import RowLoader, fixed_batches
 from cdlm.data.sources import Source, Stories
 from cdlm.data.store import DocumentRows, FilledRows, PackedRows, TextRows, build_store
@@ -37,15 +33,11 @@ from cdlm.evaluation.judge import Judge, cached_judge, features, train_judge
 from cdlm.evaluation.metrics.ar_nll import ArNll, Spans, ar_nll
 from cdlm.evaluation.metrics.likelihood import Likelihood, LikelihoodSettings, row_nats
 from cdlm.evaluation.table import Corpus, Evaluation
-from cdlm.halting import Criterion
-from cdlm.halting.replay import replay
-from cdlm.masked.model import MaskedModel
-from cdlm.masked.sampler import Decoder
 from cdlm.models import hub
-from cdlm.models.hub import Folder
 from cdlm.models.system import Precision, System, special_of
-from cdlm.recording.file import Recording, check_same_model
-from cdlm.sampling.samples import Samples, ends_of, given_spans, shown_of, text_of, texts_of
+from cdlm.sampling.samples import Samples
+from cdlm.sampling.session import Session
+from cdlm.sampling.texts import text_ids, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,100 +45,6 @@ if TYPE_CHECKING:
 PREVIEW_STEPS = 64
 LINE = ("text", "tokens", "nfe", "steps", "budget", "reason", "seed", "index", "given")
 """Fields of a sample's JSON object."""
-
-
-def recording_of(samples: Samples, sampler: Sampler | Decoder, run: Folder, precision: Precision) -> Recording:
-    """Recorded samples as something to keep and replay, with what is known of the model and the sampler."""
-    if samples.record is None:
-        raise CdlmError("the samples have no record to keep: draw them with record=True")
-    halted = sum(reason is HaltReason.CRITERION for reason in samples.reason)
-    if halted:
-        raise CdlmError(
-            f"replay needs full-length runs, and {halted} of {len(samples)} samples halted early:"
-            " record without a halting rule"
-        )
-    settings = {**sampler.settings, "length": samples.tokens.shape[1], "precision": precision}
-    if run.ends:
-        settings["ends"] = True
-    return Recording(
-        samples.record, samples.tokens, samples.given, samples.valid, samples.index, samples.seed,
-        run.path.name, hub.fingerprint(run.path), settings,
-    )  # fmt: skip
-
-
-def keep(recording: Recording, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
-    """Write the recording into `folder`, beside the tokenizer that reads its tokens; returns the file.
-
-    Raises:
-        CdlmError: the folder holds recordings of another model.
-    """
-    check_same_model(folder, recording.weights)
-    given = recording.given & recording.valid
-    asked = [recording.index, given, recording.valid, np.where(given, recording.tokens, 0)]
-    what = json.dumps([recording.settings, *(part.tolist() for part in asked)], sort_keys=True)
-    digest = hashlib.sha256(what.encode()).hexdigest()[:8]
-    file = folder / f"{recording.record.steps}-steps-seed-{recording.seed}-{digest}.safetensors"
-    recording.write(file)
-    hub.save_tokenizer(tokenizer, folder)
-    return file
-
-
-def replayed(recording: Recording, rule: str | Criterion, tokenizer: PreTrainedTokenizerFast) -> Samples:
-    """The samples that a live run with the rule would have given."""
-    asked = names.criterion(rule)
-    run, eos = replay(recording, asked), special_of(tokenizer).eos_id
-    ends = eos if recording.settings.get("ends") else None
-    shown = shown_of(run.tokens, recording.given, recording.valid, ends)
-    masked, budget = recording.record.commits is not None, recording.record.budgets
-    full = masked & ~run.halted & ((run.steps < budget) | (not asked.waits))
-    reasons = [
-        HaltReason.CRITERION if halted else HaltReason.FULL if done else HaltReason.BUDGET
-        for halted, done in zip(run.halted, full, strict=True)
-    ]
-    return Samples(
-        tokens=run.tokens,
-        texts=texts_of(tokenizer, run.tokens, shown),
-        nfe=run.nfe,
-        steps=run.steps,
-        budget=recording.record.steps,
-        reason=reasons,
-        seed=recording.seed,
-        index=recording.index,
-        given=recording.given,
-        valid=recording.valid,
-        shown=shown,
-        settled=recording.record.settled(
-            ends_of(run.tokens, recording.given & recording.valid, ends), recording.given, run.steps - 1
-        ),
-    )
-
-
-def agreement(tokens: Int[np.ndarray, "m n"], recording: Recording) -> Float[np.ndarray, " m"]:
-    """Share of each sample's generated tokens that are those of the full run."""
-    same = (tokens == recording.tokens) & ~recording.given
-    return same.sum(1) / (~recording.given).sum(1)
-
-
-def lines(samples: Samples, tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
-    """One JSON object a sample, with the fields of `LINE`; `given` are the characters [start, end) of the prompt."""
-    out = []
-    for i, text in enumerate(samples.texts):
-        shown = samples.shown[i]
-        ids, given = samples.tokens[i][shown].tolist(), samples.given[i][shown]
-        out.append(
-            {
-                "text": text, "tokens": ids, "nfe": int(samples.nfe[i]), "steps": int(samples.steps[i]),
-                "budget": samples.budget,
-                "reason": samples.reason[i].name.lower(), "seed": samples.seed, "index": int(samples.index[i]),
-                "given": given_spans(tokenizer, ids, given),
-            }
-        )  # fmt: skip
-    return out
-
-
-def write_lines(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
-    """A JSONL file, whole or not at all."""
-    write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in objects))
 
 
 @dataclass(frozen=True)
@@ -212,11 +110,14 @@ def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, 
 
 
 def preview(config: RunConfig, system: System) -> list[str]:
-    """A few samples of a system in training."""
-    if not config.preview or not isinstance(system, EmbeddingDiffusion | MaskedModel):
+    """A few samples of a system in training, in at most `PREVIEW_STEPS` steps."""
+    if not config.preview:
         return []
-    steps = PREVIEW_STEPS if isinstance(system, EmbeddingDiffusion) else None
-    return generation.generate(system, n=config.preview, steps=steps).texts
+    session = Session(system, system.sampling)
+    requests = session.requests(n=config.preview)
+    if session.steps_of(requests[0]) > PREVIEW_STEPS:
+        session = session.with_steps(PREVIEW_STEPS)
+    return session.run(requests).texts
 
 
 def card(config: RunConfig, system: System, config_text: str) -> str:
@@ -285,11 +186,6 @@ def real_text(data: Data, source: Source, n: int) -> tuple[Corpus, Corpus]:
     return Corpus("real text", tokens[:n], texts[:n], extra=extra), Corpus("more real text", tokens[n:], texts[n:])
 
 
-def text_ids(ids: list[int], eos_id: int | None) -> list[int]:
-    """Tokens of a row up to its first `eos_id`; None ends no text."""
-    return ids[: ids.index(eos_id)] if eos_id in ids else ids
-
-
 def _grammar(texts: list[str], source: Source) -> dict[str, float]:
     if not isinstance(source, Stories):
         return {}
@@ -335,7 +231,7 @@ def evaluate(
 
 
 def _score(devices: int, device: str, judge: Judge, texts: list[str], given: Spans | None) -> ArNll:
-    parts = spread(partial(_score_share, judge, texts, given), min(devices, len(texts)), device)
+    parts = on_devices(partial(_score_share, judge, texts, given), min(devices, len(texts)), device)
     return ArNll.merge(parts)
 
 
@@ -345,7 +241,7 @@ def _score_share(judge: Judge, texts: list[str], given: Spans | None, rank: int,
 
 
 def _features(devices: int, device: str, judge: Judge, texts: list[str]) -> Float[np.ndarray, "m w"]:
-    parts = spread(partial(_features_share, judge, texts), min(devices, len(texts)), device)
+    parts = on_devices(partial(_features_share, judge, texts), min(devices, len(texts)), device)
     result = np.empty((len(texts), parts[0].shape[1]), parts[0].dtype)
     for rank, part in enumerate(parts):
         result[rank :: len(parts)] = part
@@ -442,7 +338,7 @@ def likelihood(
     key = torch.arange(len(held))[:, None]
     text = Text(tokens, valid, None if bool(valid.all()) else valid, key)
     work = partial(_nats_share, str(run), precision, text, asked, progress)
-    found = _dealt(spread(work, min(devices, len(held)), device))
+    found = _dealt(on_devices(work, min(devices, len(held)), device))
     eos = None if isinstance(data.valid, PackedRows) else special_of(data.tokenizer).eos_id
     texts = [_with_end(row.tokens[row.valid].tolist(), eos) for row in held]
     ode = asked.ode
@@ -477,7 +373,9 @@ def _nats_share(
             print(f"{measure}: {done} of {count} done", file=sys.stderr)
 
     mine = take(text, torch.arange(rank, len(text.tokens), world))
-    found = row_nats(generation.load(run, device, precision), mine, asked, report)
+    from cdlm.generation import load
+
+    found = row_nats(load(run, device=device, precision=precision), mine, asked, report)
     return {
         name: {**{f"term {term}": values.numpy() for term, values in nats.terms.items()},
                "error": nats.error.numpy(), "positions": nats.positions.numpy()}

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cdlm import config as names
+from cdlm.api import Data, open_judge
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems import langflow
 from cdlm.core.devices import resolve_device
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json
 from cdlm.core.parallel import Workers
+from cdlm.evaluation.bench import Bench
 from cdlm.halting import Criterion
 from cdlm.halting.calibration import automatic
 from cdlm.masked import checkpoints
@@ -131,6 +133,29 @@ def all_flat_names() -> list[str]:
 
 def _list(sampling: Sampling) -> str:
     return f"{sampling.family} models have {', '.join(sorted(flat_names(type(sampling))))}"
+
+
+def open_bench(
+    session: Session, n: int, *, judge: str | None = None, judge_steps: int = 500, recordings: Path | None = None
+) -> Bench:
+    """The full run of `n` samples of a session, and the judge of the text that its model was trained on.
+
+    Args:
+        session: of a model in a run folder, whose settings name the text.
+        judge: folder or Hub id of a causal language model; by default a small one is trained on the text and cached.
+        judge_steps: training steps of the small one.
+        recordings: folder that holds the full run; by default it is drawn.
+
+    Raises:
+        CdlmError: the model's folder is not that of a run, or the recordings are not of this session.
+    """
+    model = session.model
+    if model.folder is None:
+        raise CdlmError(f"{model.name} has no run folder, whose settings would name the text that it is judged beside")
+    config = names.read_run(model.folder)
+    text = Data.of(config, model.tokenizer)
+    judged_by = open_judge(judge, text, config, judge_steps, str(session.device), session.progress)
+    return Bench.of(session, n, judged_by, text.valid, recordings)
 
 
 def with_halt(session: Session, halt: str | Criterion | None, requests: list[Request]) -> Session:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,42 +11,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from cdlm import api, generation
-from cdlm.config import read_run
-from cdlm.continuous.sampler import Sampler
 from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Bootstrap, Scores, bootstrap
 from cdlm.data.store import TextRows
 from cdlm.evaluation.judge import Judge, features
 from cdlm.evaluation.metrics.ar_nll import ar_nll
 from cdlm.halting import Criterion
+from cdlm.halting import calibration as halting
+from cdlm.halting.calibration import Calibration, Goal
 from cdlm.halting.replay import replay
-from cdlm.halting.signals import check_signals
-from cdlm.masked.sampler import Decoder
-from cdlm.models import hub
-from cdlm.models.hub import Folder
-from cdlm.models.system import Precision, special_of
-from cdlm.recording.file import Recording, check_same_model, read_folder
-from cdlm.sampling.requests import Request, requests
-from cdlm.sampling.samples import NEEDED, NEEDED_MASKED, Samples, given_spans, shown_of, text_of, texts_of
+from cdlm.recording.file import Recording
+from cdlm.sampling.recordings import find_recording, recording_of
+from cdlm.sampling.requests import Request
+from cdlm.sampling.samples import Samples
+from cdlm.sampling.session import Session
+from cdlm.sampling.texts import given_spans, shown_of, text_ids, text_of, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where and how things run; the fields are those of `generation.draw_spread`."""
-
-    batch_size: int = generation.BATCH
-    precision: Precision = "fp32"
-    device: str = "cpu"
-    devices: int = 1
-    progress: bool = True
-
-
-@dataclass(frozen=True)
-class Drawn:
+class Outcome:
     """Samples of some run: what quality and cost are computed from."""
 
     tokens: Int[np.ndarray, "m n"]
@@ -68,9 +54,10 @@ class FullRun:
         return len(self.tokens)
 
     @staticmethod
-    def of(kept: Recording) -> FullRun:
-        """What a recording says of it."""
-        return FullRun(kept.tokens, kept.given, kept.valid, kept.record.nfe.max(0), kept.record.steps)
+    def of(recording: Recording) -> FullRun:
+        """The recorded run."""
+        nfe = recording.record.nfe.max(0)
+        return FullRun(recording.tokens, recording.given, recording.valid, nfe, recording.record.steps)
 
 
 class Scorer:
@@ -86,7 +73,7 @@ class Scorer:
         """Nats and judged tokens of each sample up to its end; what was given is context and is not scored."""
         valid = shown_of(tokens, given, valid, self.eos_id)
         keys = [
-            (row[real].tobytes(), told[real].tobytes()) for row, told, real in zip(tokens, given, valid, strict=True)
+            (row[real].tobytes(), part[real].tobytes()) for row, part, real in zip(tokens, given, valid, strict=True)
         ]
         fresh = {key: i for i, key in enumerate(keys) if key not in self.known}
         rows = list(fresh.values())
@@ -103,24 +90,47 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Bench:
-    """A model, a sampler and a judge, with the full-length run that everything is compared with."""
+    """A session and a judge, with the full-length run that everything is compared with."""
 
-    run: str
-    sampler: Sampler | Decoder
+    session: Session
     """Without a rule."""
-    asked: Sequence[Request]
+    requests: Sequence[Request]
     full_run: FullRun
     recording: Recording | None
     """Its steps, to try rules on; None of a run in blocks, where to halt one changes the next."""
-    weights: str
-    """Fingerprint of the model."""
-    tokenizer: PreTrainedTokenizerFast
     scorer: Scorer
-    machine: Machine
     held_out: TextRows
-    """Rows of the run's held-out text."""
-    folder: Path
-    """Where the model's files are."""
+    """Rows of held-out text."""
+
+    @staticmethod
+    def of(session: Session, n: int, judge: Judge, held_out: TextRows, recordings: Path | None = None) -> Bench:
+        """Draw the full run of `n` samples, or take it from a folder of recordings.
+
+        Raises:
+            CdlmError: the recordings are of another model, or none has these settings, this seed and n samples.
+        """
+        requests, recording = session.requests(n=n), None
+        if recordings is not None:
+            recording = find_recording(recordings, session, n)
+        elif session.replayable(requests):
+            recording = recording_of(session.recorded().run(requests), session)
+        if recording is None:
+            run = session.run(requests)
+            full = FullRun(run.tokens, run.given, run.valid, run.nfe, session.steps_of(requests[0]))
+        else:
+            full = FullRun.of(recording)
+        model = session.model
+        return Bench(session, requests, full, recording, Scorer(judge, model.need_tokenizer(), model.end_id), held_out)
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return self.session.model.name
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's."""
+        return self.scorer.tokenizer
 
     @cached_property
     def full(self) -> Scores:
@@ -133,9 +143,21 @@ class Bench:
         return self.full_run.nfe.astype(np.float64)
 
     @cached_property
-    def _real(self) -> list[list[int]]:
+    def real_tokens(self) -> list[list[int]]:
+        """Held-out text: as many rows as the full run has samples, or as there are."""
         rows = [self.held_out[i] for i in range(min(len(self.full_run), len(self.held_out)))]
-        return [api.text_ids(row.tokens[row.valid].tolist(), self.scorer.eos_id) for row in rows]
+        return [text_ids(row.tokens[row.valid].tolist(), self.scorer.eos_id) for row in rows]
+
+    @property
+    def real_texts(self) -> list[str]:
+        """The same as texts."""
+        return [text_of(self.tokenizer, ids) for ids in self.real_tokens]
+
+    @cached_property
+    def real(self) -> Scores:
+        """AR-NLL of held-out text."""
+        scored = ar_nll(self.scorer.judge, self.real_texts)
+        return Scores(scored.text_nats, scored.text_tokens.astype(np.float64))
 
     @cached_property
     def real_features(self) -> Float[np.ndarray, "m w"]:
@@ -147,50 +169,44 @@ class Bench:
         """Of the full run."""
         return self.full_run.steps
 
-    def refuses(self, rule: Criterion) -> str:
-        """Why the model has no use for a rule; empty if it has."""
-        try:
-            check_signals(rule.needs, spatial=isinstance(self.sampler, Sampler))
-        except CdlmError as error:
-            return str(error)
-        return ""
-
     @property
     def settings(self) -> dict[str, Any]:
         """What a choice for this bench holds for."""
-        return {**self.sampler.settings, "length": self.full_run.tokens.shape[1]}
+        return {**self.session.settings, "length": self.session.sampling.length_of(self.requests)}
 
-    @property
-    def real_texts(self) -> list[str]:
-        """Held-out text: as many rows as the full run has samples, or as there are."""
-        return [text_of(self.tokenizer, ids) for ids in self._real]
-
-    @property
-    def real(self) -> tuple[list[list[int]], Scores]:
-        """Its tokens, and AR-NLL."""
-        scored = ar_nll(self.scorer.judge, self.real_texts)
-        return self._real, Scores(scored.text_nats, scored.text_tokens.astype(np.float64))
-
-    def texts(self, drawn: Drawn) -> list[str]:
+    def texts(self, outcome: Outcome) -> list[str]:
         """Samples as text."""
-        return texts_of(self.tokenizer, drawn.tokens, self.shown(drawn))
+        return texts_of(self.tokenizer, outcome.tokens, self.shown(outcome))
 
-    def shown(self, drawn: Drawn) -> Bool[np.ndarray, "m n"]:
+    def shown(self, outcome: Outcome) -> Bool[np.ndarray, "m n"]:
         """Positions that are text."""
-        m, kept = len(drawn.tokens), self.full_run
-        return shown_of(drawn.tokens, kept.given[:m], kept.valid[:m], self.scorer.eos_id)
+        m, full = len(outcome.tokens), self.full_run
+        return shown_of(outcome.tokens, full.given[:m], full.valid[:m], self.scorer.eos_id)
 
     def score(self, tokens: Int[np.ndarray, "m n"]) -> Scores:
         """AR-NLL of the first samples of the bench, with these tokens."""
         m = len(tokens)
         return self.scorer(tokens, self.full_run.given[:m], self.full_run.valid[:m])
 
-    def run_rule(self, rule: Criterion, live: int) -> Drawn:
+    def must_run(self, criterion: Criterion) -> bool:
+        """Whether the rule cannot be replayed: it freezes tokens, or the run is in blocks."""
+        return self.recording is None or criterion.freezes
+
+    def under(self, criterion: Criterion, live: int) -> Outcome:
         """The bench's samples under a rule: replayed, or the first `live` of them run if the rule `must_run`."""
-        if self.recording is None or rule.freezes:
-            return self.run_live(replace(self.sampler, criterion=rule), live)
-        run = replay(self.recording, rule)
-        return Drawn(run.tokens, run.nfe)
+        if self.recording is None or criterion.freezes:
+            return self.run(self.session.with_criterion(criterion), live)
+        run = replay(self.recording, criterion)
+        return Outcome(run.tokens, run.nfe)
+
+    def run(self, session: Session, live: int) -> Outcome:
+        """The first `live` requests, drawn from the model."""
+        samples = self.draw(session, live)
+        return Outcome(samples.tokens, samples.nfe)
+
+    def draw(self, session: Session, live: int) -> Samples:
+        """The first `live` requests as samples."""
+        return session.run(self.requests[:live])
 
     @property
     def steps_taken(self) -> Recording:
@@ -200,95 +216,56 @@ class Bench:
             CdlmError: the run was in blocks and has none.
         """
         if self.recording is None:
-            raise CdlmError(f"{self.run} is sampled in blocks, whose steps are not recorded: take another model")
+            raise CdlmError(f"{self.name} is sampled in blocks, whose steps are not recorded: take another model")
         return self.recording
 
-    def must_run(self, rule: Criterion) -> bool:
-        """Whether the rule cannot be replayed: it freezes tokens, or the run is in blocks."""
-        return self.recording is None or rule.freezes
-
-    def run_live(self, sampler: Sampler | Decoder, live: int) -> Drawn:
-        """The first `live` requests, drawn from the model."""
-        samples = self.draw(sampler, live)
-        return Drawn(samples.tokens, samples.nfe)
-
-    def draw(self, sampler: Sampler | Decoder, live: int) -> Samples:
-        """The first `live` requests as samples."""
-        return generation.draw_spread(self.run, sampler, self.asked[:live], **asdict(self.machine))
-
-    def loss(self, drawn: Drawn, measure: str = "ar-nll") -> Bootstrap:
+    def loss(self, outcome: Outcome, measure: str = "ar-nll") -> Bootstrap:
         """What was lost against the full run: relative AR-NLL, or the share of tokens that differ."""
-        return MEASURES[measure](self, drawn)
+        return MEASURES[measure](self, outcome)
 
-    def agreement(self, drawn: Drawn) -> float:
+    def agreement(self, outcome: Outcome) -> float:
         """Share of generated tokens that are those of the full run."""
-        return 1 - _disagreement(self, drawn).value
+        return 1 - _disagreement(self, outcome).value
 
 
-def _relative_nll(bench: Bench, drawn: Drawn) -> Bootstrap:
-    m = len(drawn.tokens)
+def _relative_nll(bench: Bench, outcome: Outcome) -> Bootstrap:
+    m = len(outcome.tokens)
     full = Scores(bench.full.total[:m], bench.full.weight[:m])
-    return bench.score(drawn.tokens).relative_to(full)
+    return bench.score(outcome.tokens).relative_to(full)
 
 
-def _disagreement(bench: Bench, drawn: Drawn) -> Bootstrap:
-    m, full = len(drawn.tokens), bench.full_run
+def _disagreement(bench: Bench, outcome: Outcome) -> Bootstrap:
+    m, full = len(outcome.tokens), bench.full_run
     open_ = ~full.given[:m]
-    wrong = ((drawn.tokens != full.tokens[:m]) & open_).sum(1).astype(np.float64)
+    wrong = ((outcome.tokens != full.tokens[:m]) & open_).sum(1).astype(np.float64)
     return bootstrap(Scores(wrong, open_.sum(1).astype(np.float64)), m)
 
 
-MEASURES: dict[str, Callable[[Bench, Drawn], Bootstrap]] = {"ar-nll": _relative_nll, "agreement": _disagreement}
+MEASURES: dict[str, Callable[[Bench, Outcome], Bootstrap]] = {"ar-nll": _relative_nll, "agreement": _disagreement}
 """What a rule loses, by name."""
 
 
-def open_bench(
-    run: str,
-    sampler: Sampler | Decoder,
-    n: int,
-    machine: Machine,
-    *,
-    recordings: Path | None = None,
-    judge: str | None = None,
-    judge_steps: int = 500,
-) -> Bench:
-    """Draw the full run, or take it from a folder of recordings, and prepare the judge of the run's text.
+def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure: str) -> Calibration:
+    """The loosest of `candidates`, which run from strict to loose, that stays within the goal.
 
     Raises:
-        CdlmError: the recordings are of another model, or none has these settings, this seed and n samples.
+        CdlmError: too few samples for the goal, or no candidate that halts reaches it.
     """
-    folder, config = hub.read(run), read_run(run)
-    data = api.Data.of(config, folder.tokenizer)
-    asked = requests(None, n, folder.length, folder.tokenizer)
-    asked_judge = api.open_judge(judge, data, config, judge_steps, machine.device, machine.progress)
-    recording = None
-    if recordings is not None:
-        recording = _find(recordings, folder, sampler, machine.precision, n)
-        full = FullRun.of(recording)
-    elif isinstance(sampler, Sampler) and generation.blocks_of(sampler, asked) > 1:
-        samples = generation.draw_spread(run, sampler, asked, **asdict(machine))
-        full = FullRun(samples.tokens, samples.given, samples.valid, samples.nfe, sampler.steps)
-    else:
-        bench_sampler = replace(sampler, record=NEEDED_MASKED if isinstance(sampler, Decoder) else NEEDED)
-        samples = generation.draw_spread(run, bench_sampler, asked, **asdict(machine))
-        recording = api.recording_of(samples, sampler, folder, machine.precision)
-        full = FullRun.of(recording)
-    scorer = Scorer(asked_judge, folder.tokenizer, special_of(folder.tokenizer).eos_id if folder.ends else None)
-    weights = hub.fingerprint(folder.path)
-    return Bench(
-        run, sampler, asked, full, recording, weights, folder.tokenizer, scorer, machine, data.valid, folder.path
-    )
+    n = len(bench.full_run)
 
+    def trial(criterion: Criterion) -> tuple[float, float, Bootstrap]:
+        outcome = bench.under(criterion, live=n)
+        saved = float(1 - outcome.nfe.sum() / bench.full_calls.sum())
+        return float(outcome.nfe.mean()), saved, bench.loss(outcome, measure)
 
-def _find(folder: Path, run: Folder, sampler: Sampler | Decoder, precision: Precision, n: int) -> Recording:
-    weights, length = hub.fingerprint(run.path), run.length
-    wanted = {**sampler.settings, "length": length, "precision": precision, **({"ends": True} if run.ends else {})}
-    check_same_model(folder, weights)
-    for recording in read_folder(folder).values():
-        plain = not recording.given.any()
-        if dict(recording.settings) == wanted and recording.seed == sampler.seed and len(recording) >= n and plain:
-            return recording.first(n)
-    raise CdlmError(
-        f"{folder} has no recording of {n} samples without prompts, seed {sampler.seed}, settings {wanted}:"
-        " record one with cdlm sample --record"
+    trials = halting.choose(candidates, trial, goal, n)
+    return Calibration(
+        settings=bench.settings,
+        rule=halting.chosen(trials).rule,
+        measure=measure,
+        goal=goal,
+        samples=n,
+        seed=bench.session.seed,
+        judge=bench.scorer.judge.describe() if measure == "ar-nll" else None,
+        trials=trials,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,21 +14,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cdlm import generation
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_rows
 from cdlm.core.stats import Scores, bootstrap
-from cdlm.evaluation.bench import Bench, Drawn
+from cdlm.evaluation.bench import Bench, Outcome
 from cdlm.evaluation.judge import features
 from cdlm.evaluation.metrics.diversity import sample_entropy, unigram_entropy
 from cdlm.evaluation.metrics.mauve import mauve
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel
 from cdlm.halting import Criterion, FixedSteps, Never
 from cdlm.halting.calibration import Goal
-from cdlm.masked.sampler import Decoder
 
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 """Budgets of the plain sampler, as shares of the full one, unless they are given."""
+UNBOUNDED = "†"
+"""Marks a row without a bound."""
 PLAIN, FULL, REAL = "plain sampler, fewer steps", "full run", "real text"
 GAMMA = 4
 """Weight of quality in QPS (SchED, arXiv 2512.02892)."""
@@ -75,6 +76,8 @@ class Point:
     against_high: float | None = None
     chosen: bool = False
     """The family's loosest setting within the goal."""
+    bounded: bool = True
+    """Whether the samples are as many as the bound of the loss needs."""
     wall_speedup: float | None = None
     """Time of the full run over time, of live runs in one process."""
     mauve: float | None = None
@@ -93,18 +96,17 @@ class Plain:
     """The plain sampler with ever more steps, the full run last: the rival of every rule."""
 
     steps: Sequence[int]
-    drawn: Sequence[Drawn]
+    drawn: Sequence[Outcome]
     scores: Sequence[Scores]
 
     @staticmethod
     def of(bench: Bench, budgets: Sequence[int]) -> Plain:
         """Draw it with these numbers of steps, from the same noise as the full run."""
-        most, n = bench.steps, len(bench.full_run)
-        if isinstance(bench.sampler, Decoder):
-            budgets = bench.sampler.fewer(budgets, bench.asked[0])
+        most, n, session = bench.steps, len(bench.full_run), bench.session
+        budgets = session.sampling.fewer_steps(budgets, bench.requests[0])
         steps = sorted({budget for budget in budgets if budget < most})
-        drawn = [bench.run_live(bench.sampler.with_steps(budget), n) for budget in steps]
-        drawn.append(Drawn(bench.full_run.tokens, bench.full_run.nfe))
+        drawn = [bench.run(session.with_steps(budget), n) for budget in steps]
+        drawn.append(Outcome(bench.full_run.tokens, bench.full_run.nfe))
         return Plain([*steps, most], drawn, [bench.score(d.tokens) for d in drawn])
 
     def at(self, calls: float, m: int) -> Callable[[Float[np.ndarray, "r m"]], Float[np.ndarray, " r"]] | None:
@@ -123,6 +125,7 @@ class Comparison:
     """One model at one number of steps.
 
     Args:
+        label: what the model is called in the table.
         live: samples of what has to be run: rules that freeze, and wall time (0 leaves both out).
         mauve_seeds: k-means seeds of MAUVE, for the full run and each family's choice; 0 leaves it out.
         fewer: steps of the plain sampler; by default `SHARES` of the full run's.
@@ -130,6 +133,7 @@ class Comparison:
 
     bench: Bench
     goal: Goal
+    label: str
     live: int = 32
     mauve_seeds: int = 0
     fewer: Sequence[int] = ()
@@ -140,8 +144,8 @@ class Comparison:
         points = [self._add_mauve(self.point(FULL, "Never()", plain.drawn[-1]), plain.drawn[-1]), self.real()]
         points += [self.point(PLAIN, f"{s} steps", d) for s, d in zip(plain.steps[:-1], plain.drawn, strict=False)]
         for family, rules in families.items():
-            tried = [rule for rule in rules if (self.live or not bench.must_run(rule)) and not bench.refuses(rule)]
-            drawn = [bench.run_rule(rule, self.live) for rule in tried]
+            tried = [r for r in rules if (self.live or not bench.must_run(r)) and not bench.session.refuses(r)]
+            drawn = [bench.under(rule, self.live) for rule in tried]
             found = [self.point(family, repr(rule), d) for rule, d in zip(tried, drawn, strict=True)]
             best = self.choice(found)
             if best is not None:
@@ -166,7 +170,7 @@ class Comparison:
         most = self.bench.steps
         return Plain.of(self.bench, self.fewer or [max(1, round(share * most)) for share in SHARES])
 
-    def point(self, family: str, setting: str, drawn: Drawn) -> Point:
+    def point(self, family: str, setting: str, drawn: Outcome) -> Point:
         """All that one set of samples says."""
         bench, m = self.bench, len(drawn.tokens)
         calls, before = drawn.nfe.astype(np.float64), bench.full_calls[:m]
@@ -180,6 +184,7 @@ class Comparison:
             "step_speedup_each": float((before / calls).mean()),
             **_interval("loss", loss.value, loss.interval95),
             "loss_upper": loss.upper(self.goal.confidence),
+            "bounded": m >= self.goal.fewest,
             "agreement": bench.agreement(drawn),
             "qps": speedup * (1 + loss.value) ** -GAMMA,
         }
@@ -193,13 +198,12 @@ class Comparison:
 
     def real(self) -> Point:
         """Held-out text under the same judge."""
-        tokens, scores = self.bench.real
-        return Point(**self._text(REAL, "", tokens, scores))
+        return Point(**self._text(REAL, "", self.bench.real_tokens, self.bench.real))
 
     def _text(self, family: str, setting: str, rows: Sequence[list[int]], scores: Scores) -> dict[str, Any]:
         nll = scores.bootstrap()
         return {
-            "model": self.bench.run,
+            "model": self.label,
             "steps": self.bench.steps,
             "family": family,
             "setting": setting,
@@ -210,21 +214,26 @@ class Comparison:
         }
 
     def choice(self, points: Sequence[Point]) -> int | None:
-        """The last setting before the first that fails the goal; None if it saves no call, or samples are too few."""
-        passed = list(takewhile(lambda p: p.loss_upper is not None and p.loss_upper <= self.goal.max_loss, points))
-        good = passed and passed[-1].samples >= self.goal.fewest and passed[-1].saved
-        return len(passed) - 1 if good else None
+        """The last setting before the first that fails the goal; None if it saves no call.
+
+        The loss that counts is its upper bound; of too few samples for a bound, its mean.
+        """
+        passed = list(takewhile(lambda p: self.measured_loss(p) <= self.goal.max_loss, points))
+        return len(passed) - 1 if passed and passed[-1].saved else None
+
+    def measured_loss(self, point: Point) -> float:
+        """The bound of the loss, or its mean where the samples are too few for a bound."""
+        loss = point.loss_upper if point.samples >= self.goal.fewest else point.loss
+        return math.inf if loss is None else loss
 
     def seconds(self, rule: Criterion) -> float:
         """Wall time of the first `live` samples under a rule, in one process."""
-        machine = self.bench.machine
-        system = generation.load(self.bench.run, machine.device, machine.precision)
-        sampler = replace(self.bench.sampler, criterion=rule)
+        session = self.bench.session.alone().with_criterion(rule)
         start = time.perf_counter()
-        generation.draw(system, sampler, self.bench.asked[: self.live], machine.batch_size)
+        self.bench.run(session, self.live)
         return time.perf_counter() - start
 
-    def _add_mauve(self, point: Point, drawn: Drawn) -> Point:
+    def _add_mauve(self, point: Point, drawn: Outcome) -> Point:
         if not self.mauve_seeds:
             return point
         real, seeds = self.bench.real_features, tuple(range(1, self.mauve_seeds + 1))
@@ -233,26 +242,20 @@ class Comparison:
         return replace(point, mauve=result.mean, mauve_sd=result.sd)
 
 
-def too_few_live(
-    run: str, families: Mapping[str, Sequence[Criterion]], in_blocks: bool, live: int, n: int, goal: Goal
+def too_few(
+    model: str, families: Mapping[str, Sequence[Criterion]], in_blocks: bool, live: int, n: int, goal: Goal
 ) -> str:
-    """Which families must be run, on fewer samples than the goal needs, so that none of them can be chosen from.
-
-    Raises:
-        CdlmError: all of them, and there is nothing to compare.
-    """
+    """Which families are measured on fewer samples than a bound of their loss needs, as a warning; empty if none is."""
     must = [name for name, rules in families.items() if in_blocks or any(rule.freezes for rule in rules)]
-    samples = min(live, n)
-    if not must or not 0 < samples < goal.fewest:
+    short = list(families) if n < goal.fewest else must if 0 < live < goal.fewest else []
+    if not short:
         return ""
-    said = (
-        f"{', '.join(must)} must be run on {run}, on {samples} samples of --live, and a loss of at most"
-        f" {goal.max_loss:.2%} with {goal.confidence:.0%} confidence needs at least {goal.fewest}:"
-        f" raise --live{' and --n' if n < goal.fewest else ''}, or ask for less"
+    samples = n if n < goal.fewest else live
+    return (
+        f"{', '.join(short)} on {model}: {samples} samples, and a loss of at most {goal.max_loss:.2%} with"
+        f" {goal.confidence:.0%} confidence needs {goal.fewest}, so these rows have no bound: raise"
+        f" {'--n' if n < goal.fewest else '--live'}, or ask for less"
     )
-    if len(must) == len(families):
-        raise CdlmError(said)
-    return said
 
 
 def _interval(name: str, value: float, ends: tuple[float, float]) -> dict[str, float]:
@@ -281,19 +284,24 @@ def markdown(points: Sequence[Point], goal: Goal) -> str:
         for family in families:
             own = [p for p in there if p.family == family]
             if own and not any(p.chosen for p in own):
-                few = own[0].samples < goal.fewest
-                why = f"a bound needs {goal.fewest} samples" if few else "saves no call within the goal"
+                why = "saves no call within the goal"
                 lines.append(_line([model, steps, family, own[0].samples, "-", why] + [""] * (len(COLUMNS) - 6)))
-    return "\n".join(lines) + (
+    note = (
         f"\n\nOf each rule the loosest setting whose loss of AR-NLL is at most {goal.max_loss:.2%} with"
         f" {goal.confidence:.0%} confidence. Intervals are 95 %, bootstrap over samples. QPS is the step speed-up times"
         f" (AR-NLL of the full run / AR-NLL) ** {GAMMA}. The last column is AR-NLL less that of the plain sampler with"
         " as many calls.\n"
     )
+    unbounded = any(p.chosen and not p.bounded for p in points)
+    mark = (
+        f"\n{UNBOUNDED} Fewer than {goal.fewest} samples: the loss is a mean, without a bound.\n" if unbounded else ""
+    )
+    return "\n".join(lines) + note + mark
 
 
 def _cells(p: Point) -> list[str]:
     name = p.family if p.family in (FULL, REAL) else p.setting
+    name += "" if p.bounded or p.family in (FULL, REAL, PLAIN) else f" {UNBOUNDED}"
     loss = "-" if p.loss is None else f"{p.loss:+.2%} [{p.loss_low:+.2%}, {p.loss_high:+.2%}]"
     against = "-"
     if p.against_plain is not None and p.family not in (PLAIN, FULL):

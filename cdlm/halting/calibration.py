@@ -134,13 +134,19 @@ def check_file(folder: Path) -> None:
         _read(folder)
 
 
-def keep(folder: Path, weights: str, entry: Calibration) -> None:
-    """Write the choice into the model folder's halting.json; it replaces one for the same sampler."""
+def keep(folder: Path, weights: str, has_weights: Callable[[str], bool], entry: Calibration) -> Path:
+    """Write the choice into the model folder's halting.json; it replaces one for the same sampler. Returns the file.
+
+    Args:
+        weights: fingerprint of the model's weights.
+        has_weights: whether they are those that a file names.
+    """
     there = _read(folder) if (folder / FILE).exists() else {"weights": weights, "calibrations": []}
-    old = there["calibrations"] if there["weights"] == weights else []  # other weights: their choices are void
+    old = there["calibrations"] if has_weights(there["weights"]) else []  # other weights: their choices are void
     kept = [item for item in old if item["settings"] != dict(entry.settings)]
     content = {"cdlm_halting": VERSION, "weights": weights, "calibrations": [*kept, asdict(entry)]}
     write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
+    return folder / FILE
 
 
 def automatic(folder: Path, has_weights: Callable[[str], bool], settings: Mapping[str, Any]) -> str:

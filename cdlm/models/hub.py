@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import read_json, replacing, write_text
 from cdlm.sampling.session import Model
+from cdlm.sampling.texts import save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -256,16 +257,6 @@ def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a folder of version 1 under the names of today; others stay."""
     parts = [(name.partition("."), value) for name, value in weights.items()]
     return {RENAMED.get(first, first) + dot + rest: value for (first, dot, rest), value in parts}
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the tokenizer's files, each whole or not at all."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as temporary:
-        tokenizer.save_pretrained(temporary)
-        for file in sorted(Path(temporary).iterdir()):
-            write_text(folder / file.name, file.read_text(encoding="utf-8"))
 
 
 TENSORS = "tensors:"

@@ -17,7 +17,7 @@ The header holds the format's version, the seed, and what is known of the model 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,9 +177,13 @@ def read_folder(folder: Path) -> dict[str, Recording]:
     return recordings
 
 
-def check_same_model(folder: Path, weights: str) -> None:
-    """Raise if `folder` already holds recordings made with other weights."""
+def check_same_model(folder: Path, has_weights: Callable[[str], bool]) -> None:
+    """Raise if `folder` already holds recordings made with other weights.
+
+    Args:
+        has_weights: whether the model's weights are those that a file names.
+    """
     if any(folder.glob("*.safetensors")):
         there = next(iter(read_folder(folder).values()))
-        if there.weights != weights:
+        if not has_weights(there.weights):
             raise CdlmError(f"{folder} holds recordings of another model ({there.model}): choose another folder")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,8 @@ class Model(ABC):
     """Of its weights, where it is known without more work; see `need_fingerprint`."""
     batch_size: int = 64
     """Rows in flight unless a run asks for another number."""
+    precision: str = "fp32"
+    """Arithmetic of its network."""
     mask_id: int | None = None
     """The mask, of a masked model."""
     _sampling: Sampling | None = None
@@ -307,6 +309,17 @@ class Session:
             "halt": repr(self.criterion), "version": version("cdlm"),
         }  # fmt: skip
 
+    def close(self) -> None:
+        """End the further processes."""
+        if self.workers is not None:
+            self.workers.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _check_signals(self, names: Iterable[str]) -> None:
         check_signals(names, self.signals)
 
@@ -339,8 +352,3 @@ def run_loop(
         steps, requests, model.tokenizer, budget=loop.budget(requests), seed=loop.options.seed, record=record,
         mask_id=model.mask_id, eos_id=model.end_id,
     )  # fmt: skip
-
-
-Opener = Callable[[str], Model]
-"""Gives a model on a device."""
-Settings = Mapping[str, Any]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Int
+
+from cdlm.core.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -14,6 +17,11 @@ if TYPE_CHECKING:
 def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     """Text of a packed row: the end-of-text token, which joins documents, is a line break."""
     return str(tokenizer.decode(ids, skip_special_tokens=False)).replace(str(tokenizer.eos_token), "\n")
+
+
+def text_ids(ids: list[int], eos_id: int | None) -> list[int]:
+    """Tokens of a row up to its first `eos_id`; None ends no text."""
+    return ids[: ids.index(eos_id)] if eos_id in ids else ids
 
 
 def texts_of(
@@ -47,3 +55,13 @@ def given_spans(
     edges = np.flatnonzero(np.diff(given.astype(np.int8), prepend=0, append=0))
     at = [len(text_of(tokenizer, ids[:edge])) for edge in edges.tolist()]
     return list(zip(at[::2], at[1::2], strict=True))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the tokenizer's files, each whole or not at all."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer.save_pretrained(temporary)
+        for file in sorted(Path(temporary).iterdir()):
+            write_text(folder / file.name, file.read_text(encoding="utf-8"))

@@ -55,6 +55,10 @@ class ForeignModel(CachedModel):
         self.vocab = int(network.config.vocab_size)
         """Rows of the logits; the tokenizer may use fewer."""
 
+    @property
+    def precision(self) -> str:  # type: ignore[override]
+        return str(self.network.dtype).removeprefix("torch.")
+
     def need_fingerprint(self) -> str:
         return fingerprint_of(self.network.state_dict())
 

@@ -1,0 +1,126 @@
+"""Recordings of a session's runs: make them, write them, and turn what a rule would have done into samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from cdlm.core.errors import CdlmError
+from cdlm.core.types import HaltReason
+from cdlm.halting import Criterion
+from cdlm.halting.replay import replay
+from cdlm.recording.file import Recording, check_same_model, read_folder
+from cdlm.sampling.samples import Samples, spans_of
+from cdlm.sampling.session import Session
+from cdlm.sampling.texts import ends_of, save_tokenizer, shown_of, texts_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def recording_of(samples: Samples, session: Session) -> Recording:
+    """The recorded samples of a session as something to write and replay.
+
+    Raises:
+        CdlmError: they have no record, or a rule halted some of them.
+    """
+    if samples.record is None:
+        raise CdlmError("the samples have no record to write: draw them with record=True")
+    halted = sum(reason is HaltReason.CRITERION for reason in samples.reason)
+    if halted:
+        raise CdlmError(
+            f"replay needs full-length runs, and {halted} of {len(samples)} samples halted early:"
+            " record without a halting rule"
+        )
+    return Recording(
+        samples.record, samples.tokens, samples.given, samples.valid, samples.index, samples.seed, session.model.name,
+        session.model.need_fingerprint(), recorded_settings(session, samples.tokens.shape[1]),
+    )  # fmt: skip
+
+
+def recorded_settings(session: Session, length: int) -> dict[str, object]:
+    """What fixes the recorded steps of samples of that length, beside seed and prompts."""
+    ends = {"ends": True} if session.model.ends else {}
+    return {**session.settings, "length": length, "precision": session.model.precision, **ends}
+
+
+def write_recording(recording: Recording, session: Session, folder: Path) -> Path:
+    """Write the recording into `folder`, beside the tokenizer that reads its tokens; returns the file.
+
+    Raises:
+        CdlmError: the folder holds recordings of another model.
+    """
+    check_same_model(folder, session.model.has_weights)
+    given = recording.given & recording.valid
+    prompts = [recording.index, given, recording.valid, np.where(given, recording.tokens, 0)]
+    content = json.dumps([recording.settings, *(part.tolist() for part in prompts)], sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    file = folder / f"{recording.record.steps}-steps-seed-{recording.seed}-{digest}.safetensors"
+    recording.write(file)
+    save_tokenizer(session.model.need_tokenizer(), folder)
+    return file
+
+
+def find_recording(folder: Path, session: Session, n: int) -> Recording:
+    """The first n samples of a recording that holds what the session would draw without prompts.
+
+    Raises:
+        CdlmError: the recordings are of another model, or none has these settings, this seed and n samples.
+    """
+    check_same_model(folder, session.model.has_weights)
+    wanted = recorded_settings(session, session.model.length)
+    for recording in read_folder(folder).values():
+        plain = not recording.given.any()
+        if dict(recording.settings) == wanted and recording.seed == session.seed and len(recording) >= n and plain:
+            return recording.first(n)
+    raise CdlmError(
+        f"{folder} has no recording of {n} samples without prompts, seed {session.seed}, settings {wanted}:"
+        " record one with cdlm sample --record"
+    )
+
+
+def replayed(recording: Recording, criterion: Criterion, tokenizer: PreTrainedTokenizerFast) -> Samples:
+    """The samples that a live run with the rule would have given."""
+    run, eos = replay(recording, criterion), tokenizer.eos_token_id
+    ends = eos if recording.settings.get("ends") else None
+    shown = shown_of(run.tokens, recording.given, recording.valid, ends)
+    masked, budget = recording.record.commits is not None, recording.record.budgets
+    full = masked & ~run.halted & ((run.steps < budget) | (not criterion.waits))
+    reasons = [
+        HaltReason.CRITERION if halted else HaltReason.FULL if done else HaltReason.BUDGET
+        for halted, done in zip(run.halted, full, strict=True)
+    ]
+    return Samples(
+        tokens=run.tokens,
+        texts=texts_of(tokenizer, run.tokens, shown),
+        nfe=run.nfe,
+        steps=run.steps,
+        budget=recording.record.steps,
+        reason=reasons,
+        seed=recording.seed,
+        index=recording.index,
+        given=recording.given,
+        valid=recording.valid,
+        shown=shown,
+        settled=recording.record.settled(
+            ends_of(run.tokens, recording.given & recording.valid, ends), recording.given, run.steps - 1
+        ),
+        spans=spans_of(tokenizer, run.tokens, recording.given, shown),
+        made_by={
+            "model": recording.model,
+            "weights": recording.weights,
+            "sampling": dict(recording.settings),
+            "halt": repr(criterion),
+        },
+    )
+
+
+def agreement(tokens: Int[np.ndarray, "m n"], recording: Recording) -> Float[np.ndarray, " m"]:
+    """Share of each sample's generated tokens that are those of the full run."""
+    same = (tokens == recording.tokens) & ~recording.given
+    return same.sum(1) / (~recording.given).sum(1)
