@@ -136,12 +136,14 @@ def _list(sampling: Sampling) -> str:
 
 
 def open_bench(
-    session: Session, n: int, *, judge: str | None = None, judge_steps: int = 500, recordings: Path | None = None
-) -> Bench:
+    session: Session, n: int, *, length: int | None = None, judge: str | None = None, judge_steps: int = 500,
+    recordings: Path | None = None,
+) -> Bench:  # fmt: skip
     """The full run of `n` samples of a session, and the judge of the text that its model was trained on.
 
     Args:
         session: of a model in a run folder, whose settings name the text.
+        length: tokens of a sample; by default as in training.
         judge: folder or Hub id of a causal language model; by default a small one is trained on the text and cached.
         judge_steps: training steps of the small one.
         recordings: folder that holds the full run; by default it is drawn.
@@ -155,7 +157,7 @@ def open_bench(
     config = names.read_run(model.folder)
     text = Data.of(config, model.tokenizer)
     judged_by = open_judge(judge, text, config, judge_steps, str(session.device), session.progress)
-    return Bench.of(session, n, judged_by, text.valid, recordings)
+    return Bench.of(session, session.requests(n=n, length=length), judged_by, text.valid, recordings)
 
 
 def with_halt(session: Session, halt: str | Criterion | None, requests: list[Request]) -> Session:

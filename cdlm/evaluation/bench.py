@@ -103,15 +103,17 @@ class Bench:
     """Rows of held-out text."""
 
     @staticmethod
-    def of(session: Session, n: int, judge: Judge, held_out: TextRows, recordings: Path | None = None) -> Bench:
-        """Draw the full run of `n` samples, or take it from a folder of recordings.
+    def of(
+        session: Session, requests: Sequence[Request], judge: Judge, held_out: TextRows, recordings: Path | None = None
+    ) -> Bench:
+        """Draw the full run of the requests, or take it from a folder of recordings.
 
         Raises:
             CdlmError: the recordings are of another model, or none has these settings, this seed and n samples.
         """
-        requests, recording = session.requests(n=n), None
+        recording = None
         if recordings is not None:
-            recording = find_recording(recordings, session, n)
+            recording = find_recording(recordings, session, requests)
         elif session.replayable(requests):
             recording = recording_of(session.recorded().run(requests), session)
         if recording is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from cdlm.core.types import HaltReason
 from cdlm.halting import Criterion
 from cdlm.halting.replay import replay
 from cdlm.recording.file import Recording, check_same_model, read_folder
+from cdlm.sampling.requests import Request
 from cdlm.sampling.samples import Samples, spans_of
 from cdlm.sampling.session import Session
 from cdlm.sampling.texts import ends_of, save_tokenizer, shown_of, texts_of
@@ -66,14 +68,14 @@ def write_recording(recording: Recording, session: Session, folder: Path) -> Pat
     return file
 
 
-def find_recording(folder: Path, session: Session, n: int) -> Recording:
-    """The first n samples of a recording that holds what the session would draw without prompts.
+def find_recording(folder: Path, session: Session, requests: Sequence[Request]) -> Recording:
+    """The first samples of a recording that holds what the session would draw for these requests without prompts.
 
     Raises:
-        CdlmError: the recordings are of another model, or none has these settings, this seed and n samples.
+        CdlmError: the recordings are of another model, or none has these settings, this seed and as many samples.
     """
     check_same_model(folder, session.model.has_weights)
-    wanted = recorded_settings(session, session.model.length)
+    n, wanted = len(requests), recorded_settings(session, len(requests[0].tokens))
     for recording in read_folder(folder).values():
         plain = not recording.given.any()
         if dict(recording.settings) == wanted and recording.seed == session.seed and len(recording) >= n and plain:
