@@ -16,9 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cdlm import config as names
 from cdlm import generation
-from cdlm.config import RunConfig
+from cdlm.config import RunConfig, read_run
 from cdlm.continuous.likelihood import Nats, Text
 from cdlm.continuous.sampler import Sampler
 from cdlm.continuous.system import EmbeddingDiffusion
@@ -27,6 +26,7 @@ from cdlm.core.files import write_text
 from cdlm.core.parallel import spread
 from cdlm.core.trees import take
 from cdlm.core.types import HaltReason
+from cdlm.data.masking import MASKINGS
 from cdlm.data.order import RowLoader, fixed_batches
 from cdlm.data.sources import Source, Stories
 from cdlm.data.store import DocumentRows, FilledRows, PackedRows, TextRows, build_store
@@ -37,7 +37,7 @@ from cdlm.evaluation.judge import Judge, cached_judge, features, train_judge
 from cdlm.evaluation.metrics.ar_nll import ArNll, Spans, ar_nll
 from cdlm.evaluation.metrics.likelihood import Likelihood, LikelihoodSettings, row_nats
 from cdlm.evaluation.table import Corpus, Evaluation
-from cdlm.halting import Criterion
+from cdlm.halting import Criterion, parse_criterion
 from cdlm.halting.replay import replay
 from cdlm.masked.model import MaskedModel
 from cdlm.masked.sampler import Decoder
@@ -93,7 +93,7 @@ def keep(recording: Recording, tokenizer: PreTrainedTokenizerFast, folder: Path)
 
 def replayed(recording: Recording, rule: str | Criterion, tokenizer: PreTrainedTokenizerFast) -> Samples:
     """The samples that a live run with the rule would have given."""
-    asked = names.criterion(rule)
+    asked = parse_criterion(rule)
     run, eos = replay(recording, asked), special_of(tokenizer).eos_id
     ends = eos if recording.settings.get("ends") else None
     shown = shown_of(run.tokens, recording.given, recording.valid, ends)
@@ -195,7 +195,7 @@ def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, 
         system,
         RowLoader(data.train, config.batch_size, options.seed, rank, world, config.workers),
         lambda: fixed_batches(data.valid, config.batch_size, config.validation_rows),
-        names.masking(config.masking).bind(data.tokenizer),
+        MASKINGS.parse(config.masking).bind(data.tokenizer),
         options,
         out,
         samples=partial(preview, config),
@@ -317,7 +317,7 @@ def evaluate(
         mauve_seeds: k-means seeds; 0 leaves MAUVE out.
         device, devices: where the judge runs, and on how many processes.
     """
-    config = names.read_run(run)
+    config = read_run(run)
     data = Data.of(config, hub.read_tokenizer(Path(run)))
     corpora = [corpus_of(name, items, config.source) for name, items in samples.items()]
     real, more = real_text(data, config.source, len(corpora[0].texts))
@@ -434,7 +434,7 @@ def likelihood(
         raise CdlmError(f"a likelihood is of rows >= 1, got {rows}")
     if hub.is_foreign(hub.locate(run)):
         raise CdlmError(f"{run} is another library's model, and a likelihood is of our own systems: give a run folder")
-    config = names.read_run(run)
+    config = read_run(run)
     data = Data.of(config, hub.read_tokenizer(Path(run)))
     held = [data.valid[i] for i in range(min(rows, len(data.valid)))]
     tokens = torch.from_numpy(np.stack([row.tokens for row in held]))

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from cdlm import config as names
-from cdlm.continuous.grids import Grid
+from cdlm.continuous.grids import GRIDS, Grid
 from cdlm.continuous.guidance import Guidance
-from cdlm.continuous.projections import Projection
+from cdlm.continuous.projections import PROJECTIONS, Projection
 from cdlm.continuous.sampler import Run, Sampler
-from cdlm.continuous.solvers import Solver
+from cdlm.continuous.solvers import SOLVERS, Solver
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion, Usual
 from cdlm.core.errors import CdlmError
 from cdlm.core.parallel import spread
 from cdlm.core.types import LoopStep
-from cdlm.halting import Criterion
-from cdlm.halting.calibration import automatic
+from cdlm.halting import Criterion, parse_criterion
+from cdlm.halting.calibration import calibrated_rule
 from cdlm.masked.model import Constants, Function, LogitsFn, MaskedModel
+from cdlm.masked.policies import parse_policy
 from cdlm.masked.policies.dream import Dream
 from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.policies.policy import Policy
@@ -108,11 +109,11 @@ def make_sampler(
     `halt="auto"` is the rule that was calibrated for the model in `folder`, samples of this length and these settings.
     """
     usual = usual or Usual()
-    chosen = usual.projection if projection is None else names.projection(projection)
+    chosen = usual.projection if projection is None else PROJECTIONS.parse(projection)
     plain = Sampler(
         steps=steps,
-        grid=usual.grid if grid is None else names.grid(grid),
-        solver=usual.solver if solver is None else names.solver(solver),
+        grid=usual.grid if grid is None else GRIDS.parse(grid),
+        solver=usual.solver if solver is None else SOLVERS.parse(solver),
         guidance=replace(guidance or Guidance(), projection=chosen),
         init_scale=init_scale,
         block=usual.block,
@@ -122,8 +123,8 @@ def make_sampler(
     if halt == "auto":
         if folder is None:
             raise CdlmError('halt="auto" needs a model that was loaded from a folder: give a rule')
-        halt = automatic(folder, hub.fingerprint(folder), {**plain.settings, "length": length})
-    return replace(plain, criterion=names.criterion(halt))
+        halt = calibrated_rule(folder, hub.fingerprint(folder), {**plain.settings, "length": length})
+    return replace(plain, criterion=parse_criterion(halt))
 
 
 def make_decoder(
@@ -152,8 +153,8 @@ def make_decoder(
     if halt == "auto":
         if folder is None:
             raise CdlmError('halt="auto" needs a model that was loaded from a folder: give a rule')
-        halt = automatic(folder, hub.fingerprint(folder), {**plain.settings, "length": positions})
-    return replace(plain, criterion=names.criterion(halt))
+        halt = calibrated_rule(folder, hub.fingerprint(folder), {**plain.settings, "length": positions})
+    return replace(plain, criterion=parse_criterion(halt))
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def prepare(
     asked = masked_requests(about, prompts, n, length, new_tokens, chat)
     positions = max(int((~request.given).sum()) for request in asked)
     usual, warm = about.usual(steps)
-    chosen, degree = (usual, warm) if policy is None else (names.policy(policy), 0.0)
+    chosen, degree = (usual, warm) if policy is None else (parse_policy(policy), 0.0)
     decoder = make_decoder(
         chosen, degree if temperature is None else temperature, positions, halt, seed, record,
         cfg_scale=cfg_scale or 0.0, cache=cache, folder=about.folder,
@@ -378,7 +379,7 @@ def decode(
     asked = canvases(prompts, length, n, constraints)
     positions = max(int((~request.given).sum()) for request in asked)
     decoder = make_decoder(
-        names.policy(policy), temperature, positions, halt, seed, record, cfg_scale=cfg_scale, cache=cache,
+        parse_policy(policy), temperature, positions, halt, seed, record, cfg_scale=cfg_scale, cache=cache,
         quirks=quirks,
     )  # fmt: skip
     run = Decoding(model, decoder, BATCH if batch_size is None else batch_size, device or device_of(model))

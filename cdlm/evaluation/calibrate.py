@@ -24,10 +24,10 @@ def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure
         drawn = bench.run_rule(rule, live=n)
         return float(drawn.nfe.mean()), float(1 - drawn.nfe.sum() / bench.full_calls.sum()), bench.loss(drawn, measure)
 
-    trials = halting.choose(candidates, trial, goal, n)
+    trials = halting.search(candidates, trial, goal, n)
     return Calibration(
         settings=bench.settings,
-        rule=halting.chosen(trials).rule,
+        rule=halting.loosest(trials).rule,
         measure=measure,
         goal=goal,
         samples=n,
@@ -39,5 +39,5 @@ def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure
 
 def keep(bench: Bench, found: Calibration) -> Path:
     """Write the choice beside the weights; returns the file."""
-    halting.keep(bench.folder, bench.weights, found)
+    halting.write_calibration(bench.folder, bench.weights, found)
     return bench.folder / halting.FILE

@@ -16,12 +16,11 @@ from cdlm.core.rng import PositionNoise
 from cdlm.core.trees import blank
 from cdlm.core.types import Decision, LoopStep, NewRows, StepState
 from cdlm.halting import Criterion, Never
-from cdlm.halting.signals import SPATIAL, Past, StepStatistics, check_signals, first_past, observe
+from cdlm.halting.signals import RECORDED, SPATIAL, Past, StepStatistics, check_signals, first_past, observe
 from cdlm.masked.model import Cache, CachedModel, MaskedModel
 from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.policies.policy import Choice, Plan, Policy, View, enter, plan_of
 from cdlm.masked.published import Quirks
-from cdlm.recording.record import RECORDED
 from cdlm.sampling.loop import Loop
 from cdlm.sampling.requests import Request, stack_masks
 

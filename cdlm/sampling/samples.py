@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 
 from cdlm.core.types import HaltReason, LoopStep
-from cdlm.halting.signals import SPATIAL
-from cdlm.recording.record import RECORDED, Record
+from cdlm.halting.signals import RECORDED, SPATIAL
+from cdlm.recording.record import Record
 from cdlm.recording.writer import Recorder
 from cdlm.sampling.requests import Request
 
@@ -51,7 +51,7 @@ def collect(
     tokens = torch.stack([request.tokens for request in requests])
     nfe, taken, settled = (np.zeros(count, np.int64) for _ in range(3))
     reasons = [HaltReason.BUDGET] * count
-    tape = Recorder(budget, tokens, mask_id) if record else None
+    tape = Recorder(RECORDED, budget, tokens, mask_id) if record else None
     for step in steps:
         columns = np.array([place[row] for row in step.state.row.tolist()])
         if tape is not None:
