@@ -18,12 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from untrained import parameters, untrained
 
-from cdlm.config import RULES
 from cdlm.continuous.sampler import Sampler
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.types import Prediction
-from cdlm.halting import Criterion
+from cdlm.halting import RULES, Criterion
 from cdlm.halting.criterion import Pair
 from cdlm.halting.signals import EmbeddingState, StepStatistics, first_past, observe
 from cdlm.sampling.samples import NEEDED

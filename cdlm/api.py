@@ -23,6 +23,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
 from cdlm.core.parallel import on_devices
 from cdlm.core.trees import take
+from cdlm.data.masking import MASKINGS
 from cdlm.data.order import RowLoader, fixed_batches
 from cdlm.data.sources import Source, Stories
 from cdlm.data.store import DocumentRows, FilledRows, PackedRows, TextRows, build_store
@@ -93,7 +94,7 @@ def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, 
         system,
         RowLoader(data.train, config.batch_size, options.seed, rank, world, config.workers),
         lambda: fixed_batches(data.valid, config.batch_size, config.validation_rows),
-        names.masking(config.masking).bind(data.tokenizer),
+        MASKINGS.parse(config.masking).bind(data.tokenizer),
         options,
         out,
         samples=partial(preview, config),

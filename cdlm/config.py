@@ -1,39 +1,21 @@
-"""Names to objects: the settings of a run, and the constructor texts of rules, solvers, grids and masks."""
+"""The settings of a training run: from the command line, from YAML, and of a trained model."""
 
 from __future__ import annotations
 
-import ast
-import difflib
-import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from cdlm import halting
-from cdlm.continuous.grids import Grid, LogT, UniformT, UpperEnds, Warped
-from cdlm.continuous.projections import Drawn, Expectation, Greedy, MultiHot, Projection, Uneven
-from cdlm.continuous.published.langflow import LangFlowLayout
-from cdlm.continuous.published.layout import Layout
-from cdlm.continuous.published.plaid import PlaidLayout
-from cdlm.continuous.published.ssd import SSDLayout
-from cdlm.continuous.solvers import Ancestral, Euler, Heun, Renoise, Solver, TorchDiffEq
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.continuous.systems.langflow import LangFlow
 from cdlm.continuous.systems.plaid import Plaid
 from cdlm.continuous.systems.ssd import SSD
 from cdlm.core.errors import CdlmError
-from cdlm.data.masking import Block, Completion, Masking, Mixture, Prefix, RandomSubset, Span, Unconditional
-from cdlm.data.sources import Source, Stories
-from cdlm.halting import Criterion, Never
-from cdlm.masked.policies.confidence import Factor, Threshold
-from cdlm.masked.policies.dream import Dream, DreamThreshold
-from cdlm.masked.policies.entropy import EntropyBound
-from cdlm.masked.policies.klass import KLASS
-from cdlm.masked.policies.llada import LLaDA
-from cdlm.masked.policies.policy import Policy
+from cdlm.core.parsing import Registry
+from cdlm.data.masking import MASKINGS
+from cdlm.data.sources import SOURCES, Source, Stories
 from cdlm.masked.system import Masked
 from cdlm.models.system import Special, System, SystemConfig
 from cdlm.training.options import TrainOptions
@@ -41,30 +23,8 @@ from cdlm.training.options import TrainOptions
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-T = TypeVar("T")
-Names = Mapping[str, Callable[..., Any]]
-
-
-def _names(*objects: Callable[..., Any]) -> Names:
-    return MappingProxyType({o.__name__: o for o in objects})
-
-
-_rules = [o for o in vars(halting).values() if isinstance(o, type) and not inspect.isabstract(o)]
-RULES: Mapping[str, type[Criterion]] = MappingProxyType(
-    {rule.__name__: rule for rule in (halting.Patience, *_rules)}  # the first is the example of messages
-)
-POLICIES: Mapping[str, type[Policy]] = MappingProxyType(
-    {p.__name__: p for p in (LLaDA, Dream, DreamThreshold, Threshold, Factor, EntropyBound, KLASS)}
-)
-SOLVERS = _names(Euler, Heun, TorchDiffEq, Ancestral, Renoise)
-GRIDS = _names(Warped, UniformT, LogT, UpperEnds)
-PROJECTIONS = _names(Expectation, Greedy, Drawn, MultiHot, Uneven)
-MASKINGS = _names(Prefix, RandomSubset, Span, Unconditional, Block, Completion, Mixture)
-SYSTEMS: Mapping[str, type[SystemConfig]] = MappingProxyType(
-    {"cdcd": CDCD, "plaid": Plaid, "ssd": SSD, "langflow": LangFlow, "masked": Masked}
-)
-LAYOUTS: Mapping[str, type[Layout]] = MappingProxyType(
-    {"plaid": PlaidLayout, "ssd": SSDLayout, "langflow": LangFlowLayout}
+SYSTEMS: Registry[SystemConfig] = Registry(
+    "system", SystemConfig, cdcd=CDCD, plaid=Plaid, ssd=SSD, langflow=LangFlow, masked=Masked
 )
 
 DEFAULT_MASKING = "Mixture(((0.4, Prefix()), (0.4, RandomSubset()), (0.2, Unconditional())))"
@@ -112,7 +72,7 @@ class RunConfig:
         for name in ("preview", "workers"):
             if getattr(self, name) < 0:
                 raise CdlmError(f"{name} must be >= 0, got {getattr(self, name)}")
-        law, block = masking(self.masking), getattr(self.system, "block", None)
+        law, block = MASKINGS.parse(self.masking), getattr(self.system, "block", None)
         if block is None:
             return
         if block > self.length:
@@ -122,79 +82,6 @@ class RunConfig:
                 f"a system that generates blocks of {block} learns it with that law, masking Block({block}), and got"
                 f" {self.masking}"
             )
-
-
-def criterion(rule: str | Criterion | None) -> Criterion:
-    """A halting rule from its text, such as `For(NormConvergence(0.01), 5) | Patience(20)`; None never halts."""
-    if rule == "auto":
-        raise CdlmError("auto is a rule that was calibrated for a model and its sampler: here, name the rule itself")
-    return Never() if rule is None else _object(rule, Criterion, RULES, "halting rule")
-
-
-def policies(text: str) -> list[Policy]:
-    """A policy, or the settings to try of one that is only named, from strict to loose."""
-    kind = POLICIES.get(text.strip())
-    return [policy(text)] if kind is None else list(kind.sweep())
-
-
-def sweep(text: str, budget: int) -> list[Criterion]:
-    """Settings of a rule to try on runs of `budget` steps, from strict to loose.
-
-    `Patience` and `Patience(...)` are the settings of the rule itself; other parameters stay, `KL(..., warmup=0.3)`,
-    and so does what stands around it, `FromStep(Patience(...), 40)`. A text without `...` is one rule.
-    """
-    text = text.strip()
-    if text in RULES:
-        text += "(...)"
-    calls = [node for node in ast.walk(_tree(text, RULES, "halting rule")) if isinstance(node, ast.Call)]
-    holes = [call for call in calls if any(isinstance(a, ast.Constant) and a.value is ... for a in call.args)]
-    if not holes:
-        return [criterion(text)]
-    if len(holes) > 1 or len(holes[0].args) > 1:
-        raise CdlmError(f"one rule at a time can be swept, and ... stands for all that is: got {text!r}")
-    name, fixed = ast.unparse(holes[0].func), holes[0].keywords
-    if name not in RULES:
-        raise _unknown(name, RULES, "halting rule")
-    try:
-        rules = RULES[name].sweep(budget, **{str(k.arg): _build(k.value, RULES, "halting rule") for k in fixed})
-    except TypeError as error:
-        raise CdlmError(f"cannot sweep {text!r} ({error}): it is {_example(RULES, name)}") from error
-    start, end = holes[0].col_offset, holes[0].end_col_offset
-    return [criterion(text[:start] + repr(rule) + text[end:]) for rule in rules]
-
-
-def policy(text: str | Policy) -> Policy:
-    """An unmasking policy from its text, such as `LLaDA(steps=64, block=32)` or `Threshold(0.9, block=32)`."""
-    if isinstance(text, str) and text.strip() in POLICIES:
-        text = f"{text.strip()}()"
-    return _object(text, Policy, POLICIES, "unmasking policy")
-
-
-def solver(text: str | Solver) -> Solver:
-    """A solver from its text, such as `Heun()` or `TorchDiffEq("dopri5")`."""
-    return _object(text, Solver, SOLVERS, "solver")
-
-
-def grid(text: str | Grid) -> Grid:
-    """A grid from its text: `Warped()`, `LogT()` or `UniformT()`."""
-    return _object(text, Grid, GRIDS, "grid")
-
-
-def layout(name: str) -> Layout:
-    """A published file format by its name."""
-    if name not in LAYOUTS:
-        raise _unknown(name, LAYOUTS, "published format")
-    return LAYOUTS[name]()
-
-
-def projection(text: str | Projection) -> Projection:
-    """A projection from its text, such as `MultiHot(0.2)`."""
-    return _object(text, Projection, PROJECTIONS, "projection")
-
-
-def masking(text: str | Masking) -> Masking:
-    """A masking law from its text, such as `Mixture(((0.5, Prefix()), (0.5, RandomSubset())))`."""
-    return _object(text, Masking, MASKINGS, "masking law")
 
 
 def run_parser(prog: str) -> ArgumentParser:
@@ -225,13 +112,15 @@ def parse_run(argv: list[str], prog: str = "cdlm train") -> tuple[RunConfig, str
         message = str(error.message or error)
         wrong = re.search(r'key "(source|system)":\s+Expected a dot import path string: (\w+)', message)
         if wrong:
-            raise _unknown(wrong[2], _names(*_classes(wrong[1])), wrong[1]) from error
+            raise _classes(wrong[1]).unknown(wrong[2]) from error
         raise CdlmError(f"{message} ({prog} --help lists the settings)") from error
 
 
-def _classes(setting: str) -> list[type[Any]]:
-    """What may stand in a setting of `RunConfig` that is a choice of classes."""
-    return list(SYSTEMS.values()) if setting == "system" else Source.__subclasses__()
+def _classes(setting: str) -> Registry[Any]:
+    """What may stand in a setting of `RunConfig` that is a choice of classes, by the names of the classes."""
+    if setting == "source":
+        return SOURCES
+    return Registry("system", SystemConfig, *SYSTEMS.values())
 
 
 def read_run(folder: str | Path) -> RunConfig:
@@ -260,97 +149,3 @@ def system_config(config: Mapping[str, Any]) -> SystemConfig:
         return SYSTEMS[name](**settings)
     except TypeError as error:
         raise CdlmError(f"config.json does not fit the system {name!r} of this version ({error})") from error
-
-
-def _object(text: str | T, kind: type[T], names: Names, what: str) -> T:
-    if isinstance(text, kind):
-        return text
-    result = parse(str(text), names, what)
-    if not isinstance(result, kind):
-        raise CdlmError(f"expected a {what}, got {text!r}: write one of {', '.join(names)} with its arguments")
-    return result
-
-
-def parse(text: str, names: Names, what: str) -> Any:
-    """Objects from a constructor text, by a whitelist: known names called with literals, tuples, `&` and `|`.
-
-    Nothing is evaluated: the text is only taken apart into its syntax tree.
-    """
-    return _build(_tree(text.strip(), names, what), names, what)
-
-
-def _tree(text: str, names: Names, what: str) -> ast.expr:
-    try:
-        return ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise CdlmError(
-            f"cannot read the {what} {text[:60]!r}: write it like a call, for example {_example(names)}"
-        ) from error
-
-
-def _build(node: ast.expr, names: Names, what: str) -> Any:
-    match node:
-        case ast.Constant(value=bool() | int() | float() | str() | None):
-            return node.value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return -value
-        case ast.Tuple() | ast.List():
-            return tuple(_build(item, names, what) for item in node.elts)
-        case ast.BinOp(op=ast.BitAnd() | ast.BitOr()):
-            return _combine(node, names, what)
-        case ast.Call(func=ast.Name()):
-            return _call(node, names, what)
-        case ast.Name(id=name) if name in names:
-            raise CdlmError(f"{name} is written as a call in a {what}: {_example(names, name)}")
-        case ast.Name(id=name):
-            raise CdlmError(
-                f"{_unknown(name, names, what)}, written as a call, for example {_example(names)}; a text stands in"
-                " quotes"
-            )
-    raise CdlmError(f"the {what} may only hold calls, numbers, texts, &, | and commas, got {ast.unparse(node)!r}")
-
-
-def _combine(node: ast.BinOp, names: Names, what: str) -> Any:
-    left, right = _build(node.left, names, what), _build(node.right, names, what)
-    if not (isinstance(left, Criterion) and isinstance(right, Criterion)):
-        raise CdlmError(f"& and | join two halting rules, got {ast.unparse(node)!r}")
-    return left & right if isinstance(node.op, ast.BitAnd) else left | right
-
-
-def _call(node: ast.Call, names: Names, what: str) -> Any:
-    name = node.func.id if isinstance(node.func, ast.Name) else ""
-    if name not in names:
-        raise _unknown(name, names, what)
-    signature = inspect.signature(names[name])
-    for keyword in node.keywords:
-        if keyword.arg not in signature.parameters:
-            known = list(signature.parameters)
-            hint = nearest(str(keyword.arg), known)
-            raise CdlmError(f"{name} has no parameter {keyword.arg!r}{hint}: it is {name}{_plain(signature)}")
-    arguments = [_build(item, names, what) for item in node.args]
-    keywords = {str(k.arg): _build(k.value, names, what) for k in node.keywords}
-    try:
-        if len(keywords) < len(node.keywords):
-            raise TypeError("a parameter is given twice")
-        return names[name](*arguments, **keywords)
-    except (TypeError, AttributeError) as error:  # also what a constructor says of a value of a wrong kind
-        raise CdlmError(f"cannot build {ast.unparse(node)!r} ({error}): it is {name}{_plain(signature)}") from error
-
-
-def _plain(signature: inspect.Signature) -> str:
-    return str(signature.replace(return_annotation=inspect.Signature.empty)).replace("'", "")
-
-
-def _unknown(name: str, names: Names, what: str) -> CdlmError:
-    return CdlmError(f"there is no {what} {name!r}{nearest(name, names)}: use one of {', '.join(names)}")
-
-
-def nearest(name: str, names: Mapping[str, Any] | list[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], 1, 0.5)
-    found = [n for n in names if n.lower() in close]
-    return f" (did you mean {found[0]}?)" if found else ""
-
-
-def _example(names: Names, name: str | None = None) -> str:
-    name = name or next(iter(names))
-    return f"{name}{_plain(inspect.signature(names[name]))}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cdlm import config as names
+from cdlm.config import build_system
 from cdlm.continuous.published.layout import Layout, Official
 from cdlm.continuous.published.tensors import Spec, read_safetensors, write_safetensors
 from cdlm.core.errors import CdlmError, first_line
@@ -80,7 +80,7 @@ def _to_official(layout: Layout, source: Path, out: Path, tokenizer: str | None)
 def _check(official: Official, source: Path) -> tuple[dict[str, Any], dict[str, Spec]]:
     """The whole configuration of the system, and shape and type of every tensor; all of them must be there."""
     with torch.device("meta"):
-        system = names.build_system(official.config)
+        system = build_system(official.config)
     wanted = system.state_dict()
     hub.same_tensors(source, hub.shapes(wanted), {name: shape for name, (shape, _) in official.tensors.items()})
     return system.config, {name: Spec(tuple(value.shape), value.dtype) for name, value in wanted.items()}

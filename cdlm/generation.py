@@ -16,9 +16,10 @@ from cdlm.core.devices import resolve_device
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json
 from cdlm.core.parallel import Workers
+from cdlm.core.parsing import nearest
 from cdlm.evaluation.bench import Bench
-from cdlm.halting import Criterion
-from cdlm.halting.calibration import automatic
+from cdlm.halting import Criterion, parse_criterion
+from cdlm.halting.calibration import calibrated_rule
 from cdlm.masked import checkpoints
 from cdlm.masked.model import Constants, LogitsFn, MaskedModel, as_masked_model
 from cdlm.masked.sampler import Unmasking
@@ -113,7 +114,7 @@ def configured(sampling: S, settings: Mapping[str, Any], *, lenient: bool = Fals
     for name in given.keys() - known:
         other = next((family for family in FAMILIES if name in flat_names(family)), None)
         if other is None:
-            raise CdlmError(f"there is no setting {name!r}{names.nearest(name, all_flat_names())}: {_list(sampling)}")
+            raise CdlmError(f"there is no setting {name!r}{nearest(name, all_flat_names())}: {_list(sampling)}")
         if not lenient:
             raise CdlmError(
                 f"{name} is a setting of {other.family} models, and this one is {sampling.family}: {_list(sampling)}"
@@ -171,8 +172,8 @@ def with_halt(session: Session, halt: str | Criterion | None, requests: list[Req
         if folder is None:
             raise CdlmError('halt="auto" needs a model that was loaded from a folder: give a rule')
         settings = {**session.settings, "length": session.sampling.length_of(requests)}
-        halt = automatic(folder, session.model.has_weights, settings)
-    return session.with_criterion(names.criterion(halt))
+        halt = calibrated_rule(folder, session.model.has_weights, settings)
+    return session.with_criterion(parse_criterion(halt))
 
 
 def generate(

@@ -16,14 +16,14 @@ from toys import TEXT, VOCAB, tokenizer, with_tokenizer
 from cdlm import api, generation
 from cdlm.cli import commands
 from cdlm.cli import main as cli
-from cdlm.config import RULES, criterion, parse_run, sweep
+from cdlm.config import parse_run
 from cdlm.continuous.systems.ssd import SSD
 from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Bootstrap, Scores, bootstrap
 from cdlm.evaluation.bench import Bench, Drawn, Machine, open_bench
 from cdlm.evaluation.compare import FULL, PLAIN, REAL, Comparison, Plain, Point, markdown
-from cdlm.halting import Criterion, FixedSteps, For, FromStep, JoT, Never, Patience
-from cdlm.halting.calibration import Calibration, Goal, Trial, automatic, choose, chosen, keep
+from cdlm.halting import RULES, Criterion, FixedSteps, For, FromStep, JoT, Never, Patience, parse_criterion, sweep
+from cdlm.halting.calibration import Calibration, Goal, Trial, calibrated_rule, loosest, search, write_calibration
 
 # --- the bootstrap ---
 
@@ -76,7 +76,7 @@ def trials(losses: Sequence[float], goal: Goal, noise: float = 0.0) -> list[Tria
         loss = losses[20 - rule.steps]
         return float(rule.steps), 1 - rule.steps / 20, Bootstrap(loss, np.array([loss - noise, loss + noise]))
 
-    return choose(RULES_OF_STEPS, measure, goal, 1000)  # type: ignore[arg-type]
+    return search(RULES_OF_STEPS, measure, goal, 1000)  # type: ignore[arg-type]
 
 
 @given(losses=st.lists(st.floats(-0.05, 0.3), min_size=20, max_size=20))
@@ -90,7 +90,7 @@ def test_the_search_ends_at_the_first_failure(losses: list[float]) -> None:
         return
     found = trials(losses, goal)
     assert len(found) == min(failing + 1, 20)
-    assert chosen(found).rule == repr(RULES_OF_STEPS[failing - 1])
+    assert loosest(found).rule == repr(RULES_OF_STEPS[failing - 1])
     assert [trial.passed for trial in found] == [True] * failing + [False] * (len(found) - failing)
 
 
@@ -108,8 +108,8 @@ def test_the_choice_holds_as_often_as_asked() -> None:
             rough = base * (1 + loss) + noise * loss / 0.06  # the more is changed, the more it scatters
             return 1.0, 0.5, Scores(rough, np.ones(m)).relative_to(full)
 
-        best = chosen(choose(RULES_OF_STEPS, measure, goal, m))  # type: ignore[arg-type]
-        wrong += true[20 - criterion(best.rule).steps] > goal.max_loss  # type: ignore[attr-defined]
+        best = loosest(search(RULES_OF_STEPS, measure, goal, m))  # type: ignore[arg-type]
+        wrong += true[20 - parse_criterion(best.rule).steps] > goal.max_loss  # type: ignore[attr-defined]
     assert wrong / 200 < 0.1 + 3 * (0.1 * 0.9 / 200) ** 0.5
 
 
@@ -129,14 +129,14 @@ def test_choices_that_save_nothing_are_refused() -> None:
         return 9.0, 0.0, Bootstrap(0.0, np.zeros(9))
 
     with pytest.raises(CdlmError, match="no setting that was tried saves a call"):
-        choose([Never()], nothing, Goal(0.1), 1000)
+        search([Never()], nothing, Goal(0.1), 1000)
     with pytest.raises(CdlmError, match="nothing that can be judged"):
-        choose([Never()], lambda _: (9.0, 0.0, Bootstrap(float("nan"), np.zeros(9))), Goal(0.1), 1000)
+        search([Never()], lambda _: (9.0, 0.0, Bootstrap(float("nan"), np.zeros(9))), Goal(0.1), 1000)
 
 
 @pytest.mark.parametrize("goal", [(0.0, 0.9), (1.0, 0.9), (-0.1, 0.9), (0.1, 1.0), (0.1, 0.0), (float("nan"), 0.9)])
 def test_goals_out_of_range_are_refused(goal: tuple[float, float]) -> None:
-    with pytest.raises(CdlmError, match="between 0 and 1"):
+    with pytest.raises(CdlmError, match=r"0 < (max_loss|confidence) < 1"):
         Goal(*goal)
 
 
@@ -149,24 +149,24 @@ def entry(rule: str = "Patience(steps=3)", steps: int = 9) -> Calibration:
 
 
 def test_the_file_gives_each_sampler_its_rule(tmp_path: Path) -> None:
-    keep(tmp_path, "w", entry())
-    keep(tmp_path, "w", entry("Entropy(nats=0.1)", steps=20))
-    keep(tmp_path, "w", entry("Patience(steps=4)"))
-    assert automatic(tmp_path, "w", {"steps": 9, "grid": "LogT()"}) == "Patience(steps=4)"
-    assert automatic(tmp_path, "w", {"steps": 20, "grid": "LogT()"}) == "Entropy(nats=0.1)"
+    write_calibration(tmp_path, "w", entry())
+    write_calibration(tmp_path, "w", entry("Entropy(nats=0.1)", steps=20))
+    write_calibration(tmp_path, "w", entry("Patience(steps=4)"))
+    assert calibrated_rule(tmp_path, "w", {"steps": 9, "grid": "LogT()"}) == "Patience(steps=4)"
+    assert calibrated_rule(tmp_path, "w", {"steps": 20, "grid": "LogT()"}) == "Entropy(nats=0.1)"
     with pytest.raises(CdlmError, match="no rule for steps=10"):
-        automatic(tmp_path, "w", {"steps": 10, "grid": "LogT()"})
+        calibrated_rule(tmp_path, "w", {"steps": 10, "grid": "LogT()"})
     evidence = json.loads((tmp_path / "halting.json").read_text())["calibrations"][-1]
     assert (evidence["samples"], evidence["goal"]["max_loss"], evidence["trials"][0]["upper"]) == (300, 0.01, 0.004)
 
 
 def test_a_choice_for_other_weights_is_void(tmp_path: Path) -> None:
-    keep(tmp_path, "old", entry())
+    write_calibration(tmp_path, "old", entry())
     with pytest.raises(CdlmError, match="other weights"):
-        automatic(tmp_path, "new", entry().settings)
-    keep(tmp_path, "new", entry("Patience(steps=5)", steps=20))
+        calibrated_rule(tmp_path, "new", entry().settings)
+    write_calibration(tmp_path, "new", entry("Patience(steps=5)", steps=20))
     with pytest.raises(CdlmError, match="no rule for steps=9"):
-        automatic(tmp_path, "new", entry().settings)
+        calibrated_rule(tmp_path, "new", entry().settings)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"cdlm_halting": 1}', '{"cdlm_halting": 9}', "\0",
@@ -174,7 +174,7 @@ def test_a_choice_for_other_weights_is_void(tmp_path: Path) -> None:
 def test_broken_files_are_refused_in_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "halting.json").write_text(content)
     with pytest.raises(CdlmError) as caught:
-        automatic(tmp_path, "w", {})
+        calibrated_rule(tmp_path, "w", {})
     assert "\n" not in str(caught.value)
 
 

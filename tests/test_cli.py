@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from cdlm.cli.main import main
-from cdlm.config import GRIDS, POLICIES, PROJECTIONS, SOLVERS
+from cdlm.continuous.grids import GRIDS
+from cdlm.continuous.projections import PROJECTIONS
+from cdlm.continuous.solvers import SOLVERS
+from cdlm.masked.policies import POLICIES
 from cdlm.models.hub import read_tokenizer
 
 SUBJECTS = ("the cat", "the dog", "a bird", "a mouse", "the old man", "my sister", "a small fox", "the king")
@@ -328,7 +331,7 @@ def test_bad_samples(
     [
         (["--steps", "0"], "steps >= 1"),
         (["--policy", "Treshold(0.9)"], "did you mean Threshold?"),
-        (["--policy", "Threshold(-1.0)"], "tau of at least 0"),
+        (["--policy", "Threshold(-1.0)"], "tau >= 0"),
         (["--policy", "LLaDA(4)", "--steps", "4"], "a policy has its own steps"),
         (["--policy", "LLaDA(16, block=5)"], "block"),
         (["--temperature", "-1"], "temperature must be"),

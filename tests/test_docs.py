@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from cdlm.config import GRIDS, MASKINGS, POLICIES, PROJECTIONS, RULES, SOLVERS
+from cdlm.continuous.grids import GRIDS
+from cdlm.continuous.projections import PROJECTIONS
+from cdlm.continuous.solvers import SOLVERS
+from cdlm.data.masking import MASKINGS
+from cdlm.halting import RULES
 from cdlm.halting.signals import SIGNALS
+from cdlm.masked.policies import POLICIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = (

@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from oracle import Oracle
 from torch import Tensor
 
-from cdlm.config import RULES, criterion, parse
+from cdlm import halting
 from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.solvers import SOLVERS
 from cdlm.core.errors import CdlmError
+from cdlm.core.parsing import Registry
 from cdlm.core.trees import take
 from cdlm.core.types import Decision, NewRows, StepState
 from cdlm.halting import (
+    RULES,
     AngleConvergence,
     Criterion,
     FixedSteps,
@@ -30,6 +33,7 @@ from cdlm.halting import (
     NormConvergence,
     Patience,
     Stateless,
+    parse_criterion,
 )
 from cdlm.sampling.requests import Request
 
@@ -189,12 +193,12 @@ def test_thresholds_that_are_none_are_refused(make: Callable, value: float) -> N
 
 @given(rule=wrapped)
 def test_the_text_of_a_rule_is_the_rule(rule: Criterion) -> None:
-    assert criterion(repr(rule)) == rule
+    assert parse_criterion(repr(rule)) == rule
 
 
 @given(rule=rules)
 def test_the_text_of_a_combined_rule_is_the_rule(rule: Criterion) -> None:
-    assert criterion(repr(rule)) == rule
+    assert parse_criterion(repr(rule)) == rule
 
 
 @pytest.mark.parametrize(
@@ -209,21 +213,40 @@ def test_the_text_of_a_combined_rule_is_the_rule(rule: Criterion) -> None:
     ],
 )
 def test_texts_are_read_as_python_would(text: str, rule: Criterion) -> None:
-    assert criterion(text) == rule
+    assert parse_criterion(text) == rule
 
 
 def test_objects_and_nothing_are_rules_too() -> None:
-    assert criterion(Patience(3)) == Patience(3)
-    assert criterion(None) == Never()
+    assert parse_criterion(Patience(3)) == Patience(3)
+    assert parse_criterion(None) == Never()
 
 
 def test_values_may_be_numbers_texts_and_tuples() -> None:
-    def keep(*values: object, **more: object) -> tuple:
-        return (*values, *more.values())
+    class Keep:
+        def __init__(self, *values: object, last: object = None):
+            self.values = (*values, last)
 
-    names = {"Keep": keep}
-    read = parse('Keep(1, -2, 3.5, -1e3, "a b", True, (1, ("x",)), [2])', names, "thing")
-    assert read == (1, -2, 3.5, -1000.0, "a b", True, (1, ("x",)), (2,))
+    read = Registry("thing", Keep, Keep).parse('Keep(1, -2, 3.5, -1e3, "a b", True, (1, ("x",)), [2], last=None)')
+    assert read.values == (1, -2, 3.5, -1000.0, "a b", True, (1, ("x",)), (2,), None)
+
+
+def test_a_kind_without_joins_says_so() -> None:
+    with pytest.raises(CdlmError, match=r"a solver cannot be joined with & or \|"):
+        SOLVERS.parse("Euler() | Heun()")
+
+
+def test_a_class_has_the_name_it_is_listed_under() -> None:
+    listed = Registry("kind of number", int, int, flag=bool)
+    assert list(listed) == ["int", "flag"]
+    assert listed.find("flag") is bool
+    assert listed.parse(3) == 3
+    with pytest.raises(CdlmError, match=r"no kind of number 'flga' \(did you mean flag\?\): use one of int, flag"):
+        listed.find("flga")
+
+
+def test_every_rule_that_is_listed_can_be_imported_from_the_package() -> None:
+    assert set(RULES) < set(halting.__all__)
+    assert all(getattr(halting, name) is rule for name, rule in RULES.items())
 
 
 @pytest.mark.parametrize(
@@ -242,7 +265,7 @@ def test_values_may_be_numbers_texts_and_tuples() -> None:
 )
 def test_mistakes_are_named(text: str, advice: str) -> None:
     with pytest.raises(CdlmError) as caught:
-        criterion(text)
+        parse_criterion(text)
     assert advice in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -264,7 +287,7 @@ HOSTILE = (
 @pytest.mark.parametrize("text", HOSTILE)
 def test_nothing_but_a_rule_is_read(text: str) -> None:
     with pytest.raises(CdlmError) as caught:
-        criterion(text)
+        parse_criterion(text)
     assert "\n" not in str(caught.value)
 
 
@@ -282,7 +305,7 @@ def test_nothing_but_a_rule_is_read(text: str) -> None:
 )
 def test_huge_texts_are_refused_in_one_line(text: str) -> None:
     with pytest.raises(CdlmError) as caught:
-        criterion(text)
+        parse_criterion(text)
     assert "\n" not in str(caught.value)
 
 
@@ -302,10 +325,14 @@ ILL_TYPED = (
 )  # fmt: skip
 PROGRAM = """
 import json, sys
-from cdlm import config
+from cdlm.continuous.grids import GRIDS
+from cdlm.continuous.solvers import SOLVERS
+from cdlm.data.masking import MASKINGS
+from cdlm.halting import parse_criterion
+parsers = {"criterion": parse_criterion, "solver": SOLVERS.parse, "grid": GRIDS.parse, "masking": MASKINGS.parse}
 for kind, text in json.load(sys.stdin):
     try:
-        said = ["built", repr(getattr(config, kind)(text))]
+        said = ["built", repr(parsers[kind](text))]
     except BaseException as error:
         said = [type(error).__name__, str(error)]
     print(json.dumps(said))
@@ -332,7 +359,7 @@ def test_arguments_of_a_wrong_kind_are_refused(answers: dict, asked: tuple[str, 
 @settings(max_examples=200)
 def test_any_text_is_a_rule_or_an_error(text: str) -> None:
     with suppress(CdlmError):
-        assert isinstance(criterion(text), Criterion)
+        assert isinstance(parse_criterion(text), Criterion)
 
 
 def test_every_rule_can_be_written() -> None:

@@ -11,8 +11,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from toys import lively
 
-from cdlm.config import projection as named
-from cdlm.continuous.projections import Drawn, Expectation, Greedy, MultiHot, Projection, Uneven, nucleus
+from cdlm.continuous.projections import PROJECTIONS, Drawn, Expectation, Greedy, MultiHot, Projection, Uneven, nucleus
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.ssd import SSD
 from cdlm.core.errors import CdlmError
@@ -156,4 +155,4 @@ def test_a_certain_prediction_is_its_embedding(projection: Projection) -> None:
 
 @pytest.mark.parametrize("projection", ALL, ids=repr)
 def test_the_text_of_a_projection_is_its_constructor(projection: Projection) -> None:
-    assert named(repr(projection)) == projection
+    assert PROJECTIONS.parse(repr(projection)) == projection

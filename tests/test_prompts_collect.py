@@ -13,7 +13,7 @@ from cdlm import api, generation
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import HaltReason
-from cdlm.recording.record import RECORDED
+from cdlm.halting.signals import RECORDED
 from cdlm.sampling.requests import requests
 from cdlm.sampling.samples import Samples, given_spans, text_of
 

@@ -37,6 +37,7 @@ from cdlm.halting import (
     Stateless,
 )
 from cdlm.halting.replay import replay
+from cdlm.halting.signals import RECORDED
 from cdlm.recording.file import Recording, read_folder
 from cdlm.recording.record import Record
 from cdlm.recording.writer import Recorder
@@ -73,7 +74,7 @@ def requests() -> list[Request]:
 def recorded(solver: Solver) -> Recording:
     asked = requests()
     tokens = torch.stack([request.tokens for request in asked])
-    tape = Recorder(STEPS, tokens)
+    tape = Recorder(RECORDED, STEPS, tokens)
     for step in Run(Oracle(), Sampler(STEPS, solver=solver, record=NEEDED), 4).steps(asked):
         tape.write(step.state, step.state.row.numpy())
         tokens[step.state.row[step.done]] = step.tokens
@@ -84,7 +85,7 @@ def recorded(solver: Solver) -> Recording:
 
 def live(solver: Solver, rule: Criterion) -> tuple[dict[int, tuple], Recorder]:
     out, asked = {}, requests()
-    tape = Recorder(STEPS, torch.stack([request.tokens for request in asked]))
+    tape = Recorder(RECORDED, STEPS, torch.stack([request.tokens for request in asked]))
     for step in Run(Oracle(), Sampler(STEPS, rule, solver=solver, record=NEEDED), 4).steps(asked):
         tape.write(step.state, step.state.row.numpy())
         for row, tokens in zip(step.done.nonzero().squeeze(1).tolist(), step.tokens.tolist(), strict=True):

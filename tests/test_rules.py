@@ -21,7 +21,6 @@ from oracle import Oracle
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cdlm.config import RULES, criterion
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.solvers import Euler, Heun, Solver
@@ -30,6 +29,7 @@ from cdlm.core.trees import join, take
 from cdlm.core.types import Decision, LoopStep, NewRows, StepState
 from cdlm.halting import (
     KL,
+    RULES,
     AngleConvergence,
     Criterion,
     Entropy,
@@ -44,6 +44,7 @@ from cdlm.halting import (
     Prophet,
     SchED,
     StableAndConfident,
+    parse_criterion,
 )
 from cdlm.halting.signals import SIGNALS, EmbeddingState, StepStatistics, first_past, observe
 from cdlm.sampling.requests import Request
@@ -863,8 +864,8 @@ def same(first: Any, second: Any) -> bool:
 
 @given(rule=rules)
 def test_the_text_of_a_rule_is_the_rule(rule: Criterion) -> None:
-    assert criterion(repr(rule)) == rule
-    assert hash(criterion(repr(rule))) == hash(rule)
+    assert parse_criterion(repr(rule)) == rule
+    assert hash(parse_criterion(repr(rule))) == hash(rule)
 
 
 @pytest.mark.parametrize(
@@ -881,7 +882,7 @@ def test_the_text_of_a_rule_is_the_rule(rule: Criterion) -> None:
     ],
 )
 def test_texts_are_read_as_python_would(text: str, rule: Criterion) -> None:
-    assert criterion(text) == rule
+    assert parse_criterion(text) == rule
 
 
 @pytest.mark.parametrize(
@@ -899,7 +900,7 @@ def test_texts_are_read_as_python_would(text: str, rule: Criterion) -> None:
 )
 def test_mistakes_are_named(text: str, advice: str) -> None:
     with pytest.raises(CdlmError) as caught:
-        criterion(text)
+        parse_criterion(text)
     assert advice in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cdlm import api, generation
-from cdlm import config as names
-from cdlm.config import criterion, read_run, sweep
+from cdlm.config import read_run
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.likelihood import Ode
+from cdlm.continuous.published import LAYOUTS
 from cdlm.continuous.sampler import Sampler
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
@@ -22,9 +22,9 @@ from cdlm.evaluation.compare import Comparison, Point, markdown, panels, too_few
 from cdlm.evaluation.metrics.likelihood import LikelihoodSettings
 from cdlm.evaluation.metrics.mauve import check as check_mauve
 from cdlm.evaluation.plots.pareto import plot_pareto
-from cdlm.halting import Full
-from cdlm.halting.calibration import Goal, check_file
-from cdlm.halting.replay import check_kept, check_replayable
+from cdlm.halting import Full, parse_criterion, sweep
+from cdlm.halting.calibration import Goal, check_readable
+from cdlm.halting.replay import check_recorded, check_replayable
 from cdlm.masked.sampler import Decoder
 from cdlm.models import hub
 from cdlm.models.hub import Folder
@@ -107,7 +107,7 @@ def sample(
         plot: PNG file for switches, norms and angles against the step.
         quiet: show no progress.
     """
-    if record is not None and not isinstance(criterion(halt), Full):
+    if record is not None and not isinstance(parse_criterion(halt), Full):
         raise CdlmError("a recording is of full-length runs, on which cdlm replay tries rules: leave out --halt")
     steered = (softmax_temperature, score_temperature, guidance) != (1.0, 1.0, 1.0)
     settings = {
@@ -172,7 +172,7 @@ def replay(recordings: Path, halt: list[str] | None = None, out: Path | None = N
     """
     if not halt:
         raise CdlmError('replay needs rules to try: --halt "Patience(20)" "Entropy(0.05)"')
-    rules = [criterion(rule) for rule in halt]
+    rules = [parse_criterion(rule) for rule in halt]
     kept = read_folder(recordings)
     tokenizer = hub.read_tokenizer(recordings)
     for recording, rule in product(kept.values(), rules):
@@ -253,9 +253,9 @@ def calibrate(
         policy, temperature,
     )  # fmt: skip
     candidates = sweep(rule, steps)
-    check_kept(candidates)
+    check_recorded(candidates)
     goal.check(n)
-    check_file(folder.path)
+    check_readable(folder.path)
     machine = Machine(batch_size, precision, device, devices, not quiet)
     bench = open_bench(run, sampler, n, machine, recordings=recordings, judge=judge, judge_steps=judge_steps)
     found = calibration.calibrate(bench, candidates, goal, measure)
@@ -347,7 +347,7 @@ def compare(
         folder = hub.read(model)
         budget, sampler = _full(folder, asked, seed, *given)
         families = {rule: sweep(rule, budget) for rule in rules or RULES_TO_COMPARE}
-        check_kept(chain.from_iterable(families.values()))
+        check_recorded(chain.from_iterable(families.values()))
         blocks = generation.blocks_of(sampler, requests(None, 1, folder.length, folder.tokenizer))
         runs.append((model, sampler, families, too_few_live(model, families, blocks > 1, live, n, goal)))
     points: list[Point] = []
@@ -501,7 +501,7 @@ def convert(layout: str, source: Path, out: Path, tokenizer: str | None = None) 
     """
     from cdlm.convert import convert as converted
 
-    converted(names.layout(layout), source, out, tokenizer)
+    converted(LAYOUTS.find(layout)(), source, out, tokenizer)
     print(f"{out}: {sum(file.stat().st_size for file in out.iterdir()):,} bytes", file=sys.stderr)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.parsing import Registry
 
 if TYPE_CHECKING:
     from cdlm.continuous.schedules import Schedule
@@ -67,3 +68,6 @@ class UpperEnds(Grid):
     def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
         _fractions(steps)
         return schedule.t_of_u(torch.arange(steps, 0, -1, dtype=torch.float64) / steps).detach().cpu()
+
+
+GRIDS: Registry[Grid] = Registry("grid", Grid, Warped, UniformT, LogT, UpperEnds)

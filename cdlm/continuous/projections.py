@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.parsing import Registry
 from cdlm.core.rng import StepNoise
 
 if TYPE_CHECKING:
@@ -112,3 +113,6 @@ def nucleus(logits: Float[Tensor, "*b n v"], top_p: float) -> Bool[Tensor, "*b n
     kept = torch.ones_like(ordered, dtype=torch.bool)
     kept[..., 1:] = ordered.cumsum(-1)[..., :-1] < top_p
     return torch.zeros_like(kept).scatter_(-1, order, kept)
+
+
+PROJECTIONS: Registry[Projection] = Registry("projection", Projection, Expectation, Greedy, Drawn, MultiHot, Uneven)

@@ -12,38 +12,28 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.continuous.denoiser import Denoiser
-from cdlm.continuous.grids import Grid, Warped
+from cdlm.continuous.grids import GRIDS, Grid, Warped
 from cdlm.continuous.guidance import Guidance
-from cdlm.continuous.projections import Projection
-from cdlm.continuous.solvers import Euler, Solver
+from cdlm.continuous.projections import PROJECTIONS, Projection
+from cdlm.continuous.solvers import SOLVERS, Euler, Solver
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import StepNoise, generator
 from cdlm.core.trees import join, take
 from cdlm.core.types import Condition, Decision, LoopStep, NewRows, Prediction, StepState
-from cdlm.halting.signals import SIGNALS, EmbeddingState, Past, StepStatistics, first_past, most_likely, observe
-from cdlm.recording.record import RECORDED
+from cdlm.halting.signals import (
+    RECORDED,
+    SIGNALS,
+    EmbeddingState,
+    Past,
+    StepStatistics,
+    first_past,
+    most_likely,
+    observe,
+)
 from cdlm.sampling.loop import Loop, RunOptions
 from cdlm.sampling.requests import Request, stack_masks
 from cdlm.sampling.requests import requests as row_requests
 from cdlm.sampling.session import Model, Sampling
-
-
-def parse_solver(text):
-    from cdlm import config
-
-    return config.solver(text)
-
-
-def parse_grid(text):
-    from cdlm import config
-
-    return config.grid(text)
-
-
-def parse_projection(text):
-    from cdlm import config
-
-    return config.projection(text)
 
 
 @dataclass(frozen=True)
@@ -143,7 +133,11 @@ class Diffusion(Sampling):
         return DiffusionLoop(model, self, options, batch_size, model.device)
 
 
-PARTS: Mapping[str, Callable[[Any], Any]] = {"solver": parse_solver, "grid": parse_grid, "projection": parse_projection}
+PARTS: Mapping[str, Callable[[Any], Any]] = {
+    "solver": SOLVERS.parse,
+    "grid": GRIDS.parse,
+    "projection": PROJECTIONS.parse,
+}
 """Flat settings that are objects, and what reads their text."""
 GUIDANCE = {
     "projection": "projection", "softmax_temperature": "softmax_temperature", "score_temperature": "score_temperature",

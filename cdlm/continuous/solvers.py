@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.parsing import Registry
 from cdlm.core.rng import StepNoise
 
 Estimate = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -168,3 +169,6 @@ class TorchDiffEq(Solver):
         except AssertionError as error:  # its word for a step size that shrank to nothing
             raise CdlmError(f"{self.method} cannot keep its tolerances ({error}): raise rtol and atol") from error
         return path[-1].to(z.dtype), torch.full_like(rows, made)
+
+
+SOLVERS: Registry[Solver] = Registry("solver", Solver, Euler, Heun, TorchDiffEq, Ancestral, Renoise)

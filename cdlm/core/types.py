@@ -12,12 +12,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.core.errors import CdlmError
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Computed(Protocol[T_co]):
+    """A property, as a type checker sees it in the class."""
+
+    def __get__(self, instance: Any, owner: Any = None, /) -> T_co: ...
+
+
+AttributeOrProperty = T | Computed[T]
+"""The type of a class attribute that a subclass may also compute, as a property."""
 
 
 class Prediction(NamedTuple):
@@ -67,32 +80,34 @@ class Decision(NamedTuple):
     halt: Bool[Tensor, " b"]
     """True: return the row with this step's tokens."""
     freeze: Bool[Tensor, "b n"] | None = None
-    """True: the position keeps this step's token; only of a criterion that `freezes`."""
+    """True: the position keeps this step's token; only from a criterion that `freezes`."""
     info: Mapping[str, Tensor] = MappingProxyType({})
     """Logged signals, each with one value a row."""
 
 
 class Signals:
-    """The optional parts of a step: present only while some criterion or recorder lists them in its `needs`."""
+    """Types of the signals, the optional parts of a step: there while a criterion or a recorder needs them.
 
-    if TYPE_CHECKING:
-        logits: Float[Tensor, "b n v"]
-        x0: Float[Tensor, "b n d"]
-        z: Float[Tensor, "b n d"]
-        score: Float[Tensor, "b n d"]
-        tokens: Int[Tensor, "b n"]
-        top1: Float[Tensor, "b n"]
-        top2: Float[Tensor, "b n"]
-        logsumexp: Float[Tensor, "b n"]
-        entropy: Float[Tensor, "b n"]
-        switches: Int[Tensor, " b"]
-        mean_entropy: Float[Tensor, " b"]
-        mean_kl: Float[Tensor, " b"]
-        margin: Float[Tensor, " b"]
-        span_margin: Float[Tensor, " b"]
-        z_norm: Float[Tensor, " b"]
-        x0_norm: Float[Tensor, " b"]
-        score_cosine: Float[Tensor, " b"]
+    `cdlm.halting.signals.SIGNALS` computes each; docs/write-a-criterion.md says what each is.
+    """
+
+    logits: Float[Tensor, "b n v"]
+    x0: Float[Tensor, "b n d"]
+    z: Float[Tensor, "b n d"]
+    score: Float[Tensor, "b n d"]
+    tokens: Int[Tensor, "b n"]
+    top1: Float[Tensor, "b n"]
+    top2: Float[Tensor, "b n"]
+    logsumexp: Float[Tensor, "b n"]
+    entropy: Float[Tensor, "b n"]
+    switches: Int[Tensor, " b"]
+    mean_entropy: Float[Tensor, " b"]
+    mean_kl: Float[Tensor, " b"]
+    margin: Float[Tensor, " b"]
+    span_margin: Float[Tensor, " b"]
+    z_norm: Float[Tensor, " b"]
+    x0_norm: Float[Tensor, " b"]
+    score_cosine: Float[Tensor, " b"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +140,13 @@ class StepState(Signals):
         raise CdlmError(
             f"the step has no signal {name!r}: list it in the criterion's `needs` (it has {sorted(signals)})"
         )
+
+
+class SignalReader:
+    """What reads signals of a step: a halting rule, an unmasking policy."""
+
+    needs: AttributeOrProperty[frozenset[str]] = frozenset()
+    """Names of the signals that it reads (see `cdlm.halting.signals.SIGNALS`)."""
 
 
 class LoopStep(NamedTuple):

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.parsing import Registry
 from cdlm.data.tokenizer import encode_batch
 
 if TYPE_CHECKING:
@@ -229,3 +230,8 @@ def _random_rank(eligible: Bool[Tensor, "b n"], generator: torch.Generator) -> I
     """The place of each eligible position in a uniformly random order; ineligible ones come after all others."""
     score = torch.rand(eligible.shape, generator=generator, device=generator.device)
     return score.masked_fill(~eligible, 2.0).argsort(1).argsort(1)
+
+
+MASKINGS: Registry[Masking] = Registry(
+    "masking law", Masking, Prefix, RandomSubset, Span, Unconditional, Block, Completion, Mixture
+)

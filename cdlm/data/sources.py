@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.parsing import Registry
 from cdlm.data import arithmetic
 from cdlm.data.stories import grammar_fingerprint, stories
 
@@ -445,3 +446,6 @@ _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+SOURCES: Registry[Source] = Registry("source", Source, Stories, Arithmetic, Stdlib, Files, Hub)

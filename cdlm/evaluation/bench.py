@@ -260,10 +260,10 @@ def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure
         saved = float(1 - outcome.nfe.sum() / bench.full_calls.sum())
         return float(outcome.nfe.mean()), saved, bench.loss(outcome, measure)
 
-    trials = halting.choose(candidates, trial, goal, n)
+    trials = halting.search(candidates, trial, goal, n)
     return Calibration(
         settings=bench.settings,
-        rule=halting.chosen(trials).rule,
+        rule=halting.loosest(trials).rule,
         measure=measure,
         goal=goal,
         samples=n,

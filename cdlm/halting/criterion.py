@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,34 +11,26 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
-from cdlm.core.types import Decision, NewRows, StepState
+from cdlm.core.types import AttributeOrProperty, Decision, NewRows, SignalReader, StepState
 
 Memory = Any
 """A nest of row-first tensors; the loop drops, adds and reorders its rows."""
 
 
-class Criterion(ABC):
+class Criterion(SignalReader, ABC):
     """A halting rule: small, frozen, and its own configuration. It reads predictions already made and costs no call.
 
-    `a & b` halts and freezes what both do, `a | b` what either does; a rule that halts a row counts there as one that
-    freezes all of it.
+    `needs`, `freezes` and `waits` may each be an attribute of the class or a property. `a & b` halts and freezes what
+    both do, `a | b` what either does; there, to halt a row counts as freezing all of it.
     """
 
-    @property
-    @abstractmethod
-    def needs(self) -> frozenset[str]:
-        """Names of the signals that `look` reads (see `cdlm.halting.signals.SIGNALS`)."""
+    freezes: AttributeOrProperty[bool] = False
+    """Whether it can freeze positions. That changes the steps that follow, so it must run: no recording can be used."""
 
-    @property
-    def freezes(self) -> bool:
-        """Whether it can freeze positions, which changes the run; a recording of another run cannot tell how."""
-        return False
-
-    @property
-    def waits(self) -> bool:
-        """Whether a row goes on to its last step although nothing in it may change any more."""
-        return False
+    waits: AttributeOrProperty[bool] = False
+    """Whether a row goes on to its last step although nothing in it may change any more."""
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
@@ -83,7 +74,7 @@ class Pair(Criterion):
 
     def __post_init__(self) -> None:
         for rule in (self.first, self.second):
-            require_rule(type(self).__name__, rule)
+            check_rule(type(self).__name__, rule)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -140,8 +131,8 @@ class For(Criterion):
     steps: int
 
     def __post_init__(self) -> None:
-        require_rule("For", self.rule)
-        require_count("For", "steps", self.steps)
+        check_rule("For", self.rule)
+        check_whole("For", steps=self.steps)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -175,8 +166,8 @@ class FromStep(Criterion):
     steps: int
 
     def __post_init__(self) -> None:
-        require_rule("FromStep", self.rule)
-        require_count("FromStep", "steps", self.steps)
+        check_rule("FromStep", self.rule)
+        check_whole("FromStep", steps=self.steps)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -206,20 +197,7 @@ def _settled(decision: Decision, state: StepState) -> Bool[Tensor, "b n"]:
     return halted if decision.freeze is None else halted | decision.freeze
 
 
-def require_rule(name: str, rule: object) -> None:
+def check_rule(name: str, rule: object) -> None:
     """Raise unless `rule` is a halting rule."""
     if not isinstance(rule, Criterion):
         raise CdlmError(f"{name} needs a halting rule, got {rule!r}")
-
-
-def require_count(rule: str, name: str, value: int, least: int = 1) -> None:
-    """Raise unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise CdlmError(f"{rule} needs a whole number {name} >= {least}, got {value!r}")
-
-
-def require_number(rule: str, name: str, value: float, above: float = -math.inf) -> None:
-    """Raise unless `value` is a finite number above `above`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
-        limit = "" if above == -math.inf else f" > {above:g}"
-        raise CdlmError(f"{rule} needs a finite number {name}{limit}, got {value!r}")

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import NewRows, StepState
-from cdlm.halting.criterion import Criterion, Memory, require_count, require_rule
+from cdlm.halting.criterion import Criterion, Memory, check_rule
 from cdlm.halting.signals import Past, StepStatistics, check_signals, first_past, observe
 
 HOOK = "_prepare_diffusion_stopping_criteria"
@@ -30,14 +31,13 @@ def for_transformers(rule: Criterion, budget: int | None = None) -> Stopping:
     Raises:
         CdlmError: the rule reads embeddings, or freezes positions, for which transformers' loop has no means.
     """
-    require_rule("for_transformers", rule)
+    check_rule("for_transformers", rule)
     if rule.freezes:
         raise CdlmError(
             f"{rule!r} freezes positions, but transformers can only halt whole canvases: use a rule that never freezes"
         )
     check_signals(rule.needs, spatial=False)
-    if budget is not None:
-        require_count("for_transformers", "budget", budget)
+    check_whole("for_transformers", optional=True, budget=budget)
     return Stopping(rule, budget)
 
 

@@ -12,11 +12,11 @@ from jaxtyping import Bool, Int
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import NewRows, StepState
 from cdlm.halting.criterion import Criterion
+from cdlm.halting.signals import RECORDED
 from cdlm.recording.file import Recording
-from cdlm.recording.record import RECORDED
 
-MADE = ("switches", "tokens")
-"""Signals that are made from the switches of a recording."""
+FROM_SWITCHES = ("switches", "tokens")
+"""Signals that replay computes from the switches of a recording."""
 
 
 class Replayed(NamedTuple):
@@ -35,7 +35,7 @@ def replay(recording: Recording, rule: Criterion) -> Replayed:
     """Each sample up to the step at which `rule` fires: the live run of the same rule, token for token.
 
     Raises:
-        CdlmError: the rule freezes positions, or reads a signal that the recording does not keep.
+        CdlmError: the rule freezes positions, or reads a signal that the recording does not hold.
     """
     check_replayable(recording, rule)
     record, m = recording.record, len(recording)
@@ -72,22 +72,23 @@ def check_replayable(recording: Recording, rule: Criterion) -> None:
             f"{rule!r} freezes positions, which changes the steps that follow; a recording cannot tell how:"
             " run it live, with cdlm sample --halt"
         )
-    kept = {*recording.record.signals, *MADE}
-    missing = sorted(rule.needs - kept)
+    held = {*recording.record.signals, *FROM_SWITCHES}
+    missing = sorted(rule.needs - held)
     if missing:
         raise CdlmError(
             f"{rule!r} reads {missing[0]!r}, which the recording of {recording.model} does not keep"
-            f" (it has {', '.join(sorted(kept))}): run it live, with cdlm sample --halt"
+            f" (it has {', '.join(sorted(held))}): run it live, with cdlm sample --halt"
         )
 
 
-def check_kept(rules: Iterable[Criterion]) -> None:
-    """Raise before a run is recorded for a rule that could not be replayed on it, nor freezes and so must be run."""
+def check_recorded(rules: Iterable[Criterion]) -> None:
+    """Raise if one of the rules reads a signal that no recording has. Rules that freeze pass: they are always run."""
+    known = (*RECORDED, *FROM_SWITCHES)
     for rule in rules:
-        missing = sorted(rule.needs - {*RECORDED, *MADE})
+        missing = sorted(rule.needs - set(known))
         if missing and not rule.freezes:
             raise CdlmError(
-                f"{rule!r} reads {missing[0]!r}, which no recording keeps (they have {', '.join((*RECORDED, *MADE))}):"
+                f"{rule!r} reads {missing[0]!r}, which no recording keeps (they have {', '.join(known)}):"
                 " it can only be run, with cdlm sample --halt"
             )
 

@@ -1,4 +1,4 @@
-"""Statistics of a step, each computed only when a criterion or a recorder asks for it by name."""
+"""Signals: statistics of a step, each computed only while a criterion or a recorder needs it."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ RANKED = frozenset({"tokens", "switches", "top1", "top2", "margin", "span_margin
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What the signals of one step are made from; intermediate results are computed once.
+    """What the signals of one step are computed from; intermediate results are computed once.
 
-    Sums over the vocabulary are what costs, and most of that is reading the logits from memory. So the logits are read
-    piece by piece, each piece once for all sums, and what is in between is no larger than a piece.
+    The cost lies in the sums over the vocabulary, most of it in reading the logits from memory. So the logits are read
+    piece by piece, each piece once for all sums, and no intermediate tensor is larger than a piece.
     """
 
     logits: Float[Tensor, "b n v"]
@@ -73,9 +73,9 @@ class StepStatistics:
     """Rows at their first step."""
     past: Past
     needs: frozenset[str] = SUMMED | RANKED
-    """Signals that will be asked for, so that one pass serves them all."""
+    """Signals that will be computed, so that one pass serves them all."""
     embedding: EmbeddingState | None = None
-    """None in a model without embeddings to move in; the signals of `SPATIAL` are then not to be had."""
+    """None in a model without embeddings; the signals of `SPATIAL` then do not exist."""
 
     @cached_property
     def sums(self) -> Sums:
@@ -129,6 +129,15 @@ class StepStatistics:
         assert self.embedding is not None
         return self.embedding
 
+    @property
+    def margin(self) -> Float[Tensor, "b n"]:
+        """Distance of the two largest logits."""
+        return self.top[..., 0] - self.top[..., 1]
+
+    def mean_norm(self, vectors: Float[Tensor, "b n d"]) -> Float[Tensor, " b"]:
+        """Mean norm over the open positions of each row, in embedding norms."""
+        return self.mean(vectors.norm(dim=-1)) / self.here.rho
+
     def mean(self, values: Float[Tensor, "b n"], over: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, " b"]:
         """Mean over the open positions of each row, or over others, in float32."""
         over = self.open if over is None else over
@@ -141,8 +150,10 @@ def most_likely(logits: Float[Tensor, "*b n v"]) -> Int[Tensor, "*b n"]:
 
 
 def chunk_maxima(logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n c"]:
-    """Largest logit of each chunk of the vocabulary. To find a maximum is four times faster than to find its place,
-    which is then a matter of one chunk."""
+    """Largest logit of each chunk of the vocabulary.
+
+    A maximum is found four times faster than its place. With these, the place is searched for in one chunk only.
+    """
     vocabulary = logits.shape[-1]
     width = _width(vocabulary)
     count = vocabulary // width
@@ -212,33 +223,41 @@ def _score_cosine(statistics: StepStatistics) -> Float[Tensor, " b"]:
     return ((now * before).sum(1) / (now.norm(dim=1) * before.norm(dim=1))).float()
 
 
-SIGNALS: Mapping[str, Callable[[StepStatistics], Tensor]] = MappingProxyType(
+class Signal(NamedTuple):
+    """How a signal is computed, and where it can be had. Its shape is that of `cdlm.core.types.Signals`."""
+
+    compute: Callable[[StepStatistics], Tensor]
+    spatial: bool = False
+    """It describes a state in embedding space, which masked models do not have."""
+    recorded: bool = False
+    """Recordings hold it: one float32 a row and step."""
+
+
+SIGNALS: Mapping[str, Signal] = MappingProxyType(
     {
-        "logits": lambda statistics: statistics.logits,
-        "x0": lambda statistics: statistics.here.x0,
-        "z": lambda statistics: statistics.here.z,
-        "score": lambda statistics: statistics.score,
-        "tokens": lambda statistics: statistics.tokens,
-        "top1": lambda statistics: statistics.top[..., 0],
-        "top2": lambda statistics: statistics.top[..., 1],
-        "logsumexp": lambda statistics: statistics.scale.sum(-1),
-        "entropy": lambda statistics: statistics.entropy,
-        "switches": _switches,
-        "mean_entropy": lambda statistics: statistics.mean(statistics.entropy),
-        "mean_kl": lambda statistics: statistics.mean(statistics.kl),
-        "margin": lambda statistics: statistics.mean(statistics.top[..., 0] - statistics.top[..., 1]),
-        "span_margin": lambda statistics: statistics.mean(
-            statistics.top[..., 0] - statistics.top[..., 1], statistics.target
-        ),
-        "z_norm": lambda statistics: statistics.mean(statistics.here.z.norm(dim=-1)) / statistics.here.rho,
-        "x0_norm": lambda statistics: statistics.mean(statistics.here.x0.norm(dim=-1)) / statistics.here.rho,
-        "score_cosine": _score_cosine,
+        "logits": Signal(lambda step: step.logits),
+        "x0": Signal(lambda step: step.here.x0, spatial=True),
+        "z": Signal(lambda step: step.here.z, spatial=True),
+        "score": Signal(lambda step: step.score, spatial=True),
+        "tokens": Signal(lambda step: step.tokens),
+        "top1": Signal(lambda step: step.top[..., 0]),
+        "top2": Signal(lambda step: step.top[..., 1]),
+        "logsumexp": Signal(lambda step: step.scale.sum(-1)),
+        "entropy": Signal(lambda step: step.entropy),
+        "switches": Signal(_switches),
+        "mean_entropy": Signal(lambda step: step.mean(step.entropy), recorded=True),
+        "mean_kl": Signal(lambda step: step.mean(step.kl), recorded=True),
+        "margin": Signal(lambda step: step.mean(step.margin), recorded=True),
+        "span_margin": Signal(lambda step: step.mean(step.margin, step.target), recorded=True),
+        "z_norm": Signal(lambda step: step.mean_norm(step.here.z), spatial=True, recorded=True),
+        "x0_norm": Signal(lambda step: step.mean_norm(step.here.x0), spatial=True, recorded=True),
+        "score_cosine": Signal(_score_cosine, spatial=True, recorded=True),
     }
 )
 """The signals that a criterion may list in its `needs`; docs/write-a-criterion.md says what each is."""
 
-SPATIAL = frozenset({"x0", "z", "score", "z_norm", "x0_norm", "score_cosine"})
-"""Signals of a state in embedding space; models of tokens alone have the others."""
+SPATIAL = frozenset(name for name, signal in SIGNALS.items() if signal.spatial)
+RECORDED = tuple(name for name, signal in SIGNALS.items() if signal.recorded)
 
 
 def check_signals(names: Iterable[str], known: Iterable[str] = SIGNALS) -> frozenset[str]:
@@ -248,12 +267,12 @@ def check_signals(names: Iterable[str], known: Iterable[str] = SIGNALS) -> froze
         known: signals that a family of models has.
 
     Raises:
-        CdlmError: a signal that there is not, or not in this family.
+        CdlmError: there is no signal of a name, or none in this family.
     """
     unknown = sorted(set(names) - set(known))
     if unknown and unknown[0] in SPATIAL:
         raise CdlmError(
-            f"{unknown[0]!r} is of a state in embedding space, and a masked model has none: use a rule that reads"
+            f"{unknown[0]!r} describes a state in embedding space, and a masked model has none: use a rule that reads"
             f" {', '.join(sorted(known))}"
         )
     if unknown:
@@ -262,7 +281,7 @@ def check_signals(names: Iterable[str], known: Iterable[str] = SIGNALS) -> froze
 
 
 def first_past(needs: frozenset[str], z: Float[Tensor, "b n d"], beside: Past | None) -> Past:
-    """The past of rows that have none, of one form with that of the rows `beside` which they join."""
+    """The past of rows that enter, in the form of the past of the rows `beside` them."""
     vocabulary = 0 if beside is None or beside.logits is None else beside.logits.shape[-1]
     dtype = z.dtype if beside is None or beside.logits is None else beside.logits.dtype
     return Past(
@@ -274,8 +293,8 @@ def first_past(needs: frozenset[str], z: Float[Tensor, "b n d"], beside: Past | 
 
 
 def observe(needs: frozenset[str], statistics: StepStatistics) -> tuple[dict[str, Tensor], Past]:
-    """The signals asked for, and what the next step needs of this one."""
-    signals = {name: SIGNALS[name](statistics) for name in sorted(needs)}
+    """The signals in `needs`, and what the next step needs of this one."""
+    signals = {name: SIGNALS[name].compute(statistics) for name in sorted(needs)}
     past = Past(
         statistics.tokens if "switches" in needs else None,
         statistics.score if "score_cosine" in needs else None,

@@ -15,22 +15,16 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise
 from cdlm.core.trees import blank
 from cdlm.core.types import Decision, LoopStep, NewRows, StepState
-from cdlm.halting.signals import SIGNALS, SPATIAL, Past, StepStatistics, check_signals, first_past, observe
+from cdlm.halting.signals import RECORDED, SIGNALS, SPATIAL, Past, StepStatistics, check_signals, first_past, observe
 from cdlm.masked.model import Cache, CachedModel, MaskedModel
+from cdlm.masked.policies import parse_policy
 from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.policies.policy import Choice, Plan, Policy, View, enter, plan_of
 from cdlm.masked.published import Quirks
-from cdlm.recording.record import RECORDED
 from cdlm.sampling.loop import Loop, RunOptions
 from cdlm.sampling.requests import Request, canvases, encode_prompt, stack_masks
 from cdlm.sampling.requests import requests as row_requests
 from cdlm.sampling.session import Model, Sampling
-
-
-def parse_policy(text):
-    from cdlm import config
-
-    return config.policy(text)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,6 @@ from jaxtyping import Bool, Float, Int, Integer
 
 from cdlm.core.errors import CdlmError
 
-RECORDED = ("mean_entropy", "mean_kl", "margin", "span_margin", "z_norm", "x0_norm", "score_cosine")
-"""Row signals that a record keeps, beside each step's tokens."""
-
 
 class Switches(NamedTuple):
     """Every switch of an open position's most likely token, in order of step; a first prediction is a switch too."""

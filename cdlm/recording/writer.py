@@ -1,25 +1,29 @@
-"""A record in the making: what a run leaves, taken down step by step."""
+"""Making the record of a run, step by step."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from cdlm.core.types import StepState
-from cdlm.recording.record import RECORDED, Record, Switches, in_order, joined
-
-if TYPE_CHECKING:
-    pass
+from cdlm.recording.record import Record, Switches, in_order, joined
 
 
 class Recorder:
-    """A record in the making."""
+    """The record of m samples while they are drawn.
 
-    def __init__(self, budget: int, start: Int[Tensor, "m n"], mask_id: int | None = None):
-        count, self.mask_id = len(start), mask_id
+    Args:
+        names: row signals to record, as far as the steps have them.
+        budget: most steps of a sample.
+        start: tokens of the samples before the first step.
+        mask_id: the mask of a masked model; None of a continuous one.
+    """
+
+    def __init__(self, names: Sequence[str], budget: int, start: Int[Tensor, "m n"], mask_id: int | None = None):
+        self.names, self.mask_id, count = names, mask_id, len(start)
         self.tokens = np.full(start.shape, -1, np.int64)
         self.t = np.full(budget, np.nan)
         self.nfe = np.zeros((budget, count), np.int32)
@@ -29,10 +33,10 @@ class Recorder:
         self.commits: list[Switches] = []
 
     def write(self, state: StepState, columns: Int[np.ndarray, " b"], canvas: Int[Tensor, "b n"] | None = None) -> None:
-        """Take down one step of the rows whose places among the samples are `columns`."""
+        """Record one step of the rows whose places among the samples are `columns`."""
         steps, tokens = state.step.cpu().numpy(), state.tokens.cpu().numpy()
         self.nfe[steps, columns], self.budget[columns] = state.nfe.cpu().numpy(), state.budget.cpu().numpy()
-        for name in RECORDED:
+        for name in self.names:
             if name in state.signals:
                 values = self.signals.setdefault(name, np.full(self.nfe.shape, np.nan, np.float32))
                 values[steps, columns] = state.signals[name].cpu().numpy()
@@ -46,7 +50,7 @@ class Recorder:
             self.commits.append(_changes(after, np.full_like(after, self.mask_id), open_, steps, columns))
 
     def record(self) -> Record:
-        """What was taken down."""
+        """The record of all steps so far."""
         commits = in_order(joined(self.commits)) if self.commits else None
         budget = None if commits is None else self.budget
         return Record(self.t, self.nfe, self.signals, in_order(joined(self.switches)), commits, budget)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing, write_rows, write_text
 from cdlm.core.types import HaltReason, LoopStep
+from cdlm.halting.signals import RECORDED
 from cdlm.recording.record import Record
 from cdlm.recording.writer import Recorder
 from cdlm.sampling.requests import Request
@@ -246,7 +247,7 @@ def collect(
     tokens = torch.stack([request.tokens for request in requests])
     nfe, taken, settled = (np.zeros(count, np.int64) for _ in range(3))
     reasons = [HaltReason.BUDGET] * count
-    recorder = Recorder(budget, tokens, mask_id) if record else None
+    recorder = Recorder(RECORDED, budget, tokens, mask_id) if record else None
     for step in steps:
         columns = np.array([place[row] for row in step.state.row.tolist()])
         if recorder is not None:

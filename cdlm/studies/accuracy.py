@@ -13,12 +13,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from cdlm import api, config, generation
+from cdlm import api, generation
 from cdlm.core.stats import Scores, bootstrap
 from cdlm.data.arithmetic import Problem, is_correct, problems
 from cdlm.data.gsm8k import read_problems
-from cdlm.halting import Full, Never
+from cdlm.halting import Full, Never, sweep
 from cdlm.halting.replay import replay
+from cdlm.masked.policies import sweep_policy
 from cdlm.masked.policies.dream import Dream
 from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.policies.policy import Policy
@@ -90,9 +91,9 @@ class Accuracy(Study):
     def check(self) -> None:
         super().check()
         for rule in self.rules:
-            config.sweep(rule, self.new_tokens)
+            sweep(rule, self.new_tokens)
         for policy in self.policies:
-            config.policies(policy)
+            sweep_policy(policy)
 
     def find(self) -> Finding:
         rows, table, panels = [], [], []
@@ -144,10 +145,10 @@ class _Bench:
         machine = self.study.machine
         recording = api.recording_of(full, self.decoder, self.folder, machine.precision)
         for text in self.study.rules:
-            rules = config.sweep(text, full.budget)
+            rules = sweep(text, full.budget)
             yield text, [self.under(rule, recording) for rule in rules]
         for text in self.study.policies:
-            tried = [replace(self.decoder, policy=p, criterion=Full()) for p in config.policies(text)]
+            tried = [replace(self.decoder, policy=p, criterion=Full()) for p in sweep_policy(text)]
             yield text, [self.trial(self.run(decoder), decoder) for decoder in tried]
 
     def under(self, rule: Any, recording: Recording) -> SettingResult:

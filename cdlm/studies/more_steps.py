@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from cdlm.config import sweep
 from cdlm.core.stats import bootstrap
 from cdlm.evaluation.bench import Bench, Drawn
 from cdlm.evaluation.compare import Plain
-from cdlm.halting.replay import check_kept
+from cdlm.halting import sweep
+from cdlm.halting.replay import check_recorded
 from cdlm.studies.picture import Panel
 from cdlm.studies.study import Finding, Judged, curve, ends, interval, label
 
@@ -43,7 +43,7 @@ class MoreSteps(Judged):
 
     def check(self) -> None:
         super().check()
-        check_kept(sweep(self.rule, max(self.steps)))
+        check_recorded(sweep(self.rule, max(self.steps)))
 
     def find(self) -> Finding:
         rows = [row for model in self.models for row in self._model(model)]

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cdlm import config as names
 from cdlm import generation
+from cdlm.continuous.grids import GRIDS
 from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.schedules import alpha_of
 from cdlm.continuous.system import EmbeddingDiffusion
@@ -51,7 +51,7 @@ class Norms(Sampled):
     def check(self) -> None:
         super().check()
         for grid in self.grids:
-            names.grid(grid)
+            GRIDS.parse(grid)
 
     def find(self) -> Finding:
         paths = {(model, grid): self._path(model, grid) for model, grid in product(self.models, self.grids)}

@@ -12,8 +12,9 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 
-from cdlm import config as names
 from cdlm import generation
+from cdlm.config import read_run
+from cdlm.continuous.grids import GRIDS
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.sampler import Sampler
 from cdlm.core.files import write_rows, write_text
@@ -141,7 +142,7 @@ class Judged(Sampled):
     def check(self) -> None:
         super().check()
         check_texts(self.models)
-        names.grid(self.grid)
+        GRIDS.parse(self.grid)
 
     def bench(self, model: str, steps: int) -> Bench:
         """The full run of a model, drawn or taken from a recording, and the judge."""
@@ -155,7 +156,7 @@ class Judged(Sampled):
 def check_texts(models: Sequence[str]) -> None:
     """Raise for a model without the settings of its run, which say what text it is judged beside."""
     for model in models:
-        names.read_run(model)
+        read_run(model)
 
 
 def label(model: str) -> str:

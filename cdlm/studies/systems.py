@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from cdlm import config as names
 from cdlm import generation
 from cdlm.continuous.sampler import Sampler
 from cdlm.core.stats import Scores
 from cdlm.evaluation.bench import Bench, open_bench
-from cdlm.halting import Criterion
+from cdlm.halting import Criterion, sweep
 from cdlm.halting.calibration import Goal
-from cdlm.halting.replay import check_kept
+from cdlm.halting.replay import check_recorded
 from cdlm.masked.sampler import Decoder
 from cdlm.models import hub
 from cdlm.studies.picture import Panel
@@ -49,7 +48,7 @@ class Systems(Study):
     def check(self) -> None:
         super().check()
         check_texts(self.models)
-        check_kept(rule for name in self.rules for rule in names.sweep(name, self.steps))
+        check_recorded(rule for name in self.rules for rule in sweep(name, self.steps))
 
     def find(self) -> Finding:
         goal = Goal(self.max_loss, self.confidence)
@@ -78,7 +77,7 @@ class Systems(Study):
         """Every setting that was tried on a model, one row each."""
         budget = bench.steps
         for name in self.rules:
-            for rule in names.sweep(name, budget):
+            for rule in sweep(name, budget):
                 row = _row(bench, name, rule, goal, len(bench.full_run))
                 yield row
                 if not row["within"]:

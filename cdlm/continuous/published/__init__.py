@@ -1,1 +1,11 @@
-"""Published networks and file formats."""
+"""Networks and file formats that others have published. `cdlm convert` knows the formats that `LAYOUTS` lists."""
+
+from cdlm.continuous.published.langflow import LangFlowLayout
+from cdlm.continuous.published.layout import Layout
+from cdlm.continuous.published.plaid import PlaidLayout
+from cdlm.continuous.published.ssd import SSDLayout
+from cdlm.core.parsing import Registry
+
+LAYOUTS: Registry[Layout] = Registry(
+    "published format", Layout, plaid=PlaidLayout, ssd=SSDLayout, langflow=LangFlowLayout
+)

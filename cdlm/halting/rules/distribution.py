@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from cdlm.core.checks import check_number, check_whole
 from cdlm.core.types import Decision, NewRows, StepState
-from cdlm.halting.criterion import Criterion, Memory, Stateless, require_count, require_number
-from cdlm.halting.rules.settings import falling, past, require_share
+from cdlm.halting.criterion import Criterion, Memory, Stateless
+from cdlm.halting.rules.sweeps import geometric_thresholds, past_warmup
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,14 @@ class Entropy(Stateless):
 
     nats: float
 
+    needs = frozenset({"mean_entropy"})
+
     def __post_init__(self) -> None:
-        require_number("Entropy", "nats", self.nats, above=0.0)
+        check_number("Entropy", above=0.0, nats=self.nats)
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        return [cls(nats, **fixed) for nats in falling(1.0, 1e-4, 25)[::-1]]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"mean_entropy"})
+        return [cls(nats, **fixed) for nats in geometric_thresholds(1.0, 1e-4, 25)[::-1]]
 
     def decide(self, state: StepState) -> Decision:
         return Decision(state.mean_entropy < self.nats, info={"mean_entropy": state.mean_entropy})
@@ -49,20 +48,18 @@ class KL(Stateless):
     nats: float
     warmup: float = 0.2
 
+    needs = frozenset({"mean_kl"})
+
     def __post_init__(self) -> None:
-        require_number("KL", "nats", self.nats, above=0.0)
-        require_share("KL", "warmup", self.warmup)
+        check_number("KL", above=0.0, nats=self.nats)
+        check_number("KL", least=0.0, below=1.0, warmup=self.warmup)
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        return [cls(nats, **fixed) for nats in falling(1e-2, 1e-8, 25)[::-1]]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"mean_kl"})
+        return [cls(nats, **fixed) for nats in geometric_thresholds(1e-2, 1e-8, 25)[::-1]]
 
     def decide(self, state: StepState) -> Decision:
-        return Decision((state.mean_kl < self.nats) & past(self.warmup, state), info={"mean_kl": state.mean_kl})
+        return Decision((state.mean_kl < self.nats) & past_warmup(self.warmup, state), info={"mean_kl": state.mean_kl})
 
 
 @dataclass(frozen=True)
@@ -76,17 +73,15 @@ class StableAndConfident(Criterion):
     stability_threshold: int = 1
     confidence_threshold: float = 0.005
 
+    needs = frozenset({"switches", "mean_entropy"})
+
     def __post_init__(self) -> None:
-        require_count("StableAndConfident", "stability_threshold", self.stability_threshold, least=0)
-        require_number("StableAndConfident", "confidence_threshold", self.confidence_threshold, above=0.0)
+        check_whole("StableAndConfident", least=0, stability_threshold=self.stability_threshold)
+        check_number("StableAndConfident", above=0.0, confidence_threshold=self.confidence_threshold)
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        return [cls(confidence_threshold=nats, **fixed) for nats in falling(1.0, 1e-4, 25)[::-1]]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"switches", "mean_entropy"})
+        return [cls(confidence_threshold=nats, **fixed) for nats in geometric_thresholds(1.0, 1e-4, 25)[::-1]]
 
     def start(self, rows: NewRows) -> Memory:
         return torch.zeros_like(rows.budget)

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from cdlm.core.checks import check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Decision, NewRows, StepState
-from cdlm.halting.criterion import Criterion, Memory, Stateless, require_count, require_number
-from cdlm.halting.rules.settings import falling, require_threshold
+from cdlm.halting.criterion import Criterion, Memory, Stateless
+from cdlm.halting.rules.sweeps import geometric_thresholds
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,14 @@ class Prophet(Criterion):
     one_based: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tau_high", "tau_mid", "tau_low"):
-            require_threshold("Prophet", name, getattr(self, name))
-        if not isinstance(self.one_based, bool):
-            raise CdlmError(f"Prophet needs one_based to be True or False, got {self.one_based!r}")
+        check_number("Prophet", infinite=True, tau_high=self.tau_high, tau_mid=self.tau_mid, tau_low=self.tau_low)
+        check_choice("Prophet", (True, False), one_based=self.one_based)
         if self.region is not None and not _is_region(self.region):
             raise CdlmError(f"Prophet needs a region (start, end) with 0 <= start < end, got {self.region!r}")
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        scales = falling(8.0, 0.4, 25)
+        scales = geometric_thresholds(8.0, 0.4, 25)
         return [cls(round(7.5 * s, 4), round(5.0 * s, 4), round(2.5 * s, 4), **fixed) for s in scales]
 
     @property
@@ -101,20 +100,20 @@ class SchED(Stateless):
     variant: Literal["code", "paper"] = "code"
 
     def __post_init__(self) -> None:
-        for name in ("tau_high", "tau_low"):
-            require_threshold("SchED", name, getattr(self, name))
+        check_number("SchED", infinite=True, tau_high=self.tau_high, tau_low=self.tau_low)
         if math.isinf(self.tau_high - self.tau_low):
             raise CdlmError(
                 f"SchED cannot fall from {self.tau_high} to {self.tau_low}: give both a number, or the same"
             )
-        require_number("SchED", "k", self.k, above=0.0)
-        for name, known in (("schedule", ("linear", "cosine", "exp")), ("variant", ("code", "paper"))):
-            if getattr(self, name) not in known:
-                raise CdlmError(f"SchED needs a {name} among {', '.join(known)}, got {getattr(self, name)!r}")
+        check_number("SchED", above=0.0, k=self.k)
+        check_choice("SchED", ("linear", "cosine", "exp"), schedule=self.schedule)
+        check_choice("SchED", ("code", "paper"), variant=self.variant)
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        return [cls(round(7.5 * scale, 4), round(2.5 * scale, 4), **fixed) for scale in falling(8.0, 0.4, 25)]
+        return [
+            cls(round(7.5 * scale, 4), round(2.5 * scale, 4), **fixed) for scale in geometric_thresholds(8.0, 0.4, 25)
+        ]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -160,23 +159,18 @@ class JoT(Criterion):
     gamma: float = 0.5
     distance: int = 16
 
+    needs = frozenset({"tokens", "top1", "top2"})
+    freezes = True
+
     def __post_init__(self) -> None:
-        require_number("JoT", "tau_min", self.tau_min)
-        require_number("JoT", "tau_max", self.tau_max, above=float(self.tau_min))
-        require_number("JoT", "gamma", self.gamma, above=0.0)
-        require_count("JoT", "distance", self.distance)
+        check_number("JoT", tau_min=self.tau_min)
+        check_number("JoT", above=float(self.tau_min), tau_max=self.tau_max)
+        check_number("JoT", above=0.0, gamma=self.gamma)
+        check_whole("JoT", distance=self.distance)
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        return [cls(tau_max, **fixed) for tau_max in falling(1e6, 3.0, 12)]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"tokens", "top1", "top2"})
-
-    @property
-    def freezes(self) -> bool:
-        return True
+        return [cls(tau_max, **fixed) for tau_max in geometric_thresholds(1e6, 3.0, 12)]
 
     def start(self, rows: NewRows) -> Memory:
         return rows.valid

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cdlm.core.checks import check_number
 from cdlm.core.types import Decision, StepState
-from cdlm.halting.criterion import Criterion, Stateless, require_number
-from cdlm.halting.rules.settings import falling, past, require_share
+from cdlm.halting.criterion import Criterion, Stateless
+from cdlm.halting.rules.sweeps import geometric_thresholds, past_warmup
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,14 @@ class NormConvergence(Stateless):
 
     delta: float
 
+    needs = frozenset({"x0_norm"})
+
     def __post_init__(self) -> None:
-        require_number("NormConvergence", "delta", self.delta, above=0.0)
+        check_number("NormConvergence", above=0.0, delta=self.delta)
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        return [cls(delta, **fixed) for delta in falling(0.3, 1e-5, 25)[::-1]]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"x0_norm"})
+        return [cls(delta, **fixed) for delta in geometric_thresholds(0.3, 1e-5, 25)[::-1]]
 
     def decide(self, state: StepState) -> Decision:
         return Decision(state.x0_norm >= 1 - self.delta, info={"x0_norm": state.x0_norm})
@@ -48,18 +47,16 @@ class AngleConvergence(Stateless):
     delta: float
     warmup: float = 0.2
 
+    needs = frozenset({"score_cosine"})
+
     def __post_init__(self) -> None:
-        require_number("AngleConvergence", "delta", self.delta, above=0.0)
-        require_share("AngleConvergence", "warmup", self.warmup)
+        check_number("AngleConvergence", above=0.0, delta=self.delta)
+        check_number("AngleConvergence", least=0.0, below=1.0, warmup=self.warmup)
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        return [cls(delta, **fixed) for delta in falling(1e-2, 1e-6, 25)[::-1]]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"score_cosine"})
+        return [cls(delta, **fixed) for delta in geometric_thresholds(1e-2, 1e-6, 25)[::-1]]
 
     def decide(self, state: StepState) -> Decision:
-        turned = (1 - state.score_cosine <= self.delta) & past(self.warmup, state)
+        turned = (1 - state.score_cosine <= self.delta) & past_warmup(self.warmup, state)
         return Decision(turned, info={"score_cosine": state.score_cosine})

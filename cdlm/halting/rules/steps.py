@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from cdlm.core.checks import check_whole
 from cdlm.core.types import Decision, StepState
-from cdlm.halting.criterion import Criterion, Stateless, require_count
+from cdlm.halting.criterion import Criterion, Stateless
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,12 @@ class FixedSteps(Stateless):
     steps: int
 
     def __post_init__(self) -> None:
-        require_count("FixedSteps", "steps", self.steps)
+        check_whole("FixedSteps", steps=self.steps)
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
         counts = {max(1, round(budget * share)) for share in np.linspace(0.98, 0.2, 27)}
         return [cls(steps, **fixed) for steps in sorted(counts, reverse=True)]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset()
 
     def decide(self, state: StepState) -> Decision:
         return Decision(state.step + 1 >= self.steps)
@@ -43,10 +40,6 @@ class Full(Stateless):
     call to see that a row is full. On a continuous model only a rule that freezes can fill a row.
     """
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset()
-
     def decide(self, state: StepState) -> Decision:
         return Decision(torch.zeros_like(state.step, dtype=torch.bool))
 
@@ -55,6 +48,4 @@ class Full(Stateless):
 class Never(Full):
     """Never halt: the plain sampler with all its steps, also those in which nothing may change."""
 
-    @property
-    def waits(self) -> bool:
-        return True
+    waits = True

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from cdlm.core.checks import check_whole
 from cdlm.core.types import Decision, NewRows, StepState
-from cdlm.halting.criterion import Criterion, Memory, require_count
-from cdlm.halting.rules.settings import step_counts
+from cdlm.halting.criterion import Criterion, Memory
+from cdlm.halting.rules.sweeps import geometric_steps
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,14 @@ class Patience(Criterion):
 
     steps: int
 
+    needs = frozenset({"switches"})
+
     def __post_init__(self) -> None:
-        require_count("Patience", "steps", self.steps)
+        check_whole("Patience", steps=self.steps)
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        return [cls(steps, **fixed) for steps in step_counts(budget, 0.4, 0.01)]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"switches"})
+        return [cls(steps, **fixed) for steps in geometric_steps(budget, 0.4, 0.01)]
 
     def start(self, rows: NewRows) -> Memory:
         return torch.zeros_like(rows.budget)

@@ -1,1 +1,34 @@
-"""Unmasking policies."""
+"""Unmasking policies. A policy has a name for texts and messages once it is listed in `POLICIES`."""
+
+from cdlm.core.parsing import Registry
+from cdlm.masked.policies.confidence import Factor, Threshold
+from cdlm.masked.policies.dream import Dream, DreamThreshold
+from cdlm.masked.policies.entropy import EntropyBound
+from cdlm.masked.policies.klass import KLASS
+from cdlm.masked.policies.llada import LLaDA
+from cdlm.masked.policies.policy import Policy
+
+POLICIES: Registry[Policy] = Registry(
+    "unmasking policy", Policy, LLaDA, Dream, DreamThreshold, Threshold, Factor, EntropyBound, KLASS
+)
+
+
+def parse_policy(text: str | Policy) -> Policy:
+    """A policy from its text, such as `Threshold(0.9, block=32)`; a name alone is the policy with its defaults.
+
+    Raises:
+        CdlmError: the text is no policy.
+    """
+    if isinstance(text, str) and text.strip() in POLICIES:
+        text = f"{text.strip()}()"
+    return POLICIES.parse(text)
+
+
+def sweep_policy(text: str) -> list[Policy]:
+    """The policy of a text; or, of a name alone, the settings of that policy to try, from strict to loose.
+
+    Raises:
+        CdlmError: the text is no policy, or the policy has nothing to sweep.
+    """
+    kind = POLICIES.get(text.strip())
+    return [parse_policy(text)] if kind is None else list(kind.sweep())

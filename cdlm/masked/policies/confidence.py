@@ -10,15 +10,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from cdlm.core.checks import check_number, check_whole
 from cdlm.masked.policies.policy import (
     Choice,
     Plan,
     Policy,
     View,
     proposal,
-    require_block,
-    require_number,
-    require_whole,
 )
 from cdlm.masked.policies.quotas import best, ranked
 
@@ -40,10 +38,8 @@ class Threshold(Policy):
     calls: int | None = None
 
     def __post_init__(self) -> None:
-        require_number("Threshold", "tau", self.tau, 0.0)
-        require_block("Threshold", self.block)
-        if self.calls is not None:
-            require_whole("Threshold", "calls", self.calls)
+        check_number("Threshold", least=0.0, infinite=True, tau=self.tau)
+        check_whole("Threshold", optional=True, block=self.block, calls=self.calls)
 
     @classmethod
     def sweep(cls, **fixed: Any) -> Sequence[Policy]:
@@ -80,8 +76,8 @@ class Factor(Policy):
     last_rank: bool = False
 
     def __post_init__(self) -> None:
-        require_number("Factor", "f", self.f, 0.0)
-        require_block("Factor", self.block)
+        check_number("Factor", least=0.0, infinite=True, f=self.f)
+        check_whole("Factor", optional=True, block=self.block)
 
     @classmethod
     def sweep(cls, **fixed: Any) -> Sequence[Policy]:

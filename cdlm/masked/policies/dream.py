@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cdlm.core.checks import check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import ORDER
 from cdlm.masked.model import Constants
@@ -19,9 +20,6 @@ from cdlm.masked.policies.policy import (
     View,
     check_blocks,
     proposal,
-    require_block,
-    require_number,
-    require_whole,
 )
 from cdlm.masked.policies.quotas import best, falling, transfer_share
 
@@ -54,23 +52,16 @@ class Dream(Policy):
     block: int | None = None
     pooled: bool = False
 
-    def __post_init__(self) -> None:
-        if self.steps is not None:
-            require_whole("Dream", "steps", self.steps)
-        elif self.pooled or self.alg == "origin":
-            raise CdlmError(f"Dream needs a number of steps with {'pooled' if self.pooled else 'origin'}: give steps")
-        require_block("Dream", self.block)
-        if self.alg not in ALGORITHMS:
-            raise CdlmError(f"Dream needs an alg among {', '.join(ALGORITHMS)}, got {self.alg!r}")
-        require_number("Dream", "eps", self.eps, 0.0, 1.0)
-        require_number("Dream", "alg_temp", self.alg_temp or 0.0, 0.0)
-        require_number("Dream", "top_p", 1.0 if self.top_p is None else self.top_p, 0.0, 1.0)
-        if self.top_k is not None:
-            require_whole("Dream", "top_k", self.top_k)
+    needs = frozenset({"tokens"})
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"tokens"})
+    def __post_init__(self) -> None:
+        check_choice("Dream", ALGORITHMS, alg=self.alg)
+        check_whole("Dream", optional=True, steps=self.steps, block=self.block, top_k=self.top_k)
+        check_number("Dream", least=0.0, most=1.0, eps=self.eps)
+        check_number("Dream", least=0.0, most=1.0, optional=True, top_p=self.top_p)
+        check_number("Dream", least=0.0, infinite=True, optional=True, alg_temp=self.alg_temp)
+        if self.steps is None and (self.pooled or self.alg == "origin"):
+            raise CdlmError(f"Dream needs a number of steps with {'pooled' if self.pooled else 'origin'}: give steps")
 
     @property
     def tokenwise(self) -> bool:
@@ -91,13 +82,13 @@ class Dream(Policy):
         tokens, confidence = self.propose(view)
         if self.alg == "origin" and steps is not None:
             chance = transfer_share(steps, inner, self.eps)[:, None].expand_as(view.candidates)
-            drawn = view.spread(view.draws.uniform(view.site, ORDER).float(), 1.0)
+            drawn = view.at_candidates(view.draws.uniform(view.site, ORDER).float(), 1.0)
             return Choice(view.candidates & (drawn < chance), tokens)
         if self.pooled:
             return self._pooled(view, tokens, confidence)
         if self.alg_temp:
             score = view.draws.order(view.site, confidence[view.candidates] / self.alg_temp)
-            confidence = view.spread(score, 0.0)
+            confidence = view.at_candidates(score, 0.0)
         masks = view.candidates.sum(1)
         quota = torch.ones_like(masks) if steps is None else falling(masks, steps, inner, self.eps)
         return Choice(best(confidence, view.candidates, quota), tokens)
@@ -119,7 +110,7 @@ class Dream(Policy):
             confidence = p.gather(1, chosen[:, None]).squeeze(1)
         tokens = view.statistics.tokens.clone()
         tokens[view.candidates] = chosen
-        return tokens, view.spread(confidence, 0.0)
+        return tokens, view.at_candidates(confidence, 0.0)
 
     def _pooled(self, view: View, tokens: Int[Tensor, "b q"], confidence: Float[Tensor, "b q"]) -> Choice:
         masks = view.candidates.sum()[None].float() / len(view.row)
@@ -165,8 +156,8 @@ class DreamThreshold(Policy):
     tau: float = 0.9
 
     def __post_init__(self) -> None:
-        require_whole("DreamThreshold", "steps", self.steps)
-        require_number("DreamThreshold", "tau", self.tau, 0.0)
+        check_whole("DreamThreshold", steps=self.steps)
+        check_number("DreamThreshold", least=0.0, infinite=True, tau=self.tau)
 
     def check(self, length: int, constants: Constants) -> None:
         if length % self.steps:

@@ -9,7 +9,8 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cdlm.masked.policies.policy import LIGHT, Choice, Policy, View, proposal, require_block, require_number
+from cdlm.core.checks import check_number, check_whole
+from cdlm.masked.policies.policy import LIGHT, Choice, Policy, View, proposal
 from cdlm.masked.policies.quotas import best, ranked
 
 
@@ -27,17 +28,15 @@ class EntropyBound(Policy):
     nats: float = 0.001
     block: int | None = None
 
+    needs = LIGHT | {"entropy"}
+
     def __post_init__(self) -> None:
-        require_number("EntropyBound", "nats", self.nats, 0.0)
-        require_block("EntropyBound", self.block)
+        check_number("EntropyBound", least=0.0, infinite=True, nats=self.nats)
+        check_whole("EntropyBound", optional=True, block=self.block)
 
     @classmethod
     def sweep(cls, **fixed: Any) -> Sequence[Policy]:
         return [cls(nats, **fixed) for nats in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return LIGHT | {"entropy"}
 
     def choose(self, view: View) -> Choice:
         tokens, confidence = proposal(view)

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from cdlm.masked.policies.policy import LIGHT, Choice, Policy, View, proposal, require_block, require_number
+from cdlm.core.checks import check_number, check_whole
+from cdlm.masked.policies.policy import LIGHT, Choice, Policy, View, proposal
 from cdlm.masked.policies.quotas import best
 
 
@@ -30,19 +31,17 @@ class KLASS(Policy):
     nats: float = 0.015
     block: int | None = None
 
+    needs = LIGHT | {"mean_kl"}
+
     def __post_init__(self) -> None:
-        require_number("KLASS", "confidence", self.confidence, 0.0, 1.0)
-        require_number("KLASS", "nats", self.nats, 0.0)
-        require_block("KLASS", self.block)
+        check_number("KLASS", least=0.0, most=1.0, confidence=self.confidence)
+        check_number("KLASS", least=0.0, infinite=True, nats=self.nats)
+        check_whole("KLASS", optional=True, block=self.block)
 
     @classmethod
     def sweep(cls, **fixed: Any) -> Sequence[Policy]:
         confidence = float(fixed.pop("confidence", 0.6))
         return [cls(confidence, nats, **fixed) for nats in (1e-5, 1e-4, 1e-3, 0.005, 0.015, 0.05, 0.2, 1.0)]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return LIGHT | {"mean_kl"}
 
     @property
     def tokenwise(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cdlm.core.checks import check_choice, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import ORDER
 from cdlm.masked.model import Constants
@@ -17,11 +18,8 @@ from cdlm.masked.policies.policy import (
     Plan,
     Policy,
     View,
-    _end,
     check_blocks,
     proposal,
-    require_block,
-    require_whole,
 )
 from cdlm.masked.policies.quotas import best, even
 
@@ -49,11 +47,8 @@ class LLaDA(Policy):
     block_quota: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps is not None:
-            require_whole("LLaDA", "steps", self.steps)
-        require_block("LLaDA", self.block)
-        if self.remasking not in ("low_confidence", "random"):
-            raise CdlmError(f"LLaDA needs a remasking among low_confidence, random, got {self.remasking!r}")
+        check_whole("LLaDA", optional=True, steps=self.steps, block=self.block)
+        check_choice("LLaDA", ("low_confidence", "random"), remasking=self.remasking)
 
     def suppressed(self, constants: Constants) -> tuple[int, ...]:
         return (_end(constants, "no_eos"),) if self.no_eos else ()
@@ -79,7 +74,7 @@ class LLaDA(Policy):
     def choose(self, view: View) -> Choice:
         tokens, confidence = proposal(view)
         if self.remasking == "random":
-            confidence = view.spread(view.draws.uniform(view.site, ORDER), 0.0)
+            confidence = view.at_candidates(view.draws.uniform(view.site, ORDER), 0.0)
         elif self.eos_last:
             confidence = self._without_ends(view, tokens)
         steps, plan = self.schedule(view.plan), view.plan
@@ -93,4 +88,10 @@ class LLaDA(Policy):
         logits = view.statistics.logits[view.candidates].clone()
         logits[:, [end for end in held if end is not None]] = -torch.inf
         chosen = tokens[view.candidates][:, None]
-        return view.spread(logits.softmax(-1).gather(1, chosen).squeeze(1), 0.0)
+        return view.at_candidates(logits.softmax(-1).gather(1, chosen).squeeze(1), 0.0)
+
+
+def _end(constants: Constants, switch: str) -> int:
+    if constants.eos_id is None:
+        raise CdlmError(f"LLaDA's {switch} needs a model with an end-of-text token: give eos_id")
+    return constants.eos_id

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise, Site
+from cdlm.core.types import SignalReader
 from cdlm.halting.signals import StepStatistics
 from cdlm.masked.model import Constants
 
@@ -58,8 +58,8 @@ class View(NamedTuple):
         """Where things are drawn at random."""
         return Site(self.row, self.step, self.candidates)
 
-    def spread(self, values: Tensor, empty: float) -> Tensor:
-        """Values of the k candidates at their places, float; `empty` elsewhere."""
+    def at_candidates(self, values: Float[Tensor, " k"], empty: float) -> Float[Tensor, "b q"]:
+        """Values of the k candidates at their places; `empty` elsewhere."""
         out = torch.full(self.candidates.shape, empty, dtype=values.dtype, device=values.device)
         out[self.candidates] = values
         return out
@@ -76,16 +76,13 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Policy(ABC):
+class Policy(SignalReader, ABC):
     """An unmasking policy: small, frozen, and its own configuration.
 
     Its rows are decoded block by block from left to right; a row's block is done when nothing in it is open.
     """
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """Signals of the step that it reads, beside those of the criterion."""
-        return LIGHT
+    needs = LIGHT
 
     @property
     def size(self) -> int | None:
@@ -98,7 +95,7 @@ class Policy(ABC):
 
     @property
     def tokenwise(self) -> bool:
-        """Whether it can decode one block alone, as a cache asks for."""
+        """Whether it can decode one block alone, as a cache requires."""
         return True
 
     @classmethod
@@ -176,7 +173,7 @@ def proposal(view: View) -> tuple[Int[Tensor, "b q"], Float[Tensor, "b q"]]:
     chance = logits.log_softmax(-1).gather(1, drawn[:, None]).squeeze(1).exp()
     tokens = statistics.tokens.clone()
     tokens[view.candidates] = drawn
-    return tokens, view.spread(chance, 0.0)
+    return tokens, view.at_candidates(chance, 0.0)
 
 
 def check_blocks(policy: str, length: int, block: int | None, steps: int | None) -> None:
@@ -198,28 +195,3 @@ def _near(value: int, unit: int) -> str:
     """The multiples beside a value that is none."""
     below = value // unit * unit
     return f"{below} and {below + unit} fit" if below else f"{unit} fits"
-
-
-def require_whole(policy: str, name: str, value: object) -> None:
-    """Raise unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CdlmError(f"{policy} needs a whole number {name} >= 1, got {value!r}")
-
-
-def require_block(policy: str, block: object) -> None:
-    """Raise unless `block` is None or a number of positions."""
-    if block is not None:
-        require_whole(policy, "block", block)
-
-
-def require_number(policy: str, name: str, value: object, least: float, most: float = math.inf) -> None:
-    """Raise unless `value` is a number, at least `least` and at most `most`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        limit = "" if most == math.inf else f" and at most {most:g}"
-        raise CdlmError(f"{policy} needs a number {name} of at least {least:g}{limit}, got {value!r}")
-
-
-def _end(constants: Constants, switch: str) -> int:
-    if constants.eos_id is None:
-        raise CdlmError(f"LLaDA's {switch} needs a model with an end-of-text token: give eos_id")
-    return constants.eos_id
