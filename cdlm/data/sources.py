@@ -445,3 +445,7 @@ _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+SOURCES: tuple[type[Source], ...] = (Stories, Arithmetic, Stdlib, Files, Hub)
+"""Sources that a configuration can name."""

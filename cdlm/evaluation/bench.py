@@ -27,6 +27,7 @@ from cdlm.models import hub
 from cdlm.models.hub import Folder
 from cdlm.models.system import Precision, special_of
 from cdlm.recording.file import Recording, check_same_model, read_folder
+from cdlm.runs import RunText
 from cdlm.sampling.requests import Request, requests
 from cdlm.sampling.samples import NEEDED, NEEDED_MASKED, Samples, given_spans, shown_of, text_of, texts_of
 
@@ -258,7 +259,7 @@ def open_bench(
         CdlmError: the recordings are of another model, or none has these settings, this seed and n samples.
     """
     folder, config = hub.read(run), read_run(run)
-    data = api.Data.of(config, folder.tokenizer)
+    data = RunText.of(config, folder.tokenizer)
     asked = requests(None, n, folder.length, folder.tokenizer)
     asked_judge = api.open_judge(judge, data, config, judge_steps, machine.device, machine.progress)
     recording = None
