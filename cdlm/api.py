@@ -1,4 +1,4 @@
-"""What commands do besides drawing samples: train, keep and replay recordings, evaluate."""
+"""What commands do besides drawing samples: keep and replay recordings, evaluate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,116 +20,28 @@ from cdlm import config as names
 from cdlm.config import RunConfig
 from cdlm.continuous.likelihood import Nats, Text
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import write_text
 from cdlm.core.parallel import on_devices
 from cdlm.core.trees import take
-from cdlm.data.masking import MASKINGS
-from cdlm.data.order import RowLoader, fixed_batches
+from cdlm.data.order import RowLoader
 from cdlm.data.sources import Source, Stories
-from cdlm.data.store import DocumentRows, FilledRows, PackedRows, TextRows, build_store
+from cdlm.data.store import PackedRows
 from cdlm.data.stories import is_sentence, whole_sentences
-from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
 from cdlm.evaluation import table
 from cdlm.evaluation.judge import Judge, cached_judge, features, train_judge
 from cdlm.evaluation.metrics.ar_nll import ArNll, Spans, ar_nll
 from cdlm.evaluation.metrics.likelihood import Likelihood, LikelihoodSettings, row_nats
 from cdlm.evaluation.table import Corpus, Evaluation
 from cdlm.models import hub
-from cdlm.models.system import Precision, System, special_of
+from cdlm.models.system import Precision, special_of
+from cdlm.runs import RunText
 from cdlm.sampling.samples import Samples
-from cdlm.sampling.session import Session
 from cdlm.sampling.texts import text_ids, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PREVIEW_STEPS = 64
 LINE = ("text", "tokens", "nfe", "steps", "budget", "reason", "seed", "index", "given")
 """Fields of a sample's JSON object."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Tokenised text of a run."""
-
-    tokenizer: PreTrainedTokenizerFast
-    train: TextRows
-    valid: TextRows
-
-    @staticmethod
-    def of(config: RunConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> Data:
-        """Read, tokenise and cut the text of a configuration; stores are cached."""
-        if tokenizer is None and config.tokenizer:
-            tokenizer = load_tokenizer(config.tokenizer)
-        if tokenizer is None:
-            tokenizer = train_tokenizer(config.source.documents("train"), config.vocab_size)
-        cache = Path(config.cache).expanduser() / "tokens"
-        cut = {"pack": PackedRows, "document": DocumentRows, "filled": FilledRows}[config.rows]
-        train = cut(build_store(config.source, "train", tokenizer, cache), config.length)
-        return Data(tokenizer, train, cut(build_store(config.source, "valid", tokenizer, cache), config.length))
-
-
-def train(config: RunConfig, out: Path, config_text: str, resume: bool = False, progress: bool = True) -> None:
-    """Train a system into the run folder `out`: model files, checkpoints, metrics, samples and `config.yaml`.
-
-    Args:
-        config_text: the configuration as YAML, kept in the folder.
-        resume: continue the run in `out`.
-    """
-    from cdlm.training import run as training
-
-    data = Data.of(config)
-    options = config.training
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        system = config.system.build(len(data.tokenizer), special_of(data.tokenizer))
-    system.tokenizer, system.length, system.ends = data.tokenizer, config.length, config.rows != "pack"
-
-    def export(averaged: System, folder: Path) -> None:
-        write_text(folder / "config.yaml", config_text)
-        averaged.save_pretrained(folder, card(config, averaged, config_text))
-
-    rank, world = training.rank_and_world(options)
-    training.train(
-        system,
-        RowLoader(data.train, config.batch_size, options.seed, rank, world, config.workers),
-        lambda: fixed_batches(data.valid, config.batch_size, config.validation_rows),
-        MASKINGS.parse(config.masking).bind(data.tokenizer),
-        options,
-        out,
-        samples=partial(preview, config),
-        export=export,
-        resume=resume,
-        progress=progress,
-        context={
-            "data": data.train.key,
-            **{f"system.{name}": str(value) for name, value in system.config.items()},
-            "masking": config.masking,
-            "batch_size": config.batch_size,
-        },
-    )
-
-
-def preview(config: RunConfig, system: System) -> list[str]:
-    """A few samples of a system in training, in at most `PREVIEW_STEPS` steps."""
-    if not config.preview:
-        return []
-    session = Session(system, system.sampling)
-    requests = session.requests(n=config.preview)
-    if session.steps_of(requests[0]) > PREVIEW_STEPS:
-        session = session.with_steps(PREVIEW_STEPS)
-    return session.run(requests).texts
-
-
-def card(config: RunConfig, system: System, config_text: str) -> str:
-    """The model card of a run: its size, data and full configuration."""
-    size = sum(p.numel() for p in system.parameters()) / 1e6
-    shape = f"{config.training.steps} steps of {config.batch_size} rows of {config.length} tokens"
-    sections = {
-        "Training": f"{size:.1f} M parameters, {shape}, on `{config.source!r}`.\n\n```yaml\n{config_text.strip()}\n```",
-        "Numbers": "See `evaluation.md` in this folder if the model was evaluated.",
-    }
-    return hub.model_card({"length": system.length, "model": system.config}, sections)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -172,7 +84,7 @@ def corpus_of(name: str, samples: Sequence[Mapping[str, Any]], source: Source) -
     )
 
 
-def real_text(data: Data, source: Source, n: int) -> tuple[Corpus, Corpus]:
+def real_text(data: RunText, source: Source, n: int) -> tuple[Corpus, Corpus]:
     """Two disjoint sets of `n` held-out rows: one to judge, one for MAUVE to compare with."""
     if len(data.valid) < 2 * n:
         raise CdlmError(
@@ -215,7 +127,7 @@ def evaluate(
         device, devices: where the judge runs, and on how many processes.
     """
     config = names.read_run(run)
-    data = Data.of(config, hub.read_tokenizer(Path(run)))
+    data = RunText.of(config, hub.read_tokenizer(Path(run)))
     corpora = [corpus_of(name, items, config.source) for name, items in samples.items()]
     real, more = real_text(data, config.source, len(corpora[0].texts))
     asked = open_judge(judge, data, config, judge_steps, device, progress)
@@ -254,13 +166,13 @@ def _features_share(judge: Judge, texts: list[str], rank: int, world: int, devic
 
 
 def open_judge(
-    judge: str | None, data: Data, config: RunConfig, steps: int, device: str = "cpu", progress: bool = True
+    judge: str | None, data: RunText, config: RunConfig, steps: int, device: str = "cpu", progress: bool = True
 ) -> Judge:
     """The judge of that folder or Hub id; without one, the small GPT-2 of the run's text."""
     return Judge.load(judge, device) if judge else own_judge(data, config, steps, device, progress)
 
 
-def own_judge(data: Data, config: RunConfig, steps: int, device: str = "cpu", progress: bool = True) -> Judge:
+def own_judge(data: RunText, config: RunConfig, steps: int, device: str = "cpu", progress: bool = True) -> Judge:
     """The small GPT-2 of a run's text, trained once and cached."""
     key = hashlib.sha256(f"{data.train.key} {steps}".encode()).hexdigest()[:16]
     loader = RowLoader(data.train, config.batch_size, seed=0)
@@ -332,7 +244,7 @@ def likelihood(
     if hub.is_foreign(hub.locate(run)):
         raise CdlmError(f"{run} is another library's model, and a likelihood is of our own systems: give a run folder")
     config = names.read_run(run)
-    data = Data.of(config, hub.read_tokenizer(Path(run)))
+    data = RunText.of(config, hub.read_tokenizer(Path(run)))
     held = [data.valid[i] for i in range(min(rows, len(data.valid)))]
     tokens = torch.from_numpy(np.stack([row.tokens for row in held]))
     valid = torch.from_numpy(np.stack([row.valid for row in held]))

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cdlm.continuous.systems import SYSTEMS as CONTINUOUS
 from cdlm.continuous.systems.cdcd import CDCD
-from cdlm.continuous.systems.langflow import LangFlow
-from cdlm.continuous.systems.plaid import Plaid
-from cdlm.continuous.systems.ssd import SSD
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.data.masking import MASKINGS
 from cdlm.data.sources import SOURCES, Source, Stories
-from cdlm.masked.system import Masked
+from cdlm.masked.system import SYSTEMS as MASKED
+from cdlm.models import hub
 from cdlm.models.system import Special, System, SystemConfig
 from cdlm.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-SYSTEMS: Registry[SystemConfig] = Registry(
-    "system", SystemConfig, cdcd=CDCD, plaid=Plaid, ssd=SSD, langflow=LangFlow, masked=Masked
-)
+SYSTEMS: Registry[SystemConfig] = Registry("system", SystemConfig, **CONTINUOUS, **MASKED)
 
 DEFAULT_MASKING = "Mixture(((0.4, Prefix()), (0.4, RandomSubset()), (0.2, Unconditional())))"
 
@@ -77,27 +76,42 @@ class RunConfig:
             return
         if block > self.length:
             raise CdlmError(f"a block of {block} does not fit into rows of {self.length}: lower block or raise length")
-        if f"Block(size={block}," not in repr(law):
+        if block not in law.blocks:
             raise CdlmError(
                 f"a system that generates blocks of {block} learns it with that law, masking Block({block}), and got"
                 f" {self.masking}"
             )
 
+    def to_yaml(self) -> str:
+        """The settings as a YAML file, which `read_run` and `--config` read back."""
+        import yaml
+
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {name: _class_to_values(values[name], _classes(name)) for name in ("source", "system")}
+        values["training"] = asdict(self.training)
+        return yaml.dump(values, Dumper=_dumper(), sort_keys=False, allow_unicode=True, width=120)
+
 
 def run_parser(prog: str) -> ArgumentParser:
     """A parser of the settings of a run, from the command line and from YAML files."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of --training.* stands there
     parser = ArgumentParser(prog=prog, exit_on_error=False, default_env=False)
     parser.add_class_arguments(RunConfig)
     parser.add_argument("--config", action="config", help="YAML file of these settings")
     return parser
 
 
-def parse_run(argv: list[str], prog: str = "cdlm train") -> tuple[RunConfig, str]:
-    """The configuration that the arguments describe, and the same as YAML."""
+def parse_run(argv: list[str], prog: str = "cdlm train") -> RunConfig:
+    """The configuration that the arguments of a command line describe. `--config` may also be the YAML itself.
+
+    Raises:
+        CdlmError: an argument or a value is not known.
+    """
     from jsonargparse import ArgumentError
 
+    argv = [_today(word) if last == "--config" else word for last, word in zip(["", *argv], argv, strict=False)]
     try:
         parser = run_parser(prog)
         named = parser.parse_args(argv)
@@ -107,7 +121,7 @@ def parse_run(argv: list[str], prog: str = "cdlm train") -> tuple[RunConfig, str
         parser.set_defaults({key: {"class_path": named[key].class_path} for key in ("source", "system")})
         settings = parser.parse_args(argv)
         values = {key: value for key, value in vars(parser.instantiate(settings)).items() if key != "config"}
-        return RunConfig(**values), parser.dump(settings, skip_unset=False)
+        return RunConfig(**values)
     except ArgumentError as error:
         message = str(error.message or error)
         wrong = re.search(r'key "(source|system)":\s+Expected a dot import path string: (\w+)', message)
@@ -123,12 +137,66 @@ def _classes(setting: str) -> Registry[Any]:
     return Registry("system", SystemConfig, *SYSTEMS.values())
 
 
+def _class_to_values(value: Any, known: Registry[Any]) -> dict[str, Any]:
+    kind = type(value)
+    name = kind.__name__ if kind in known.values() else f"{kind.__module__}.{kind.__qualname__}"
+    return {"class_path": name, "init_args": asdict(value)}
+
+
+@cache
+def _dumper() -> type[Any]:
+    """A YAML dumper that quotes every text that the parser of settings would take for something else."""
+    import yaml
+    from jsonargparse import get_loader
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        try:
+            plain = get_loader("yaml")(value) == value
+        except yaml.YAMLError:
+            plain = False
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, None if plain else '"')
+
+    Dumper.add_representer(str, text)
+    return Dumper
+
+
+def _today(config: str) -> str:
+    """The settings of a file of an earlier version under the names of today; other files as they are."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return config  # the parser says what is wrong with it
+    if not isinstance(values, dict):
+        return config
+    parts = {name: _renamed(values[name]) for name in ("source", "system") if isinstance(values.get(name), dict)}
+    changed = any(part != values[name] for name, part in parts.items())
+    return json.dumps(values | parts) if changed else config
+
+
+def _renamed(part: dict[str, Any]) -> dict[str, Any]:
+    """A class and its settings: the class without its module, which may have moved, and the settings' new names."""
+    if "class_path" not in part:
+        return {hub.RENAMED.get(name, name): value for name, value in part.items()}
+    path, settings = str(part["class_path"]), part.get("init_args") or {}
+    name = path.rpartition(".")[2] if path.startswith("cdlm.") else path
+    return {**part, "class_path": name, "init_args": _renamed(settings)}
+
+
 def read_run(folder: str | Path) -> RunConfig:
-    """The configuration kept in a run folder."""
+    """The configuration of a run folder, of this version or an earlier one.
+
+    Raises:
+        CdlmError: the folder is not that of a training run, or its settings are not known.
+    """
     file = Path(folder) / "config.yaml"
     if not file.exists():
         raise CdlmError(f"{folder} has no config.yaml: expected the folder of a training run")
-    return parse_run(["--config", str(file)])[0]
+    return parse_run(["--config", str(file)])
 
 
 def build_system(config: Mapping[str, Any]) -> System:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cdlm import config as names
-from cdlm.api import Data, open_judge
+from cdlm.api import open_judge
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems import langflow
 from cdlm.core.devices import resolve_device
@@ -25,6 +25,7 @@ from cdlm.masked.model import Constants, LogitsFn, MaskedModel, as_masked_model
 from cdlm.masked.sampler import Unmasking
 from cdlm.models import hub
 from cdlm.models.system import Precision
+from cdlm.runs import RunText
 from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.requests import Request, canvases
 from cdlm.sampling.samples import Samples
@@ -156,7 +157,7 @@ def open_bench(
     if model.folder is None:
         raise CdlmError(f"{model.name} has no run folder, whose settings would name the text that it is judged beside")
     config = names.read_run(model.folder)
-    text = Data.of(config, model.tokenizer)
+    text = RunText.of(config, model.tokenizer)
     judged_by = open_judge(judge, text, config, judge_steps, str(session.device), session.progress)
     return Bench.of(session, session.requests(n=n, length=length), judged_by, text.valid, recordings)
 

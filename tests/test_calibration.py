@@ -230,7 +230,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blocks.tokenizer, blocks.length = tokenizer(), 12
     blocks.save_pretrained(made / "blocks")
     argv = ["--source", "Files", "--source.paths", json.dumps([str(made / "text.txt")]), "--length", "12"]
-    (made / "toy" / "config.yaml").write_text(parse_run([*argv, "--cache", str(made / "cache")])[1])
+    (made / "toy" / "config.yaml").write_text(parse_run([*argv, "--cache", str(made / "cache")]).to_yaml())
     return made
 
 

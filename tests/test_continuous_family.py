@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
-from test_training_run import Batch, Crash, assert_same_run, crash_at, saved
+from test_training_run import Crash, assert_same_run, crash_at, saved
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
@@ -33,7 +33,7 @@ from cdlm.continuous.systems.langflow import Gumbel
 from cdlm.continuous.systems.plaid import LearnedGamma
 from cdlm.continuous.systems.ssd import Cosine
 from cdlm.core.errors import CdlmError
-from cdlm.core.types import Condition
+from cdlm.core.types import Batch, Condition
 from cdlm.data.masking import Block, Masking, RandomSubset
 from cdlm.models import hub
 from cdlm.models.system import System
@@ -284,7 +284,7 @@ def terms_by_hand(model: EmbeddingDiffusion, shown: Shown, cut: Tensor) -> Terms
 def test_the_shape_of_the_schedule_learns_the_square_and_all_else_the_mean(share: float, seed: int) -> None:
     model = trainable(share)
     calls = shown_to(model)
-    loss = model(words(), target(), None, rng(seed))
+    loss = model(Batch(words(), None, target(), rng(seed)))
     loss.total.backward()
     cut = torch.arange(B) < round(share * B)
     terms = terms_by_hand(model, calls[-1], cut)
@@ -309,7 +309,7 @@ def test_the_shape_of_the_schedule_learns_the_square_and_all_else_the_mean(share
 def test_rows_with_a_first_pass_teach_the_network_alone() -> None:
     """Were all rows such rows, the schedule would only see the prior, and the embeddings no state."""
     model = trainable(1.0)
-    model(words(), target(), None, rng()).total.backward()
+    model(Batch(words(), None, target(), rng())).total.backward()
     schedule = model.schedule
     assert isinstance(schedule, LearnedGamma)
     for parameter in (schedule.w1, schedule.b1, schedule.w2):
@@ -326,7 +326,7 @@ def test_which_rows_get_a_first_pass_is_independent_of_which_are_read_out() -> N
     model = trainable(0.5)
     count = torch.zeros(B)
     for seed in range(40):
-        t = model(words(), target(), None, rng(seed)).t
+        t = model(Batch(words(), None, target(), rng(seed))).t
         count += t == t.min()
     assert bool((count > 5).all())
 
@@ -370,13 +370,13 @@ def test_the_moments_are_running_means_of_what_was_seen() -> None:
     assert isinstance(objective, Variational)
     expected = objective.moments.clone().double()
     for seed in range(4):
-        loss = model(words(), target(), None, rng(seed))
+        loss = model(Batch(words(), None, target(), rng(seed)))
         last = loss.t == loss.t.min()
         for row, values in enumerate((loss.nats[last], loss.nats[~last])):
             fresh = torch.stack([values.mean(), values.square().mean()])
             expected[row] = 0.997 * expected[row] + 0.003 * fresh
     close(objective.moments.double(), expected, 1e-5)
-    model.eval()(words(), target(), None, rng())
+    model.eval()(Batch(words(), None, target(), rng()))
     close(objective.moments.double(), expected, 1e-5)
 
 
@@ -413,7 +413,8 @@ def test_fixed_levels_are_used() -> None:
     """Every row then makes all terms, as in evaluation."""
     u = torch.linspace(0, 1, B, dtype=torch.float64)
     model = trainable(0.0)
-    trained, judged = model(words(), target(), None, rng(), u), model.eval()(words(), target(), None, rng(), u)
+    trained = model(Batch(words(), None, target(), rng(), u))
+    judged = model.eval()(Batch(words(), None, target(), rng(), u))
     close(trained.t, model.levels(u).detach())
     close(judged.nats, trained.nats)
     assert not judged.t.requires_grad
@@ -427,7 +428,7 @@ def test_the_loss_is_a_function_of_its_generator(mode: str) -> None:
     losses = []
     for seed in (3, 3, 4):
         model.load_state_dict(state)
-        losses.append(model(words(), target(), None, rng(seed)))
+        losses.append(model(Batch(words(), None, target(), rng(seed))))
     assert torch.equal(losses[0].total, losses[1].total)
     assert torch.equal(losses[0].nats, losses[1].nats)
     assert not torch.equal(losses[0].total, losses[2].total)
@@ -478,7 +479,7 @@ def mean_of(runs: list[Tensor]) -> Mean:
 
 @torch.no_grad()
 def evaluated(model: EmbeddingDiffusion, tokens: Tensor, open_: Tensor) -> Mean:
-    losses = [model(tokens, open_, None, rng(seed)) for seed in range(RUNS)]
+    losses = [model(Batch(tokens, None, open_, rng(seed))) for seed in range(RUNS)]
     for loss in losses:
         close(loss.total, (loss.nats * loss.count).sum() / loss.count.sum())
     return mean_of([loss.nats.mean() for loss in losses])
@@ -567,7 +568,7 @@ def test_evaluation_is_prior_reconstruction_and_error(schedule: LearnedGamma) ->
 def test_evaluation_is_stratified_and_asks_every_row_at_its_level_and_at_the_least() -> None:
     model = trainable(0.25).eval()
     calls = shown_to(model)
-    loss = model(words(), target(), None, rng())
+    loss = model(Batch(words(), None, target(), rng()))
     assert [len(call.z) for call in calls] == [B] * 4  # a first pass and a second one, twice
     assert torch.equal(calls[1].t, loss.t)
     close(calls[3].t, torch.full((B,), model.schedule.t_min, dtype=torch.float64))
@@ -751,7 +752,8 @@ class Loader:
     def batch(self, index: int, rows: int = 16) -> Batch:
         start = torch.randint(7, (rows, 1), generator=rng(index))
         tokens = (start + torch.arange(N)) % 7
-        return Batch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        everything = torch.ones_like(tokens, dtype=torch.bool)
+        return Batch(tokens, everything, everything)
 
     def __iter__(self):
         while True:
@@ -778,7 +780,7 @@ def trained(
     model = SYSTEMS[name](VOCAB, **settings)
     model.tokenizer, model.length = tokenizer(), N
 
-    def export(average: System, folder: Path) -> None:
+    def export(average: System, folder: Path, step: int) -> None:
         made[:] = [average]
         average.save_pretrained(folder / "model")
 
@@ -841,7 +843,7 @@ def test_a_saved_system_draws_the_same_samples(name: str, runs) -> None:
     first, second = samples(made.eval()), samples(again.eval())
     assert len(first) > 3
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    losses = [model(Loader().batch(3).tokens, target(16), None, rng()).total for model in (made, again)]
+    losses = [model(Batch(Loader().batch(3).tokens, None, target(16), rng())).total for model in (made, again)]
     assert torch.equal(losses[0], losses[1])
 
 
@@ -861,7 +863,7 @@ def samples(model: EmbeddingDiffusion) -> list[Tensor]:
 def test_what_training_counts_is_in_the_average_and_in_the_checkpoint(runs) -> None:
     average, folder = runs("plaid")
     weights = saved(folder)["state_dict"]
-    for kind in ("system", "average.system"):
+    for kind in ("system", "ema.system"):
         assert weights[f"{kind}.output_prior.steps"].item() == STEPS
         assert not torch.equal(weights[f"{kind}.objective.moments"], Variational().moments)
     for name, buffer in average.named_buffers():

@@ -19,7 +19,7 @@ from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.errors import CdlmError
 from cdlm.core.trees import take
-from cdlm.core.types import Condition, Prediction
+from cdlm.core.types import Batch, Condition, Prediction
 from cdlm.models.system import Loss, stratified
 
 VOCAB, B, N, D = 11, 8, 6, 8
@@ -62,7 +62,7 @@ def test_every_embedding_has_the_norm_rho(dim: int, scale: float) -> None:
 
 def test_gradients_of_the_table_are_tangent() -> None:
     model = lively()
-    model(tokens(), target(), None, rng()).total.backward()
+    model(Batch(tokens(), None, target(), rng())).total.backward()
     weight = weight_of(model)
     assert weight.grad is not None
     assert float(weight.grad.norm()) > 0
@@ -174,8 +174,8 @@ def test_padding_is_neither_noised_nor_scored() -> None:
     model = lively(self_conditioning=0.5)
     valid = (torch.arange(N) < 4).expand(B, N)
     open_ = target() & valid
-    first = model(tokens(), open_, valid, rng())
-    second = model(torch.where(valid, tokens(), 3), open_, valid, rng())
+    first = model(Batch(tokens(), valid, open_, rng()))
+    second = model(Batch(torch.where(valid, tokens(), 3), valid, open_, rng()))
     close(first.nats, second.nats)
     assert first.count.tolist() == [2] * B
 
@@ -240,7 +240,7 @@ def test_bf16_is_the_arithmetic_of_the_network_alone() -> None:
         assert rough.logits.dtype == rough.x0.dtype == torch.float32
         assert not torch.equal(rough.logits, exact.logits)
         torch.testing.assert_close(rough.logits, exact.logits, rtol=0.1, atol=0.5)  # logits are 50 times as large
-        loss = model(tokens(), target(), None, rng())
+        loss = model(Batch(tokens(), None, target(), rng()))
     assert loss.nats.dtype == loss.total.dtype == torch.float32
 
 
@@ -251,13 +251,13 @@ def test_bf16_is_the_arithmetic_of_the_network_alone() -> None:
 def test_the_first_loss_is_that_of_guessing(gates: bool) -> None:
     model = system(vocab=300, gates=gates)
     words = torch.randint(300, (64, N), generator=rng(1))
-    nats = model(words, torch.ones(64, N, dtype=torch.bool), None, rng()).nats
+    nats = model(Batch(words, None, torch.ones(64, N, dtype=torch.bool), rng())).nats
     assert float(nats.mean()) == pytest.approx(math.log(300), abs=0.05)
 
 
 def test_the_loss_reaches_every_part() -> None:
     model = lively()
-    loss: Loss = model(tokens(), target(), None, rng())
+    loss: Loss = model(Batch(tokens(), None, target(), rng()))
     loss.total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -268,7 +268,7 @@ def test_the_loss_reaches_every_part() -> None:
 
 def test_the_fit_of_the_schedule_reaches_the_schedule_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def gradients(model: EmbeddingDiffusion) -> dict[str, Tensor | None]:
-        model(tokens(), target(), None, rng()).total.backward()
+        model(Batch(tokens(), None, target(), rng())).total.backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
     with_fit, without = lively(), lively()
@@ -285,7 +285,7 @@ def test_the_fit_of_the_schedule_reaches_the_schedule_alone(monkeypatch: pytest.
 def test_the_loss_is_a_function_of_its_generator() -> None:
     model = lively()
     before = torch.random.get_rng_state()
-    one, same, other = (model(tokens(), target(), None, rng(seed)) for seed in (3, 3, 4))
+    one, same, other = (model(Batch(tokens(), None, target(), rng(seed))) for seed in (3, 3, 4))
     assert torch.equal(one.total, same.total)
     assert torch.equal(one.t, same.t)
     assert not torch.equal(one.total, other.total)
@@ -294,13 +294,13 @@ def test_the_loss_is_a_function_of_its_generator() -> None:
 
 def test_fixed_levels_are_used() -> None:
     model, u = lively(), torch.linspace(0, 1, B, dtype=torch.float64)
-    assert torch.equal(model(tokens(), target(), None, rng(), u).t, model.schedule.t_of_u(u))
+    assert torch.equal(model(Batch(tokens(), None, target(), rng(), u)).t, model.schedule.t_of_u(u))
 
 
 def test_the_mean_counts_tokens_alike() -> None:
     model = lively()
     ragged = torch.arange(N) >= torch.arange(B)[:, None] % N
-    loss = model(tokens(), ragged, None, rng())
+    loss = model(Batch(tokens(), None, ragged, rng()))
     assert loss.count.tolist() == ragged.sum(1).tolist()
     fit = model.schedule.fit(loss.t, loss.nats)
     close(loss.total.detach(), ((loss.nats * loss.count).sum() / loss.count.sum() + fit).detach())
@@ -317,7 +317,7 @@ def seen_by(model: EmbeddingDiffusion) -> list[Tensor]:
 def test_that_share_of_the_rows_gets_a_first_pass(share: float) -> None:
     model = lively(self_conditioning=share).train()
     calls = seen_by(model)
-    model(tokens(), target(), None, rng())
+    model(Batch(tokens(), None, target(), rng()))
     rows = round(share * B)
     assert [len(features) for features in calls] == ([rows, B] if rows else [B])
     estimates = calls[-1][..., 2 * D : 3 * D].abs().sum((1, 2))
@@ -330,7 +330,7 @@ def test_that_share_of_the_rows_gets_a_first_pass(share: float) -> None:
 def test_guidance_dropout_hides_the_prompt_and_not_the_mask(share: float, hidden: int) -> None:
     model = lively(guidance_dropout=share, self_conditioning=0.0).train()
     calls = seen_by(model)
-    model(tokens(), target(), None, rng())
+    model(Batch(tokens(), None, target(), rng()))
     clean, mask = calls[0][..., D : 2 * D], calls[0][..., -1]
     assert int((clean.abs().sum((1, 2)) == 0).sum()) == hidden
     assert torch.equal(mask == 1, target())
@@ -339,7 +339,7 @@ def test_guidance_dropout_hides_the_prompt_and_not_the_mask(share: float, hidden
 def test_in_evaluation_every_row_gets_a_first_pass_and_sees_its_prompt() -> None:
     model = lively(guidance_dropout=1.0, self_conditioning=0.25).eval()
     calls = seen_by(model)
-    model(tokens(), target(), None, rng())
+    model(Batch(tokens(), None, target(), rng()))
     assert [len(features) for features in calls] == [B, B]
     assert int((calls[1][..., D : 2 * D].abs().sum((1, 2)) == 0).sum()) == 0
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.langflow import Gumbel, LangFlow, open_langflow
 from cdlm.convert import convert
 from cdlm.core.errors import CdlmError
-from cdlm.core.types import Condition, LoopStep
+from cdlm.core.types import Batch, Condition, LoopStep
 from cdlm.generation import generate, load
 from cdlm.sampling.requests import Request
 from cdlm.training.options import TrainOptions
@@ -585,15 +586,11 @@ def test_the_tokenizer_has_as_many_tokens_as_the_weights(tokens: int, tmp_path: 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
-    tokens: Tensor
-    valid: Tensor
-
-
 def batch(index: int, rows: int = 16) -> Batch:
     """Rows that repeat a random token, so that positions tell of each other."""
     first = torch.randint(VOCAB, (rows, 1), generator=rng(index))
-    return Batch(first.expand(rows, 6).clone(), torch.ones(rows, 6, dtype=torch.bool))
+    everything = torch.ones(rows, 6, dtype=torch.bool)
+    return Batch(first.expand(rows, 6).clone(), everything, everything)
 
 
 class Loader:
@@ -618,9 +615,9 @@ RECIPE: dict[str, Any] = {"output_prior_warmup": 20, "fit_delay": 10}
 
 def held_out(system: EmbeddingDiffusion) -> float:
     """Mean loss of other rows, nats per token."""
-    tokens, everything = batch(999, 64)
+    rows = replace(batch(999, 64), valid=None, generator=rng(1), u=torch.linspace(0.1, 0.9, 64))
     with torch.no_grad():
-        return system.eval()(tokens, everything, None, rng(1), torch.linspace(0.1, 0.9, 64)).nats.mean().item()
+        return system.eval()(rows).nats.mean().item()
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -633,9 +630,8 @@ def test_training_lowers_the_loss_and_learns_the_schedule(network: str) -> None:
     optimizer = torch.optim.Adam([{"params": groups["matrices"] + groups["rest"]},
                                   {"params": groups["schedule"], "lr": 0.03}], lr=5e-3)  # fmt: skip
     for index in range(40):
-        tokens, everything = batch(index)
         optimizer.zero_grad()
-        system.train()(tokens, everything, None, rng(index)).total.backward()
+        system.train()(replace(batch(index), valid=None, generator=rng(index))).total.backward()
         optimizer.step()
         system.after_step()
     last = system.state_dict()

@@ -35,7 +35,7 @@ from cdlm.continuous.likelihood import (
 from cdlm.continuous.schedules import TimeWarp
 from cdlm.core.errors import CdlmError
 from cdlm.core.trees import take
-from cdlm.core.types import Condition, Prediction
+from cdlm.core.types import Batch, Condition, Prediction
 from cdlm.evaluation.metrics.likelihood import BOUND, ODE, Likelihood, LikelihoodSettings, Measure, row_nats
 from cdlm.masked.likelihood import nelbo
 from cdlm.masked.model import Constants, Function
@@ -555,7 +555,7 @@ def test_the_masked_bound_is_the_one_that_training_minimises() -> None:
         for parameter in (p for name, p in system.named_parameters() if "output" in name):
             parameter *= 0.2
     many = whole(text.tokens.expand(4000, -1).contiguous())
-    trained = system(many.tokens, many.target, None, torch.Generator().manual_seed(0)).nats.double()
+    trained = system(Batch(many.tokens, None, many.target, torch.Generator().manual_seed(0))).nats.double()
     draws = nelbo(system, *take(many, torch.arange(1000)), levels=1) / 4
     error = math.hypot(trained.std() / 4000**0.5, draws.std() / 1000**0.5)
     assert error < 0.05 * draws.mean()
@@ -628,7 +628,7 @@ def a_run(path: Path, masked: bool = False, rows: str = "pack", length: int = 12
     system.save_pretrained(path / "run")
     source = ["--source", "Files", "--source.paths", json.dumps([str(path / "text.txt")])]
     settings = ["--length", str(length), "--rows", rows, "--cache", str(path / "cache")]
-    (path / "run" / "config.yaml").write_text(parse_run([*source, *settings])[1])
+    (path / "run" / "config.yaml").write_text(parse_run([*source, *settings]).to_yaml())
     return path / "run"
 
 

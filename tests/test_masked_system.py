@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training_run import Batch, Crash, assert_same_run, crash_at, rows, run, saved
+from test_training_run import Crash, assert_same_run, crash_at, rows, run, saved
 from torch import Tensor, nn
 from toys import TEXT, VOCAB, lively_masked, masked, masked_with_tokenizer, tokenizer
 
@@ -20,6 +20,7 @@ from cdlm.cli.main import main
 from cdlm.config import build_system, parse_run, read_run
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.errors import CdlmError
+from cdlm.core.types import Batch
 from cdlm.data.sources import Files
 from cdlm.data.store import DocumentRows, FilledRows, build_store
 from cdlm.masked.model import Constants
@@ -85,7 +86,7 @@ def slow_nats(model: MaskedDiffusion, tokens: Tensor, seen: Tensor, t: Tensor, o
 def test_the_loss_is_the_bound_computed_slowly(seed: int, u: list[float]) -> None:
     model, tokens = lively_masked(), words(3, seed=seed)
     open_, calls = some(tokens, seed=seed), watched(model)
-    loss = model(tokens, open_, None, rng(seed), torch.tensor(u, dtype=torch.float64))
+    loss = model(Batch(tokens, None, open_, rng(seed), torch.tensor(u, dtype=torch.float64)))
     assert len(calls) == 1  # no second pass, whatever the settings
     assert loss.t.tolist() == pytest.approx([EPS + (1 - EPS) * x for x in u])
     close(loss.nats, slow_nats(model, tokens, calls[0], loss.t, open_))
@@ -106,7 +107,7 @@ def test_each_open_position_is_masked_with_probability_t() -> None:
             surprise = slow_nats(model, tokens, tokens.index_fill(1, torch.tensor(at).long(), MASK), *one(t), open_)
             expected += t ** len(at) * (1 - t) ** (len(places) - len(at)) * float(surprise)
         level = torch.full((draws,), u, dtype=torch.float64)
-        nats = model(tokens.expand(draws, -1), open_.expand(draws, -1), None, rng(), level).nats
+        nats = model(Batch(tokens.expand(draws, -1), None, open_.expand(draws, -1), rng(), level)).nats
         assert float(nats.mean()) == pytest.approx(expected, abs=5 * float(nats.std()) / math.sqrt(draws))
 
 
@@ -119,7 +120,7 @@ def test_who_knows_nothing_pays_the_logarithm_of_the_vocabulary_without_the_mask
     model, tokens = masked().eval(), words(1024, 64)
     model.network.get_parameter("output.weight").zero_()
     calls = watched(model)
-    loss = model(tokens, everything(tokens), None, rng())
+    loss = model(Batch(tokens, None, everything(tokens), rng()))
     hidden = (calls[0] == MASK).sum(1)
     close(loss.nats.double(), math.log(V - 1) * hidden / (loss.t * 64), 1e-5)
     assert float(loss.nats.mean()) == pytest.approx(math.log(V - 1), rel=0.04)
@@ -142,7 +143,7 @@ def test_the_bound_of_the_exact_posterior_is_the_likelihood() -> None:
     embedding = nn.Embedding.from_pretrained(torch.eye(V, dtype=torch.float64))
     model = MaskedDiffusion(Copier(), embedding, Constants(MASK), flat=False, config={}).eval()
     tokens = words(40_000, 1).expand(-1, 4)
-    nats = model(tokens, everything(tokens), None, rng()).nats * 4
+    nats = model(Batch(tokens, None, everything(tokens), rng())).nats * 4
     assert float(nats.mean()) == pytest.approx(math.log(V - 1), rel=0.02)  # one of v - 1 rows, all as likely
 
 
@@ -151,7 +152,7 @@ def test_flat_weighs_masked_tokens_alike_in_training_and_is_the_bound_in_evaluat
     flat, plain = (lively_masked(weight=weight).train(training) for weight in ("flat", "elbo"))
     tokens = words()
     calls = watched(flat)
-    ours, theirs = (model(tokens, some(tokens), None, rng()) for model in (flat, plain))
+    ours, theirs = (model(Batch(tokens, None, some(tokens), rng())) for model in (flat, plain))
     assert torch.equal(ours.nats, theirs.nats)  # what is logged is the bound either way
     hidden = (calls[0] != tokens).sum()
     by_hand = (ours.nats * ours.count * ours.t).sum() / hidden
@@ -165,10 +166,10 @@ def test_what_is_given_is_seen_and_costs_nothing() -> None:
     open_ = torch.arange(N).expand(B, N) >= 3
     calls = watched(model)
     for seed in range(20):
-        model(tokens, open_, None, rng(seed), torch.ones(B, dtype=torch.float64))
+        model(Batch(tokens, None, open_, rng(seed), torch.ones(B, dtype=torch.float64)))
     assert all(torch.equal(seen[:, :3], tokens[:, :3]) and bool((seen[:, 3:] == MASK).all()) for seen in calls)
-    free = model(tokens, everything(tokens), None, rng(), torch.ones(B, dtype=torch.float64))
-    told = model(tokens, open_, None, rng(), torch.ones(B, dtype=torch.float64))
+    free = model(Batch(tokens, None, everything(tokens), rng(), torch.ones(B, dtype=torch.float64)))
+    told = model(Batch(tokens, None, open_, rng(), torch.ones(B, dtype=torch.float64)))
     assert told.count.tolist() == [3] * B
     assert not torch.equal(told.nats, free.nats)  # and it is used
 
@@ -178,12 +179,13 @@ def test_padding_is_neither_masked_nor_scored_nor_seen() -> None:
     model, tokens = lively_masked(), words()
     valid = (torch.arange(N) < 4).expand(B, N)
     calls = watched(model)
-    first, second = (model(torch.where(valid, tokens, other), valid, valid, rng()) for other in (3, 7))
+    first, second = (model(Batch(torch.where(valid, tokens, other), valid, valid, rng())) for other in (3, 7))
     close(first.nats, second.nats)
     assert bool((calls[0][:, 4:] == 3).all())
     assert first.count.tolist() == [4] * B
     u = torch.ones(B, dtype=torch.float64)
-    padded, cut = model(tokens, valid, valid, rng(), u), model(tokens[:, :4], valid[:, :4], None, rng(), u)
+    padded = model(Batch(tokens, valid, valid, rng(), u))
+    cut = model(Batch(tokens[:, :4], None, valid[:, :4], rng(), u))
     close(padded.nats, cut.nats)
 
 
@@ -191,7 +193,7 @@ def test_padding_is_neither_masked_nor_scored_nor_seen() -> None:
 def test_text_that_holds_the_mask_is_finite_and_its_mask_costs_nothing(weight: str) -> None:
     model, tokens = lively_masked(weight=weight).train(), words()
     tokens[:, 1] = MASK
-    loss: Loss = model(tokens, everything(tokens), None, rng(), torch.ones(B, dtype=torch.float64))
+    loss: Loss = model(Batch(tokens, None, everything(tokens), rng(), torch.ones(B, dtype=torch.float64)))
     loss.total.backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
     assert bool(loss.nats.isfinite().all())
@@ -222,7 +224,7 @@ def test_levels_rise_from_a_thousandth_to_one(u: list[float]) -> None:
 
 def test_the_loss_reaches_every_part_and_its_numbers_are_detached() -> None:
     model, tokens = lively_masked().train(), words()
-    loss = model(tokens, everything(tokens), None, rng())
+    loss = model(Batch(tokens, None, everything(tokens), rng()))
     loss.total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -234,7 +236,7 @@ def test_the_loss_reaches_every_part_and_its_numbers_are_detached() -> None:
 def test_the_loss_is_a_function_of_its_generator() -> None:
     model, tokens = lively_masked(), words()
     before = torch.random.get_rng_state()
-    same, again, other = (model(tokens, some(tokens), None, rng(seed)).total for seed in (3, 3, 4))
+    same, again, other = (model(Batch(tokens, None, some(tokens), rng(seed))).total for seed in (3, 3, 4))
     assert torch.equal(same, again)
     assert not torch.equal(same, other)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -257,7 +259,7 @@ def test_bf16_is_the_arithmetic_of_the_network_alone() -> None:
         exact = model.logits(tokens)
         model.precision = "bf16"
         rough = model.logits(tokens)
-        loss = model(tokens, everything(tokens), None, rng())
+        loss = model(Batch(tokens, None, everything(tokens), rng()))
     assert rough.dtype == loss.nats.dtype == loss.total.dtype == torch.float32
     assert not torch.equal(rough, exact)
     torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.05)
@@ -349,7 +351,7 @@ class Echo:
 
     def batch(self, index: int) -> Batch:
         tokens = words(32, 1, seed=index).expand(-1, N)
-        return Batch(tokens, everything(tokens))
+        return Batch(tokens, everything(tokens), everything(tokens))
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.batch, itertools.count())
@@ -397,14 +399,14 @@ SMALL = ("--system.width", "16", "--system.depth", "1", "--system.heads", "2", "
 def test_a_file_names_its_system(yaml: str, expected: Any, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml + "\n")
-    config, text = parse_run(["--config", str(file)])
+    config = parse_run(["--config", str(file)])
     assert config.system == expected
-    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert read_run(tmp_path) == config
 
 
 def test_the_command_line_names_a_system() -> None:
-    config, _ = parse_run(["--system", "Masked", *SMALL, "--system.weight", "flat"])
+    config = parse_run(["--system", "Masked", *SMALL, "--system.weight", "flat"])
     assert config.system == Masked(width=16, depth=1, heads=2, dim=8, weight="flat")
     with pytest.raises(CdlmError, match="axis"):
         parse_run(["--system", "Masked", "--system.axis", "linear"])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cdlm.config import build_system
 from cdlm.continuous.guidance import Control, Guidance, Term
-from cdlm.continuous.objectives import Batch, squared_error
+from cdlm.continuous.objectives import squared_error
 from cdlm.continuous.published.plaid import PlaidLayout, ReleasedTransformer
 from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.schedules import TimeWarp, alpha_of, gamma_of, t_of_gamma
@@ -28,7 +28,7 @@ from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.plaid import LearnedGamma, Plaid
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import StepNoise
-from cdlm.core.types import Condition, Prediction
+from cdlm.core.types import Batch, Condition, Prediction
 from cdlm.halting import Patience
 from cdlm.models.system import row_cross_entropy
 from cdlm.sampling.requests import Request
@@ -209,7 +209,7 @@ def test_a_training_step_reaches_every_parameter() -> None:
             parameter.normal_(0, 0.1, generator=generator)
     model.train()
     tokens = torch.randint(11, (8, 6), generator=generator)
-    loss = model(tokens, torch.ones(8, 6, dtype=torch.bool), None, generator)
+    loss = model(Batch(tokens, None, torch.ones(8, 6, dtype=torch.bool), generator))
     loss.total.backward()
     assert bool(loss.total.isfinite())
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -224,7 +224,7 @@ def test_a_few_steps_of_training_lower_the_bound() -> None:
 
     def bound() -> float:
         with torch.no_grad():
-            return model.eval()(tokens, target, None, torch.Generator().manual_seed(0)).total.item()
+            return model.eval()(Batch(tokens, None, target, torch.Generator().manual_seed(0))).total.item()
 
     before = bound()
     for _ in range(40):
@@ -347,7 +347,7 @@ def test_the_bound(case: Mapping[str, Any], there: dict[str, Tensor]) -> None:
     t, slope = schedule().t_of_u(u), schedule().slope(u)
     near(gamma_of(t), there["gamma"])
     near((2 * slope / t)[first:], there["gamma_prime"][first:])
-    batch = Batch(tokens, open_, None, torch.Generator(), u)
+    batch = Batch(tokens, None, open_, torch.Generator(), u)
     clean = model.embed(tokens)
     z, condition = model.noisy(clean, t, batch)
     made = model.denoise(z, t, condition)

@@ -33,13 +33,13 @@ from cdlm.convert import convert
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import StepNoise
 from cdlm.core.trees import take
-from cdlm.core.types import Condition
+from cdlm.core.types import Batch, Condition
 from cdlm.data.masking import Block
 from cdlm.generation import load
 from cdlm.models import hub
 from cdlm.models.system import Loss
 from cdlm.sampling.requests import Request
-from cdlm.training.average import Average
+from cdlm.training.ema import EMA
 
 GOLDEN = Path(__file__).parent / "golden" / "ssdlm"
 ARRAYS = load_file(GOLDEN / "arrays.safetensors")
@@ -523,7 +523,7 @@ def test_the_reader_of_a_copy_reads_the_copy() -> None:
     system = lively(ROBERTA)
     z, t, condition = question(system)
     before = system.denoise(z, t, condition).logits
-    for twin in (copy.deepcopy(system), Average(system, 0.5).system):
+    for twin in (copy.deepcopy(system), EMA(system, 0.5).system):
         assert isinstance(twin, EmbeddingDiffusion)
         torch.testing.assert_close(twin.denoise(z, t, condition).logits, before)
         with torch.no_grad():
@@ -585,7 +585,7 @@ def loss_of(system: EmbeddingDiffusion, seed: int = 0, tokens: Tensor | None = N
     generator = rng(seed)
     tokens = pattern(16, generator) if tokens is None else tokens
     valid = torch.ones_like(tokens, dtype=torch.bool)
-    return system(tokens, Block(3)(tokens, valid, generator), None, generator)
+    return system(Batch(tokens, None, Block(3)(tokens, valid, generator), generator))
 
 
 def pattern(rows: int, generator: torch.Generator) -> Tensor:

@@ -16,12 +16,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
-from test_training_run import DEFAULTS, Batch, Loader, assert_same, masking, tiny, valid_batches
+from test_training_run import DEFAULTS, Loader, assert_same, masking, tiny, valid_batches
 from toys import weight_of
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import generator
-from cdlm.training.average import Average
+from cdlm.core.types import Batch
+from cdlm.training.ema import EMA
 from cdlm.training.files import METRICS, AtomicCheckpoints, MetricsFile
 from cdlm.training.module import TRAINING
 from cdlm.training.optimizers import build_optimizer, lr_factor, set_rates
@@ -86,7 +87,7 @@ def test_an_optimizer_goes_on_from_its_saved_state(kind: Any) -> None:
         for k in steps:
             batch = Loader().batch(k)
             optimizer.zero_grad()
-            system(batch.tokens, batch.valid, batch.valid, generator(k)).total.backward()
+            system(Batch(batch.tokens, batch.valid, batch.valid, generator(k))).total.backward()
             set_rates(optimizer, k, options)
             optimizer.step()
 
@@ -154,7 +155,7 @@ def test_accumulated_gradients_are_the_mean_of_the_batches(tmp_path: Path, monke
     for index in range(3):
         batch, noise = Loader().batch(index), generator(0, TRAINING, index, 0)
         target = masking(batch.tokens, batch.valid, noise)
-        total = total + system(batch.tokens, target, batch.valid, noise).total / 3
+        total = total + system(Batch(batch.tokens, batch.valid, target, noise)).total / 3
     assert isinstance(total, torch.Tensor)
     total.backward()
     expected = {name: p.grad for name, p in system.named_parameters()}
@@ -181,7 +182,7 @@ def test_ranks_and_batches_have_noise_of_their_own() -> None:
 @given(st.floats(0, 0.999), st.integers(1, 12))
 def test_the_average_is_the_recursion_it_claims(decay: float, steps: int) -> None:
     system = tiny()
-    average = Average(system, decay)
+    average = EMA(system, decay)
     expected = weight_of(system).detach().double()
     for k in range(1, steps + 1):
         with torch.no_grad():
@@ -209,9 +210,11 @@ def test_validation_is_repeatable_and_weighs_tokens() -> None:
 
 def test_validation_gives_each_row_its_own_level() -> None:
     system, levels = tiny(), []
-    system.register_forward_hook(lambda module, args, loss: levels.append((args[4], loss)))
+    system.register_forward_hook(lambda module, args, loss: levels.append((args[0].u, loss)))
     loader = Loader()
-    batches = [loader.batch(0), Batch(*(torch.cat([x, y]) for x, y in zip(*map(loader.batch, (1, 2)), strict=True)))]
+    first, second = loader.batch(1), loader.batch(2)
+    tokens, valid = (torch.cat([getattr(b, name) for b in (first, second)]) for name in ("tokens", "valid"))
+    batches = [loader.batch(0), Batch(tokens, valid, valid)]
     sums = losses_by_level(system, batches, masking, 0)
     u = torch.cat([u for u, _ in levels])
     assert u.tolist() == pytest.approx([(i % 10 + 0.5) / 10 for i in range(18)])
@@ -262,7 +265,7 @@ def test_metrics_are_cut_at_the_resumed_step_and_half_written_rows_go(tmp_path: 
     assert whole.splitlines()[0] == ",".join(METRICS)
 
 
-@pytest.mark.parametrize(("terminal", "start"), [(True, ""), (False, "step 10/40  loss 1.2500")])
+@pytest.mark.parametrize(("terminal", "start"), [(True, ""), (False, "training on cpu\nstep 10/40  loss 1.2500")])
 def test_a_terminal_gets_a_bar_and_a_file_gets_lines(terminal: bool, start: str) -> None:
     class Stream(io.StringIO):
         def isatty(self) -> bool:
@@ -270,7 +273,7 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(terminal: bool, start: str)
 
     stream = Stream()
     shown = reporter(True, stream)
-    shown.start(0, 40)
+    shown.start(0, 40, "cpu")
     for step in range(1, 11):
         shown.advance(step)
     shown.show({"loss": 1.25, "nats_per_token": 1.0, "tokens_per_second": 1234.0})
@@ -284,7 +287,7 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(terminal: bool, start: str)
 def test_silence_on_request() -> None:
     stream = io.StringIO()
     shown = reporter(False, stream)
-    shown.start(0, 2)
+    shown.start(0, 2, "cpu")
     shown.advance(1)
     shown.show({"loss": 1.0})
     shown.close()

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import generator
+from cdlm.core.types import Batch
 from cdlm.training.module import TRAINING
 from cdlm.training.optimizers import build_optimizer, set_rates
 from cdlm.training.options import TrainOptions
@@ -31,11 +32,6 @@ from cdlm.training.run import train
 from cdlm.training.stop import Interrupted
 
 VOCAB, ROWS, LENGTH = 11, 6, 5
-
-
-class Batch(NamedTuple):
-    tokens: Tensor
-    valid: Tensor
 
 
 class Loader:
@@ -48,7 +44,8 @@ class Loader:
     def batch(self, index: int) -> Batch:
         g = torch.Generator().manual_seed(1000 * self.rank + index)
         tokens = torch.randint(0, VOCAB, (ROWS, LENGTH), generator=g)
-        return Batch(tokens, torch.rand(tokens.shape, generator=g) < 0.9)
+        valid = torch.rand(tokens.shape, generator=g) < 0.9
+        return Batch(tokens, valid, valid)
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -312,12 +309,12 @@ def test_exports_get_averaged_weights_after_each_checkpoint(tmp_path: Path) -> N
     system = tiny()
     train(
         system, Loader(), valid_batches, masking, TrainOptions(**DEFAULTS), tmp_path, progress=False,
-        export=lambda average, folder: got.append(copy.deepcopy(average.state_dict())),
+        export=lambda average, folder, step: got.append(copy.deepcopy(average.state_dict())),
     )  # fmt: skip
     assert len(got) == 4  # steps 0, 4, 8, 12
     weights = saved(tmp_path)["state_dict"]
-    assert_same({f"average.system.{name}": value for name, value in got[-1].items()}, {
-        name: value for name, value in weights.items() if name.startswith("average.")
+    assert_same({f"ema.system.{name}": value for name, value in got[-1].items()}, {
+        name: value for name, value in weights.items() if name.startswith("ema.")
     })  # fmt: skip
     assert not torch.equal(got[-1]["embedding.weight"], weight_of(system))
 
@@ -327,10 +324,10 @@ def test_resuming_a_complete_run_exports_what_was_lost(tmp_path: Path) -> None:
     got: list[Tensor] = []
     train(
         tiny(), Loader(), valid_batches, masking, TrainOptions(**DEFAULTS), tmp_path, progress=False, resume=True,
-        export=lambda average, folder: got.append(average.get_parameter("embedding.weight").clone()),
+        export=lambda average, folder, step: got.append(average.get_parameter("embedding.weight").clone()),
     )  # fmt: skip
     assert len(got) == 1
-    assert torch.equal(got[0], saved(tmp_path)["state_dict"]["average.system.embedding.weight"])
+    assert torch.equal(got[0], saved(tmp_path)["state_dict"]["ema.system.embedding.weight"])
 
 
 def test_resuming_with_fewer_steps_than_were_taken_is_refused(tmp_path: Path) -> None:
@@ -362,7 +359,8 @@ def test_lines_show_loss_speed_and_time_left(tmp_path: Path, capsys: pytest.Capt
     train(tiny(), Loader(), valid_batches, masking, TrainOptions(**DEFAULTS), tmp_path)
     out, err = capsys.readouterr()
     assert out == ""
-    first, *_, last = err.splitlines()
+    device, first, *_, last = err.splitlines()
+    assert device == "training on cpu"
     assert first.startswith("step 3/12  loss ")
     assert all(word in first for word in ("nats/token", "tokens/s", "ETA"))
     assert "valid" in last
@@ -411,7 +409,7 @@ PROCESSES = """
         train(
             tiny(), loader, valid_batches, masking, options, folder, progress=False, resume=resume,
             samples=lambda system: [str(weight_of(system).sum().item())],
-            export=lambda system, path: torch.save(system.state_dict(), path / "export.pt"),
+            export=lambda system, path, step: torch.save(system.state_dict(), path / "export.pt"),
         )
     except Interrupted:
         assert stop
@@ -437,9 +435,9 @@ def test_two_processes_are_one_that_averages_both_gradients(tmp_path: Path, stra
             assert told["seen"][0] == (3 if call == "resume" else 0)
         assert saved(folder)["global_step"] == (3 if call == "stop" else 5)
     assert (folder / "samples" / "step_000005.txt").exists()
-    averaged = {k: v for k, v in saved(folder)["state_dict"].items() if k.startswith("average.")}
+    averaged = {k: v for k, v in saved(folder)["state_dict"].items() if k.startswith("ema.")}
     exported = torch.load(folder / "export.pt", weights_only=True)
-    assert_same({f"average.system.{name}": value for name, value in exported.items()}, averaged)
+    assert_same({f"ema.system.{name}": value for name, value in exported.items()}, averaged)
     for name, value in by_hand(steps=5).items():
         torch.testing.assert_close(saved(folder)["state_dict"][f"system.{name}"], value, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -455,7 +453,7 @@ def by_hand(steps: int) -> dict[str, Tensor]:
         for rank, loader in enumerate(loaders):
             batch, noise = next(loader), generator(0, TRAINING, step, rank)
             target = masking(batch.tokens, batch.valid, noise)
-            (system(batch.tokens, target, batch.valid, noise).total / 2).backward()
+            (system(Batch(batch.tokens, batch.valid, target, noise)).total / 2).backward()
         torch.nn.utils.clip_grad_norm_(groups["matrices"] + groups["rest"], options.clip)
         set_rates(optimizer, step, options)
         optimizer.step()

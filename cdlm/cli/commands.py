@@ -30,6 +30,7 @@ from cdlm.models import hub
 from cdlm.models.hub import Folder
 from cdlm.models.system import Precision
 from cdlm.recording.file import check_same_model, read_folder
+from cdlm.runs import RunText
 from cdlm.sampling.requests import requests
 from cdlm.sampling.samples import Samples
 
@@ -516,4 +517,4 @@ def train_judge(run: str, out: Path, steps: int = 500, device: str = "cpu", quie
         quiet: show no progress.
     """
     config = read_run(run)
-    api.own_judge(api.Data.of(config, hub.read_tokenizer(Path(run))), config, steps, device, not quiet).save(out)
+    api.own_judge(RunText.of(config, hub.read_tokenizer(Path(run))), config, steps, device, not quiet).save(out)

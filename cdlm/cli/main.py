@@ -35,8 +35,6 @@ def main(argv: list[str] | None = None) -> None:
         _dispatch(argv)
     except CdlmError as error:
         _fail(str(error), error.exit_code)
-    except argparse.ArgumentError as error:
-        _fail(f"{error} (cdlm train --help lists the settings)", 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 
@@ -47,7 +45,9 @@ def _dispatch(argv: list[str]) -> None:
         return
     name, rest = argv[0], argv[1:]
     if name == "train":
-        _train(rest)
+        from cdlm.cli import train
+
+        train.run(rest)
         return
     from transformers.utils.logging import disable_progress_bar
 
@@ -65,36 +65,6 @@ def _dispatch(argv: list[str]) -> None:
     if name not in functions:
         raise CdlmError(f"there is no command {name!r}: use one of train, study, {', '.join(functions)}")
     functions[name](**_arguments(functions[name], f"cdlm {name}", rest))
-
-
-def _train(argv: list[str]) -> None:
-    from cdlm import api
-    from cdlm.config import parse_run, read_run, run_parser
-
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    extras, rest = _extras(own).parse_known_args(argv)
-    if "-h" in rest or "--help" in rest:
-        _extras(run_parser("cdlm train")).print_help()
-        return
-    if any(argument.endswith(".help") for argument in rest):
-        run_parser("cdlm train").parse_args(rest)  # prints it and exits
-    if extras.text:
-        rest = ["--source", "Files", "--source.paths", json.dumps(extras.text), *rest]
-    if extras.resume:
-        read_run(extras.resume)
-        rest = ["--config", str(Path(extras.resume) / "config.yaml"), *rest]  # first, so that the command line wins
-    if bool(extras.out) == bool(extras.resume):
-        raise CdlmError("train needs one run folder: --out DIR for a new run, or --resume DIR to continue one")
-    config, text = parse_run(rest)
-    api.train(config, Path(extras.out or extras.resume), text, bool(extras.resume), not extras.quiet)
-
-
-def _extras(parser: Any) -> Any:
-    parser.add_argument("--out", help="folder of a new run")
-    parser.add_argument("--resume", help="folder of a run to continue")
-    parser.add_argument("--text", nargs="+", help="shorthand for --source Files --source.paths: your own text files")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    return parser
 
 
 def _study(argv: list[str]) -> None:

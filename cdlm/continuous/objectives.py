@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cdlm.core.errors import CdlmError
-from cdlm.models.system import Loss, row_cross_entropy, stratified
+from cdlm.core.types import Batch
+from cdlm.models.system import Loss, levels_of, row_cross_entropy
 
 if TYPE_CHECKING:
     from cdlm.continuous.system import EmbeddingDiffusion
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """The arguments of `System.forward`."""
-
-    tokens: Int[Tensor, "b n"]
-    target: Bool[Tensor, "b n"]
-    valid: Bool[Tensor, "b n"] | None
-    generator: torch.Generator
-    u: Float[Tensor, " b"] | None
 
 
 class Objective(nn.Module, ABC):
@@ -39,7 +28,7 @@ class CrossEntropy(Objective):
     """Cross-entropy at levels drawn from the schedule, and the schedule's own regression (CDCD, sections 3 and 4)."""
 
     def forward(self, system: EmbeddingDiffusion, batch: Batch) -> Loss:
-        u = stratified(len(batch.tokens), batch.generator) if batch.u is None else batch.u
+        u = levels_of(batch)
         t = system.schedule.t_of_u(u).detach()
         z, condition = system.noisy(system.embed(batch.tokens), t, batch)
         nats, count = row_cross_entropy(system.logits(z, t, condition), batch.tokens, batch.target)
@@ -71,10 +60,10 @@ class Variational(Objective):
     def forward(self, system: EmbeddingDiffusion, batch: Batch) -> Loss:
         if not system.training or batch.u is not None:
             return self._evaluate(system, batch)
-        rows, made = len(batch.tokens), list[Tensor]()
+        rows, made = len(batch), list[Tensor]()
         if rows < 2:
             raise CdlmError("the variational bound is trained on 2 rows or more at a time, got 1: raise batch_size")
-        last, u = self._levels(rows, batch.generator)
+        last, u = self._levels(batch)
         t, slope = system.schedule.learn(u, lambda: 2 * made[0])
         clean = system.embed(batch.tokens)
         cut = torch.arange(rows, device=u.device) < system.first_rows(rows)  # the estimate of these is not a function
@@ -93,7 +82,7 @@ class Variational(Objective):
         return Loss(total, torch.where(last, read_out, error).detach(), t.detach(), count)
 
     def _evaluate(self, system: EmbeddingDiffusion, batch: Batch) -> Loss:
-        u = stratified(len(batch.tokens), batch.generator) if batch.u is None else batch.u
+        u = levels_of(batch)
         t, slope = system.schedule.t_of_u(u), system.schedule.slope(u)
         clean = system.embed(batch.tokens)
         z, condition = system.noisy(clean, t, batch)
@@ -106,15 +95,16 @@ class Variational(Objective):
         whole = (error + nats) / count + prior.to(nats.dtype)
         return Loss((whole * count).sum() / count.sum(), whole.detach(), t.detach(), count)
 
-    def _levels(self, rows: int, generator: torch.Generator) -> tuple[Bool[Tensor, " b"], Float[Tensor, " b"]]:
+    def _levels(self, batch: Batch) -> tuple[Bool[Tensor, " b"], Float[Tensor, " b"]]:
         """Rows at the least noise, and u of all: evenly spaced over the others, all in random order."""
+        rows, generator, device = len(batch), batch.generator, batch.tokens.device
         deviation = (self.moments[:, 1] - self.moments[:, 0].square()).clamp(min=1e-12).sqrt()
         share = (deviation[0] / deviation.sum()).item()
         low = min(max(1, round(rows * share)), rows - 1)
-        even = (torch.rand(1, generator=generator, dtype=torch.float64, device=generator.device)
-                + torch.arange(rows - low, device=generator.device)) / (rows - low)  # fmt: skip
-        order = torch.randperm(rows, generator=generator, device=generator.device)
-        u = torch.cat([torch.zeros(low, dtype=torch.float64, device=generator.device), even])[order]
+        offset = torch.rand(1, generator=generator, dtype=torch.float64, device=device)
+        even = (offset + torch.arange(rows - low, device=device)) / (rows - low)
+        order = torch.randperm(rows, generator=generator, device=device)
+        u = torch.cat([torch.zeros(low, dtype=torch.float64, device=device), even])[order]
         return order < low, u
 
     @torch.no_grad()

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.embedding import Embedding, OutputPrior
 from cdlm.continuous.inputs import ConcatenatedInput, NetworkInput
-from cdlm.continuous.objectives import Batch, CrossEntropy, Objective
+from cdlm.continuous.objectives import CrossEntropy, Objective
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.schedules import Schedule
 from cdlm.core.trees import join, take
-from cdlm.core.types import Condition, Prediction
+from cdlm.core.types import Batch, Condition, Prediction
 from cdlm.models.system import Loss, Special, System, SystemConfig
 
 
@@ -92,16 +92,9 @@ class EmbeddingDiffusion(System, Denoiser):
     def expect(self, logits: Float[Tensor, "b n v"]) -> Float[Tensor, "b n d"]:
         return self.embedding.expect(logits)
 
-    def forward(
-        self,
-        tokens: Int[Tensor, "b n"],
-        target: Bool[Tensor, "b n"],
-        valid: Bool[Tensor, "b n"] | None,
-        generator: torch.Generator,
-        u: Float[Tensor, " b"] | None = None,
-    ) -> Loss:
+    def forward(self, batch: Batch) -> Loss:
         """The objective; in evaluation mode all rows get a first pass and no prompt is hidden."""
-        return self.objective(self, Batch(tokens, target, valid, generator, u))
+        return self.objective(self, batch)
 
     def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
         return self.schedule.t_of_u(u)

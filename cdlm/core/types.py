@@ -8,12 +8,13 @@ Noise coordinate: `t = sigma / alpha`, the noise-to-signal ratio. Larger is nois
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -53,6 +54,44 @@ class Condition(NamedTuple):
     """Self-conditioning: the previous estimate of the clean embedding, zero on the first call."""
     valid: Bool[Tensor, "b n"] | None = None
     """False on padding, which nobody attends to; None when there is none."""
+
+
+MaskingFn = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""(tokens [b n], valid [b n], generator) -> positions to generate [b n], at least one a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of training text, on their way from the loader to the objective. `masked` adds what a step draws."""
+
+    tokens: Int[Tensor, "b n"]
+    valid: Bool[Tensor, "b n"] | None
+    """False on padding; None where there is none."""
+    target: Bool[Tensor, "b n"]
+    """Positions to generate, at least one a row; the others are given. From a loader, all that are valid."""
+    generator: torch.Generator | None = None
+    """Source of all randomness of the step, on the device of the tokens; None is torch's own."""
+    u: Float[Tensor, " b"] | None = None
+    """Noise levels in [0, 1]; None has the objective draw them."""
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.tokens)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same rows on another device, to which the generator must belong."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            valid=None if self.valid is None else self.valid.to(device),
+            target=self.target.to(device),
+            u=None if self.u is None else self.u.to(device),
+        )
+
+    def masked(self, law: MaskingFn, generator: torch.Generator, u: Float[Tensor, " b"] | None = None) -> Batch:
+        """The same rows with positions to generate from a masking law; everything else is drawn from `generator`."""
+        valid = torch.ones_like(self.target) if self.valid is None else self.valid
+        return replace(self, target=law(self.tokens, valid, generator), generator=generator, u=u)
 
 
 class HaltReason(Enum):

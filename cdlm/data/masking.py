@@ -35,6 +35,11 @@ class Masking(ABC):
         """The law for tokens of this tokenizer: itself, unless it looks at them."""
         return self
 
+    @property
+    def blocks(self) -> frozenset[int]:
+        """Sizes of the blocks that the law teaches a system to generate; empty for a law without blocks."""
+        return frozenset()
+
 
 @dataclass(frozen=True)
 class Prefix(Masking):
@@ -123,6 +128,11 @@ class Block(Masking):
         if not 0 <= self.beginning <= 1:
             raise CdlmError(f"Block: beginning is a share of rows in [0, 1], got {self.beginning}")
 
+    @property
+    def blocks(self) -> frozenset[int]:
+        """Its size alone."""
+        return frozenset({self.size})
+
     def __call__(
         self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], generator: torch.Generator
     ) -> Bool[Tensor, "b n"]:
@@ -192,6 +202,11 @@ class Mixture(Masking):
             raise CdlmError(f"Mixture: expected one or more laws with positive weights, got weights {weights}")
         if not all(isinstance(law, Masking) for _, law in self.parts):
             raise CdlmError(f"Mixture: expected pairs of a weight and a law, got {self.parts}")
+
+    @property
+    def blocks(self) -> frozenset[int]:
+        """Those of all its laws."""
+        return frozenset[int]().union(*(law.blocks for _, law in self.parts))
 
     def __call__(
         self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], generator: torch.Generator

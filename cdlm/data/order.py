@@ -6,25 +6,17 @@ handed out: the shuffle is arithmetic, not a state.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Int64, UInt64
-from torch import Tensor
+from jaxtyping import Int64, UInt64
 from torch.utils.data import DataLoader, Subset
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.types import Batch
 from cdlm.data.store import Row, TextRows
 
 _ROUNDS = 8  # of the Feistel network; each changes one half of the index
-
-
-class Batch(NamedTuple):
-    """Rows ready for a model: token ids, and False on padding."""
-
-    tokens: Int[Tensor, "b n"]
-    valid: Bool[Tensor, "b n"]
 
 
 @dataclass(frozen=True)
@@ -136,10 +128,8 @@ def fixed_batches(rows: TextRows, batch_size: int, limit: int | None = None) -> 
 
 def collate(rows: list[Row]) -> Batch:
     """Stack rows of equal length."""
-    return Batch(
-        torch.from_numpy(np.stack([row.tokens for row in rows])),
-        torch.from_numpy(np.stack([row.valid for row in rows])),
-    )
+    valid = torch.from_numpy(np.stack([row.valid for row in rows]))
+    return Batch(torch.from_numpy(np.stack([row.tokens for row in rows])), valid, target=valid)
 
 
 class _Endless:

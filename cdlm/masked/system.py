@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -10,10 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.types import Batch
 from cdlm.masked.model import Constants, MaskedModel
 from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.sampler import Unmasking
-from cdlm.models.system import Loss, Special, System, SystemConfig, row_cross_entropy, stratified
+from cdlm.models.system import Loss, Special, System, SystemConfig, levels_of, row_cross_entropy
 from cdlm.models.transformer import Transformer
 
 EPS = 1e-3
@@ -48,23 +51,16 @@ class MaskedDiffusion(System, MaskedModel):
         logits = self.run_network(self.embedding(tokens), level, valid)
         return logits.index_fill_(-1, torch.tensor([self.constants.mask_id], device=logits.device), -torch.inf)
 
-    def forward(
-        self,
-        tokens: Int[Tensor, "b n"],
-        target: Bool[Tensor, "b n"],
-        valid: Bool[Tensor, "b n"] | None,
-        generator: torch.Generator,
-        u: Float[Tensor, " b"] | None = None,
-    ) -> Loss:
+    def forward(self, batch: Batch) -> Loss:
         """The negative evidence lower bound over the positions to generate (MDLM, eq. 10; LLaDA, eq. 3)."""
-        u = stratified(len(tokens), generator) if u is None else u
-        t = self.levels(u.to(tokens.device))
-        coin = torch.rand(tokens.shape, generator=generator, device=tokens.device)
-        masked = target & (coin < t.float()[:, None])
-        logits = self.logits(tokens.masked_fill(masked, self.constants.mask_id), valid)
+        tokens = batch.tokens
+        t = self.levels(levels_of(batch).to(tokens.device))
+        coin = torch.rand(tokens.shape, generator=batch.generator, device=tokens.device)
+        masked = batch.target & (coin < t.float()[:, None])
+        logits = self.logits(tokens.masked_fill(masked, self.constants.mask_id), batch.valid)
         # The mask itself, which some text may hold, is nothing to predict.
         nats, hidden = row_cross_entropy(logits, tokens, masked & (tokens != self.constants.mask_id))
-        count = target.sum(1)
+        count = batch.target.sum(1)
         bound = nats / t.to(nats.dtype)
         total = nats.sum() / hidden.sum().clamp(min=1) if self.flat and self.training else bound.sum() / count.sum()
         return Loss(total, (bound / count).detach(), t, count)
@@ -111,3 +107,7 @@ class Masked(SystemConfig):
             flat=self.weight == "flat",
             config={"system": "masked", "vocab": vocab, "mask_id": mask, "eos_id": special.eos_id, **asdict(self)},
         )
+
+
+SYSTEMS: Mapping[str, type[SystemConfig]] = MappingProxyType({"masked": Masked})
+"""Masked systems by their name in config.json."""

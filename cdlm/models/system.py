@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.types import Batch
 from cdlm.models.hub import Pretrained
 
 if TYPE_CHECKING:
@@ -59,22 +60,8 @@ class System(Pretrained, ABC):
     """Arithmetic of the network alone; everything around it is at least float32."""
 
     @abstractmethod
-    def forward(
-        self,
-        tokens: Int[Tensor, "b n"],
-        target: Bool[Tensor, "b n"],
-        valid: Bool[Tensor, "b n"] | None,
-        generator: torch.Generator,
-        u: Float[Tensor, " b"] | None = None,
-    ) -> Loss:
-        """The loss of a batch.
-
-        Args:
-            target: positions to generate, at least one a row.
-            valid: False on padding; None when there is none.
-            generator: source of all randomness of the step, on the device of the tokens.
-            u: fixed noise levels; by default stratified over the batch.
-        """
+    def forward(self, batch: Batch) -> Loss:
+        """The loss of a masked batch, at its noise levels or at stratified ones."""
 
     @abstractmethod
     def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
@@ -123,9 +110,15 @@ class System(Pretrained, ABC):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def stratified(rows: int, generator: torch.Generator) -> Float[Tensor, " rows"]:
+def levels_of(batch: Batch) -> Float[Tensor, " b"]:
+    """The batch's own noise levels u, or stratified ones."""
+    return stratified(len(batch), batch.generator, batch.tokens.device) if batch.u is None else batch.u
+
+
+def stratified(
+    rows: int, generator: torch.Generator | None, device: torch.device | str = "cpu"
+) -> Float[Tensor, " rows"]:
     """One u in [0, 1) per row, evenly spaced with a random offset, in random order (low discrepancy)."""
-    device = generator.device
     offset = torch.rand(1, generator=generator, dtype=torch.float64, device=device)
     order = torch.randperm(rows, generator=generator, device=device)
     return (offset + order / rows) % 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from cdlm.core.errors import CdlmError
+from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import cannot_write, replacing, write_text
 from cdlm.training.validation import BUCKETS
 
@@ -21,6 +22,25 @@ METRICS = (
     "prior_mismatch", "valid_nats", *(f"nats_u{i}" for i in range(BUCKETS)),
 )  # fmt: skip
 """Columns of metrics.csv; a row leaves empty what was not measured at its step."""
+
+
+def checkpoint_of(run_dir: Path) -> Path:
+    """The file that a run is resumed from."""
+    return run_dir / "checkpoints" / "last.ckpt"
+
+
+def steps_done(checkpoint: Path) -> int:
+    """Optimiser steps of a checkpoint, without reading its tensors.
+
+    Raises:
+        CdlmError: it is no checkpoint, or it is damaged.
+    """
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise CdlmError(
+            f"{checkpoint} cannot be read, it is truncated or damaged ({first_line(error)}); copy it again"
+        ) from error
 
 
 class AtomicCheckpoints(CheckpointIO):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,11 +14,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdlm.core.errors import CdlmError
 from cdlm.core.rng import generator
+from cdlm.core.types import Batch, MaskingFn
 from cdlm.models.system import System
 from cdlm.training import sharding
-from cdlm.training.average import Average
+from cdlm.training.context import FORMAT, Context, check_format, check_same
+from cdlm.training.ema import EMA
 from cdlm.training.optimizers import build_optimizer, set_rates
 from cdlm.training.options import TrainOptions
 
@@ -27,27 +29,40 @@ COLUMNS = 4
 """Of a row of the window: loss, nats, generated tokens, all tokens."""
 
 
+@runtime_checkable
+class Loader(Protocol):
+    """Endless batches, a function of their number alone."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches, from the next one on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to batch number `state["batches"]`."""
+        ...
+
+
 class TrainingModule(LightningModule):
     """All randomness of batch i on rank r is a function of (seed, i, r), so the only state to save is a count.
 
     Args:
-        loader: infinite; batches have `.tokens [b n]` and `.valid [b n]`; `load_state_dict({"batches": int})` seeks.
-        masking: (tokens, valid, generator) -> positions to generate.
+        loader: endless batches of this rank.
+        masking: draws the positions to generate.
         context: what must not change when the run is resumed.
     """
 
     def __init__(
         self,
         system: System,
-        loader: Any,
-        masking: Callable[[Tensor, Tensor, torch.Generator], Tensor],
+        loader: Loader,
+        masking: MaskingFn,
         options: TrainOptions,
-        context: Mapping[str, Any],
+        context: Context,
     ):
         super().__init__()
         system.precision = options.precision
         self.system = system.train()
-        self.average = Average(system, options.ema)
+        self.ema = EMA(system, options.ema)
         if options.compile:
             system.network.compile()
         self.feed = Feed(loader)
@@ -60,12 +75,12 @@ class TrainingModule(LightningModule):
         self.gradient_norm = torch.tensor(math.nan)
         """Of the last step, before clipping, without the schedule."""
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         noise = generator(self.options.seed, TRAINING, self.batches, self.global_rank, device=self.device)
         self.batches += 1
-        target = self.masking(batch.tokens, batch.valid, noise)
-        loss = self.system(batch.tokens, target, batch.valid, noise)
-        row = (loss.total.detach(), (loss.nats * loss.count).sum(), loss.count.sum(), batch.valid.sum())
+        tokens = batch.target.sum()  # as it comes from the loader: all that are valid
+        loss = self.system(batch.masked(self.masking, noise))
+        row = (loss.total.detach(), (loss.nats * loss.count).sum(), loss.count.sum(), tokens)
         self.window.append(torch.stack([x.double() for x in row]))
         return loss.total
 
@@ -89,34 +104,36 @@ class TrainingModule(LightningModule):
         set_rates(optimizer, self.global_step, self.options)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.system.after_step()
-        self.average.update(self.system, self.global_step + 1)  # the trainer counts the step when this returns
+        self.ema.update(self.system, self.global_step + 1)  # the trainer counts the step when this returns
 
     def configure_model(self) -> None:
         if self.options.strategy != "fsdp" or self._whole:
             return
-        self._whole = [copy.deepcopy(self.average.system)]
+        self._whole = [copy.deepcopy(self.ema.system)]
         assert self.device_mesh is not None
-        for system in (self.system, self.average.system):
+        for system in (self.system, self.ema.system):
             sharding.shard(system, self.device_mesh["data_parallel"])
 
     def averaged(self) -> System:
-        """The averaged system, unsharded and up to date on rank 0. Every process must call this."""
-        if not self._whole:
-            return self.average.system
-        sharding.gather(self.average.system, self._whole[0])
-        return self._whole[0].to(self.device)
+        """The EMA system, unsharded and up to date on rank 0. Every process must call this."""
+        if self._whole:
+            sharding.gather(self.ema.system, self._whole[0])
+        return self.trained().to(self.device)
+
+    def trained(self) -> System:
+        """The EMA system as `averaged` gave it last, without asking the other processes."""
+        return self._whole[0] if self._whole else self.ema.system
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         window = torch.stack(self.window).cpu() if self.window else torch.empty(0, COLUMNS, dtype=torch.float64)
-        checkpoint["cdlm"] = {"batches": self.batches, "context": self.context, "window": window}
+        checkpoint["cdlm"] = {
+            "format": FORMAT, "batches": self.batches, "context": self.context, "window": window,
+        }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint["cdlm"]
-        names = sorted(saved["context"].keys() | self.context.keys())
-        changed = [name for name in names if saved["context"].get(name) != self.context.get(name)]
-        if changed:
-            told = ", ".join(f"{n} was {saved['context'].get(n)}, is {self.context.get(n)}" for n in changed)
-            raise CdlmError(f"cannot resume: {' and '.join(changed)} changed ({told}): restore it or start a new run")
+        saved, run = checkpoint["cdlm"], Path(self.trainer.default_root_dir)
+        check_format(saved.get("format", 1), run)
+        check_same(saved["context"], self.context, run)
         self.batches = saved["batches"]
         self.window = list(saved["window"].to(self.device))
         self.feed.seek(self.batches)
@@ -125,10 +142,10 @@ class TrainingModule(LightningModule):
 class Feed:
     """A loader as Lightning sees it: without the loader's own count, which runs ahead because Lightning prefetches."""
 
-    def __init__(self, loader: Any):
+    def __init__(self, loader: Loader):
         self._loader = loader
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         return iter(self._loader)
 
     def seek(self, batches: int) -> None:

@@ -15,7 +15,7 @@ from cdlm.training.options import TrainOptions
 BETAS = (0.9, 0.99)
 
 
-class Together(Optimizer):
+class CombinedOptimizer(Optimizer):
     """Several optimisers as one: each steps over its own groups and keeps its own state."""
 
     def __init__(self, **parts: Optimizer):
@@ -51,7 +51,7 @@ def build_optimizer(groups: Mapping[str, list[nn.Parameter]], options: TrainOpti
     if options.optimizer == "adamw":
         return AdamW([matrices, *others], betas=BETAS, weight_decay=0.0)
     muon = Muon([matrices], weight_decay=0.0, adjust_lr_fn="original")
-    return Together(muon=muon, adamw=AdamW(others, betas=BETAS, weight_decay=0.0))
+    return CombinedOptimizer(muon=muon, adamw=AdamW(others, betas=BETAS, weight_decay=0.0))
 
 
 def lr_factor(step: int, options: TrainOptions) -> float:

@@ -45,8 +45,8 @@ class TrainOptions:
     """Compile the network with torch.compile."""
     devices: int = 1
     """Processes of this machine, each with a device and its own batches."""
-    accelerator: Literal["cpu", "gpu", "auto"] = "auto"
-    """Where to compute."""
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several devices share the work: whole copies (ddp), or slices of weights and optimiser (fsdp, with AdamW)."""
     validate_every: int = 500
@@ -58,7 +58,7 @@ class TrainOptions:
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Loggers besides metrics.csv; each must be installed."""
     seed: int = 0
-    """Fixes noise and masks. Initial weights and data order are the caller's."""
+    """Fixes noise and masks, and in `cdlm train` the first weights and the order of rows."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "devices", "validate_every", "checkpoint_every", "log_every"):

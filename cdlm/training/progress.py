@@ -17,8 +17,8 @@ SHOWN = {"loss": "loss {:.4f}", "nats_per_token": "nats/token {:.4f}", "tokens_p
 class Reporter:
     """Prints nothing by itself; the subclasses do."""
 
-    def start(self, step: int, steps: int) -> None:
-        """The run begins after `step` of `steps`."""
+    def start(self, step: int, steps: int, place: str) -> None:
+        """The run begins after `step` of `steps`, on the devices `place`."""
 
     def advance(self, step: int) -> None:
         """`step` is done."""
@@ -36,7 +36,8 @@ class Lines(Reporter):
     def __init__(self, console: Console):
         self._console = console
 
-    def start(self, step: int, steps: int) -> None:
+    def start(self, step: int, steps: int, place: str) -> None:
+        _print(self._console, f"training on {place}")
         self._first, self._step, self._steps, self._began = step, step, steps, time.monotonic()
 
     def advance(self, step: int) -> None:
@@ -46,21 +47,22 @@ class Lines(Reporter):
         done = max(1, self._step - self._first)
         left = (time.monotonic() - self._began) / done * (self._steps - self._step)
         eta = timedelta(seconds=round(left))
-        line = f"step {self._step}/{self._steps}  {_text(metrics)}  ETA {eta}"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _print(self._console, f"step {self._step}/{self._steps}  {_text(metrics)}  ETA {eta}")
 
 
 class Bar(Reporter):
     """A bar with the latest measurement."""
 
     def __init__(self, console: Console):
+        self._console = console
         self._bar = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"),
             TextColumn("ETA"), TimeRemainingColumn(), console=console, auto_refresh=False,
         )  # fmt: skip
         self._shown: dict[str, float] = {}
 
-    def start(self, step: int, steps: int) -> None:
+    def start(self, step: int, steps: int, place: str) -> None:
+        _print(self._console, f"training on {place}")
         self._task = self._bar.add_task("training", total=steps, completed=step, text="")
         self._bar.start()
         self._refreshed = time.monotonic()
@@ -85,6 +87,10 @@ def reporter(wanted: bool, file: Any = None) -> Reporter:
         return Reporter()
     console = Console(file=file, stderr=True)
     return Bar(console) if console.is_terminal else Lines(console)
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _text(metrics: Mapping[str, float]) -> str:

@@ -6,64 +6,65 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.types import Batch, MaskingFn
 from cdlm.models.system import System
-from cdlm.training.files import AtomicCheckpoints
-from cdlm.training.module import TrainingModule
+from cdlm.training.callback import Export, Outputs, RunCallback
+from cdlm.training.context import Context
+from cdlm.training.files import AtomicCheckpoints, checkpoint_of
+from cdlm.training.module import Loader, TrainingModule
 from cdlm.training.options import TrainOptions
 from cdlm.training.progress import reporter
 from cdlm.training.stop import Interrupted, StopRequest
-from cdlm.training.supervisor import Outputs, Supervisor
 
 HARMLESS = (
     r"GPU available but not used",  # asked for
-    r"Found \d+ module\(s\) in eval mode",  # the average
+    r"Found \d+ module\(s\) in eval mode",  # the EMA
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's use of torch
 )
 
 
 def train(
     system: System,
-    loader: Any,
-    valid_batches: Callable[[], Iterable[Any]],
-    masking: Callable[[Tensor, Tensor, torch.Generator], Tensor],
+    loader: Loader,
+    valid_batches: Callable[[], Iterable[Batch]],
+    masking: MaskingFn,
     options: TrainOptions,
     run_dir: str | Path,
     *,
     samples: Callable[[System], list[str]] | None = None,
-    export: Callable[[System, Path], None] | None = None,
+    export: Export | None = None,
     resume: bool = False,
     progress: bool = True,
-    context: Mapping[str, str | int] | None = None,
-) -> None:
-    """Train `system` in place into a run folder; averaged weights are what `export` and `samples` receive.
+    context: Context | None = None,
+) -> System:
+    """Train `system` in place into a run folder, and return its EMA, which `export` and `samples` receive as well.
 
     The folder gets `checkpoints/last.ckpt` (for resuming only), `metrics.csv` and `samples/step_*.txt`. A resumed run
     equals an uninterrupted one bit for bit on one CPU process, if system, loader and options are built as before.
 
     Args:
-        loader: infinite iterable of this rank's batches, with `.tokens [b n]` and `.valid [b n]`; its
-            `load_state_dict({"batches": int})` seeks.
+        loader: endless batches of this rank.
         valid_batches: gives this rank's held-out batches, the same ones each time.
-        masking: (tokens, valid, generator) -> positions to generate, at least one a row.
+        masking: draws the positions to generate.
         samples: texts to write beside each validation.
-        export: called with the averaged system and the folder after each checkpoint, so that the folder can be used
-            while the run goes on and after it was interrupted.
+        export: called with the EMA system, the folder and the number of steps before each checkpoint, so that the
+            folder can be used while the run goes on and after it was interrupted.
         resume: continue from the folder's checkpoint. Learning rates, intervals and `steps` may differ from before.
         progress: show a bar on a terminal and lines elsewhere, on standard error.
         context: what must not change when resuming, such as a key of the data.
+
+    Returns:
+        the EMA system on the device that it was trained on; of several processes, only rank 0 has the last weights.
 
     Raises:
         CdlmError: nothing to resume, a run that would be overwritten, a changed context, NaN, a full disk.
@@ -72,13 +73,13 @@ def train(
     outputs = Outputs(Path(run_dir), valid_batches, samples, export)
     first = rank_and_world(options)[0] == 0
     if first:
-        _check_folder(outputs.checkpoint, resume)
+        check_folder(outputs.run_dir, resume)
     outputs.run_dir.mkdir(parents=True, exist_ok=True)
     fixed = {name: getattr(options, name) for name in ("seed", "accumulate", "optimizer", "devices")}
     module = TrainingModule(system, loader, masking, options, {**(context or {}), **fixed})
     shown = reporter(progress and first)
     with StopRequest() as stop, _quiet():
-        trainer = _trainer(options, outputs, Supervisor(outputs, shown, stop))
+        trainer = _trainer(options, outputs, RunCallback(outputs, shown, stop))
         try:
             trainer.fit(module, module.feed, ckpt_path=outputs.checkpoint if resume else None, weights_only=True)
         except SystemExit as error:
@@ -89,6 +90,7 @@ def train(
             ) from error
         finally:
             shown.close()
+        return module.trained().to(trainer.strategy.root_device)
 
 
 def rank_and_world(options: TrainOptions) -> tuple[int, int]:
@@ -101,14 +103,20 @@ def rank_and_world(options: TrainOptions) -> tuple[int, int]:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))), options.devices
 
 
-def _check_folder(checkpoint: Path, resume: bool) -> None:
+def check_folder(run_dir: Path, resume: bool) -> None:
+    """A new run needs a folder without a checkpoint, a resumed one a folder with one.
+
+    Raises:
+        CdlmError: it is otherwise.
+    """
+    checkpoint = checkpoint_of(run_dir)
     if resume and not checkpoint.exists():
         raise CdlmError(f"nothing to resume, {checkpoint} does not exist: start the run without resuming")
     if not resume and checkpoint.exists():
         raise CdlmError(f"{checkpoint} would be overwritten: resume it or choose another folder")
 
 
-def _trainer(options: TrainOptions, outputs: Outputs, supervisor: Supervisor) -> Trainer:
+def _trainer(options: TrainOptions, outputs: Outputs, callback: Callback) -> Trainer:
     try:
         return Trainer(
             accelerator=options.accelerator,
@@ -121,7 +129,7 @@ def _trainer(options: TrainOptions, outputs: Outputs, supervisor: Supervisor) ->
             limit_val_batches=0,
             num_sanity_val_steps=0,
             logger=[outputs.metrics, *_loggers(options, outputs.run_dir)],
-            callbacks=[supervisor],
+            callbacks=[callback],
             plugins=[AtomicCheckpoints()],
             default_root_dir=outputs.run_dir,
             enable_checkpointing=False,
@@ -130,7 +138,9 @@ def _trainer(options: TrainOptions, outputs: Outputs, supervisor: Supervisor) ->
             use_distributed_sampler=False,
         )
     except MisconfigurationException as error:
-        raise CdlmError(f"these devices cannot be had: {' '.join(str(error).split())}") from error
+        raise CdlmError(
+            f"cannot train on {options.devices} x {options.accelerator}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _strategy(options: TrainOptions) -> Strategy | str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cdlm.core.rng import generator
+from cdlm.core.types import Batch, MaskingFn
 from cdlm.models.system import System
 from cdlm.training.module import VALIDATION
 
@@ -19,8 +19,8 @@ BUCKETS = 10
 @torch.no_grad()
 def losses_by_level(
     system: System,
-    batches: Iterable[Any],
-    masking: Callable[[Tensor, Tensor, torch.Generator], Tensor],
+    batches: Iterable[Batch],
+    masking: MaskingFn,
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, "2 buckets"]:
@@ -33,12 +33,10 @@ def losses_by_level(
     row = 0
     for index, batch in enumerate(batches):
         noise = generator(seed, VALIDATION, index, device=device)
-        tokens, valid = batch.tokens.to(device), batch.valid.to(device)
-        bucket = torch.arange(row, row + len(tokens), device=device) % BUCKETS
-        target = masking(tokens, valid, noise)
-        loss = system(tokens, target, valid, noise, (bucket.double() + 0.5) / BUCKETS)
+        bucket = torch.arange(row, row + len(batch), device=device) % BUCKETS
+        loss = system(batch.to(device).masked(masking, noise, (bucket.double() + 0.5) / BUCKETS))
         sums.index_add_(1, bucket, torch.stack([loss.nats.double() * loss.count, loss.count.double()]))
-        row += len(tokens)
+        row += len(batch)
     return sums
 
 

@@ -1,4 +1,4 @@
-"""The moving average of a system's weights."""
+"""The exponential moving average (EMA) of a system's weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from cdlm.models.system import System
 
 
-class Average(nn.Module):
-    """A second system whose weights trail those of the first; validation, samples and the exported model use it.
+class EMA(nn.Module):
+    """A second system whose weights follow those of the first slowly; validation, samples and the saved model use it.
 
-    After optimiser step k (one-based), average += (1 - d) (weights - average) with d = min(decay, (1 + k) / (10 + k)).
+    After optimiser step k (one-based), ema += (1 - d) (weights - ema) with d = min(decay, (1 + k) / (10 + k)).
     A schedule of its own is copied as it is, because it averages itself, and so are counts and the like.
     """
 
@@ -23,7 +23,7 @@ class Average(nn.Module):
         self.system = copy.deepcopy(system).requires_grad_(False).eval()
         self.decay = decay
 
-    def train(self, mode: bool = True) -> Average:
+    def train(self, mode: bool = True) -> EMA:
         """Stays in evaluation mode."""
         return self
 

@@ -14,13 +14,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
+from cdlm.core.types import Batch
 from cdlm.models.system import System
-from cdlm.training.files import MetricsFile
+from cdlm.training.files import MetricsFile, checkpoint_of
 from cdlm.training.module import TrainingModule
 from cdlm.training.progress import Reporter
 from cdlm.training.sharding import local
 from cdlm.training.stop import Interrupted, StopRequest
 from cdlm.training.validation import losses_by_level, validation_metrics
+
+Export = Callable[[System, Path, int], None]
+"""(EMA system, run folder, optimiser steps done) -> files of the model."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,9 @@ class Outputs:
     """Where results go and who makes them."""
 
     run_dir: Path
-    valid_batches: Callable[[], Iterable[Any]]
+    valid_batches: Callable[[], Iterable[Batch]]
     samples: Callable[[System], list[str]] | None
-    export: Callable[[System, Path], None] | None
+    export: Export | None
 
     @property
     def metrics(self) -> MetricsFile:
@@ -38,10 +42,10 @@ class Outputs:
 
     @property
     def checkpoint(self) -> Path:
-        return self.run_dir / "checkpoints" / "last.ckpt"
+        return checkpoint_of(self.run_dir)
 
 
-class Supervisor(Callback):
+class RunCallback(Callback):
     """Acts after whole optimiser steps only, so every checkpoint lies between two of them."""
 
     def __init__(self, outputs: Outputs, reporter: Reporter, stop: StopRequest):
@@ -56,7 +60,7 @@ class Supervisor(Callback):
         self._step = trainer.global_step
         if trainer.is_global_zero:
             self.outputs.metrics.cut(self._step or -1)  # a run that starts writes row 0 itself
-        self.reporter.start(self._step, module.options.steps)
+        self.reporter.start(self._step, module.options.steps, place_of(trainer))
         if self._step == 0:
             self._log(trainer, module.system.facts())
             if module.options.strategy != "fsdp":  # there, saving makes an optimiser that never stepped take a step
@@ -68,7 +72,7 @@ class Supervisor(Callback):
             return
         if trainer.global_step > (steps := _ours(pl_module).options.steps):
             raise CdlmError(f"the run is at step {trainer.global_step} already, beyond {steps}: ask for more steps")
-        self._export(trainer, _ours(pl_module))  # it was complete, but perhaps killed before its export
+        self._export(trainer, _ours(pl_module))  # of a finished run that was saved without an export
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -136,7 +140,7 @@ class Supervisor(Callback):
 
     def _validate(self, trainer: Trainer, module: TrainingModule) -> dict[str, float]:
         batches, seed = self.outputs.valid_batches(), module.options.seed
-        sums = losses_by_level(module.average.system, batches, module.masking, seed, module.device)
+        sums = losses_by_level(module.ema.system, batches, module.masking, seed, module.device)
         sums = trainer.strategy.reduce(sums, reduce_op="sum")
         if self.outputs.samples is not None:
             system = module.averaged()
@@ -153,14 +157,20 @@ class Supervisor(Callback):
         finite = all(bool(local(p).isfinite().all()) for p in module.parameters())
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
             raise self._not_finite(f"weights became NaN or infinite at step {self._step}")
+        self._export(trainer, module)  # first, so that the checkpoint of a finished run has its model beside it
         trainer.save_checkpoint(self.outputs.checkpoint)
-        self._export(trainer, module)
 
     def _export(self, trainer: Trainer, module: TrainingModule) -> None:
-        if self.outputs.export is not None:
-            system = module.averaged()
-            if trainer.is_global_zero:
-                self.outputs.export(system, self.outputs.run_dir)
+        system = module.averaged()
+        if self.outputs.export is not None and trainer.is_global_zero:
+            self.outputs.export(system, self.outputs.run_dir, trainer.global_step)
+
+
+def place_of(trainer: Trainer) -> str:
+    """The devices of a run in words, such as `cpu` or `2 x cuda (NVIDIA H100)`."""
+    device, count = trainer.strategy.root_device, trainer.world_size
+    named = f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+    return named if count == 1 else f"{count} x {named}"
 
 
 def _ours(module: LightningModule) -> TrainingModule:

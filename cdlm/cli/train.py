@@ -1,0 +1,122 @@
+"""`cdlm train`: arguments to a `RunConfig`, and the run."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from cdlm.config import SYSTEMS, RunConfig, parse_run, read_run, run_parser, system_config
+from cdlm.core.errors import CdlmError
+from cdlm.data.sources import SOURCES
+from cdlm.models import hub
+from cdlm.training.options import TrainOptions
+
+PROG = "cdlm train"
+ALIASES = {"device": "training.accelerator"}
+"""Short names that are not the last word of the setting."""
+ABOUT = """
+The group of a setting may be left out where no other setting has that name: --steps is --training.steps, --lr is
+--training.lr, --width is --system.width, and --device is --training.accelerator. --batch-size and --batch_size are the
+same. Settings of a system or a source: cdlm train --system.help Plaid, cdlm train --source.help Files."""
+
+
+def run(argv: list[str]) -> None:
+    """Train a model as the arguments say, or print the help.
+
+    Raises:
+        CdlmError: an argument is unknown or has a bad value, or the run fails; see `cdlm.runs.train`.
+    """
+    own, rest = _own(argv)
+    if "-h" in rest or "--help" in rest:
+        _help_parser().print_help()
+        return
+    if any(".help" in word for word in rest):
+        run_parser(PROG).parse_args(rest)  # prints it and exits
+    if bool(own.out) == bool(own.resume):
+        raise CdlmError("train needs one run folder: --out DIR for a new run, or --resume DIR to continue one")
+    if own.resume and own.start:
+        raise CdlmError("--resume continues a run from its own checkpoint and --start begins a new one: give one")
+    from cdlm.runs import train
+
+    config = parse_run([*_defaults(own), *rest])  # the defaults first, so that the command line wins
+    train(config, own.out or own.resume, resume=bool(own.resume), start=own.start, progress=not own.quiet)
+
+
+def _defaults(own: argparse.Namespace) -> Iterator[str]:
+    """What the run's settings are before the command line changes them."""
+    if own.resume:
+        read_run(own.resume)  # says what is wrong with the folder
+        yield from ("--config", str(Path(own.resume) / "config.yaml"))
+    if own.start:
+        config = hub.read_config(hub.locate(own.start))
+        yield from ("--config", RunConfig(system=system_config(config["model"]), length=config["length"]).to_yaml())
+    if own.text:
+        yield from ("--source", "Files", "--source.paths", json.dumps(own.text))
+
+
+def _own(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments that are not settings of the run, and the others, each by the full path of its setting."""
+    parser = _add_own(argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False))
+    try:
+        own, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise CdlmError(f"{error} ({PROG} --help lists the settings)") from error
+    return own, [_full(word) for word in rest]
+
+
+def _add_own(parser: Any) -> Any:
+    parser.add_argument("--out", help="folder of a new run")
+    parser.add_argument("--resume", help="folder of a run to continue; steps, learning rates and intervals may change")
+    parser.add_argument(
+        "--start",
+        help="run folder or Hub id of a trained model to begin with (fine-tuning): its weights, system, length and"
+        " tokenizer, with new text and new --training settings",
+    )
+    parser.add_argument("--text", nargs="+", help="shorthand for --source Files --source.paths: your own text files")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
+
+
+def _help_parser() -> Any:
+    parser = _add_own(run_parser(PROG))
+    parser.epilog = ABOUT
+    return parser
+
+
+def _full(word: str) -> str:
+    """An option with the full path of its setting; other words as they are.
+
+    Raises:
+        CdlmError: there is no such option; names the nearest one.
+    """
+    if not word.startswith("--") or word == "--help":
+        return word
+    name, equals, value = word[2:].partition("=")
+    name = name.replace("-", "_")
+    paths = _paths()
+    path = paths.get(name, name)
+    if path.split(".")[-1] != "help" and path.replace("init_args.", "").rstrip("+") not in paths.values():
+        raise _unknown(name, paths)
+    return f"--{path}{equals}{value}"
+
+
+def _paths() -> dict[str, str]:
+    """The full path of a setting by all names that it has, the full one too."""
+    groups = {"source": SOURCES, "system": tuple(SYSTEMS.values()), "training": (TrainOptions,)}
+    settings = {group: [n for kind in kinds for n in signature(kind).parameters] for group, kinds in groups.items()}
+    top = [*signature(RunConfig).parameters, "config", "print_config", "source.class_path", "system.class_path"]
+    full = [*top, *(f"{group}.{name}" for group, names in settings.items() for name in names)]
+    short = {name: f"{group}.{name}" for group in ("system", "training") for name in settings[group]}
+    return short | ALIASES | {name: name for name in full}
+
+
+def _unknown(name: str, paths: dict[str, str]) -> CdlmError:
+    close = [near for text in (name, name.split(".")[-1]) for near in difflib.get_close_matches(text, paths, 1, 0.5)]
+    path = paths[close[0]] if close else ""
+    hint = f": did you mean --{close[0]}{'' if path == close[0] else f' (--{path})'}?" if close else ""
+    return CdlmError(f"there is no option --{name}{hint} ({PROG} --help lists all)")

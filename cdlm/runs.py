@@ -1,0 +1,201 @@
+"""Training runs: the text of a run, training into a run folder, and its model card."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from cdlm.config import RunConfig
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import write_text
+from cdlm.data.masking import MASKINGS
+from cdlm.data.order import RowLoader, fixed_batches
+from cdlm.data.store import DocumentRows, FilledRows, PackedRows, TextRows, build_store
+from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
+from cdlm.models import hub
+from cdlm.models.hub import Folder
+from cdlm.models.system import System, special_of
+from cdlm.sampling.session import Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PREVIEW_STEPS = 64
+
+
+@dataclass(frozen=True)
+class RunText:
+    """The tokenised text of a run."""
+
+    tokenizer: PreTrainedTokenizerFast
+    train: TextRows
+    valid: TextRows
+
+    @staticmethod
+    def of(config: RunConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> RunText:
+        """Read, tokenise and cut the text of a configuration; what is tokenised is cached.
+
+        Args:
+            tokenizer: by default that of the configuration, which may have to be trained.
+        """
+        if tokenizer is None and config.tokenizer:
+            tokenizer = load_tokenizer(config.tokenizer)
+        if tokenizer is None:
+            tokenizer = train_tokenizer(config.source.documents("train"), config.vocab_size)
+        cache = Path(config.cache).expanduser() / "tokens"
+        cut = {"pack": PackedRows, "document": DocumentRows, "filled": FilledRows}[config.rows]
+        train = cut(build_store(config.source, "train", tokenizer, cache), config.length)
+        return RunText(tokenizer, train, cut(build_store(config.source, "valid", tokenizer, cache), config.length))
+
+
+def train(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    start: str | Path | None = None,
+    progress: bool = True,
+) -> System:
+    """Train a system into the run folder `out`: model files, checkpoints, metrics, samples and `config.yaml`.
+
+    Args:
+        resume: continue the run in `out`; a finished run is left as it is.
+        start: folder or Hub id of a trained model whose weights and tokenizer the new run begins with. Its system must
+            be that of `config`; the text, the rows and all of `config.training` are free.
+        progress: show progress on standard error.
+
+    Returns:
+        the EMA system, which is also the model in `out`, ready to sample from.
+
+    Raises:
+        CdlmError: a setting, the text or a folder is not as it must be; see `cdlm.training.run.train`.
+        Interrupted: the run was asked to stop and can be resumed.
+    """
+    from cdlm.training import run as training
+    from cdlm.training.files import checkpoint_of, steps_done
+
+    out, options = Path(out), config.training
+    if resume and start is not None:
+        raise CdlmError("a run is resumed from its own checkpoint: give resume or start, not both")
+    rank, world = training.rank_and_world(options)
+    if rank == 0:
+        training.check_folder(out, resume)
+    if resume and steps_done(checkpoint_of(out)) == options.steps:
+        if progress:
+            print(f"{out} is finished, at step {options.steps}: more steps continue it", file=sys.stderr)
+        return _finished(config, hub.read(out))
+    origin = None if start is None else hub.read(hub.locate(start))
+    if origin is not None:
+        config = replace(config, tokenizer=None, vocab_size=len(origin.tokenizer))
+    text = RunText.of(config, _tokenizer(out, resume, origin))
+    system = _built(config, text, origin)
+    return training.train(
+        system,
+        RowLoader(text.train, config.batch_size, options.seed, rank, world, config.workers),
+        lambda: fixed_batches(text.valid, config.batch_size, config.validation_rows),
+        MASKINGS.parse(config.masking).bind(text.tokenizer),
+        options,
+        out,
+        samples=partial(preview, config),
+        export=partial(export, config),
+        resume=resume,
+        progress=progress,
+        context=_context(config, text, system),
+    )
+
+
+def _tokenizer(out: Path, resume: bool, origin: Folder | None) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that comes along: of the model to start from, or of the run that is resumed."""
+    if origin is not None:
+        return origin.tokenizer
+    return hub.read_tokenizer(out) if resume else None
+
+
+def _built(config: RunConfig, text: RunText, origin: Folder | None) -> System:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        system = config.system.build(len(text.tokenizer), special_of(text.tokenizer))
+    if origin is not None:
+        _check_same_system(system, origin)
+        hub.load_weights(system, origin)
+    return _described(config, system, text.tokenizer)
+
+
+def _finished(config: RunConfig, folder: Folder) -> System:
+    system = config.system.build(len(folder.tokenizer), special_of(folder.tokenizer))
+    _check_same_system(system, folder)
+    hub.load_weights(system, folder)
+    return _described(config, system, folder.tokenizer).eval()
+
+
+def _described(config: RunConfig, system: System, tokenizer: PreTrainedTokenizerFast) -> System:
+    system.tokenizer, system.length, system.ends = tokenizer, config.length, config.rows != "pack"
+    return system
+
+
+def _check_same_system(system: System, origin: Folder) -> None:
+    ours = json.loads(json.dumps(system.config))
+    keys = [key for key in ours | origin.config if ours.get(key) != origin.config.get(key)]
+    if keys:
+        how = ", ".join(f"{key} is {origin.config.get(key)} there and {ours.get(key)} here" for key in keys)
+        raise CdlmError(f"{origin.path} holds a different system ({how}): give these settings the values from there")
+
+
+def _context(config: RunConfig, text: RunText, system: System) -> dict[str, str | int]:
+    """What must not change when the run is resumed; see `cdlm.training.context`."""
+    return {
+        "data": f"{config.source!r} in rows of {config.length} ({config.rows})",
+        "data.digest": text.train.key,
+        "tokenizer": config.tokenizer or f"one trained to {config.vocab_size} tokens",
+        **{f"system.{name}": str(value) for name, value in system.config.items()},
+        "masking": config.masking,
+        "batch_size": config.batch_size,
+    }
+
+
+def export(config: RunConfig, system: System, folder: Path, step: int) -> None:
+    """Write the files of a model that was trained for `step` steps, and the settings of its run."""
+    write_text(folder / "config.yaml", config.to_yaml())
+    system.save_pretrained(folder, card(config, system, step))
+
+
+def preview(config: RunConfig, system: System) -> list[str]:
+    """A few samples of a system in training, in at most `PREVIEW_STEPS` steps."""
+    if not config.preview:
+        return []
+    session = Session(system, system.sampling)
+    requests = session.requests(n=config.preview)
+    if session.steps_of(requests[0]) > PREVIEW_STEPS:
+        session = session.with_steps(PREVIEW_STEPS)
+    return session.run(requests).texts
+
+
+def card(config: RunConfig, system: System, step: int) -> str:
+    """The model card of a run after `step` steps: its size, data and configuration, without local folders."""
+    size, options = sum(p.numel() for p in system.parameters()) / 1e6, config.training
+    steps = f"{step}" if step == options.steps else f"{step} of {options.steps}"
+    rows = config.batch_size * options.accumulate * options.devices
+    shape = f"{steps} steps of {rows} rows of {config.length} tokens"
+    settings = yaml.safe_dump(_without_folders(yaml.safe_load(config.to_yaml())), sort_keys=False, allow_unicode=True)
+    source = type(config.source).__name__
+    sections = {
+        "Training": f"{size:.1f} M parameters, {shape}, on text of `{source}`.\n\n```yaml\n{settings.strip()}\n```",
+        "Numbers": "See `evaluation.md` in this folder if the model was evaluated.",
+    }
+    return hub.model_card({"length": system.length, "model": system.config}, sections)
+
+
+def _without_folders(value: Any) -> Any:
+    """The same settings with no more than the name of each file that is given by an absolute path."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
