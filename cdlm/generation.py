@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cdlm import config as names
-from cdlm.api import Data, open_judge
+from cdlm.api import Data
+from cdlm.config import RunConfig
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems import langflow
 from cdlm.core.devices import resolve_device
@@ -17,6 +18,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json
 from cdlm.core.parallel import Workers
 from cdlm.evaluation.bench import Bench
+from cdlm.evaluation.small_judge import SmallJudge, open_judge
 from cdlm.halting import Criterion
 from cdlm.halting.calibration import automatic
 from cdlm.masked import checkpoints
@@ -156,8 +158,15 @@ def open_bench(
         raise CdlmError(f"{model.name} has no run folder, whose settings would name the text that it is judged beside")
     config = names.read_run(model.folder)
     text = Data.of(config, model.tokenizer)
-    judged_by = open_judge(judge, text, config, judge_steps, str(session.device), session.progress)
+    small = small_judge(config, text, judge_steps)
+    judged_by = open_judge(judge, small, str(session.device), session.progress)
     return Bench.of(session, session.requests(n=n, length=length), judged_by, text.valid, recordings)
+
+
+def small_judge(config: RunConfig, text: Data, steps: int) -> SmallJudge:
+    """How the small judge of a run's text is trained; it is kept in the cache of the run."""
+    cache = Path(config.cache).expanduser() / "judges"
+    return SmallJudge(text.train, text.tokenizer, config.batch_size, cache, steps)
 
 
 def with_halt(session: Session, halt: str | Criterion | None, requests: list[Request]) -> Session:

@@ -17,9 +17,9 @@ from cdlm import generation
 from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.schedules import alpha_of
 from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.sampling.requests import Request, requests
 from cdlm.studies.measures import reached
-from cdlm.studies.picture import Line, Panel
 from cdlm.studies.study import Finding, Sampled, label
 
 NEEDED = frozenset({"z", "score", "z_norm", "x0_norm", "switches"})
