@@ -6,15 +6,15 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cdlm.generation import decode, generate, load
+    from cdlm.api import decode, generate, load
     from cdlm.sampling.samples import Samples
 
 __all__ = ["Samples", "decode", "generate", "load"]
 
 _HOMES = {
-    "decode": "cdlm.generation",
-    "generate": "cdlm.generation",
-    "load": "cdlm.generation",
+    "decode": "cdlm.api",
+    "generate": "cdlm.api",
+    "load": "cdlm.api",
     "Samples": "cdlm.core.types",
 }
 

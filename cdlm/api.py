@@ -1,316 +1,268 @@
-"""What commands do besides drawing samples: keep and replay recordings, evaluate."""
+"""The public functions: load a model, generate texts with it, decode with any masked model."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from typing import Any, TypeVar
 
 from cdlm import config as names
 from cdlm.config import RunConfig
-from cdlm.continuous.likelihood import Nats, Text
+from cdlm.continuous.sampler import Diffusion
+from cdlm.continuous.systems import langflow
+from cdlm.core.devices import resolve_device
 from cdlm.core.errors import CdlmError
-from cdlm.core.parallel import on_devices
-from cdlm.core.trees import take
-from cdlm.data.order import RowLoader
-from cdlm.data.sources import Source, Stories
-from cdlm.data.store import PackedRows
-from cdlm.data.stories import is_sentence, whole_sentences
-from cdlm.evaluation import table
-from cdlm.evaluation.judge import Judge, cached_judge, features, train_judge
-from cdlm.evaluation.metrics.ar_nll import ArNll, Spans, ar_nll
-from cdlm.evaluation.metrics.likelihood import Likelihood, LikelihoodSettings, row_nats
-from cdlm.evaluation.table import Corpus, Evaluation
+from cdlm.core.files import read_json
+from cdlm.core.parallel import Workers
+from cdlm.core.parsing import nearest
+from cdlm.evaluation.bench import Bench
+from cdlm.evaluation.small_judge import SmallJudge, open_judge
+from cdlm.halting import Criterion, parse_criterion
+from cdlm.halting.calibration import calibrated_rule
+from cdlm.masked import checkpoints
+from cdlm.masked.model import Constants, LogitsFn, MaskedModel, as_masked_model
+from cdlm.masked.sampler import Unmasking
 from cdlm.models import hub
-from cdlm.models.system import Precision, special_of
+from cdlm.models.system import Precision
 from cdlm.runs import RunText
+from cdlm.sampling.loop import RunOptions
+from cdlm.sampling.requests import Request, canvases
 from cdlm.sampling.samples import Samples
-from cdlm.sampling.texts import text_ids, text_of
+from cdlm.sampling.session import Model, Sampling, Session
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+FAMILIES: tuple[type[Sampling], ...] = (Diffusion, Unmasking)
+"""The families of models, by how they are sampled."""
+FOREIGN = (langflow, checkpoints)
+"""What opens the formats of others: each knows by config.json whether it `opens` a folder."""
 
-LINE = ("text", "tokens", "nfe", "steps", "budget", "reason", "seed", "index", "given")
-"""Fields of a sample's JSON object."""
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The samples of a JSONL file that `cdlm sample --out` wrote."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
-        raise CdlmError(f"cannot read samples from {path} ({reason}): write them with cdlm sample --out") from error
-    out = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line:
-            continue
-        try:
-            item = json.loads(line)
-            out.append({key: item[key] for key in LINE})
-        except (ValueError, KeyError, TypeError) as error:
-            raise CdlmError(
-                f"{path}, line {number} is no sample ({error!r}): expected text, tokens, nfe, given"
-            ) from error
-    if not out:
-        raise CdlmError(f"{path} holds no samples: write some with cdlm sample --out")
-    return out
+S = TypeVar("S", bound=Sampling)
 
 
-def corpus_of(name: str, samples: Sequence[Mapping[str, Any]], source: Source) -> Corpus:
-    """Samples as a row of the table."""
-    texts = [item["text"] for item in samples]
-    return Corpus(
-        name,
-        [item["tokens"] for item in samples],
-        texts,
-        [[(start, end) for start, end in item["given"]] for item in samples],
-        [item["nfe"] for item in samples],
-        {
-            "steps": max(item["budget"] for item in samples),
-            "halted": sum(item["reason"] == "criterion" for item in samples) / len(samples),
-            **_grammar(texts, source),
-        },
-    )
+def load(
+    name: str | Path, *, device: str = "auto", precision: Precision | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+) -> Model:  # fmt: skip
+    """A trained model from a run folder or a Hub id, ready to sample from. Strict, and runs no code of the model.
 
-
-def real_text(data: RunText, source: Source, n: int) -> tuple[Corpus, Corpus]:
-    """Two disjoint sets of `n` held-out rows: one to judge, one for MAUVE to compare with."""
-    if len(data.valid) < 2 * n:
-        raise CdlmError(
-            f"evaluating {n} samples needs {2 * n} rows of held-out text, there are {len(data.valid)}:"
-            " take fewer samples, or hold out more text"
-        )
-    rows = [data.valid[i] for i in range(2 * n)]  # neighbours stay together: no document is in both sets but one
-    eos = None if isinstance(data.valid, PackedRows) else special_of(data.tokenizer).eos_id
-    tokens = [text_ids(row.tokens[row.valid].tolist(), eos) for row in rows]
-    texts = [text_of(data.tokenizer, ids) for ids in tokens]
-    extra = _grammar(texts[:n], source)
-    return Corpus("real text", tokens[:n], texts[:n], extra=extra), Corpus("more real text", tokens[n:], texts[n:])
-
-
-def _grammar(texts: list[str], source: Source) -> dict[str, float]:
-    if not isinstance(source, Stories):
-        return {}
-    whole = [sentence for text in texts for sentence in whole_sentences(text)]
-    return {"grammar": sum(map(is_sentence, whole)) / max(1, len(whole))}
-
-
-def evaluate(
-    run: str | Path,
-    samples: Mapping[str, Sequence[Mapping[str, Any]]],
-    *,
-    judge: str | None = None,
-    judge_steps: int = 500,
-    mauve_seeds: int = 5,
-    device: str = "cpu",
-    devices: int = 1,
-    progress: bool = True,
-) -> Evaluation:
-    """The table of sets of samples (by name, as `lines` gives them) beside a run's held-out text.
+    Also LLaDA and Dream in their published format, such as "GSAI-ML/LLaDA-8B-Instruct", on transformers' own Llama and
+    Qwen2; and LangFlow in its own, "Continuous-Rivals-Discrete/langflow-owt".
 
     Args:
-        run: folder whose configuration names the text.
-        judge: folder or Hub id of a causal language model; by default a small one is trained on the text and cached.
-        judge_steps: training steps of the small one.
-        mauve_seeds: k-means seeds; 0 leaves MAUVE out.
-        device, devices: where the judge runs, and on how many processes.
+        device: "auto" is a GPU if there is one.
+        precision: of our own models, the arithmetic of the network ("fp32" unless said otherwise); of foreign ones,
+            what the weights are held in (as in their files).
+        device_map: of foreign ones, how to divide them among devices, such as "auto".
     """
-    config = names.read_run(run)
-    data = RunText.of(config, hub.read_tokenizer(Path(run)))
-    corpora = [corpus_of(name, items, config.source) for name, items in samples.items()]
-    real, more = real_text(data, config.source, len(corpora[0].texts))
-    asked = open_judge(judge, data, config, judge_steps, device, progress)
-    return table.evaluate(
-        corpora,
-        real,
-        asked,
-        decode=partial(text_of, data.tokenizer),
-        mauve_reference=more if mauve_seeds else None,
-        mauve_seeds=mauve_seeds,
-        score=partial(_score, devices, device),
-        feature=partial(_features, devices, device),
-    )
+    path = hub.locate(name)
+    config = read_json(path / "config.json", "a finished training run")
+    device = resolve_device(device)
+    for foreign in FOREIGN:
+        if foreign.opens(config):
+            return foreign.open_folder(path, config, device=device, precision=precision, device_map=device_map)
+    if device_map is not None:
+        raise CdlmError("device_map is for foreign masked models: give a device")
+    folder = hub.read(path, config)
+    system = names.build_system(folder.config)
+    hub.load_weights(system, folder)
+    return hub.ready(system, device, precision)
 
 
-def _score(devices: int, device: str, judge: Judge, texts: list[str], given: Spans | None) -> ArNll:
-    parts = on_devices(partial(_score_share, judge, texts, given), min(devices, len(texts)), device)
-    return ArNll.merge(parts)
-
-
-def _score_share(judge: Judge, texts: list[str], given: Spans | None, rank: int, world: int, device: str) -> ArNll:
-    here = replace(judge, device=device)
-    return ar_nll(here, texts[rank::world], None if given is None else given[rank::world])
-
-
-def _features(devices: int, device: str, judge: Judge, texts: list[str]) -> Float[np.ndarray, "m w"]:
-    parts = on_devices(partial(_features_share, judge, texts), min(devices, len(texts)), device)
-    result = np.empty((len(texts), parts[0].shape[1]), parts[0].dtype)
-    for rank, part in enumerate(parts):
-        result[rank :: len(parts)] = part
-    return result
-
-
-def _features_share(judge: Judge, texts: list[str], rank: int, world: int, device: str) -> Float[np.ndarray, "m w"]:
-    return features(replace(judge, device=device), texts[rank::world])
-
-
-def open_judge(
-    judge: str | None, data: RunText, config: RunConfig, steps: int, device: str = "cpu", progress: bool = True
-) -> Judge:
-    """The judge of that folder or Hub id; without one, the small GPT-2 of the run's text."""
-    return Judge.load(judge, device) if judge else own_judge(data, config, steps, device, progress)
-
-
-def own_judge(data: RunText, config: RunConfig, steps: int, device: str = "cpu", progress: bool = True) -> Judge:
-    """The small GPT-2 of a run's text, trained once and cached."""
-    key = hashlib.sha256(f"{data.train.key} {steps}".encode()).hexdigest()[:16]
-    loader = RowLoader(data.train, config.batch_size, seed=0)
-
-    def report(step: int, nats: float) -> None:
-        if progress and (step % 100 == 0 or step == steps):
-            print(f"judge: step {step} of {steps}, {nats:.3f} nats per token", file=sys.stderr)
-
-    def train_it() -> Judge:
-        rows = judge_rows((batch.tokens[batch.valid] for batch in loader), data.tokenizer, config)
-        return train_judge(
-            rows, data.tokenizer, length=config.length, steps=steps, seed=0, device=device, progress=report
-        )
-
-    return cached_judge(key, Path(config.cache).expanduser() / "judges", train_it, device)
-
-
-def judge_rows(
-    batches: Iterable[Int[Tensor, " k"]], tokenizer: PreTrainedTokenizerFast, config: RunConfig
-) -> Iterator[Int[Tensor, "b n"]]:
-    """Rows as a judge will meet them: the end-of-text token is the line break that it is in a sample's text."""
-    newline = tokenizer.encode("\n", add_special_tokens=False)
-    size, stream = config.batch_size * config.length, list[int]()
-    for batch in batches:
-        for token in batch.tolist():
-            stream.extend(newline if token == tokenizer.eos_token_id else [token])
-        while len(stream) >= size:
-            yield torch.tensor(stream[:size]).view(config.batch_size, config.length)
-            del stream[:size]
-
-
-def plot(samples: Samples, path: Path, title: str) -> None:
-    """Switches, norms and angles of recorded samples against the step, with the halting points marked."""
-    from cdlm.evaluation.plots.trajectories import plot_trajectories
-
-    if samples.record is None:
-        raise CdlmError("the samples have no record to plot: draw them with record=True")
-    record = samples.record
-    columns = {**record.signals, "switches": np.where(record.nfe > 0, record.switch_counts(), np.nan)}
-    plot_trajectories(columns, path, halted=samples.steps - 1, title=title)
-
-
-def likelihood(
-    run: str | Path,
-    rows: int = 128,
-    asked: LikelihoodSettings | None = None,
-    *,
-    precision: Precision = "fp32",
-    device: str = "cpu",
-    devices: int = 1,
-    progress: bool = True,
-) -> Likelihood:
-    """The likelihood of the first `rows` rows of a run's held-out text, each from nothing, padding apart.
-
-    Where rows end at a text's end, that end is a token of the text and what fills the row after it is not; it is still
-    part of what the model has to predict.
+def open_session(
+    model: Model | str | Path, *, sampling: Sampling | None = None, seed: int = 0, batch_size: int | None = None,
+    device: str = "auto", devices: int = 1, precision: Precision | None = None, progress: bool = False,
+    **settings: Any,
+) -> Session:  # fmt: skip
+    """A model with how it is sampled and the machine it runs on, to serve any number of runs.
 
     Args:
-        rows: at most; all there are if they are fewer.
-        precision: arithmetic of the network; the ODE refuses bf16.
-        device, devices: where the model runs, and on how many processes.
+        model: from `load`, or its folder or Hub id.
+        sampling: in place of the model's own.
+        batch_size: samples in flight; by default 64, of a foreign model 4.
+        device, precision: of a model that is loaded here.
+        devices: processes to divide the samples among; each loads the model once, from its folder.
+        settings: flat settings of the model's family, and `steps`; see `generate`.
 
     Raises:
-        CdlmError: the model has no likelihood, or the folder is not that of a run.
+        CdlmError: a setting that there is not, or of the other family; several devices for a model without a folder.
     """
-    asked = asked or LikelihoodSettings()
-    if rows < 1:
-        raise CdlmError(f"a likelihood is of rows >= 1, got {rows}")
-    if hub.is_foreign(hub.locate(run)):
-        raise CdlmError(f"{run} is another library's model, and a likelihood is of our own systems: give a run folder")
-    config = names.read_run(run)
-    data = RunText.of(config, hub.read_tokenizer(Path(run)))
-    held = [data.valid[i] for i in range(min(rows, len(data.valid)))]
-    tokens = torch.from_numpy(np.stack([row.tokens for row in held]))
-    valid = torch.from_numpy(np.stack([row.valid for row in held]))
-    key = torch.arange(len(held))[:, None]
-    text = Text(tokens, valid, None if bool(valid.all()) else valid, key)
-    work = partial(_nats_share, str(run), precision, text, asked, progress)
-    found = _dealt(on_devices(work, min(devices, len(held)), device))
-    eos = None if isinstance(data.valid, PackedRows) else special_of(data.tokenizer).eos_id
-    texts = [_with_end(row.tokens[row.valid].tolist(), eos) for row in held]
-    ode = asked.ode
-    settings = {
-        "levels": asked.levels, **({} if asked.read_out is None else {"read out at": asked.read_out}),
-        "seed": asked.seed, "precision": precision,
-        **({} if ode is None else {"ode": ode.method, "ode_steps": ode.steps, "probes": ode.probes,
-                                   "directions": ode.law, "state": str(ode.state).removeprefix("torch.")}),
-    }  # fmt: skip
-    chars = np.array([len(text_of(data.tokenizer, ids)) for ids in texts])
-    return Likelihood.of(found, np.array([len(ids) for ids in texts]), chars, settings)
+    place = resolve_device(device)
+    loaded = model if isinstance(model, Model) else load(model, device=place, precision=precision)
+    chosen = configured(loaded.sampling if sampling is None else sampling, settings)
+    workers = None
+    if devices != 1:
+        if loaded.folder is None:
+            raise CdlmError(f"several devices need a model that can be loaded again, and {loaded.name} has no folder")
+        workers = Workers(partial(_load_on, str(loaded.folder), precision), devices, loaded.device.type)
+    return Session(loaded, chosen, RunOptions(seed=seed), batch_size, workers, progress)
 
 
-Arrays = dict[str, np.ndarray]
-"""`Nats` for the way between processes: tensors do not outlive the process that made them, arrays do."""
+def _load_on(folder: str, precision: Precision | None, device: str) -> Model:
+    return load(folder, device=device, precision=precision)
 
 
-def _nats_share(
-    run: str,
-    precision: Precision,
-    text: Text,
-    asked: LikelihoodSettings,
-    progress: bool,
-    rank: int,
-    world: int,
-    device: str,
-) -> dict[str, Arrays]:
-    """One process's share of the rows; see `cdlm.core.parallel`."""
+def configured(sampling: S, settings: Mapping[str, Any], *, lenient: bool = False) -> S:
+    """The sampling with some flat settings replaced; None leaves a setting as it is.
 
-    def report(measure: str, done: int, count: int) -> None:
-        if progress and rank == 0:
-            print(f"{measure}: {done} of {count} done", file=sys.stderr)
+    Args:
+        lenient: pass over settings of the other families, for work on models of several.
 
-    mine = take(text, torch.arange(rank, len(text.tokens), world))
-    from cdlm.generation import load
-
-    found = row_nats(load(run, device=device, precision=precision), mine, asked, report)
-    return {
-        name: {**{f"term {term}": values.numpy() for term, values in nats.terms.items()},
-               "error": nats.error.numpy(), "positions": nats.positions.numpy()}
-        for name, nats in found.items()
-    }  # fmt: skip
+    Raises:
+        CdlmError: a setting that there is not, or of another family.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    known = flat_names(type(sampling))
+    for name in given.keys() - known:
+        other = next((family for family in FAMILIES if name in flat_names(family)), None)
+        if other is None:
+            raise CdlmError(f"there is no setting {name!r}{nearest(name, all_flat_names())}: {_list(sampling)}")
+        if not lenient:
+            raise CdlmError(
+                f"{name} is a setting of {other.family} models, and this one is {sampling.family}: {_list(sampling)}"
+            )
+    return sampling.with_flat(**{name: value for name, value in given.items() if name in known})
 
 
-def _dealt(shares: Sequence[dict[str, Arrays]]) -> dict[str, Nats]:
-    """The rows of all shares; row r + i N is row i of share r of N."""
-    found: dict[str, Nats] = {}
-    for name in shares[0]:
-        counts = [len(share[name]["positions"]) for share in shares]
-        order = np.concatenate([np.arange(count) * len(shares) + rank for rank, count in enumerate(counts)]).argsort()
-        whole = {
-            part: torch.from_numpy(np.concatenate([share[name][part] for share in shares])[order])
-            for part in shares[0][name]
-        }
-        error, positions = whole.pop("error"), whole.pop("positions")
-        found[name] = Nats({part.removeprefix("term "): values for part, values in whole.items()}, error, positions)
-    return found
+def flat_names(family: type[Sampling]) -> set[str]:
+    """Flat settings of a family."""
+    return {"steps", *(field.name for field in fields(family.flat))}
 
 
-def _with_end(ids: list[int], eos_id: int | None) -> list[int]:
-    """Tokens of a row up to its first `eos_id`, which counts; None ends no text."""
-    return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
+def all_flat_names() -> list[str]:
+    """Flat settings of all families."""
+    return sorted({name for family in FAMILIES for name in flat_names(family)})
+
+
+def _list(sampling: Sampling) -> str:
+    return f"{sampling.family} models have {', '.join(sorted(flat_names(type(sampling))))}"
+
+
+def open_bench(
+    session: Session, n: int, *, length: int | None = None, judge: str | None = None, judge_steps: int = 500,
+    recordings: Path | None = None,
+) -> Bench:  # fmt: skip
+    """The full run of `n` samples of a session, and the judge of the text that its model was trained on.
+
+    Args:
+        session: of a model in a run folder, whose settings name the text.
+        length: tokens of a sample; by default as in training.
+        judge: folder or Hub id of a causal language model; by default a small one is trained on the text and cached.
+        judge_steps: training steps of the small one.
+        recordings: folder that holds the full run; by default it is drawn.
+
+    Raises:
+        CdlmError: the model's folder is not that of a run, or the recordings are not of this session.
+    """
+    model = session.model
+    if model.folder is None:
+        raise CdlmError(f"{model.name} has no run folder, whose settings would name the text that it is judged beside")
+    config = names.read_run(model.folder)
+    text = RunText.of(config, model.tokenizer)
+    small = small_judge(config, text, judge_steps)
+    judged_by = open_judge(judge, small, str(session.device), session.progress)
+    return Bench.of(session, session.requests(n=n, length=length), judged_by, text.valid, recordings)
+
+
+def small_judge(config: RunConfig, text: RunText, steps: int) -> SmallJudge:
+    """How the small judge of a run's text is trained; it is kept in the cache of the run."""
+    cache = Path(config.cache).expanduser() / "judges"
+    return SmallJudge(text.train, text.tokenizer, config.batch_size, cache, steps)
+
+
+def with_halt(session: Session, halt: str | Criterion | None, requests: list[Request]) -> Session:
+    """The session under a rule, given as an object or as its text; "auto" is the one that was calibrated for it.
+
+    Raises:
+        CdlmError: there is no such rule, or none was calibrated for this model, sampling and length.
+    """
+    if halt == "auto":
+        folder = session.model.folder
+        if folder is None:
+            raise CdlmError('halt="auto" needs a model that was loaded from a folder: give a rule')
+        settings = {**session.settings, "length": session.sampling.length_of(requests)}
+        halt = calibrated_rule(folder, session.model.has_weights, settings)
+    return session.with_criterion(parse_criterion(halt))
+
+
+def generate(
+    model: Model,
+    prompts: list[str] | None = None,
+    *,
+    n: int = 1,
+    length: int | None = None,
+    sampling: Sampling | None = None,
+    halt: str | Criterion | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    record: bool = False,
+    progress: bool | None = None,
+    new_tokens: int | None = None,
+    chat: bool = False,
+    **settings: Any,
+) -> Samples:
+    """Draw samples.
+
+    Args:
+        model: from `load` or `train`.
+        prompts: prefixes, or templates such as "The [8] sat on the [2]." whose numbers are tokens to generate.
+        n: samples of each prompt, or in all when there are none.
+        length: positions of a sample; by default those of training.
+        sampling: a `Diffusion` or an `Unmasking`, by default `model.sampling`.
+        halt: a halting rule, as an object or as its text; "auto" is the one that cdlm calibrate has chosen.
+        seed: with the number of a sample it fixes the sample, whatever the batch.
+        batch_size: samples in flight; by default 64 (4 of a foreign model).
+        record: keep per-step statistics of every sample, and of masked models every token that is committed.
+        progress: show a bar; by default none is shown.
+        new_tokens: of a masked model, positions after each prompt, in place of `length`.
+        chat: of a masked model, the prompts are a user's messages, put into its chat template.
+        settings: what `sampling` is to have otherwise, under the names of the command line: `steps`; of continuous
+            models `solver`, `grid`, `projection`, `softmax_temperature`, `score_temperature`, `guidance`,
+            `init_scale`; of masked models `policy`, `temperature`, `cfg_scale`, `cache`. Objects or their texts.
+
+    Raises:
+        CdlmError: a setting is out of range, unknown or of the other family, or a prompt leaves nothing to generate.
+    """
+    session = open_session(
+        model, sampling=sampling, seed=seed, batch_size=batch_size, progress=bool(progress), **settings
+    )
+    requests = session.requests(prompts, n, length, new_tokens=new_tokens, chat=chat)
+    return with_halt(session, halt, requests).recorded(record).run(requests)
+
+
+def decode(
+    logits_fn: LogitsFn | MaskedModel,
+    prompts: Iterable[Any],
+    length: int,
+    *,
+    constants: Constants | None = None,
+    n: int = 1,
+    sampling: Unmasking | None = None,
+    halt: str | Criterion | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    record: bool = False,
+    constraints: Mapping[int, int] | None = None,
+    **settings: Any,
+) -> Samples:
+    """Decode with any masked model, given as a plain function.
+
+    Args:
+        logits_fn: (tokens [b n], attention mask [b n] or None) -> logits [b n v]; or a model, as from `load`, which
+            knows its constants. `cdlm.masked.Function` adds a tokenizer and a device to a function.
+        prompts: lists of tokens, or a tensor or array of them; None stands for a position to generate. Different
+            lengths are padded on the left.
+        length: positions to generate after each prompt.
+        constants: mask and ends of the vocabulary, of a function.
+        n: samples of each prompt.
+        sampling, halt, seed, batch_size, record, settings: as of `generate`.
+        constraints: tokens that are given in the generated part, by their place in it.
+
+    Raises:
+        CdlmError: a setting is out of range, the model's logits are not numbers or of another vocabulary, or a prompt
+            holds the mask.
+    """
+    model = as_masked_model(logits_fn, constants)
+    session = open_session(model, sampling=sampling, seed=seed, batch_size=batch_size, **settings)
+    requests = canvases(prompts, length, n, constraints)
+    return with_halt(session, halt, requests).recorded(record).run(requests)

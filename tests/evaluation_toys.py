@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from cdlm.evaluation.judge import Judge, train_judge
+from cdlm.evaluation.judge import Judge
+from cdlm.evaluation.small_judge import JudgeSize, train_judge
 
 LENGTH = 32
 
@@ -58,4 +59,4 @@ def packed_rows(texts: list[str], batch: int = 16, seed: int = 0) -> Iterator[to
 @functools.cache
 def trained_judge() -> Judge:
     rows = packed_rows(sentences(500, seed=1))
-    return train_judge(rows, byte_tokenizer(), width=32, depth=2, heads=2, length=LENGTH, steps=150, lr=1e-2, seed=0)
+    return train_judge(rows, byte_tokenizer(), size=JudgeSize(32, 2, 2), length=LENGTH, steps=150, lr=1e-2, seed=0)

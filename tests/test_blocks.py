@@ -25,7 +25,7 @@ from cdlm.continuous.systems.ssd import SSD
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import StepNoise
 from cdlm.core.types import Condition, Prediction
-from cdlm.generation import generate
+from cdlm.api import generate
 from cdlm.halting import (
     KL,
     Criterion,

@@ -173,9 +173,11 @@ def test_two_processes_write_what_one_writes(place: Place, tmp_path: Path, n: st
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
-def test_a_plot_is_a_png(place: Place, tmp_path: Path) -> None:
-    place.sample("--n", "2", "--plot", str(tmp_path / "plot.png"), "--out", str(tmp_path / "out.jsonl"))
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n")
+@pytest.mark.parametrize(("suffix", "head"), [(".png", b"\x89PNG\r\n"), (".pdf", b"%PDF-"), (".svg", b"<?xml")])
+def test_a_plot_is_what_its_name_says(suffix: str, head: bytes, place: Place, tmp_path: Path) -> None:
+    plot = tmp_path / f"plot{suffix}"
+    place.sample("--n", "2", "--plot", str(plot), "--out", str(tmp_path / "out.jsonl"))
+    assert plot.read_bytes().startswith(head)
 
 
 def test_evaluation_writes_its_table(place: Place, tmp_path: Path) -> None:
@@ -197,6 +199,23 @@ def test_evaluation_writes_its_table(place: Place, tmp_path: Path) -> None:
     assert "mine" in table
     assert "real text" in table
     json.loads((tmp_path / "table" / "evaluation.json").read_text())
+
+
+def test_any_text_can_be_evaluated(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside samples: lines of JSON with a text alone, and a plain file with one text a line."""
+    place.sample("--n", "2", "--out", str(tmp_path / "mine.jsonl"))
+    (tmp_path / "theirs.jsonl").write_text('{"text": "the cat sat on the mat"}\n{"text": "a bird saw it."}\n')
+    (tmp_path / "plain.txt").write_text("the dog sat by the river\nthe king saw it.\n")
+    for name in ("theirs.jsonl", "plain.txt"):
+        rest = ["--judge_steps", "3", "--mauve", "false", "--out", str(tmp_path / "table")]
+        main(["evaluate", str(place.run), str(tmp_path / "mine.jsonl"), "--baseline", str(tmp_path / name), *rest])
+        mine, other = json.loads((tmp_path / "table" / "evaluation.json").read_text())["rows"][:2]
+        assert (mine["mean_nfe"], mine["steps"], mine["halted"]) == (6, 6, 0)
+        assert (other["mean_nfe"], other["steps"], other["halted"]) == (None, None, None)
+        assert other["n"] == 2
+        assert other["ar_nll"] > 0
+        assert other["mean_tokens"] > 3
+        assert "nan" not in capsys.readouterr().out.lower()
 
 
 def test_a_run_can_be_resumed_with_more_steps(fresh: Place) -> None:
@@ -295,6 +314,7 @@ def test_either_a_new_run_or_an_old_one(place: Place, refused: Callable) -> None
         (["--grid", "LogTee()"], "did you mean LogT?"),
         (["--softmax_temperature", "0"], "softmax_temperature must be > 0"),
         (["--init_scale", "-1"], "init_scale"),
+        (["--plot", "plot.jpg"], "cannot write a plot to plot.jpg: end its name in .pdf, .png, .svg"),
         (["--precision", "fp7"], "precision"),
         (["--device", "abacus"], "'abacus' cannot be used"),
         (["--devices", "0"], "devices"),
@@ -414,10 +434,12 @@ def test_bad_settings(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "holds no samples"),
-        ("{", "line 1 is no sample"),
-        ('{"text": "x"}', "line 1 is no sample"),
-        ("[1]", "line 1 is no sample"),
+        ("", "holds no texts"),
+        ("{", "line 1: expected one JSON object a line"),
+        ('{"words": "x"}', "line 1: expected a field 'text'"),
+        ('{"text": 1}', "line 1: expected text in the field 'text', got int"),
+        ('{"text": "x", "tokens": "x"}', "line 1: expected a list of token ids in 'tokens'"),
+        ("[1]", "line 1: expected an object"),
         ("caf\xe9", "UTF-8"),
     ],
 )

@@ -5,15 +5,16 @@ from evaluation_toys import LENGTH, byte_tokenizer, packed_rows, random_judge, s
 from safetensors.torch import load_file, save_file
 
 from cdlm.core.errors import CdlmError
-from cdlm.evaluation.judge import Judge, cached_judge, features, train_judge
+from cdlm.evaluation.judge import Judge, features
 from cdlm.evaluation.metrics.ar_nll import ar_nll
+from cdlm.evaluation.small_judge import JudgeSize, cached_judge, train_judge
 
 TEXTS = ["the cat sees", "", "a", "Grüße, 世界!", "a dog likes old books.", "x" * 90]
 
 
 def briefly(seed: int = 0, steps: int = 3) -> Judge:
     rows = packed_rows(sentences(50, seed=1))
-    return train_judge(rows, byte_tokenizer(), width=16, depth=1, heads=2, length=LENGTH, steps=steps, seed=seed)
+    return train_judge(rows, byte_tokenizer(), size=JudgeSize(16, 1, 2), length=LENGTH, steps=steps, seed=seed)
 
 
 def test_training_is_decided_by_the_seed_and_leaves_the_global_state_alone():
@@ -30,7 +31,7 @@ def test_training_lowers_the_loss_and_reports_every_step():
     seen = []
     train_judge(
         packed_rows(sentences(50, seed=1)), byte_tokenizer(),
-        width=16, depth=1, heads=2, length=LENGTH, steps=30, seed=0,
+        size=JudgeSize(16, 1, 2), length=LENGTH, steps=30, seed=0,
         progress=lambda step, loss: seen.append((step, loss)),
     )  # fmt: skip
     assert [step for step, _ in seen] == list(range(1, 31))
@@ -41,11 +42,13 @@ def test_training_says_what_is_wrong():
     rows = packed_rows(sentences(50, seed=1))
     two = iter([next(rows), next(rows)])
     with pytest.raises(CdlmError, match="expected 5 batches to train a judge, got 2"):
-        train_judge(two, byte_tokenizer(), width=16, length=LENGTH, steps=5, seed=0)
+        train_judge(two, byte_tokenizer(), size=JudgeSize(16), length=LENGTH, steps=5, seed=0)
     with pytest.raises(CdlmError, match="rows of at most 8 tokens"):
-        train_judge(packed_rows(sentences(50, seed=1)), byte_tokenizer(), width=16, length=8, steps=5, seed=0)
+        train_judge(packed_rows(sentences(50, seed=1)), byte_tokenizer(), size=JudgeSize(16), length=8, steps=5, seed=0)
     with pytest.raises(CdlmError, match="heads"):
-        train_judge(packed_rows(sentences(50, seed=1)), byte_tokenizer(), width=15, length=8, steps=5, seed=0)
+        JudgeSize(width=15)
+    with pytest.raises(CdlmError, match="at least 1 step and a length of at least 2"):
+        train_judge(two, byte_tokenizer(), length=LENGTH, steps=0, seed=0)
 
 
 def test_a_saved_judge_gives_equal_numbers(tmp_path):

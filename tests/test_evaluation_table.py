@@ -5,8 +5,10 @@ import pytest
 from evaluation_toys import byte_tokenizer, random_judge, sentences, trained_judge
 
 from cdlm.core.errors import CdlmError
+from cdlm.evaluation.evaluate import evaluate
 from cdlm.evaluation.metrics.ar_nll import ar_nll
-from cdlm.evaluation.table import Corpus, Evaluation, evaluate
+from cdlm.evaluation.table import Evaluation
+from cdlm.evaluation.texts import Corpus
 
 TOKENIZER = byte_tokenizer()
 

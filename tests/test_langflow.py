@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cdlm.continuous.grids import Grid
-from cdlm.continuous.likelihood import Ode, Text, Walk, langflow_evaluator_score
+from cdlm.continuous.likelihood import Walk, langflow_evaluator_score
 from cdlm.continuous.published.langflow import LangFlowLayout
 from cdlm.continuous.published.layout import Official
 from cdlm.continuous.published.tensors import read_safetensors
@@ -29,8 +29,9 @@ from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.langflow import Gumbel, LangFlow, open_langflow
 from cdlm.convert import convert
 from cdlm.core.errors import CdlmError
+from cdlm.core.likelihood import Ode, Text
 from cdlm.core.types import Batch, Condition, LoopStep
-from cdlm.generation import generate, load
+from cdlm.api import generate, load
 from cdlm.sampling.requests import Request
 from cdlm.training.options import TrainOptions
 from cdlm.training.run import train

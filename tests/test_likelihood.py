@@ -19,24 +19,21 @@ from cdlm.cli.main import main
 from cdlm.config import parse_run
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.likelihood import (
-    METHODS,
     Estimate,
-    Nats,
-    Ode,
-    Text,
     Walk,
     bound,
     by_block,
+    check_text,
     langflow_evaluator_score,
     ode_nats,
-    stratified_error,
     walk_nats,
 )
 from cdlm.continuous.schedules import TimeWarp
 from cdlm.core.errors import CdlmError
+from cdlm.core.likelihood import BOUND, METHODS, ODE, LikelihoodSettings, Nats, Ode, Text, stratified_error
 from cdlm.core.trees import take
 from cdlm.core.types import Batch, Condition, Prediction
-from cdlm.evaluation.metrics.likelihood import BOUND, ODE, Likelihood, LikelihoodSettings, Measure, row_nats
+from cdlm.evaluation.metrics.likelihood import Likelihood, Measure
 from cdlm.masked.likelihood import nelbo
 from cdlm.masked.model import Constants, Function
 from cdlm.masked.system import MaskedDiffusion
@@ -363,7 +360,7 @@ def test_blocks_take_each_position_once_and_see_only_what_is_before(seed: int, s
     target = real & (torch.rand(3, 12, generator=source) < 0.6)
     target[:, 0] = True
     parts, origin = by_block(Text(tokens, target, real, torch.arange(3)[:, None]), size)
-    parts.check(Oracle())
+    check_text(Oracle(), parts)
     taken = torch.zeros(3, 12, dtype=torch.int64).index_add_(0, origin, parts.target.long())
     assert torch.equal(taken, target.long())
     assert parts.target.sum(1).max() <= size
@@ -394,7 +391,7 @@ def test_a_system_of_blocks_is_scored_block_by_block() -> None:
     system, text = toys.lively(), toy_text(5)
     system.block = 2
     asked = LikelihoodSettings(levels=2, ode=Ode(3), batch_size=2)
-    found = row_nats(system, text, asked)
+    found = system.nats(text, asked)
     parts, origin = by_block(text, 2)
     torch.testing.assert_close(found[BOUND].total, bound(system, parts, 2).summed(origin, 3).total)
     torch.testing.assert_close(found[ODE].total, ode_nats(system, parts, Ode(3)).summed(origin, 3).total)
@@ -418,7 +415,7 @@ def test_a_network_in_half_precision_is_refused() -> None:
     with pytest.raises(CdlmError, match="half precision"):
         ode_nats(system, text, Ode(2))
     with pytest.raises(CdlmError, match="half precision"):
-        row_nats(system, text, LikelihoodSettings(ode=Ode(2)))
+        system.nats(text, LikelihoodSettings(ode=Ode(2)))
     assert bool(bound(system, text, 2).total.isfinite().all())
     with pytest.raises(CdlmError, match="half precision"):
         ode_nats(toys.system().bfloat16(), text, Ode(2))
@@ -457,19 +454,19 @@ def test_positions_that_cannot_be_scored() -> None:
         (lambda: LikelihoodSettings(levels=0), "levels >= 1"),
         (lambda: bound(Oracle(t_min=0.5), toy_text(vocab=7), read_out=0.4), "read_out is a noise level"),
         (lambda: bound(Oracle(t_max=9.0), toy_text(vocab=7), read_out=30.0), "to below 20.12, got 30"),
-        (lambda: row_nats(toys.masked(), toy_text(), LikelihoodSettings(read_out=1.0)), "no noise levels"),
+        (lambda: toys.masked().nats(toy_text(), LikelihoodSettings(read_out=1.0)), "no noise levels"),
         (
             lambda: Measure.of("ODE", nats_of([1.0, math.nan], 0.1), np.ones(2, int), np.ones(2, int)),
             "the ODE of 1 of 2 rows is not a number",
         ),
         (lambda: LikelihoodSettings(batch_size=0), "batch_size must be >= 1"),
         (lambda: bound(Oracle(), toy_text(vocab=7), levels=0), "levels >= 1"),
-        (lambda: nelbo(toys.masked(), *toy_text()[:4], levels=0), "levels >= 1"),
+        (lambda: nelbo(toys.masked(), toy_text(), levels=0), "levels >= 1"),
         (
-            lambda: row_nats(Function(lambda x, _: x, Constants(2)), toy_text(), LikelihoodSettings()),
+            lambda: Function(lambda x, _: x, Constants(2)).nats(toy_text(), LikelihoodSettings()),
             "of a Function, which has none",
         ),
-        (lambda: row_nats(toys.masked(), toy_text(), LikelihoodSettings(ode=Ode())), "a masked model has no ODE"),
+        (lambda: toys.masked().nats(toy_text(), LikelihoodSettings(ode=Ode())), "a masked model has no ODE"),
     ],
 )
 def test_bad_settings(make: Callable[[], object], message: str) -> None:
@@ -504,14 +501,14 @@ def unmasked(text: Text) -> Text:
 
 def test_a_uniform_masked_model_pays_the_logarithm_of_its_vocabulary() -> None:
     text = unmasked(toy_text(vocab=6))
-    draws = nelbo(known(torch.zeros_like), *text)
+    draws = nelbo(known(torch.zeros_like), text)
     torch.testing.assert_close(draws, torch.full((3, 8), 5 * math.log(5), dtype=torch.float64))
 
 
 def test_a_masked_model_of_independent_tokens_pays_their_log_probabilities_on_average() -> None:
     text, logits = unmasked(toy_text(vocab=6)), torch.tensor([0.3, -1.0, 9.0, 0.0, 1.2, 0.4]).double()
     log_p = logits.index_fill(0, torch.tensor([2]), -torch.inf).log_softmax(0)
-    draws = nelbo(known(lambda x: logits + 0 * x), *text, levels=400)
+    draws = nelbo(known(lambda x: logits + 0 * x), text, levels=400)
     found, error = draws.mean(1), stratified_error(draws)
     assert (error < 0.2).all()
     assert ((found + log_p[text.tokens].sum(1)).abs() < 4 * error).all()
@@ -525,14 +522,14 @@ def test_a_masked_model_of_a_copied_token_pays_for_it_once() -> None:
         return torch.where(seen[..., 2:3] == 1, 0.0, seen.log().clamp(min=-1e9))
 
     tokens = torch.tensor([[1, 1], [4, 4], [5, 5]])
-    draws = nelbo(known(other), *whole(tokens), levels=2)
+    draws = nelbo(known(other), whole(tokens), levels=2)
     torch.testing.assert_close(draws.mean(1), torch.full((3,), math.log(5), dtype=torch.float64))
     assert draws[:, 0].tolist() == [0, 0, 0]
 
 
 def test_a_mask_in_the_text_is_neither_scored_nor_counted() -> None:
     text = whole(torch.tensor([[1, 2, 3, 2, 4], [2, 2, 2, 2, 2]]))
-    found = row_nats(known(torch.zeros_like), text, LikelihoodSettings(levels=3))[BOUND]
+    found = known(torch.zeros_like).nats(text, LikelihoodSettings(levels=3))[BOUND]
     assert found.positions.tolist() == [3, 0]
     torch.testing.assert_close(found.total, torch.tensor([3 * math.log(5), 0.0], dtype=torch.float64))
 
@@ -541,12 +538,12 @@ def test_a_masked_row_does_not_depend_on_its_batch() -> None:
     system, text = toys.lively_masked(), unmasked(toy_text(6, rows=4))
     valid = torch.arange(6).expand(4, 6) < torch.tensor([[6], [4], [1], [5]])
     text = text._replace(valid=valid, target=valid)
-    together = nelbo(system, *text)
+    together = nelbo(system, text)
     for rows in ([0], [3, 1], [2]):
-        torch.testing.assert_close(nelbo(system, *take(text, torch.tensor(rows))), together[rows])
+        torch.testing.assert_close(nelbo(system, take(text, torch.tensor(rows))), together[rows])
     filled = text._replace(tokens=torch.where(valid, text.tokens, 7))
-    torch.testing.assert_close(nelbo(system, *filled), together)
-    assert (nelbo(system, *text, seed=1) != together).any()
+    torch.testing.assert_close(nelbo(system, filled), together)
+    assert (nelbo(system, text, seed=1) != together).any()
 
 
 def test_the_masked_bound_is_the_one_that_training_minimises() -> None:
@@ -556,7 +553,7 @@ def test_the_masked_bound_is_the_one_that_training_minimises() -> None:
             parameter *= 0.2
     many = whole(text.tokens.expand(4000, -1).contiguous())
     trained = system(Batch(many.tokens, None, many.target, torch.Generator().manual_seed(0))).nats.double()
-    draws = nelbo(system, *take(many, torch.arange(1000)), levels=1) / 4
+    draws = nelbo(system, take(many, torch.arange(1000)), levels=1) / 4
     error = math.hypot(trained.std() / 4000**0.5, draws.std() / 1000**0.5)
     assert error < 0.05 * draws.mean()
     assert (trained.mean() - draws.mean()).abs() < 3 * error
@@ -602,15 +599,15 @@ def test_the_numbers_of_a_likelihood(tmp_path: Path) -> None:
 
 
 def test_batches_change_nothing() -> None:
-    told: list[tuple[str, int, int]] = []
+    reports: list[tuple[str, int, int]] = []
     text = toy_text(4, rows=5)
     for system in (toys.lively(), toys.lively_masked()):
         ode = Ode(2) if system.config["system"] == "cdcd" else None
-        one, all_ = (row_nats(system, unmasked(text), LikelihoodSettings(2, ode, batch_size=size)) for size in (2, 5))
+        one, all_ = (system.nats(unmasked(text), LikelihoodSettings(2, ode, batch_size=size)) for size in (2, 5))
         for name, nats in one.items():
             torch.testing.assert_close(nats.total, all_[name].total)
-    row_nats(toys.lively(), text, LikelihoodSettings(1, batch_size=2), lambda *report: told.append(report))
-    assert told == [("bound", 2, 5), ("bound", 4, 5), ("bound", 5, 5)]
+    toys.lively().nats(text, LikelihoodSettings(1, batch_size=2), lambda *report: reports.append(report))
+    assert reports == [("bound", 2, 5), ("bound", 4, 5), ("bound", 5, 5)]
 
 
 # --- the command ---

@@ -35,7 +35,7 @@ from cdlm.core.rng import StepNoise
 from cdlm.core.trees import take
 from cdlm.core.types import Batch, Condition
 from cdlm.data.masking import Block
-from cdlm.generation import load
+from cdlm.api import load
 from cdlm.models import hub
 from cdlm.models.system import Loss
 from cdlm.sampling.requests import Request

@@ -19,6 +19,7 @@ from cdlm.continuous.grids import LogT
 from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.solvers import Euler, Solver
 from cdlm.core.errors import CdlmError
+from cdlm.evaluation.plots.panels import Line, Panel, draw
 from cdlm.recording.record import Record, Switches
 from cdlm.sampling.requests import requests
 from cdlm.sampling.samples import Samples
@@ -26,7 +27,6 @@ from cdlm.studies.measures import position_zero_switch, reached, settled_by, zer
 from cdlm.studies.more_steps import VANILLA, _shown
 from cdlm.studies.norm_causality import UNTOUCHED, Driven, Struck, at_norm, target
 from cdlm.studies.norms import trace
-from cdlm.studies.picture import Line, Panel, draw
 from cdlm.studies.study import Finding
 from cdlm.studies.t_max import prior_mismatch, top_level
 

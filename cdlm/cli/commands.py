@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cdlm import api, generation
-from cdlm.config import read_run
+from cdlm import config as names
+from cdlm.config import criterion, read_run, sweep
 from cdlm.continuous.guidance import Guidance
-from cdlm.continuous.likelihood import Ode
-from cdlm.continuous.published import LAYOUTS
 from cdlm.continuous.sampler import Sampler
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
+from cdlm.core.likelihood import LikelihoodSettings, Ode
 from cdlm.core.types import HaltReason
 from cdlm.evaluation import calibrate as calibration
 from cdlm.evaluation.bench import Machine, open_bench
 from cdlm.evaluation.compare import Comparison, Point, markdown, panels, too_few_live, write_csv
-from cdlm.evaluation.metrics.likelihood import LikelihoodSettings
+from cdlm.evaluation.evaluate import evaluate_files
+from cdlm.evaluation.likelihood import likelihood as measure_likelihood
 from cdlm.evaluation.metrics.mauve import check as check_mauve
+from cdlm.evaluation.plots.figure import check_plot_path
 from cdlm.evaluation.plots.pareto import plot_pareto
-from cdlm.halting import Full, parse_criterion, sweep
-from cdlm.halting.calibration import Goal, check_readable
-from cdlm.halting.replay import check_recorded, check_replayable
+from cdlm.evaluation.plots.trajectories import plot_samples
+from cdlm.evaluation.small_judge import open_judge
+from cdlm.evaluation.texts import HeldOut, read_texts
+from cdlm.halting import Full
+from cdlm.halting.calibration import Goal, check_file
+from cdlm.halting.replay import check_kept, check_replayable
 from cdlm.masked.sampler import Decoder
 from cdlm.models import hub
 from cdlm.models.hub import Folder
 from cdlm.models.system import Precision
 from cdlm.recording.file import check_same_model, read_folder
-from cdlm.runs import RunText
 from cdlm.sampling.requests import requests
 from cdlm.sampling.samples import Samples
 
@@ -105,10 +110,12 @@ def sample(
         precision: arithmetic of the network, fp32 unless given; of a foreign model as in its files.
         device: cpu, cuda, cuda:1, ...
         devices: processes to spread the samples over.
-        plot: PNG file for switches, norms and angles against the step.
+        plot: .png, .pdf or .svg file for switches, norms and angles against the step.
         quiet: show no progress.
     """
-    if record is not None and not isinstance(parse_criterion(halt), Full):
+    if plot is not None:
+        check_plot_path(plot)
+    if record is not None and not isinstance(criterion(halt), Full):
         raise CdlmError("a recording is of full-length runs, on which cdlm replay tries rules: leave out --halt")
     steered = (softmax_temperature, score_temperature, guidance) != (1.0, 1.0, 1.0)
     settings = {
@@ -144,7 +151,7 @@ def sample(
             file = api.keep(recording, tokenizer, record)
             print(f"{file}: {file.stat().st_size:,} bytes", file=sys.stderr)
         if plot is not None:
-            api.plot(samples, plot, f"{run}, {samples.budget} steps, {halt or 'no halting'}")
+            plot_samples(samples, plot, f"{run}, {samples.budget} steps, {halt or 'no halting'}")
     _show(samples, tokenizer, out, record is not None)
 
 
@@ -173,7 +180,7 @@ def replay(recordings: Path, halt: list[str] | None = None, out: Path | None = N
     """
     if not halt:
         raise CdlmError('replay needs rules to try: --halt "Patience(20)" "Entropy(0.05)"')
-    rules = [parse_criterion(rule) for rule in halt]
+    rules = [criterion(rule) for rule in halt]
     kept = read_folder(recordings)
     tokenizer = hub.read_tokenizer(recordings)
     for recording, rule in product(kept.values(), rules):
@@ -254,9 +261,9 @@ def calibrate(
         policy, temperature,
     )  # fmt: skip
     candidates = sweep(rule, steps)
-    check_recorded(candidates)
+    check_kept(candidates)
     goal.check(n)
-    check_readable(folder.path)
+    check_file(folder.path)
     machine = Machine(batch_size, precision, device, devices, not quiet)
     bench = open_bench(run, sampler, n, machine, recordings=recordings, judge=judge, judge_steps=judge_steps)
     found = calibration.calibrate(bench, candidates, goal, measure)
@@ -348,7 +355,7 @@ def compare(
         folder = hub.read(model)
         budget, sampler = _full(folder, asked, seed, *given)
         families = {rule: sweep(rule, budget) for rule in rules or RULES_TO_COMPARE}
-        check_recorded(chain.from_iterable(families.values()))
+        check_kept(chain.from_iterable(families.values()))
         blocks = generation.blocks_of(sampler, requests(None, 1, folder.length, folder.tokenizer))
         runs.append((model, sampler, families, too_few_live(model, families, blocks > 1, live, n, goal)))
     points: list[Point] = []
@@ -436,7 +443,8 @@ def evaluate(
 
     Args:
         run: the run folder whose text the samples are compared with.
-        samples: JSONL file of cdlm sample --out; may be left out with --likelihood.
+        samples: file of texts: of cdlm sample --out, or any .jsonl, .csv or .parquet with a field or column text, or a
+            .txt with one text a line; what such a file does not know is left blank. May be left out with --likelihood.
         baseline: a second such file for the same table, for instance of the full run without halting.
         n: samples of each file to use; by default as many as the shorter file has.
         judge: any Hugging Face causal language model, by folder or Hub id; by default a small GPT-2 is trained on the
@@ -450,7 +458,7 @@ def evaluate(
         read_out: of continuous models, noise level at which tokens are read out; by default the least there is.
         ode_steps: of continuous models, intervals of the ODE whose likelihood is computed beside the bound; 0 leaves it
             out.
-        probes: draws of the ODE likelihood of each row; from 2 on their spread tells its error.
+        probes: draws of the ODE likelihood of each row; its error is estimated from 2 or more.
         method: of torchdiffeq, with a fixed grid, such as heun2 or rk4.
         seed: of the likelihood's noise.
         batch_size: rows at a time, for the likelihood.
@@ -461,7 +469,7 @@ def evaluate(
         quiet: show no progress.
     """
     if samples is None and not likelihood:
-        raise CdlmError("evaluate needs samples to measure, a file of cdlm sample --out, or --likelihood")
+        raise CdlmError("evaluate needs samples to measure, a file of texts, or --likelihood")
     if samples is None and baseline is not None:
         raise CdlmError("baseline is a second file of samples, and there is no first: name it as samples")
     if n is not None and n < 1:
@@ -471,21 +479,28 @@ def evaluate(
     if not likelihood and (ode_steps or read_out is not None):
         raise CdlmError("ode_steps and read_out are settings of the likelihood: add --likelihood")
     ode = Ode(max(1, ode_steps), method, probes)  # its settings are checked even where it is left out
-    asked = LikelihoodSettings(levels, ode if ode_steps else None, seed, batch_size, read_out)
+    settings = LikelihoodSettings(levels, ode if ode_steps else None, seed, batch_size, read_out)
+    if likelihood and hub.is_foreign(hub.locate(run)):
+        raise CdlmError(f"{run} is another library's model, and a likelihood is of our own systems: give a run folder")
     paths = [path for path in (samples, baseline) if path is not None]
-    files = {f"{path.absolute().parent.name}/{path.stem}": api.read_lines(path) for path in paths}
-    place = out or Path(run)
+    files = {f"{path.absolute().parent.name}/{path.stem}": read_texts(path) for path in paths}
+    place, config = out or Path(run), read_run(run)
+    data = api.Data.of(config, hub.read_tokenizer(Path(run)))
+    held_out = HeldOut(data.valid, data.tokenizer, config.source)
     if likelihood:
-        known = api.likelihood(
-            run, rows, asked, precision=precision, device=device, devices=devices, progress=not quiet
-        )
+        session = generation.open_session(
+            run, device=device, devices=devices, precision=precision, progress=not quiet
+        )  # fmt: skip
+        known = measure_likelihood(session, held_out, rows, settings)
         known.save(place)
         print(known.terminal())
     if files:
-        count = min([len(lines) for lines in files.values()] + ([] if n is None else [n]))
-        result = api.evaluate(
-            run, {name: lines[:count] for name, lines in files.items()}, judge=judge, judge_steps=judge_steps,
-            mauve_seeds=mauve_seeds if mauve else 0, device=device, devices=devices, progress=not quiet,
+        count = min([len(texts) for texts in files.values()] + ([] if n is None else [n]))
+        small = generation.small_judge(config, data, judge_steps)
+        result = evaluate_files(
+            {name: texts[:count] for name, texts in files.items()}, held_out,
+            partial(open_judge, judge, small, progress=not quiet), mauve_seeds=mauve_seeds if mauve else 0,
+            device=device, devices=devices,
         )  # fmt: skip
         result.save(place)
         print(result.terminal())
@@ -502,7 +517,7 @@ def convert(layout: str, source: Path, out: Path, tokenizer: str | None = None) 
     """
     from cdlm.convert import convert as converted
 
-    converted(LAYOUTS.find(layout)(), source, out, tokenizer)
+    converted(names.layout(layout), source, out, tokenizer)
     print(f"{out}: {sum(file.stat().st_size for file in out.iterdir()):,} bytes", file=sys.stderr)
 
 
@@ -517,4 +532,5 @@ def train_judge(run: str, out: Path, steps: int = 500, device: str = "cpu", quie
         quiet: show no progress.
     """
     config = read_run(run)
-    api.own_judge(RunText.of(config, hub.read_tokenizer(Path(run))), config, steps, device, not quiet).save(out)
+    data = api.Data.of(config, hub.read_tokenizer(Path(run)))
+    generation.small_judge(config, data, steps).open(device, not quiet).save(out)

@@ -23,6 +23,9 @@ class Denoiser(Model):
     sees_given: bool = True
     """Whether the network tells given positions apart. If not, their state has to be held at their embedding."""
 
+    self_conditioning: float = 0.0
+    """Share of training rows that saw an estimate of a first pass; above 0, a prediction takes two calls."""
+
     @property
     def defaults(self) -> Sampling:
         from cdlm.continuous.sampler import Diffusion

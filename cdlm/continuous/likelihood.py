@@ -1,15 +1,15 @@
 """How likely a text is to a continuous model: the variational bound, and the density of its probability-flow ODE.
 
 Both are in nats, summed over the positions of a row that are scored, and hold for any denoiser. With self-conditioning
-the denoiser is the second of two calls, the first of which is told nothing: a function of the state alone.
+the denoiser is the second of two calls, the first of which has no estimate: a function of the state alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,74 +18,56 @@ from torch import Tensor
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.objectives import squared_error
 from cdlm.continuous.schedules import Schedule
-from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
+from cdlm.core.likelihood import (
+    BOUND,
+    ODE,
+    LikelihoodSettings,
+    Nats,
+    Ode,
+    Progress,
+    Text,
+    in_batches,
+    stratified_error,
+)
 from cdlm.core.rng import generator
 from cdlm.core.types import Condition, Prediction
 from cdlm.models.system import row_cross_entropy
 
-BOUND, FLOW = 0x626F, 0x666C
+if TYPE_CHECKING:
+    from cdlm.continuous.system import EmbeddingDiffusion
+
+BOUND_NOISE, FLOW_NOISE = 0x626F, 0x666C
 """Purposes of noise: a word of its key."""
 
-METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4")
-"""One-step methods of torchdiffeq on a fixed grid. Adaptive ones share an error norm over the rows, and those of Adams
-take steps of one size for granted."""
+
+def nats(
+    system: EmbeddingDiffusion, text: Text, settings: LikelihoodSettings, progress: Progress | None = None
+) -> dict[str, Nats]:
+    """The bound of each row, and the likelihood of the ODE if the settings have one; see `Model.nats`.
+
+    A system that generates block by block is scored block by block.
+    """
+    rows, weight = len(text.tokens), next(system.parameters())
+    parts, origin = (text, torch.arange(rows)) if system.block is None else by_block(text, system.block)
+    scores: dict[str, Callable[[Text], Nats]] = {
+        BOUND: lambda part: bound(system, part, settings.levels, settings.seed, read_out=settings.read_out)
+    }
+    if (ode := settings.ode) is not None:
+        check_precision(system, weight.dtype, weight.device)  # before the bound, which takes long
+        scores[ODE] = lambda part: ode_nats(system, part, ode, settings.seed, read_out=settings.read_out)
+    found = {name: in_batches(score, parts, name, settings, weight.device, progress) for name, score in scores.items()}
+    return {name: made.summed(origin.cpu(), rows) for name, made in found.items()}
 
 
-class Text(NamedTuple):
-    """Rows to score."""
-
-    tokens: Int[Tensor, "b n"]
-    target: Bool[Tensor, "b n"]
-    """Positions to score, at least one a row; the others are given, or padding."""
-    valid: Bool[Tensor, "b n"] | None
-    """False on padding; None when there is none."""
-    key: Int[Tensor, "b k"]
-    """What each row is, as whole numbers >= 0: with the seed it fixes the row's noise, whatever the batch."""
-
-    @property
-    def given(self) -> Bool[Tensor, "b n"]:
-        """Positions that are neither scored nor padding."""
-        return ~self.target if self.valid is None else self.valid & ~self.target
-
-    def to(self, device: torch.device) -> Text:
-        """The same on another device."""
-        valid = None if self.valid is None else self.valid.to(device)
-        return Text(self.tokens.to(device), self.target.to(device), valid, self.key.to(device))
-
-    def check(self, denoiser: Denoiser) -> None:
-        """Raise if a row has nothing to score, padding is to be scored, or something is given to a network that does
-        not tell given positions from noisy ones."""
-        padding = None if self.valid is None else ~self.valid
-        if not bool(self.target.any(1).all()) or (padding is not None and bool((self.target & padding).any())):
-            raise CdlmError("each row needs a position to score, and padding is none: choose other positions")
-        if not denoiser.sees_given and bool(self.given.any()):
-            raise CdlmError("this network does not tell given positions from noisy ones: score whole rows")
-
-
-class Nats(NamedTuple):
-    """Nats of rows, each summed over the positions that are scored."""
-
-    terms: Mapping[str, Float[Tensor, " b"]]
-    """What they are made of, float64."""
-    error: Float[Tensor, " b"]
-    """Monte-Carlo standard error of each row; NaN where there was a single draw."""
-    positions: Int[Tensor, " b"]
-    """How many are scored."""
-
-    @property
-    def total(self) -> Float[Tensor, " b"]:
-        """All of it."""
-        return torch.stack(list(self.terms.values())).sum(0)
-
-    def summed(self, origin: Int[Tensor, " b"], rows: int) -> Nats:
-        """Sums over the parts of each of so many rows; part i is of row `origin[i]`."""
-
-        def add(values: Tensor) -> Tensor:
-            return values.new_zeros(rows).index_add_(0, origin, values)
-
-        terms = {name: add(values) for name, values in self.terms.items()}
-        return Nats(terms, add(self.error.square()).sqrt(), add(self.positions))
+def check_text(denoiser: Denoiser, text: Text) -> None:
+    """Raise if a row has nothing to score, padding is to be scored, or something is given to a network that does not
+    tell given positions from noisy ones."""
+    padding = None if text.valid is None else ~text.valid
+    if not bool(text.target.any(1).all()) or (padding is not None and bool((text.target & padding).any())):
+        raise CdlmError("each row needs a position to score, and padding is none: choose other positions")
+    if not denoiser.sees_given and bool(text.given.any()):
+        raise CdlmError("this network does not tell given positions from noisy ones: score whole rows")
 
 
 def by_block(text: Text, size: int) -> tuple[Text, Int[Tensor, " k"]]:
@@ -110,7 +92,7 @@ class Estimate:
     """(z, t) -> the prediction for the rows of a text, a function of the state alone.
 
     Args:
-        two_passes: the denoiser is called twice and the second call is told what the first one found.
+        two_passes: the denoiser is called twice, and the second call gets the estimate of the first.
         detached: no derivative goes through the first call. What is left is not the derivative of this function.
     """
 
@@ -123,7 +105,7 @@ class Estimate:
     def of(denoiser: Denoiser, text: Text, two_passes: bool | None, detached: bool = False) -> Estimate:
         """Of a text; by default there are two passes if the system was trained with self-conditioning."""
         if two_passes is None:
-            two_passes = isinstance(denoiser, EmbeddingDiffusion) and denoiser.self_conditioning > 0
+            two_passes = denoiser.self_conditioning > 0
         clean = denoiser.embed(text.tokens) * text.given[..., None]
         return Estimate(
             denoiser, Condition(clean, text.target, torch.zeros_like(clean), text.valid), two_passes, detached
@@ -171,18 +153,18 @@ def bound(
         The terms, and an upper estimate of their error, since neighbouring levels also differ in their mean.
 
     Raises:
-        CdlmError: see `Text.check`.
+        CdlmError: see `check_text`.
     """
     if levels < 1:
         raise CdlmError(f"the bound needs levels >= 1, got {levels}")
-    text.check(denoiser)
+    check_text(denoiser, text)
     estimate, clean = Estimate.of(denoiser, text, two_passes), denoiser.embed(text.tokens)
     first = _first(denoiser.schedule, read_out, clean.device)
     keys = text.key.tolist()
     low = denoiser.schedule.t_of_u(torch.full((len(keys),), first, dtype=torch.float64, device=clean.device))
     reconstruction, diffusion = [], []
     for level in range(levels):
-        u, eps = _bound_noise([(seed, BOUND, *key, level) for key in keys], clean)
+        u, eps = _bound_noise([(seed, BOUND_NOISE, *key, level) for key in keys], clean)
         t, weight = _level((level + u) / levels, denoiser.schedule, first)
         x0 = estimate(_noisy(clean, t, eps[:, 0]), t).x0
         diffusion.append(weight / t**3 * squared_error(x0.double(), clean.double(), text.target))
@@ -215,18 +197,6 @@ def _level(v: Float[Tensor, " b"], schedule: Schedule, first: float) -> tuple[Fl
     return t, torch.where((v < 0.5) & (schedule.slope(u) == 0), 0, weight)  # where t stands still, u covers nothing
 
 
-def stratified_error(draws: Float[Tensor, "b k"]) -> Float[Tensor, " b"]:
-    """Standard error of the mean of one draw from each of k strata, from the differences of neighbours; NaN for one.
-
-    The differences between strata count as noise, so it is too large rather than too small (collapsed strata; Cochran,
-    Sampling Techniques, chapter 5A).
-    """
-    k = draws.shape[1]
-    if k == 1:
-        return torch.full_like(draws[:, 0], math.nan)
-    return (draws.diff(dim=1).square().sum(1) / (2 * k * (k - 1))).sqrt()
-
-
 def _bound_noise(
     keys: list[tuple[int, ...]], like: Float[Tensor, "b n d"]
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b 2 n d"]]:
@@ -253,42 +223,6 @@ def _prior_nats(denoiser: Denoiser, clean: Float[Tensor, "b n d"], target: Bool[
 # --- the density of the ODE -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Ode:
-    """How the probability-flow ODE is integrated.
-
-    Args:
-        steps: intervals, evenly spaced in the schedule's u.
-        method: of torchdiffeq, one of `METHODS`.
-        probes: independent estimates of each row, each with a start and a direction of its own.
-        law: of the directions, whose components have mean 0 and variance 1.
-        state: type of the state and of the trace, float64 or float32.
-    """
-
-    steps: int = 64
-    method: str = "heun2"
-    probes: int = 1
-    law: Literal["rademacher", "gaussian"] = "rademacher"
-    state: torch.dtype = torch.float64
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "probes"):
-            if getattr(self, name) < 1:
-                raise CdlmError(f"the ODE needs {name} >= 1, got {getattr(self, name)}")
-        if self.method not in METHODS:
-            raise CdlmError(
-                f"the ODE likelihood has no method {self.method!r}: use one of {', '.join(METHODS)}; the others mix"
-                " the rows, or need steps of one size"
-            )
-        if self.law not in ("rademacher", "gaussian"):
-            raise CdlmError(f"law must be rademacher or gaussian, got {self.law!r}")
-        if self.state not in (torch.float64, torch.float32):
-            raise CdlmError(
-                f"the state of the ODE must be float64 or float32, got {self.state}: the log density is a small"
-                " difference of large sums, and half precision loses it"
-            )
-
-
 class Walk(NamedTuple):
     """All that is arbitrary or random in one solution of the ODE."""
 
@@ -297,7 +231,7 @@ class Walk(NamedTuple):
     noise: Float[Tensor, "b n d"]
     """eps of the first state, e + t_min eps."""
     probe: Callable[[], Float[Tensor, "p b n d"]]
-    """Directions u along which the Jacobian is measured. Asked once per evaluation of the right-hand side; their mean
+    """Directions u along which the Jacobian is measured. Called once per evaluation of the right-hand side; their mean
     of u u^T should be the identity. The same each time, unless a published evaluator is to be followed."""
 
 
@@ -321,7 +255,7 @@ def ode_nats(
         The terms of `walk_nats`, averaged over the probes, and the standard error over them.
 
     Raises:
-        CdlmError: see `Text.check`; or the network runs in half precision.
+        CdlmError: see `check_text`; or the network runs in half precision.
     """
     ode = ode or Ode()
     like = denoiser.embed(text.tokens).detach()
@@ -329,7 +263,7 @@ def ode_nats(
     levels = denoiser.schedule.t_of_u(torch.linspace(first, 1, ode.steps + 1, dtype=torch.float64)).detach().cpu()
     made = []
     for number in range(ode.probes):
-        sources = [generator(seed, FLOW, *key, number) for key in text.key.tolist()]
+        sources = [generator(seed, FLOW_NOISE, *key, number) for key in text.key.tolist()]
         eps = torch.stack([torch.randn(like.shape[1:], generator=source) for source in sources])
         along = torch.stack([_direction(ode.law, like.shape[1:], source) for source in sources])
         probe = along[None].to(like.device, ode.state)
@@ -360,7 +294,7 @@ def walk_nats(
     For a perfect denoiser and an exact trace each draw is -ln p(text): the last term uses the eps that was drawn, not
     its mean D/2, whose deviation of sqrt(D/2) nats would drown everything.
     """
-    text.check(denoiser)
+    check_text(denoiser, text)
     ode = ode or Ode()
     solution = _solve(Estimate.of(denoiser, text, two_passes), text, walk, ode)
     c, size = denoiser.prior_std / denoiser.schedule.t_max, text.target.sum(1) * walk.noise.shape[-1]

@@ -11,12 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cdlm.continuous import likelihood
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.embedding import Embedding, OutputPrior
 from cdlm.continuous.inputs import ConcatenatedInput, NetworkInput
 from cdlm.continuous.objectives import CrossEntropy, Objective
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.schedules import Schedule
+from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.trees import join, take
 from cdlm.core.types import Batch, Condition, Prediction
 from cdlm.models.system import Loss, Special, System, SystemConfig
@@ -95,6 +97,9 @@ class EmbeddingDiffusion(System, Denoiser):
     def forward(self, batch: Batch) -> Loss:
         """The objective; in evaluation mode all rows get a first pass and no prompt is hidden."""
         return self.objective(self, batch)
+
+    def nats(self, text: Text, settings: LikelihoodSettings, progress: Progress | None = None) -> dict[str, Nats]:
+        return likelihood.nats(self, text, settings, progress)
 
     def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
         return self.schedule.t_of_u(u)

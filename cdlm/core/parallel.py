@@ -8,7 +8,9 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Shaped
 
 from cdlm.core.errors import CdlmError
 
@@ -103,3 +105,11 @@ def _ranked(work: Callable[[int, int, str], T], world: int, device: str, rank: i
 def deal(items: Sequence[T], hands: int) -> list[Sequence[T]]:
     """Every `hands`-th item for each of as many processes; fewer if there are fewer items."""
     return [items[hand::hands] for hand in range(min(hands, len(items)))]
+
+
+def interleaved(shares: Sequence[Shaped[np.ndarray, "_ ..."]]) -> Shaped[np.ndarray, "_ ..."]:
+    """What `deal` has divided, put together again along the first axis."""
+    whole = np.empty((sum(map(len, shares)), *shares[0].shape[1:]), shares[0].dtype)
+    for hand, share in enumerate(shares):
+        whole[hand :: len(shares)] = share
+    return whole

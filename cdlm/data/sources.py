@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, groupby, islice
@@ -21,7 +21,7 @@ from typing import Any, Literal
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.data import arithmetic
-from cdlm.data.stories import grammar_fingerprint, stories
+from cdlm.data.stories import grammar_fingerprint, is_sentence, stories, whole_sentences
 
 Split = Literal["train", "valid"]
 SampleBy = Literal["line", "paragraph", "document"]
@@ -37,6 +37,10 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """64 hex digits that change when the settings or the data change."""
+
+    def measures(self, texts: Sequence[str]) -> dict[str, float]:
+        """What only this source can measure of generated texts, by name; of most sources nothing."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,11 @@ class Stories(Source):
     def fingerprint(self) -> str:
         """A hash of the settings and the grammar."""
         return _digest("stories", asdict(self), grammar_fingerprint())
+
+    def measures(self, texts: Sequence[str]) -> dict[str, float]:
+        """`grammar`: share of the whole sentences that are sentences of the grammar, 0..1."""
+        whole = [sentence for text in texts for sentence in whole_sentences(text)]
+        return {"grammar": sum(map(is_sentence, whole)) / max(1, len(whole))}
 
 
 @dataclass(frozen=True)
@@ -177,8 +186,8 @@ class Files(Source):
 
     def _texts(self, path: Path) -> Iterator[str]:
         if path.suffix == ".txt":
-            return _read_txt(path, self.sample_by)
-        return _READERS[path.suffix](path, self.field)
+            return txt_documents(path, self.sample_by)
+        return (text_of(row, self.field, place) for place, row in _READERS[path.suffix](path, self.field))
 
 
 @dataclass(frozen=True)
@@ -367,7 +376,7 @@ def _lines(path: Path) -> Iterator[str]:
             offset += len(raw)
 
 
-def _read_txt(path: Path, sample_by: SampleBy) -> Iterator[str]:
+def txt_documents(path: Path, sample_by: SampleBy) -> Iterator[str]:
     r"""Documents of a text file; "\n", "\r\n" and "\r" all end a line."""
     lines = (part for line in _lines(path) for part in line.removesuffix("\n").removesuffix("\r").split("\r"))
     if sample_by == "line":
@@ -392,35 +401,49 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 raise CdlmError(f"{place}: expected one JSON object a line ({error}); mend it") from error
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    return (text_of(row, field, place) for place, row in jsonl_rows(path))
+def csv_rows(path: Path, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a CSV file with a header: its place, to name in messages, and its cells by column.
 
-
-def _read_csv(path: Path, field: str) -> Iterator[str]:
+    Raises:
+        CdlmError: The file is not UTF-8 or no CSV, or `column` is not there.
+    """
     reader = csv.DictReader(_lines(path))
     try:
-        if field not in (columns := reader.fieldnames or []):
-            raise CdlmError(f"{path}: expected a column {field!r}, found {list(columns)}; set field to one of them")
+        _check_column(path, column, list(reader.fieldnames or []))
         for row in reader:
-            yield text_of(row, field, f"{path}, line {reader.line_num}")
+            yield f"{path}, line {reader.line_num}", row
     except csv.Error as error:
         raise CdlmError(
             f"{path}, after line {reader.line_num}: not valid CSV ({error}); mend it or use jsonl"
         ) from error
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
+def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a parquet file: its place, to name in messages, and those of `columns` that are there.
+
+    Raises:
+        CdlmError: The file is no parquet, or the first of `columns` is not there.
+    """
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in (columns := file.schema_arrow.names):
-                raise CdlmError(f"{path}: expected a column {field!r}, found {columns}; set field to one of them")
-            for batch in file.iter_batches(columns=[field]):
+            _check_column(path, columns[0], file.schema_arrow.names)
+            present = [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(columns=present):
                 for row in batch.to_pylist():
-                    yield text_of(row, field, str(path))
+                    yield str(path), row
     except pyarrow.ArrowException as error:
         raise CdlmError(f"{path}: not a valid parquet file ({error}); write it again") from error
+
+
+def _check_column(path: Path, column: str, found: list[str]) -> None:
+    if column not in found:
+        raise CdlmError(f"{path}: expected a column {column!r}, found {found}; {_advice(column)}")
+
+
+def _advice(name: str) -> str:
+    return f"rename the one that holds the text to {name!r}, or set the source's field in training"
 
 
 def text_of(row: Any, field: str, place: str) -> str:
@@ -432,7 +455,7 @@ def text_of(row: Any, field: str, place: str) -> str:
     if not isinstance(row, dict):
         raise CdlmError(f"{place}: expected an object with a field {field!r}, got {type(row).__name__}")
     if field not in row:
-        raise CdlmError(f"{place}: expected a field {field!r}, found {list(row)}; set field to one of them")
+        raise CdlmError(f"{place}: expected a field {field!r}, found {list(row)}; {_advice(field)}")
     text = "" if row[field] is None else row[field]
     if not isinstance(text, str):
         raise CdlmError(f"{place}: expected text in the field {field!r}, got {type(text).__name__}; choose another")
@@ -441,10 +464,10 @@ def text_of(row: Any, field: str, place: str) -> str:
     return text
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
+_READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": lambda path, _: jsonl_rows(path),
+    ".csv": csv_rows,
+    ".parquet": lambda path, field: parquet_rows(path, [field]),
 }
 
 

@@ -1,13 +1,11 @@
-"""The judge: an autoregressive language model that reads texts; foreign from the Hub, or small and our own.
+"""The judge: an autoregressive language model that reads texts, of another library or small and our own.
 
 A judge re-tokenises the text with its own tokenizer, so texts of any generator can be compared under one judge.
 Numbers of different judges cannot be compared with each other.
 """
 
-import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,9 @@ from huggingface_hub import HfApi
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -32,7 +27,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing
 
 LONGEST_CONTEXT = 1024
-"""No judge reads more tokens than this at once, whatever it could: the usual length of published AR-NLL."""
+"""Most tokens that a judge reads at once, whatever its own limit: the length of published AR-NLL."""
 
 NAME_FILE = "judge.json"
 
@@ -221,89 +216,3 @@ def _last_states(judge: Judge, rows: list[list[int]]) -> Float[Tensor, "b w"]:
     ids, real = padded(judge, rows)
     states = judge.model.base_model(input_ids=ids, attention_mask=real.long()).last_hidden_state
     return states[torch.arange(len(rows), device=ids.device), real.sum(1) - 1].float()
-
-
-def train_judge(
-    rows: Iterator[Int[Tensor, "b n"]],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    width: int = 128,
-    depth: int = 3,
-    heads: int = 4,
-    length: int,
-    steps: int,
-    lr: float = 3e-3,
-    seed: int,
-    device: str = "cpu",
-    progress: Callable[[int, float], None] | None = None,
-) -> Judge:
-    """Train a small GPT-2 on packed token rows, one batch a step; the same arguments give the same weights.
-
-    Args:
-        rows: batches of token rows, at most `length` tokens long; `steps` batches are taken.
-        tokenizer: turned the text into `rows`, and later re-tokenises the texts to be judged.
-        width, depth, heads: size of the network; the default has about 0.6 M parameters besides the embeddings.
-        length: the judge's context in tokens.
-        lr: peak rate of AdamW, after a linear warm-up and before a cosine down to a tenth.
-        seed: of the weights. The global random state is left as it was.
-        progress: called with (step from 1, loss in nats per token).
-    """
-    if width % heads or steps < 1 or length < 2:
-        raise CdlmError(
-            "expected heads that divide the width, at least 1 step and a length of at least 2 to train a judge, "
-            f"got {heads} heads, width {width}, {steps} steps and length {length}"
-        )
-    model = _fresh_gpt2(len(tokenizer), length, (width, depth, heads), seed).train()
-    nn.Module.to(model, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    for step in range(1, steps + 1):
-        batch = next(rows, None)
-        if batch is None:
-            raise CdlmError(f"expected {steps} batches to train a judge, got {step - 1}; pass more text or fewer steps")
-        loss = _gpt2_loss(model, batch.to(device), length)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if progress is not None:
-            progress(step, loss.item())
-    return Judge(model, tokenizer, f"own GPT-2 (width {width}, depth {depth}, {steps} steps, seed {seed})", device)
-
-
-def _fresh_gpt2(vocabulary: int, length: int, size: tuple[int, int, int], seed: int) -> GPT2LMHeadModel:
-    width, depth, heads = size
-    config = GPT2Config(
-        vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=depth, n_head=heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):  # transformers draws its weights from the global generator
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
-        return GPT2LMHeadModel(config)
-
-
-def _rate(step: int, steps: int) -> float:
-    warm_up = max(1, min(100, steps // 10))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    done = (step - warm_up) / max(1, steps - warm_up)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-
-
-def _gpt2_loss(model: GPT2LMHeadModel, batch: Int[Tensor, "b n"], length: int) -> Float[Tensor, ""]:
-    if batch.shape[1] > length:
-        raise CdlmError(f"expected rows of at most {length} tokens, the judge's length, got {batch.shape[1]}")
-    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-    return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-
-
-def cached_judge(key: str, cache_dir: str | Path, train: Callable[[], Judge], device: str = "cpu") -> Judge:
-    """The judge stored under `key` in `cache_dir`; on the first call, the one `train` makes, which is then stored.
-
-    Put into `key` everything that decides the weights: data, tokenizer, sizes, steps, seed.
-    """
-    folder = Path(cache_dir) / f"judge-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not (folder / NAME_FILE).is_file():
-        train().save(folder)
-    return Judge.load(folder, device)

@@ -12,7 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.types import Batch
+from cdlm.masked import likelihood
 from cdlm.masked.model import Constants, MaskedModel
 from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.sampler import Unmasking
@@ -64,6 +66,9 @@ class MaskedDiffusion(System, MaskedModel):
         bound = nats / t.to(nats.dtype)
         total = nats.sum() / hidden.sum().clamp(min=1) if self.flat and self.training else bound.sum() / count.sum()
         return Loss(total, (bound / count).detach(), t, count)
+
+    def nats(self, text: Text, settings: LikelihoodSettings, progress: Progress | None = None) -> dict[str, Nats]:
+        return likelihood.nats(self, text, settings, progress)
 
     def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
         return (1 - EPS) * u.double() + EPS

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.parallel import Workers, deal
 from cdlm.core.types import LoopStep
 from cdlm.halting import Criterion
@@ -76,6 +77,24 @@ class Model(ABC):
     def name(self) -> str:
         """What it is called in tables and files."""
         return type(self).__name__ if self.folder is None else self.folder.name
+
+    def nats(self, text: Text, settings: LikelihoodSettings, progress: Progress | None = None) -> dict[str, Nats]:
+        """Minus the log-likelihood of each row in nats, by measure: `BOUND`, and `ODE` if the settings have one.
+
+        Args:
+            text: on any device; its rows go to the model's.
+            progress: called after each batch.
+
+        Returns:
+            Tensors on the CPU.
+
+        Raises:
+            CdlmError: the model has no likelihood, or not with these settings.
+        """
+        raise CdlmError(
+            f"cannot compute the likelihood of a {type(self).__name__}, which has none here: it is known of models that"
+            " this toolkit trains, continuous or masked"
+        )
 
     def need_fingerprint(self) -> str:
         """A hash of its weights, which names them in recordings and calibrations.

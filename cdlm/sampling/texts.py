@@ -19,9 +19,9 @@ def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False)).replace(str(tokenizer.eos_token), "\n")
 
 
-def text_ids(ids: list[int], eos_id: int | None) -> list[int]:
-    """Tokens of a row up to its first `eos_id`; None ends no text."""
-    return ids[: ids.index(eos_id)] if eos_id in ids else ids
+def text_ids(ids: list[int], eos_id: int | None, with_end: bool = False) -> list[int]:
+    """Tokens of a row up to its first `eos_id`, that one included `with_end`; None ends no text."""
+    return ids[: ids.index(eos_id) + with_end] if eos_id in ids else ids
 
 
 def texts_of(

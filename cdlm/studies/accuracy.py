@@ -17,6 +17,7 @@ from cdlm import api, generation
 from cdlm.core.stats import Scores, bootstrap
 from cdlm.data.arithmetic import Problem, is_correct, problems
 from cdlm.data.gsm8k import read_problems
+from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.halting import Full, Never, sweep
 from cdlm.halting.replay import replay
 from cdlm.masked.policies import sweep_policy
@@ -28,7 +29,6 @@ from cdlm.models import hub
 from cdlm.recording.file import Recording
 from cdlm.sampling.requests import Request
 from cdlm.sampling.samples import Samples, shown_of, texts_of
-from cdlm.studies.picture import Line, Panel
 from cdlm.studies.study import Finding, Study, column, ends, interval, label
 
 NOTE = (

@@ -11,9 +11,9 @@ import numpy as np
 from cdlm.core.stats import bootstrap
 from cdlm.evaluation.bench import Bench, Drawn
 from cdlm.evaluation.compare import Plain
+from cdlm.evaluation.plots.panels import Panel
 from cdlm.halting import sweep
 from cdlm.halting.replay import check_recorded
-from cdlm.studies.picture import Panel
 from cdlm.studies.study import Finding, Judged, curve, ends, interval, label
 
 VANILLA = "none"

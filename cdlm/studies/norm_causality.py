@@ -12,17 +12,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cdlm import generation
 from cdlm.continuous.sampler import Sampler
 from cdlm.continuous.solvers import Advance, Estimate, Euler, Solver
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.rng import StepNoise, row_normal
 from cdlm.core.stats import Bootstrap, Scores
+from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.sampling.requests import Request, requests
 from cdlm.sampling.samples import Samples
 from cdlm.studies.measures import reached, zero_switch
 from cdlm.studies.norms import NEAR, batches
-from cdlm.studies.picture import Line, Panel
 from cdlm.studies.study import Finding, Sampled, ends, interval, label
 
 UNTOUCHED = "untouched"

@@ -12,14 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cdlm import generation
 from cdlm.continuous.grids import GRIDS
 from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.schedules import alpha_of
 from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.sampling.requests import Request, requests
 from cdlm.studies.measures import reached
-from cdlm.studies.picture import Line, Panel
 from cdlm.studies.study import Finding, Sampled, label
 
 NEEDED = frozenset({"z", "score", "z_norm", "x0_norm", "switches"})

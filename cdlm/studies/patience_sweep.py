@@ -8,9 +8,9 @@ from itertools import product, takewhile
 from typing import Any
 
 from cdlm.evaluation.bench import Bench
+from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.halting import Patience
 from cdlm.halting.calibration import Goal
-from cdlm.studies.picture import Line, Panel
 from cdlm.studies.study import Finding, Judged, curve, ends, interval, label
 
 SHOWN = (1, 2, 5, 10, 15, 20)

@@ -12,7 +12,6 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 
-from cdlm import generation
 from cdlm.config import read_run
 from cdlm.continuous.grids import GRIDS
 from cdlm.continuous.guidance import Guidance
@@ -20,11 +19,11 @@ from cdlm.continuous.sampler import Sampler
 from cdlm.core.files import write_rows, write_text
 from cdlm.core.stats import Bootstrap
 from cdlm.evaluation.bench import Bench, Machine, open_bench
+from cdlm.evaluation.plots.panels import Line, Panel, draw
 from cdlm.models import hub
 from cdlm.models.system import Precision
 from cdlm.sampling.requests import requests
 from cdlm.sampling.samples import Samples
-from cdlm.studies.picture import Line, Panel, draw
 
 
 @dataclass(frozen=True)

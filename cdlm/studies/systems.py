@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from cdlm import generation
 from cdlm.continuous.sampler import Sampler
 from cdlm.core.stats import Scores
 from cdlm.evaluation.bench import Bench, open_bench
+from cdlm.evaluation.plots.panels import Panel
 from cdlm.halting import Criterion, sweep
 from cdlm.halting.calibration import Goal
 from cdlm.halting.replay import check_recorded
 from cdlm.masked.sampler import Decoder
 from cdlm.models import hub
-from cdlm.studies.picture import Panel
 from cdlm.studies.study import Finding, Study, check_texts, curve, ends, label
 
 

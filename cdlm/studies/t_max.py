@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from cdlm import generation
 from cdlm.continuous.schedules import Schedule
 from cdlm.core.stats import Scores
 from cdlm.evaluation.bench import Bench
 from cdlm.evaluation.metrics.diversity import sample_entropy, unigram_entropy
+from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.halting import Patience
 from cdlm.studies.measures import settled_by, zero_switch
-from cdlm.studies.picture import Line, Panel
 from cdlm.studies.study import Finding, Judged, curve, ends, interval, label
 
 PAPER_NORM = 16

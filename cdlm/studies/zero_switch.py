@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cdlm import generation
 from cdlm.core.stats import Scores
+from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.studies.measures import position_zero_switch, settled_by, zero_switch
-from cdlm.studies.picture import Line, Panel
 from cdlm.studies.study import Finding, Sampled, column, ends, interval, label
 
 NOTE = (

@@ -17,10 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch.nn import functional
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.parallel import interleaved
 from cdlm.evaluation.judge import Encoded, Judge, batches_by_length, padded
-
-Spans = list[list[tuple[int, int]]]
-"""For each text, the [start, end) character spans that were given (a prompt), not generated."""
+from cdlm.evaluation.texts import Spans
 
 RESAMPLES = 1000
 
@@ -73,16 +72,11 @@ class ArNll:
     def merge(shares: Sequence[ArNll]) -> ArNll:
         """The corpus whose texts r, r + N, r + 2 N, ... are those of share r of N."""
 
-        def dealt(name: str) -> np.ndarray:
-            parts = [getattr(share, name) for share in shares]
-            whole = np.empty(sum(len(part) for part in parts), parts[0].dtype)
-            for rank, part in enumerate(parts):
-                whole[rank :: len(parts)] = part
-            return whole
-
-        nats, tokens = dealt("text_nats"), dealt("text_tokens")
-        empty = sum(share.empty for share in shares)
-        return ArNll(nats, tokens, dealt("text_chars"), _bootstrap(nats, tokens), empty)
+        nats, tokens, chars = (
+            interleaved([getattr(share, name) for share in shares])
+            for name in ("text_nats", "text_tokens", "text_chars")
+        )
+        return ArNll(nats, tokens, chars, _bootstrap(nats, tokens), sum(share.empty for share in shares))
 
 
 def ar_nll(judge: Judge, texts: list[str], given: Spans | None = None, batch_size: int = 32) -> ArNll:

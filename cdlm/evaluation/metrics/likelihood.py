@@ -5,120 +5,20 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Int
 
-from cdlm.continuous.likelihood import Nats, Ode, Text, bound, by_block, check_precision, ode_nats, stratified_error
-from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
+from cdlm.core.likelihood import ODE, Nats
 from cdlm.core.stats import Scores
-from cdlm.core.trees import join, take
-from cdlm.masked.likelihood import nelbo, scorable
-from cdlm.masked.system import MaskedDiffusion
-
-BOUND, ODE = "bound", "ODE"
 
 MOST_NATS = math.log(sys.float_info.max)
-
-
-@dataclass(frozen=True)
-class LikelihoodSettings:
-    """What to compute.
-
-    Args:
-        levels: draws of the bound of each row.
-        ode: of continuous models also the likelihood of the ODE, which costs far more; None leaves it out.
-        seed: with the number of a row it fixes the row's noise.
-        batch_size: rows at a time; the result does not depend on it.
-        read_out: noise level at which the tokens of a continuous model are read out; by default its least.
-    """
-
-    levels: int = 8
-    ode: Ode | None = None
-    seed: int = 0
-    batch_size: int = 32
-    read_out: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.levels < 1:
-            raise CdlmError(f"the bound needs levels >= 1, got {self.levels}")
-        if self.batch_size < 1:
-            raise CdlmError(f"batch_size must be >= 1, got {self.batch_size}")
-
-
-def check_scorable(model: object, ode: Ode | None = None) -> None:
-    """Raise unless the model has a likelihood, and one of the ODE if that is asked for."""
-    if not isinstance(model, EmbeddingDiffusion | MaskedDiffusion):
-        raise CdlmError(
-            f"a likelihood was asked of a {type(model).__name__}, which has none here: only our own systems, continuous"
-            " or masked, say what they were trained to noise"
-        )
-    if ode is None:
-        return
-    if not isinstance(model, EmbeddingDiffusion):
-        raise CdlmError("a masked model has no ODE: leave out ode_steps, its bound is computed without")
-    weight = next(model.parameters())
-    check_precision(model, weight.dtype, weight.device)  # before the long work, not after
-
-
-def row_nats(
-    model: object, text: Text, asked: LikelihoodSettings, progress: Callable[[str, int, int], None] | None = None
-) -> dict[str, Nats]:
-    """Nats of each row, by measure: "bound", and "ODE" if that was asked for. On the CPU.
-
-    A system that generates block by block is scored block by block.
-
-    Args:
-        text: on any device; its rows go to the model's.
-        progress: told the measure, the parts that are done, and their number; a part is a row, or a block of one.
-
-    Raises:
-        CdlmError: the model has no likelihood.
-    """
-    check_scorable(model, asked.ode)
-    if isinstance(model, MaskedDiffusion):
-        if asked.read_out is not None:
-            raise CdlmError("a masked model has no noise levels: leave out read_out")
-        return {BOUND: _in_batches(lambda part: _masked_nats(model, part, asked), model, text, BOUND, asked, progress)}
-    assert isinstance(model, EmbeddingDiffusion)
-    rows = len(text.tokens)
-    parts, origin = (text, torch.arange(rows)) if model.block is None else by_block(text, model.block)
-    scores: dict[str, Callable[[Text], Nats]] = {
-        BOUND: lambda part: bound(model, part, asked.levels, asked.seed, read_out=asked.read_out)
-    }
-    if (ode := asked.ode) is not None:
-        scores[ODE] = lambda part: ode_nats(model, part, ode, asked.seed, read_out=asked.read_out)
-    found = {name: _in_batches(score, model, parts, name, asked, progress) for name, score in scores.items()}
-    return {name: nats.summed(origin.cpu(), rows) for name, nats in found.items()}
-
-
-def _masked_nats(model: MaskedDiffusion, text: Text, asked: LikelihoodSettings) -> Nats:
-    draws = nelbo(model, text.tokens, text.target, text.valid, text.key, asked.levels, asked.seed)
-    count = scorable(model, text.tokens, text.target).sum(1)
-    return Nats({"masked": draws.mean(1)}, stratified_error(draws), count)
-
-
-def _in_batches(
-    score: Callable[[Text], Nats], model: torch.nn.Module, text: Text, name: str, asked: LikelihoodSettings,
-    progress: Callable[[str, int, int], None] | None,
-) -> Nats:  # fmt: skip
-    device, count = next(model.parameters()).device, len(text.tokens)
-    found = []
-    for batch in torch.arange(count).split(asked.batch_size):
-        made = score(take(text, batch.to(text.tokens.device)).to(device))
-        terms = {key: value.cpu() for key, value in made.terms.items()}
-        found.append(Nats(terms, made.error.cpu(), made.positions.cpu()))
-        if progress is not None:
-            progress(name, int(batch[-1]) + 1, count)
-    return reduce(join, found)
 
 
 @dataclass(frozen=True)
@@ -165,7 +65,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The likelihood of held-out text, ready to be shown and kept."""
+    """The likelihood of held-out text, ready to be shown and saved."""
 
     measures: tuple[Measure, ...]
     rows: int

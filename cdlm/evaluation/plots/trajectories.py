@@ -12,25 +12,35 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import replacing
+from cdlm.evaluation.plots.figure import (
+    BLUE,
+    GREEN,
+    GREY,
+    LIGHT_GREY,
+    PURPLE,
+    RED,
+    check_plot_path,
+    label_axes,
+    new_figure,
+    plain_log_ticks,
+    write_figure,
+)
+from cdlm.sampling.samples import Samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#555555"
-
 MOST_LINES = 12
-"""Single rows drawn behind the median, evenly spread over the rows; more would hide each other."""
+"""Single rows drawn behind the median, evenly spaced over the rows; more would hide each other."""
 
 CAPTION = "Thick line: median of the samples still running; band: 10th to 90th percentile; thin lines: single samples."
 HALT_CAPTION = "Red: halting steps, dashed at their median."
 
 
 @dataclass(frozen=True)
-class SignalPanel:
-    """One signal group: heading, axis label, (key, legend, colour) of each signal, and the kind of axis."""
+class SignalGroup:
+    """Signals on one pair of axes: heading, axis label, (key, legend, colour) of each, and the kind of axis."""
 
     title: str
     label: str
@@ -38,14 +48,27 @@ class SignalPanel:
     logarithmic: bool = False
 
 
-PANELS = (
-    SignalPanel("Token switches", "tokens changed per step", (("switches", "switches", BLUE),)),
-    SignalPanel(
+GROUPS = (
+    SignalGroup("Token switches", "tokens changed per step", (("switches", "switches", BLUE),)),
+    SignalGroup(
         "Norms", "norm / embedding norm", (("z_norm", "state z", PURPLE), ("x0_norm", "prediction x̂₀", GREEN)), True
     ),
-    SignalPanel("Direction of the score", "degrees from previous step", (("score_angle", "angle", GREEN),)),
-    SignalPanel("Entropy of the prediction", "nats per token", (("mean_entropy", "entropy", BLUE),)),
+    SignalGroup("Direction of the score", "degrees from previous step", (("score_angle", "angle", GREEN),)),
+    SignalGroup("Entropy of the prediction", "nats per token", (("mean_entropy", "entropy", BLUE),)),
 )
+
+
+def plot_samples(samples: Samples, path: Path, title: str) -> Path:
+    """Switches, norms and angles of recorded samples against the step, with the halting steps marked.
+
+    Raises:
+        CdlmError: the samples have no record, or the file is of a kind that cannot be written.
+    """
+    if samples.record is None:
+        raise CdlmError("the samples have no record to plot: draw them with record=True")
+    record = samples.record
+    columns = {**record.signals, "switches": np.where(record.nfe > 0, record.switch_counts(), np.nan)}
+    return plot_trajectories(columns, path, halted=samples.steps - 1, title=title)
 
 
 def plot_trajectories(
@@ -55,7 +78,7 @@ def plot_trajectories(
     halted: Int[np.ndarray, " halts"] | None = None,
     title: str = "",
 ) -> Path:
-    """Draw the recorded signals against the step and write a PNG.
+    """Draw the recorded signals against the step into a .png, .pdf or .svg file.
 
     Each panel has the median over rows, the band from the 10th to the 90th percentile, and thin lines of single rows
     (at most `MOST_LINES`). A signal that `record` does not hold is left out, and with it a panel that has none.
@@ -64,20 +87,22 @@ def plot_trajectories(
         record: any of "switches" (tokens changed since the step before), "z_norm" and "x0_norm" (in units of the
             embedding norm), "score_cosine" (with the previous step's score), "mean_entropy" (nats per token), each
             [steps, rows]; NaN where a row has no value. Other keys are ignored.
-        path: of the PNG; parent folders are made, and the file appears whole or not at all.
+        path: of the file; parent folders are made, and it appears whole or not at all.
         halted: step (from 0) at which each row halted; they get a histogram, and a tick each at the foot of the panels.
         title: heading of the figure.
 
-    Returns the path. Raises CdlmError when no signal can be drawn or shapes disagree.
+    Raises:
+        CdlmError: no signal can be drawn, shapes disagree, or the file is of a kind that cannot be written.
     """
+    check_plot_path(Path(path))
     if "score_cosine" in record:  # near 1 all along, so its angle is what can be seen
         cosine = np.asarray(record["score_cosine"], dtype=np.float64).clip(-1, 1)
         record = {**record, "score_angle": np.degrees(np.arccos(cosine))}
-    panels = [panel for panel in PANELS if any(key in record for key, _, _ in panel.signals)]
-    steps = _checked_steps(record, halted, panels)
-    figure, axes, strip = _canvas(len(panels), halted is not None)
-    for panel, axis in zip(panels, axes, strict=True):
-        _draw_panel(axis, panel, record)
+    groups = [group for group in GROUPS if any(key in record for key, _, _ in group.signals)]
+    steps = _checked_steps(record, halted, groups)
+    figure, axes, strip = _canvas(len(groups), halted is not None)
+    for group, axis in zip(groups, axes, strict=True):
+        _draw_group(axis, group, record)
         if halted is not None:
             _mark_halts(axis, halted)
     if halted is not None and strip is not None:
@@ -87,14 +112,14 @@ def plot_trajectories(
     if title:
         figure.suptitle(title, fontsize=13, fontweight="bold", x=0.015, ha="left")
     caption = [CAPTION, *([HALT_CAPTION] if halted is not None else [])]
-    figure.supxlabel(("\n" if len(panels) == 1 else " ").join(caption), fontsize=8.5, color=GREY, x=0.015, ha="left")
-    return _write(figure, Path(path))
+    figure.supxlabel(("\n" if len(groups) == 1 else " ").join(caption), fontsize=8.5, color=GREY, x=0.015, ha="left")
+    return write_figure(figure, Path(path))
 
 
-def _checked_steps(record: Mapping[str, np.ndarray], halted: np.ndarray | None, panels: Sequence[SignalPanel]) -> int:
-    shapes = {record[key].shape for panel in panels for key, _, _ in panel.signals if key in record}
+def _checked_steps(record: Mapping[str, np.ndarray], halted: np.ndarray | None, groups: Sequence[SignalGroup]) -> int:
+    shapes = {record[key].shape for group in groups for key, _, _ in group.signals if key in record}
     if not shapes:
-        known = ", ".join(key for panel in PANELS for key, _, _ in panel.signals).replace("_angle", "_cosine")
+        known = ", ".join(key for group in GROUPS for key, _, _ in group.signals).replace("_angle", "_cosine")
         raise CdlmError(f"expected a record with some of {known}, got {sorted(record)}; sample with record=True")
     if len(shapes) > 1 or 0 in next(iter(shapes)):
         raise CdlmError(f"expected signals of one shape [steps, rows] without a zero, got {sorted(shapes)}")
@@ -104,51 +129,36 @@ def _checked_steps(record: Mapping[str, np.ndarray], halted: np.ndarray | None, 
     return steps
 
 
-def _canvas(panels: int, with_strip: bool) -> tuple[Figure, list[Axes], Axes | None]:
-    """Panels in two columns (one when alone), and below them a low strip over the full width for the halting steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns, width = (1, 7.5) if panels == 1 else (2, 10.4)
-    lines = -(-panels // columns)
-    figure = Figure(figsize=(width, 2.9 * lines + (1.9 if with_strip else 0.5)), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+def _canvas(groups: int, with_strip: bool) -> tuple[Figure, list[Axes], Axes | None]:
+    """Groups in two columns (one when alone), and below them a low strip over the full width for the halting steps."""
+    columns, width = (1, 7.5) if groups == 1 else (2, 10.4)
+    lines = -(-groups // columns)
+    figure = new_figure(width, 2.9 * lines + (1.9 if with_strip else 0.5), dpi=160)
     grid = figure.add_gridspec(lines + with_strip, columns, height_ratios=[1.0] * lines + [0.42] * with_strip)
-    places = [divmod(index, columns) for index in range(panels)]
-    wide_last = panels % columns == 1
+    places = [divmod(index, columns) for index in range(groups)]
+    wide_last = groups % columns == 1
     axes = [
-        figure.add_subplot(grid[line, :] if wide_last and index == panels - 1 else grid[line, column])
+        figure.add_subplot(grid[line, :] if wide_last and index == groups - 1 else grid[line, column])
         for index, (line, column) in enumerate(places)
     ]
     strip = figure.add_subplot(grid[lines, :]) if with_strip else None
     for axis in [*axes, *([strip] if strip else [])]:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#E6E6E6", linewidth=0.7)
+        axis.grid(axis="y", color=LIGHT_GREY, linewidth=0.7)
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=9, colors="#333333")
-        axis.set_xlabel("step", fontsize=10)
     return figure, axes, strip
 
 
-def _draw_panel(axis: Axes, panel: SignalPanel, record: Mapping[str, np.ndarray]) -> None:
-    present = [signal for signal in panel.signals if signal[0] in record]
+def _draw_group(axis: Axes, group: SignalGroup, record: Mapping[str, np.ndarray]) -> None:
+    present = [signal for signal in group.signals if signal[0] in record]
     for key, legend, color in present:
         _draw_signal(axis, record[key].astype(np.float64), legend, color)
-    axis.set_title(panel.title, fontsize=11, loc="left")
-    axis.set_ylabel(panel.label, fontsize=10)
-    if panel.logarithmic and any(np.nanmax(record[key], initial=0) > 0 for key, _, _ in present):
-        _make_logarithmic(axis)
-    if len(panel.signals) > 1:
+    label_axes(axis, group.title, "step", group.label)
+    if group.logarithmic and any(np.nanmax(record[key], initial=0) > 0 for key, _, _ in present):
+        axis.set_yscale("log")
+        plain_log_ticks(axis.yaxis)
+    if len(group.signals) > 1:
         axis.legend(frameon=False, fontsize=9)
-
-
-def _make_logarithmic(axis: Axes) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_signal(axis: Axes, values: Float[np.ndarray, "steps rows"], legend: str, color: str) -> None:
@@ -177,12 +187,5 @@ def _draw_halts(axis: Axes, halted: Int[np.ndarray, " rows"], steps: int) -> Non
     middle = float(np.median(halted))
     axis.hist(halted, bins=np.linspace(-0.5, steps - 0.5, min(steps, 60) + 1).tolist(), color=RED, alpha=0.75)
     axis.axvline(middle, color=RED, linewidth=1.3, linestyle=(0, (4, 3)))
-    axis.set_title(f"Halting step: median {middle:g} of {steps} steps", fontsize=11, loc="left")
-    axis.set_ylabel("samples", fontsize=10)
+    label_axes(axis, f"Halting step: median {middle:g} of {steps} steps", "step", "samples")
     axis.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-
-
-def _write(figure: Figure, path: Path) -> Path:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-    return path

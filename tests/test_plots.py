@@ -1,13 +1,18 @@
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import toys
 
 from cdlm.core.errors import CdlmError
+from cdlm.evaluation.plots.figure import COLORS, MARKERS, check_plot_path
+from cdlm.evaluation.plots.panels import Line, Panel, draw, styles
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel, limits, plot_pareto
-from cdlm.evaluation.plots.trajectories import plot_trajectories
+from cdlm.evaluation.plots.trajectories import plot_samples, plot_trajectories
+from cdlm.api import generate
 
 STEPS, ROWS = 30, 9
 HALTED = np.arange(10, 10 + ROWS)
@@ -65,7 +70,7 @@ def test_the_same_record_gives_the_same_bytes(tmp_path):
 def test_pyplot_and_its_global_state_are_not_used(tmp_path):
     code = """
 import sys, numpy as np
-from cdlm.report.plot import plot_trajectories
+from cdlm.evaluation.plots.trajectories import plot_trajectories
 plot_trajectories({"mean_entropy": np.ones((4, 2))}, sys.argv[1])
 sys.exit("matplotlib.pyplot" in sys.modules)
 """
@@ -130,3 +135,67 @@ def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(CdlmError, match="nothing to draw"):
         plot_pareto([], tmp_path / "p.png")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_choice_has_a_ring_and_a_label_one_colour_in_all_panels():
+    first, second = (
+        Panel("m", "calls", "nats", [c.line for c in (curve("plain", True), *rest)])
+        for rest in ([curve("a")], [curve("b", chosen=1), curve("a")])
+    )
+    assert styles([first, second]) == {"a": (COLORS[0], MARKERS[0]), "b": (COLORS[1], MARKERS[1])}
+    assert [line.ring for line in second.lines] == [None, 1, None]
+    assert [line.band is not None for line in second.lines] == [True, False, False]
+
+
+# --- kinds of files ---
+
+HEADS = {".png": b"\x89PNG\r\n\x1a\n", ".pdf": b"%PDF-", ".svg": b"<?xml"}
+
+
+def line_panels() -> list[Panel]:
+    x = np.array([1.0, 2.0, 4.0])
+    return [Panel("curves", "x", "y", [Line("a", x, x, (x - 1, x + 1)), Line("b", x, x, dashed=True)], "log")]
+
+
+def draw_each(folder: Path, suffix: str) -> list[Path]:
+    """A picture of each of the three plots."""
+    curves = [CurvePanel("m", [curve("plain", True), curve("a", chosen=1)], [("real", 0.7)])]
+    return [
+        plot_trajectories(record("mean_entropy", "z_norm"), folder / f"t{suffix}", halted=HALTED),
+        plot_pareto(curves, folder / f"p{suffix}"),
+        draw(line_panels(), folder / f"d{suffix}"),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg", ".PDF"])
+def test_the_name_decides_the_kind_of_picture(suffix: str, tmp_path: Path):
+    paths = draw_each(tmp_path, suffix)
+    assert all(path.read_bytes().startswith(HEADS[suffix.lower()]) for path in paths)
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+@pytest.mark.parametrize("suffix", [".pdf", ".svg"])
+def test_vector_pictures_have_the_same_bytes_at_any_time(suffix: str, tmp_path: Path):
+    first, second = draw(line_panels(), tmp_path / f"a{suffix}"), draw(line_panels(), tmp_path / f"b{suffix}")
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", "", ".jsonl"])
+def test_other_kinds_of_pictures_are_refused_before_any_work(suffix: str, tmp_path: Path):
+    for call in (
+        lambda: check_plot_path(tmp_path / f"a{suffix}"),
+        lambda: plot_trajectories({}, tmp_path / f"a{suffix}"),
+        lambda: plot_pareto([], tmp_path / f"a{suffix}"),
+        lambda: draw([], tmp_path / f"a{suffix}"),
+    ):
+        with pytest.raises(CdlmError, match=r"end its name in \.pdf, \.png, \.svg") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_samples_without_a_record_have_no_plot(tmp_path: Path):
+    model = toys.with_tokenizer()
+    samples = generate(model, n=1, steps=2)
+    with pytest.raises(CdlmError, match="no record to plot"):
+        plot_samples(samples, tmp_path / "a.png", "")

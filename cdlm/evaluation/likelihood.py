@@ -1,0 +1,102 @@
+"""The likelihood of held-out text under a model, on one process or several."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from cdlm.core.errors import CdlmError
+from cdlm.core.likelihood import LikelihoodSettings, Nats, Text
+from cdlm.core.parallel import deal, interleaved
+from cdlm.core.trees import take
+from cdlm.evaluation.metrics.likelihood import Likelihood
+from cdlm.evaluation.texts import HeldOut
+from cdlm.sampling.session import Model, Session
+from cdlm.sampling.texts import text_ids
+
+Arrays = dict[str, np.ndarray]
+"""`Nats` for the way between processes: tensors do not outlive the process that made them, arrays do."""
+
+
+def likelihood(
+    session: Session, held_out: HeldOut, rows: int = 128, settings: LikelihoodSettings | None = None
+) -> Likelihood:
+    """The likelihood of the first `rows` rows of held-out text, each from nothing, padding apart.
+
+    Where rows end at a text's end, that end is a token of the text and what fills the row after it is not; it is still
+    part of what the model has to predict.
+
+    Args:
+        session: the model, and the processes that it runs on.
+        rows: at most; all there are if they are fewer.
+
+    Raises:
+        CdlmError: the model has no likelihood, or not with these settings.
+    """
+    if rows < 1:
+        raise CdlmError(f"a likelihood is of rows >= 1, got {rows}")
+    settings = settings or LikelihoodSettings()
+    held = [held_out.rows[i] for i in range(min(rows, len(held_out.rows)))]
+    valid = torch.from_numpy(np.stack([row.valid for row in held]))
+    text = Text(
+        torch.from_numpy(np.stack([row.tokens for row in held])),
+        valid,
+        None if bool(valid.all()) else valid,
+        torch.arange(len(held))[:, None],
+    )
+    ids = [text_ids(row.tokens[row.valid].tolist(), held_out.eos_id, with_end=True) for row in held]
+    tokens, chars = (np.array([len(part) for part in parts]) for parts in (ids, map(held_out.decode, ids)))
+    return Likelihood.of(_nats(session, text, settings), tokens, chars, _shown(settings, session.model.precision))
+
+
+def _nats(session: Session, text: Text, settings: LikelihoodSettings) -> dict[str, Nats]:
+    """On the processes of the session; the first one reports."""
+    if session.workers is None:
+        return session.model.nats(text, settings, _report if session.progress else None)
+    shares = [take(text, torch.tensor(part)) for part in deal(range(len(text.tokens)), len(session.workers))]
+    work = [(share, session.progress and number == 0) for number, share in enumerate(shares)]
+    return _joined(session.workers.map(partial(_share, settings), session.model, work))
+
+
+def _shown(settings: LikelihoodSettings, precision: str) -> dict[str, Any]:
+    """The settings that the numbers depend on, under the names of the command line."""
+    shown: dict[str, Any] = {"levels": settings.levels}
+    if settings.read_out is not None:
+        shown["read out at"] = settings.read_out
+    shown |= {"seed": settings.seed, "precision": precision}
+    if (ode := settings.ode) is not None:
+        shown |= {
+            "ode": ode.method, "ode_steps": ode.steps, "probes": ode.probes, "directions": ode.law,
+            "state": str(ode.state).removeprefix("torch."),
+        }  # fmt: skip
+    return shown
+
+
+def _share(settings: LikelihoodSettings, model: Model, work: tuple[Text, bool]) -> dict[str, Arrays]:
+    """One process's share of the rows, and whether it reports."""
+    text, reports = work
+    found = model.nats(text, settings, _report if reports else None)
+    return {
+        name: {**{f"term {term}": values.numpy() for term, values in nats.terms.items()},
+               "error": nats.error.numpy(), "positions": nats.positions.numpy()}
+        for name, nats in found.items()
+    }  # fmt: skip
+
+
+def _report(measure: str, done: int, count: int) -> None:
+    print(f"{measure}: {done} of {count} done", file=sys.stderr)
+
+
+def _joined(shares: Sequence[dict[str, Arrays]]) -> dict[str, Nats]:
+    """The rows of all shares in their order."""
+    found: dict[str, Nats] = {}
+    for name, first in shares[0].items():
+        whole = {part: torch.from_numpy(interleaved([share[name][part] for share in shares])) for part in first}
+        error, positions = whole.pop("error"), whole.pop("positions")
+        found[name] = Nats({part.removeprefix("term "): values for part, values in whole.items()}, error, positions)
+    return found

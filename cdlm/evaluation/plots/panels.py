@@ -1,0 +1,160 @@
+"""Panels of lines, some with a band: the pictures of comparisons and studies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jaxtyping import Num
+from numpy import ndarray
+
+from cdlm.core.errors import CdlmError
+from cdlm.evaluation.plots.figure import (
+    COLORS,
+    GREY,
+    LIGHT_GREY,
+    MARKERS,
+    check_plot_path,
+    label_axes,
+    new_figure,
+    plain_log_ticks,
+    write_figure,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve.
+
+    Args:
+        band: lower and upper ends around it.
+        dashed: draw it black and dashed, as what the others are compared with.
+        dots: mark its points.
+        ring: index of the point to draw a ring around.
+    """
+
+    label: str
+    x: Num[ndarray, " k"]
+    y: Num[ndarray, " k"]
+    band: tuple[Num[ndarray, " k"], Num[ndarray, " k"]] | None = None
+    dashed: bool = False
+    dots: bool = False
+    ring: int | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Args:
+        linear_below: where the "symlog" axis turns from logarithmic to linear, so that it can show 0.
+        levels: lines across, by name.
+        ticks: names of the places 0, 1, ... of the upright axis, from the top; a line is then dots at these places,
+            and its band the intervals of x.
+        x_limits, y_limits: ends of the axes; by default all is shown.
+    """
+
+    title: str
+    x: str
+    y: str
+    lines: Sequence[Line]
+    x_scale: Literal["linear", "log"] = "linear"
+    y_scale: Literal["linear", "log", "symlog"] = "linear"
+    linear_below: float = 1.0
+    levels: Sequence[tuple[str, float]] = ()
+    ticks: Sequence[str] = ()
+    x_limits: tuple[float, float] | None = None
+    y_limits: tuple[float, float] | None = None
+
+
+Style = tuple[str, str]
+"""Colour and marker of a line."""
+
+
+def draw(panels: Sequence[Panel], path: Path, *, columns: int = 3, width: float = 5.2, shared: bool = False) -> Path:
+    """Draw the panels side by side into a .png, .pdf or .svg file.
+
+    Args:
+        columns: panels in a row, at most.
+        width: of a panel, in inches.
+        shared: one legend below all panels, in which a label has one colour; otherwise each panel has its own.
+
+    Raises:
+        CdlmError: there are no panels, or the file is of another kind.
+    """
+    check_plot_path(path)
+    if not panels:
+        raise CdlmError("there is nothing to draw: give at least one panel")
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    height = max(4.0, 0.625 * width, *(0.27 * len(panel.ticks) + 1 for panel in panels))
+    figure = new_figure(width * columns, height * rows + shared, dpi=140)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    common = styles(panels) if shared else None
+    for panel, axis in zip(panels, axes, strict=False):
+        _draw(axis, panel, common or styles([panel]))
+        if not shared and any(line.label for line in panel.lines):
+            axis.legend(frameon=False, fontsize=8)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    if shared:
+        _add_legend(figure, list(axes), 1 + 2 * columns)
+    return write_figure(figure, path)
+
+
+def styles(panels: Sequence[Panel]) -> dict[str, Style]:
+    """Colour and marker of each label, in the order of the lines; dashed lines have black."""
+    labels = dict.fromkeys(line.label for panel in panels for line in panel.lines if not line.dashed)
+    return {label: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, label in enumerate(labels)}
+
+
+def _add_legend(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
+    found = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )  # fmt: skip
+
+
+def _draw(axis: Axes, panel: Panel, style: Mapping[str, Style]) -> None:
+    for line in panel.lines:
+        color, marker = ("black", ".") if line.dashed else style[line.label]
+        (_draw_dots if panel.ticks else _draw_curve)(axis, line, color, marker)
+    for name, value in panel.levels:
+        axis.axhline(value, color=GREY, linewidth=0.9, linestyle=":")
+        axis.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, color=GREY, ha="left",
+                      va="bottom")  # fmt: skip
+    axis.set_xscale(panel.x_scale)
+    axis.set_yscale(panel.y_scale, **({"linthresh": panel.linear_below} if panel.y_scale == "symlog" else {}))
+    if panel.x_scale == "log":
+        plain_log_ticks(axis.xaxis)
+    if panel.ticks:
+        axis.set_yticks(range(len(panel.ticks)), panel.ticks, fontsize=8)
+        axis.invert_yaxis()
+        axis.locator_params(axis="x", nbins=5)
+    axis.set(**{f"{name}lim": ends for name, ends in (("x", panel.x_limits), ("y", panel.y_limits)) if ends})
+    label_axes(axis, panel.title, panel.x, panel.y)
+    axis.grid(color=LIGHT_GREY, linewidth=0.6)
+
+
+def _draw_curve(axis: Axes, line: Line, color: str, marker: str) -> None:
+    axis.plot(
+        line.x, line.y, color=color, label=line.label, linewidth=1.4, linestyle="--" if line.dashed else "-",
+        marker=marker if line.dots else "", markersize=4, zorder=5 if line.dashed else 2,
+    )  # fmt: skip
+    if line.band is not None:
+        axis.fill_between(line.x, *line.band, color=color, alpha=0.12, linewidth=0)
+    if line.ring is not None:
+        axis.plot(line.x[line.ring], line.y[line.ring], marker="o", markersize=11, fillstyle="none", color=color,
+                  markeredgewidth=1.8, zorder=6)  # fmt: skip
+
+
+def _draw_dots(axis: Axes, line: Line, color: str, marker: str) -> None:
+    axis.plot(line.x, line.y, color=color, label=line.label, linestyle="", marker=marker, markersize=5)
+    if line.band is not None:
+        axis.hlines(line.y, *line.band, color=color, linewidth=1.2)

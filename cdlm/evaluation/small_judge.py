@@ -1,0 +1,190 @@
+"""The small judge: a GPT-2 of a run's own text, trained in a minute and kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from cdlm.core.errors import CdlmError
+from cdlm.data.order import Order
+from cdlm.data.store import TextRows
+from cdlm.evaluation.judge import NAME_FILE, Judge
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class SmallJudge:
+    """How the small judge of a run is trained.
+
+    Args:
+        rows: training text of the run.
+        tokenizer: of the run.
+        batch_size: rows of a batch.
+        cache: folder of judges that were trained before.
+        steps: batches to train on.
+    """
+
+    rows: TextRows
+    tokenizer: PreTrainedTokenizerFast
+    batch_size: int
+    cache: Path
+    steps: int = 500
+
+    def open(self, device: str = "cpu", progress: bool = True) -> Judge:
+        """The judge from the cache; on the first call it is trained and stored there."""
+        key = hashlib.sha256(f"{self.rows.key} {self.steps}".encode()).hexdigest()[:16]
+
+        def report(step: int, nats: float) -> None:
+            if progress and (step % 100 == 0 or step == self.steps):
+                print(f"judge: step {step} of {self.steps}, {nats:.3f} nats per token", file=sys.stderr)
+
+        def train() -> Judge:
+            return train_judge(
+                self.batches(), self.tokenizer, length=self.rows.length, steps=self.steps, seed=0, device=device,
+                progress=report,
+            )  # fmt: skip
+
+        return cached_judge(key, self.cache, train, device)
+
+    def batches(self) -> Iterator[Int[Tensor, "b n"]]:
+        """The run's training text without end, in the order of training with seed 0, as `judge_rows` packs it."""
+        order = Order(len(self.rows), seed=0)
+        rows = (self.rows[order.row(position)] for position in count())
+        return judge_rows((row.tokens[row.valid] for row in rows), self.tokenizer, (self.batch_size, self.rows.length))
+
+
+def open_judge(name: str | None, small: SmallJudge, device: str = "cpu", progress: bool = True) -> Judge:
+    """The judge of that folder or Hub id; without one, the small judge of the run."""
+    return Judge.load(name, device) if name else small.open(device, progress)
+
+
+def judge_rows(
+    rows: Iterable[Int[np.ndarray, " k"]], tokenizer: PreTrainedTokenizerFast, shape: tuple[int, int]
+) -> Iterator[Int[Tensor, "b n"]]:
+    """Token rows joined and cut into batches of `shape`, each end-of-text token as the line break of a sample's text.
+
+    Args:
+        shape: rows of a batch, and tokens of a row.
+    """
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    size, stream = math.prod(shape), list[int]()
+    for row in rows:
+        for token in row.tolist():
+            stream.extend(newline if token == tokenizer.eos_token_id else [token])
+        while len(stream) >= size:
+            yield torch.tensor(stream[:size]).view(shape)
+            del stream[:size]
+
+
+def cached_judge(key: str, cache_dir: str | Path, train: Callable[[], Judge], device: str = "cpu") -> Judge:
+    """The judge stored under `key` in `cache_dir`; on the first call, the one `train` makes, which is then stored.
+
+    Put into `key` everything that decides the weights: data, tokenizer, sizes, steps, seed.
+    """
+    folder = Path(cache_dir) / f"judge-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not (folder / NAME_FILE).is_file():
+        train().save(folder)
+    return Judge.load(folder, device)
+
+
+@dataclass(frozen=True)
+class JudgeSize:
+    """Size of a small GPT-2; by default about 0.6 M parameters besides the embeddings."""
+
+    width: int = 128
+    depth: int = 3
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise CdlmError(
+                f"expected heads that divide the width of a judge, got {self.heads} heads and width {self.width}:"
+                f" try width={max(1, self.width // self.heads) * self.heads}"
+            )
+
+
+def train_judge(
+    rows: Iterator[Int[Tensor, "b n"]],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    size: JudgeSize = JudgeSize(),
+    length: int,
+    steps: int,
+    lr: float = 3e-3,
+    seed: int,
+    device: str = "cpu",
+    progress: Callable[[int, float], None] | None = None,
+) -> Judge:
+    """Train a small GPT-2 on packed token rows, one batch a step; the same arguments give the same weights.
+
+    Args:
+        rows: batches of token rows, at most `length` tokens long; `steps` batches are taken.
+        tokenizer: turned the text into `rows`, and later re-tokenises the texts to be judged.
+        length: the judge's context in tokens.
+        lr: peak rate of AdamW, after a linear warm-up and before a cosine down to a tenth.
+        seed: of the weights. The global random state is left as it was.
+        progress: called with (step from 1, loss in nats per token).
+    """
+    if steps < 1 or length < 2:
+        raise CdlmError(
+            "expected at least 1 step and a length of at least 2 to train a judge, "
+            f"got {steps} steps and length {length}"
+        )
+    model = _fresh_gpt2(len(tokenizer), length, size, seed).train()
+    nn.Module.to(model, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    for step in range(1, steps + 1):
+        batch = next(rows, None)
+        if batch is None:
+            raise CdlmError(f"expected {steps} batches to train a judge, got {step - 1}; pass more text or fewer steps")
+        loss = _gpt2_loss(model, batch.to(device), length)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step, loss.item())
+    name = f"own GPT-2 (width {size.width}, depth {size.depth}, {steps} steps, seed {seed})"
+    return Judge(model, tokenizer, name, device)
+
+
+def _fresh_gpt2(vocabulary: int, length: int, size: JudgeSize, seed: int) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=vocabulary, n_positions=length, n_embd=size.width, n_layer=size.depth, n_head=size.heads,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):  # transformers draws its weights from the global generator
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
+        return GPT2LMHeadModel(config)
+
+
+def _rate(step: int, steps: int) -> float:
+    warm_up = max(1, min(100, steps // 10))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    done = (step - warm_up) / max(1, steps - warm_up)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+def _gpt2_loss(model: GPT2LMHeadModel, batch: Int[Tensor, "b n"], length: int) -> Float[Tensor, ""]:
+    if batch.shape[1] > length:
+        raise CdlmError(f"expected rows of at most {length} tokens, the judge's length, got {batch.shape[1]}")
+    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())

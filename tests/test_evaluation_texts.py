@@ -1,0 +1,208 @@
+"""Texts of any origin: what a file knows is read, what it does not know stays blank, and what is wrong is one line."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toys
+from evaluation_toys import random_judge
+
+from cdlm.core.errors import CdlmError
+from cdlm.data.sources import Files, Stories
+from cdlm.data.store import DocumentRows, PackedRows, build_store
+from cdlm.data.tokenizer import encode_batch
+from cdlm.evaluation.evaluate import evaluate_files
+from cdlm.evaluation.judge import Judge
+from cdlm.evaluation.small_judge import SmallJudge
+from cdlm.evaluation.texts import Entry, HeldOut, read_texts
+from cdlm.sampling.texts import text_ids
+
+TEXTS = ["the cat sat.", "a dog, and a cat", "mice"]
+SAMPLE: dict[str, Any] = {
+    "text": "the cat sat.", "tokens": [5, 3, 3], "nfe": 7, "steps": 7, "budget": 10, "reason": "criterion",
+    "seed": 1, "index": 0, "given": [[0, 3]],
+}  # fmt: skip
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """The rows as the kind of file that the name ends in; lists in a CSV are JSON."""
+    if path.suffix == ".txt":
+        path.write_text("".join(row["text"] + "\n" for row in rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_texts_alone_are_read_from_every_kind_of_file(kind: str, tmp_path: Path) -> None:
+    found = read_texts(written(tmp_path / f"a{kind}", [{"text": text} for text in TEXTS]))
+    assert found == [Entry(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
+def test_all_that_a_sample_knows_is_read(kind: str, tmp_path: Path) -> None:
+    (found,) = read_texts(written(tmp_path / f"a{kind}", [SAMPLE]))
+    assert found == Entry("the cat sat.", [5, 3, 3], [(0, 3)], 7, 10, "criterion")
+
+
+def test_other_fields_and_blank_lines_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "id": {"deep": [1]}}\n\n{"text": ""}\n{"text": null}\n')
+    assert [entry.text for entry in read_texts(tmp_path / "a.jsonl")] == ["one", "", ""]
+    (tmp_path / "b.txt").write_bytes("one\r\n\n  \ntwo und drölf".encode())
+    assert [entry.text for entry in read_texts(tmp_path / "b.txt")] == ["one", "two und drölf"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "cannot read samples from"),
+        ("a.json", "[]", "expected one of .jsonl, .txt, .csv, .parquet, got '.json'"),
+        ("a", "x", "got 'no ending'"),
+        ("a.txt", "", "holds no texts"),
+        ("a.txt", "\n \n", "holds no texts"),
+        ("a.jsonl", "", "holds no texts"),
+        ("a.csv", "", "expected a column 'text', found []"),
+        ("a.csv", "text\n", "holds no texts"),
+        ("a.csv", "story\nthe cat\n", "expected a column 'text', found ['story']"),
+        ("a.csv", "text,nfe\nx,many\n", "line 2: expected a whole number in 'nfe', got 'many'"),
+        ("a.csv", 'text,given\nx,"[(0, 1)]"\n', "line 2: expected a list of [start, end] characters in 'given'"),
+        ("a.parquet", "PAR", "not a valid parquet file"),
+        ("a.jsonl", "{", "line 1: expected one JSON object a line"),
+        ("a.jsonl", "[1]", "line 1: expected an object"),
+        ("a.jsonl", '{"text": "a"}\n{"story": "b"}', "line 2: expected a field 'text', found ['story']"),
+        ("a.jsonl", '{"text": 7}', "line 1: expected text in the field 'text', got int"),
+        ("a.jsonl", '{"text": "a", "tokens": ["a"]}', "expected a list of token ids in 'tokens', got ['a']"),
+        ("a.jsonl", '{"text": "a", "tokens": [-1]}', "expected a list of token ids"),
+        ("a.jsonl", '{"text": "a", "given": [[0]]}', "expected a list of [start, end] characters"),
+        ("a.jsonl", '{"text": "a", "nfe": true}', "expected a whole number in 'nfe', got True"),
+        ("a.jsonl", '{"text": "a", "budget": 1.5}', "expected a whole number in 'budget', got 1.5"),
+        ("a.jsonl", '{"text": "a", "reason": 1}', "expected a text in 'reason', got 1"),
+    ],
+)
+def test_what_is_no_text_is_refused_in_one_line(name: str, content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CdlmError) as caught:
+        read_texts(tmp_path / name)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv"])
+def test_text_that_is_not_utf8_is_refused(kind: str, tmp_path: Path) -> None:
+    (tmp_path / f"a{kind}").write_bytes("café\n".encode("latin-1"))
+    with pytest.raises(CdlmError, match="UTF-8"):
+        read_texts(tmp_path / f"a{kind}")
+
+
+# --- beside held-out text ---
+
+
+def held_out(folder: Path, packed: bool = True) -> HeldOut:
+    (folder / "text.txt").write_text("\n".join(toys.TEXT) + "\n")
+    source = Files((str(folder / "text.txt"),), valid_fraction=0.5)
+    store = build_store(source, "valid", toys.tokenizer(), folder / "tokens")
+    return HeldOut((PackedRows if packed else DocumentRows)(store, 16), toys.tokenizer(), source)
+
+
+def test_texts_without_tokens_get_those_of_the_tokenizer(tmp_path: Path) -> None:
+    entries = [Entry("the cat"), Entry("a dog", [1, 2, 3]), Entry("the mat")]
+    corpus = held_out(tmp_path).corpus("mixed", entries)
+    expected = encode_batch(toys.tokenizer(), ["the cat", "the mat"])
+    assert corpus.tokens == [expected[0], [1, 2, 3], expected[1]]
+    assert corpus.texts == ["the cat", "a dog", "the mat"]
+
+
+def test_what_any_text_does_not_know_is_blank(tmp_path: Path) -> None:
+    known = Entry("a", [1], [(0, 1)], 4, 10, "criterion")
+    held = held_out(tmp_path)
+    full = held.corpus("full", [known, Entry("b", [2], [], 8, 12, "budget")])
+    assert (full.nfe, dict(full.extra)) == ([4, 8], {"steps": 12, "halted": 0.5})
+    partly = held.corpus("partly", [known, Entry("b")])
+    assert (partly.nfe, dict(partly.extra)) == (None, {"steps": None, "halted": None})
+    assert partly.given == [[(0, 1)], []]
+
+
+def test_held_out_text_is_two_sets_of_rows(tmp_path: Path) -> None:
+    held = held_out(tmp_path)
+    real, more = held.corpora(2)
+    assert [len(ids) for ids in real.tokens + more.tokens] == [16] * 4
+    rows = np.stack([held.rows[i].tokens for i in range(4)])
+    assert np.array_equal(rows, np.array(real.tokens + more.tokens))
+    assert real.texts == [held.decode(ids) for ids in real.tokens]
+    with pytest.raises(CdlmError, match=f"needs 2000 rows of held-out text, there are {len(held.rows)}"):
+        held.corpora(1000)
+
+
+def test_rows_of_documents_end_before_their_end_of_text_token(tmp_path: Path) -> None:
+    held = held_out(tmp_path, packed=False)
+    assert held.eos_id == toys.tokenizer().eos_token_id
+    real, _ = held.corpora(2)
+    assert all(held.eos_id not in ids for ids in real.tokens)
+    assert all(text in toys.TEXT or len(ids) == 16 for text, ids in zip(real.texts, real.tokens, strict=True))
+
+
+def test_text_ends_at_its_first_end_token() -> None:
+    assert text_ids([4, 0, 5, 0], 0) == [4]
+    assert text_ids([4, 0, 5, 0], 0, with_end=True) == [4, 0]
+    assert text_ids([4, 0], None) == [4, 0]
+    assert text_ids([4, 5], 0) == [4, 5]
+
+
+def test_stories_have_a_measure_of_their_own() -> None:
+    (story,) = Stories(1).documents("train")
+    assert Stories().measures([f"x.\n{story}", f"x.\n{story} The cat flew to the moon."]) == {"grammar": 8 / 9}
+    assert Files(("x",)).measures(["x"]) == {}
+
+
+def test_a_judge_is_opened_only_when_the_sizes_fit(tmp_path: Path) -> None:
+    opened = []
+
+    def judge() -> Judge:
+        opened.append(1)
+        return random_judge()
+
+    held = held_out(tmp_path)
+    with pytest.raises(CdlmError, match="rows of held-out text"):
+        evaluate_files({"many": [Entry("a")] * 999}, held, judge, mauve_seeds=0)
+    assert not opened
+    table = evaluate_files({"plain": [Entry("the cat"), Entry("a dog")]}, held, judge, mauve_seeds=0)
+    assert len(opened) == 1
+    row = table.rows[0]
+    assert (row["mean_nfe"], row["steps"], row["halted"]) == (None, None, None)
+    assert row["ar_nll"] is not None
+    first, second = table.terminal().split("\n\n")[:2]
+    assert first.splitlines()[2].split()[-1] == "-"  # calls
+    assert second.splitlines()[2].split()[-2:] == ["-", "-"]  # steps and halted
+
+
+def test_the_small_judge_reads_line_breaks_where_documents_end(tmp_path: Path) -> None:
+    held = held_out(tmp_path)
+    (newline,) = encode_batch(toys.tokenizer(), ["\n"])
+    rows = SmallJudge(held.rows, held.tokenizer, 3, tmp_path).batches()
+    batches = [next(rows) for _ in range(20)]  # more than the text holds: it has no end
+    assert all(batch.shape == (3, 16) for batch in batches)
+    seen = {token for batch in batches for token in batch.flatten().tolist()}
+    assert held.tokenizer.eos_token_id not in seen
+    assert set(newline) <= seen
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(tmp_path: Path) -> None:
+    texts = {"plain": [Entry(text) for text in TEXTS]}
+    held = held_out(tmp_path)
+    one, two = (evaluate_files(texts, held, random_judge, mauve_seeds=0, devices=n) for n in (1, 2))
+    assert one.rows == two.rows
