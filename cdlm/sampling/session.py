@@ -219,6 +219,10 @@ class Session:
         """The same under a rule."""
         return self._with(options=replace(self.options, criterion=criterion))
 
+    def with_seed(self, seed: int) -> Session:
+        """The same with other noise."""
+        return self._with(options=replace(self.options, seed=seed))
+
     def with_sampling(self, sampling: Sampling) -> Session:
         """The same model, sampled in another way."""
         return self._with(sampling=sampling)
