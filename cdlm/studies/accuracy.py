@@ -20,6 +20,7 @@ from cdlm.data.gsm8k import read_problems
 from cdlm.evaluation.bench import Outcome
 from cdlm.halting import Criterion, Full
 from cdlm.masked.policies.policy import Policy
+from cdlm.models.system import special_of
 from cdlm.recording.file import Recording
 from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import Request
@@ -175,7 +176,7 @@ class Exam:
     def right(self, tokens: Int[np.ndarray, "m n"]) -> Float[np.ndarray, " m"]:
         """1.0 where the answer is right."""
         tokenizer, given = self.session.model.need_tokenizer(), self.recording.given
-        texts = texts_of(tokenizer, tokens, shown_of(tokens, given, ~given, tokenizer.eos_token_id))
+        texts = texts_of(tokenizer, tokens, shown_of(tokens, given, ~given, special_of(tokenizer).eos_id))
         return np.array([is_correct(t, p.answer) for t, p in zip(texts, self.tasks, strict=True)], np.float64)
 
     def seconds(self, session: Session) -> float:
