@@ -16,7 +16,6 @@ from statistics import median
 import torch
 from untrained import parameters, untrained
 
-from cdlm import api
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.types import Decision, StepState

@@ -16,19 +16,22 @@ from toys import with_tokenizer
 from cdlm import studies
 from cdlm.cli.main import main
 from cdlm.continuous.grids import LogT
-from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.sampler import Diffusion, DiffusionLoop
 from cdlm.continuous.solvers import Euler, Solver
 from cdlm.core.errors import CdlmError
 from cdlm.evaluation.plots.panels import Line, Panel, draw
+from cdlm.recording.file import Recording
 from cdlm.recording.record import Record, Switches
+from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.requests import requests
-from cdlm.sampling.samples import Samples
+from cdlm.sampling.session import Session
 from cdlm.studies.measures import position_zero_switch, reached, settled_by, zero_switch
 from cdlm.studies.more_steps import VANILLA, _shown
-from cdlm.studies.norm_causality import UNTOUCHED, Driven, Struck, at_norm, target
+from cdlm.studies.norm_causality import UNTOUCHED, Driven, Struck, at_norm, with_noise
 from cdlm.studies.norms import trace
 from cdlm.studies.study import Finding
 from cdlm.studies.t_max import prior_mismatch, top_level
+from cdlm.studies.zero_switch import Cell
 
 THINGS, PLACES = ("hat", "ball", "kite", "bird"), ("mat", "roof", "road", "hill", "farm", "boat")
 TEXT = "".join(f"the {a} saw the {b} on the {c}.\n" for a in ("cat", "dog", "fox") for b in THINGS for c in PLACES)
@@ -106,9 +109,8 @@ def test_the_prior_mismatch_is_the_divergence_of_the_noised_embedding(paper: flo
 
 def test_a_trace_ends_at_its_own_direction_and_knows_both_norms() -> None:
     system = with_tokenizer(length=5)
-    assert system.tokenizer is not None
-    sampler = Sampler(6, grid=LogT(), record=frozenset({"z", "score", "z_norm", "x0_norm", "switches"}))
-    course = trace(system, sampler, requests(None, 3, 5, system.tokenizer))
+    session = Session(system, Diffusion(6, grid=LogT()))
+    course = trace(session, system.rho, session.requests(n=3))
     for name in ("z_to_final", "score_to_final"):
         assert course[name].shape == (6, 3)
         assert course[name][-1] == pytest.approx(1)
@@ -123,10 +125,8 @@ def test_a_trace_ends_at_its_own_direction_and_knows_both_norms() -> None:
 
 def states(solver: Solver, n: int = 3, steps: int = 8) -> list[torch.Tensor]:
     """States [n, 4, 5] of the oracle, step by step."""
-    sampler = Sampler(steps, grid=LogT(), solver=solver, record=frozenset({"z"}))
-    oracle = Oracle()
-    asked = requests(None, n, 4, None)  # type: ignore[arg-type]  # no prompt, so nothing to tokenise
-    return [step.state.z for step in Run(oracle, sampler, n).steps(asked)]
+    loop = DiffusionLoop(Oracle(), Diffusion(steps, solver, LogT()), RunOptions(record=frozenset({"z"})), n)
+    return [step.state.z for step in loop.steps(requests(None, n, 4, None))]
 
 
 def levels(steps: int = 8) -> list[float]:
@@ -138,7 +138,7 @@ def test_disturbances_of_size_zero_change_nothing() -> None:
     level = levels()[3]
     idle = [
         Driven(lambda x0: x0), Struck(level, lambda z, t: z), Struck(1e9, lambda z, t: 2 * z),
-        Struck(level, lambda z, t: target(z, t, scale=0.0, seed=0, indices=range(3))),
+        Struck(level, lambda z, t: with_noise(z, t, scale=0.0, seed=0, indices=range(3))),
     ]  # fmt: skip
     for solver in idle:
         assert all(torch.equal(a, b) for a, b in zip(plain, states(solver), strict=True))
@@ -166,11 +166,11 @@ def test_the_estimate_is_put_at_the_norm_of_an_embedding() -> None:
 
 def test_injected_noise_is_the_samples_own_and_scales_with_the_level() -> None:
     z, t = torch.zeros(2, 400, 8), torch.tensor([1.0, 3.0], dtype=torch.float64)
-    both = target(z, t, scale=0.5, seed=1, indices=[4, 9])
-    alone = target(z[1:], t[1:], scale=0.5, seed=1, indices=[9])
+    both = with_noise(z, t, scale=0.5, seed=1, indices=[4, 9])
+    alone = with_noise(z[1:], t[1:], scale=0.5, seed=1, indices=[9])
     assert torch.equal(both[1:], alone)
     assert both.std(dim=(1, 2)).tolist() == pytest.approx([0.5, 1.5], rel=0.05)
-    assert not torch.equal(target(z, t, scale=0.5, seed=2, indices=[4, 9]), both)
+    assert not torch.equal(with_noise(z, t, scale=0.5, seed=2, indices=[4, 9]), both)
 
 
 def test_the_causality_study_strikes_at_steps_that_are_walked() -> None:
@@ -320,9 +320,8 @@ def test_bad_calls_end_with_one_line(argv: list[str], capsys: pytest.CaptureFixt
 
 def test_the_numbers_of_the_zero_switch_study_are_those_of_its_samples(run: str, tmp_path: Path) -> None:
     study: Any = studies.make("zero-switch", models=[run], n=3, steps=5, prompts=["the cat"], seeds=[3], quiet=True)
-    samples: Samples = study.draw(run, study.sampler(5, 3, "LogT()"), ["the cat"])
-    assert samples.record is not None
-    counts = samples.record.switch_counts()
+    drawn: Recording = study.draw(Cell(run, "the cat", 3))
+    counts = drawn.record.switch_counts()
     expected = [max(k + 1 for k in range(5) if counts[k, i]) for i in range(3)]
     assert [row["zero_switch"] for row in study.find().rows] == expected
 

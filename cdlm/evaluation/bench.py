@@ -38,6 +38,19 @@ class Outcome:
     tokens: Int[np.ndarray, "m n"]
     nfe: Int[np.ndarray, " m"]
 
+    @staticmethod
+    def under(session: Session, requests: Sequence[Request], recording: Recording | None = None) -> Outcome:
+        """The requests under the session's rule.
+
+        Args:
+            recording: of their full run, to replay the rule on; it is run where there is none, or if it freezes tokens.
+        """
+        if recording is None or session.criterion.freezes:
+            samples = session.run(requests)
+            return Outcome(samples.tokens, samples.nfe)
+        run = replay(recording, session.criterion)
+        return Outcome(run.tokens, run.nfe)
+
 
 @dataclass(frozen=True)
 class FullRun:
@@ -196,15 +209,12 @@ class Bench:
 
     def under(self, criterion: Criterion, live: int) -> Outcome:
         """The bench's samples under a rule: replayed, or the first `live` of them run if the rule `must_run`."""
-        if self.recording is None or criterion.freezes:
-            return self.run(self.session.with_criterion(criterion), live)
-        run = replay(self.recording, criterion)
-        return Outcome(run.tokens, run.nfe)
+        requests = self.requests[:live] if self.must_run(criterion) else self.requests
+        return Outcome.under(self.session.with_criterion(criterion), requests, self.recording)
 
     def run(self, session: Session, live: int) -> Outcome:
         """The first `live` requests, drawn from the model."""
-        samples = self.draw(session, live)
-        return Outcome(samples.tokens, samples.nfe)
+        return Outcome.under(session, self.requests[:live])
 
     def draw(self, session: Session, live: int) -> Samples:
         """The first `live` requests as samples."""

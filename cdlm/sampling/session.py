@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ from cdlm.sampling.samples import Samples, collect
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+P = TypeVar("P", bound="Sampling")
 
 
 class Model(ABC):
@@ -140,11 +142,11 @@ class Sampling(ABC):
         """What fixes a run besides seed and rule, as plain values: two runs with equal settings walk the same steps."""
 
     @abstractmethod
-    def with_flat(self, **settings: Any) -> Self:
+    def with_flat(self: P, **settings: Any) -> P:
         """The same with some of its flat settings (and `steps`) replaced; None leaves a setting as it is."""
 
     @abstractmethod
-    def with_steps(self, steps: int) -> Self:
+    def with_steps(self: P, steps: int) -> P:
         """The same with so many steps.
 
         Raises:
@@ -237,6 +239,10 @@ class Session:
     def with_criterion(self, criterion: Criterion) -> Session:
         """The same under a rule."""
         return self._with(options=replace(self.options, criterion=criterion))
+
+    def with_seed(self, seed: int) -> Session:
+        """The same with other noise."""
+        return self._with(options=replace(self.options, seed=seed))
 
     def with_sampling(self, sampling: Sampling) -> Session:
         """The same model, sampled in another way."""

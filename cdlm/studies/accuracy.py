@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -13,22 +13,20 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from cdlm import api, generation
 from cdlm.core.stats import Scores, bootstrap
 from cdlm.data.arithmetic import Problem, is_correct, problems
 from cdlm.data.gsm8k import read_problems
+from cdlm.evaluation.bench import Outcome
 from cdlm.evaluation.plots.panels import Line, Panel
-from cdlm.halting import Full, Never, sweep
-from cdlm.halting.replay import replay
+from cdlm.halting import Criterion, Full, sweep
 from cdlm.masked.policies import sweep_policy
-from cdlm.masked.policies.dream import Dream
-from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.policies.policy import Policy
-from cdlm.masked.sampler import Decoder
-from cdlm.models import hub
+from cdlm.models.system import special_of
 from cdlm.recording.file import Recording
+from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import Request
-from cdlm.sampling.samples import Samples, shown_of, texts_of
+from cdlm.sampling.session import Session
+from cdlm.sampling.texts import shown_of, texts_of
 from cdlm.studies.study import Finding, Study, column, ends, interval, label
 
 NOTE = (
@@ -43,9 +41,10 @@ class SettingResult(NamedTuple):
     """One setting on all problems."""
 
     setting: str
-    tokens: Int[np.ndarray, "m n"]
     nfe: Int[np.ndarray, " m"]
-    decoder: Decoder
+    right: Float[np.ndarray, " m"]
+    """1.0 where the answer is right."""
+    session: Session
     """What runs it."""
 
 
@@ -97,122 +96,111 @@ class Accuracy(Study):
 
     def find(self) -> Finding:
         rows, table, panels = [], [], []
-        for model in self.models:
-            own = self.measure(model)
+        for exam in [self.exam(model) for model in self.models]:  # all, before any work
+            own = self.measure(exam)
             rows += own
             table += shown(own)
             panels += [
-                panel(f"{label(model)}: {kind}", [row for row in own if row["family"] in (FULL, *names)])
+                panel(f"{exam.model}: {kind}", [row for row in own if row["family"] in (FULL, *names)])
                 for kind, names in (("rules", self.rules), ("policies", self.policies))
             ]
         return Finding(rows, table, NOTE.replace("`max_drop`", f"{self.max_drop:.1%}"), panels)
 
-    def measure(self, model: str) -> list[dict[str, Any]]:
+    def exam(self, model: str) -> Exam:
+        """The problems put to a model, which is decoded at temperature 0."""
+        policy = f"{self.base}({self.new_tokens}, block={self.block})"
+        session = self.session(model, policy=policy, temperature=0.0)
+        prompts = [problem.prompt + self.separator for problem in self.tasks]
+        return Exam(label(model), session, session.requests(prompts, new_tokens=self.new_tokens), self.tasks, self.live)
+
+    def measure(self, exam: Exam) -> list[dict[str, Any]]:
         """Every setting on one model."""
-        bench = _Bench(self, model)
-        full = bench.run(bench.decoder)
-        right = bench.right(full.tokens)
-        rows = [bench.row(FULL, bench.trial(full, bench.decoder), right, right, full.nfe, chosen=True)]
-        most = self.max_drop * len(right) + 1e-9  # of whole answers: a share is no exact number
-        for name, trials in bench.families(full):
-            drawn = [(trial, bench.right(trial.tokens)) for trial in trials]
-            kept = list(takewhile(lambda t: (right - t[1]).sum() <= most, drawn))
-            for trial, own in drawn:
-                chosen = bool(kept) and trial is kept[-1][0]
-                rows.append(bench.row(name, trial, own, right, full.nfe, chosen))
+        full = exam.full
+        most = self.max_drop * len(full.right) + 1e-9  # of whole answers: a share is no exact number
+        rows = [exam.row(FULL, full, chosen=True)]
+        for family, results in self.families(exam):
+            within = list(takewhile(lambda result: (full.right - result.right).sum() <= most, results))
+            rows += [exam.row(family, result, bool(within) and result is within[-1]) for result in results]
         return rows
 
+    def families(self, exam: Exam) -> Iterator[tuple[str, list[SettingResult]]]:
+        """Each rule and each policy with all its settings, from strict to loose."""
+        for text in self.rules:
+            yield text, [exam.under(rule) for rule in sweep(text, exam.recording.record.steps)]
+        for text in self.policies:
+            yield text, [exam.decoded(policy) for policy in sweep_policy(text)]
 
-class _Bench:
-    """One model and the problems put to it."""
 
-    def __init__(self, study: Accuracy, model: str):
-        self.study, self.model, self.folder = study, model, hub.read(model)
-        about = generation.About.of(self.folder)
-        positions, block = study.new_tokens, study.block
-        policy: Policy = LLaDA(positions, block) if study.base == "LLaDA" else Dream(positions, block=block)
-        prompts = [problem.prompt + study.separator for problem in study.tasks]
-        self.asked: list[Request]
-        self.asked, decoder = generation.prepare(
-            about, 1, prompts=prompts, policy=policy, new_tokens=positions, record=True
-        )
-        assert isinstance(decoder, Decoder)
-        self.decoder = decoder
-        self.given = np.stack([request.given.numpy() for request in self.asked])
+@dataclass(frozen=True)
+class Exam:
+    """One model and the problems put to it.
 
-    def families(self, full: Samples) -> Iterable[tuple[str, list[SettingResult]]]:
-        """Each rule and each policy with all its settings."""
-        machine = self.study.machine
-        recording = api.recording_of(full, self.decoder, self.folder, machine.precision)
-        for text in self.study.rules:
-            rules = sweep(text, full.budget)
-            yield text, [self.under(rule, recording) for rule in rules]
-        for text in self.study.policies:
-            tried = [replace(self.decoder, policy=p, criterion=Full()) for p in sweep_policy(text)]
-            yield text, [self.trial(self.run(decoder), decoder) for decoder in tried]
+    Args:
+        model: what it is called.
+        session: the full run.
+        live: problems that wall time is taken of.
+    """
 
-    def under(self, rule: Any, recording: Recording) -> SettingResult:
+    model: str
+    session: Session
+    requests: Sequence[Request]
+    tasks: Sequence[Problem]
+    live: int
+
+    @cached_property
+    def recording(self) -> Recording:
+        """The full run, to replay rules on."""
+        session = self.session.recorded()
+        return recording_of(session.run(self.requests), session)
+
+    @cached_property
+    def full(self) -> SettingResult:
+        """The full run."""
+        return self.under(self.session.criterion)
+
+    def under(self, rule: Criterion) -> SettingResult:
         """All problems under a rule, replayed where it can be."""
-        decoder = replace(self.decoder, criterion=rule)
-        if rule.freezes:
-            return self.trial(self.run(decoder), decoder)
-        run = replay(recording, rule)
-        return SettingResult(repr(rule), run.tokens, run.nfe, decoder)
+        session = self.session.with_criterion(rule)
+        return self.result(repr(rule), session, Outcome.under(session, self.requests, self.recording))
 
-    def run(self, decoder: Decoder) -> Samples:
-        """All problems, decoded; recorded only in the full run."""
-        if not isinstance(decoder.criterion, Never):
-            decoder = replace(decoder, record=frozenset())
-        machine = self.study.machine
-        return generation.draw_spread(
-            self.model, decoder, self.asked, batch_size=machine.batch_size, precision=machine.precision,
-            device=machine.device, devices=machine.devices, progress=machine.progress,
-        )  # fmt: skip
+    def decoded(self, policy: Policy) -> SettingResult:
+        """All problems decoded with another policy, until nothing is masked."""
+        sampling = self.session.sampling.with_flat(policy=policy)
+        session = self.session.with_sampling(sampling).with_criterion(Full())
+        return self.result(repr(policy), session, Outcome.under(session, self.requests))
 
-    def trial(self, samples: Samples, decoder: Decoder) -> SettingResult:
-        """A run as a trial."""
-        of_rule = not isinstance(decoder.criterion, Full) or isinstance(decoder.criterion, Never)
-        return SettingResult(
-            repr(decoder.criterion if of_rule else decoder.policy), samples.tokens, samples.nfe, decoder
-        )
+    def result(self, setting: str, session: Session, outcome: Outcome) -> SettingResult:
+        """A finished run with its marks."""
+        return SettingResult(setting, outcome.nfe, self.right(outcome.tokens), session)
 
     def right(self, tokens: Int[np.ndarray, "m n"]) -> Float[np.ndarray, " m"]:
         """1.0 where the answer is right."""
-        shown = shown_of(tokens, self.given, ~self.given, self.decoder_end)
-        texts = texts_of(self.folder.tokenizer, tokens, shown)
-        return np.array([is_correct(t, p.answer) for t, p in zip(texts, self.study.tasks, strict=True)], np.float64)
+        tokenizer, given = self.session.model.need_tokenizer(), self.recording.given
+        texts = texts_of(tokenizer, tokens, shown_of(tokens, given, ~given, special_of(tokenizer).eos_id))
+        return np.array([is_correct(t, p.answer) for t, p in zip(texts, self.tasks, strict=True)], np.float64)
 
-    @property
-    def decoder_end(self) -> int:
-        """The end-of-text token."""
-        return int(self.folder.config["eos_id"])
-
-    def seconds(self, decoder: Decoder) -> float:
-        """Wall time of the first `live` problems, without a record."""
-        machine, plain = self.study.machine, replace(decoder, record=frozenset())
-        system = generation.load(self.model, machine.device, machine.precision)
+    def seconds(self, session: Session) -> float:
+        """Wall time of the first `live` problems, in one process and without a record."""
+        alone = session.alone()
         start = time.perf_counter()
-        generation.draw(system, plain, self.asked[: self.study.live], machine.batch_size)
+        alone.run(self.requests[: self.live])
         return time.perf_counter() - start
 
-    def row(
-        self, family: str, trial: SettingResult, own: Float[np.ndarray, " m"], right: Float[np.ndarray, " m"],
-        full: Int[np.ndarray, " m"], chosen: bool,
-    ) -> dict[str, Any]:  # fmt: skip
+    def row(self, family: str, result: SettingResult, chosen: bool) -> dict[str, Any]:
         """Everything about one setting."""
-        m, ones = len(own), np.ones(len(own))
-        calls = trial.nfe.astype(np.float64)
-        drop = bootstrap(lambda times: (times @ (right - own)) / times.sum(1), m)
+        full, m = self.full, len(result.right)
+        ones, calls = np.ones(m), result.nfe.astype(np.float64)
+        drop = bootstrap(lambda times: (times @ (full.right - result.right)) / times.sum(1), m)
         return {
-            "model": label(self.model),
+            "model": self.model,
             "family": family,
-            "setting": trial.setting,
+            "setting": result.setting,
             "problems": m,
-            **ends("accuracy", Scores(own, ones).bootstrap()),
+            **ends("accuracy", Scores(result.right, ones).bootstrap()),
             **ends("drop", drop),
             **ends("calls", Scores(calls, ones).bootstrap()),
-            **ends("speedup", Scores(full.astype(np.float64), calls).bootstrap()),
-            "seconds": self.seconds(trial.decoder) if chosen else None,
+            **ends("speedup", Scores(full.nfe.astype(np.float64), calls).bootstrap()),
+            "seconds": self.seconds(result.session) if chosen else None,
             "chosen": chosen,
         }
 

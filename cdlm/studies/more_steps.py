@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from cdlm.core.stats import bootstrap
-from cdlm.evaluation.bench import Bench, Drawn
+from cdlm.evaluation.bench import Bench, Outcome
 from cdlm.evaluation.compare import Plain
 from cdlm.evaluation.plots.panels import Panel
 from cdlm.halting import sweep
 from cdlm.halting.replay import check_recorded
-from cdlm.studies.study import Finding, Judged, curve, ends, interval, label
+from cdlm.studies.study import Finding, JudgedContinuous, curve, ends, interval, label
 
 VANILLA = "none"
 NOTHING: Mapping[str, float | None] = dict.fromkeys(("beside_vanilla", "beside_vanilla_low", "beside_vanilla_high"))
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoreSteps(Judged):
+class MoreSteps(JudgedContinuous):
     """More steps that end early against fewer that run to their end, at the same mean calls.
 
     Args:
@@ -52,24 +52,24 @@ class MoreSteps(Judged):
         return Finding(rows, table, NOTE, panels)
 
     def _model(self, model: str) -> list[Row]:
-        benches = [self.bench(model, steps) for steps in sorted(self.steps)]
+        benches = [self.full_run(model, steps) for steps in sorted(self.steps)]
         plain = self._plain(benches)
         rows = [_row(benches[0], VANILLA, steps, d, plain) for steps, d in zip(plain.steps, plain.drawn, strict=True)]
         for bench in benches:
             rules = sweep(self.rule, bench.steps)
-            rows += [_row(bench, repr(r), bench.steps, bench.run_rule(r, self.n), plain) for r in rules]
-        return rows
+            rows += [_row(bench, repr(r), bench.steps, bench.under(r, self.n), plain) for r in rules]
+        return [{"model": label(model), **row} for row in rows]
 
     def _plain(self, benches: Sequence[Bench]) -> Plain:
         """The vanilla sampler: its own budgets, and the full runs."""
-        full = {b.steps: Drawn(b.full_run.tokens, b.full_run.nfe) for b in benches}
+        full = {b.steps: Outcome(b.full_run.tokens, b.full_run.nfe) for b in benches}
         first = benches[0]
         budgets = sorted({*self.vanilla, *full})
-        drawn = [full.get(b) or first.run_live(first.sampler.with_steps(b), self.n) for b in budgets]
+        drawn = [full.get(b) or first.run(first.session.with_steps(b), self.n) for b in budgets]
         return Plain(budgets, drawn, [first.score(d.tokens) for d in drawn])
 
 
-def _row(bench: Bench, rule: str, steps: int, drawn: Drawn, plain: Plain) -> Row:
+def _row(bench: Bench, rule: str, steps: int, drawn: Outcome, plain: Plain) -> Row:
     scores, calls, m = bench.score(drawn.tokens), float(drawn.nfe.mean()), len(drawn.tokens)
     rival = None if rule == VANILLA else plain.at(calls, m)
     if rival is None:
@@ -77,7 +77,7 @@ def _row(bench: Bench, rule: str, steps: int, drawn: Drawn, plain: Plain) -> Row
     else:
         beside = ends("beside_vanilla", bootstrap(lambda times: scores(times) - rival(times), m))
     return {
-        "model": label(bench.run), "steps": steps, "rule": rule, "samples": m, "calls": calls,
+        "steps": steps, "rule": rule, "samples": m, "calls": calls,
         **ends("ar_nll", scores.bootstrap()), **beside,
     }  # fmt: skip
 

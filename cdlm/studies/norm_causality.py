@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,17 +12,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cdlm.continuous.sampler import Sampler
+from cdlm.continuous.denoiser import Denoiser
+from cdlm.continuous.grids import GRIDS
 from cdlm.continuous.solvers import Advance, Estimate, Euler, Solver
-from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.rng import StepNoise, row_normal
 from cdlm.core.stats import Bootstrap, Scores
 from cdlm.evaluation.plots.panels import Line, Panel
-from cdlm.sampling.requests import Request, requests
-from cdlm.sampling.samples import Samples
+from cdlm.recording.file import Recording
+from cdlm.sampling.recordings import recording_of
+from cdlm.sampling.requests import Request
+from cdlm.sampling.session import Session
 from cdlm.studies.measures import reached, zero_switch
 from cdlm.studies.norms import NEAR, batches
-from cdlm.studies.study import Finding, Sampled, ends, interval, label
+from cdlm.studies.study import Continuous, Finding, ends, interval, label
 
 UNTOUCHED = "untouched"
 NOISE_KEY = 7
@@ -68,7 +70,7 @@ def at_norm(x0: Float[Tensor, "b n d"], norm: float) -> Float[Tensor, "b n d"]:
     return norm * torch.nn.functional.normalize(x0, dim=-1)
 
 
-def target(
+def with_noise(
     z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], *, scale: float, seed: int, indices: Sequence[int]
 ) -> Float[Tensor, "b n d"]:
     """z + scale * t * eps, with noise of each sample's own."""
@@ -86,7 +88,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormCausality(Sampled):
+class NormCausality(Continuous):
     """Do norms decide when tokens settle? Norms are rescaled and noise is injected, and the zero-switch step watched.
 
     Args:
@@ -124,38 +126,30 @@ class NormCausality(Sampled):
         )
         return Finding(rows, table, note, panels)
 
-    def solvers(self, system: EmbeddingDiffusion, indices: Sequence[int]) -> dict[str, Solver]:
+    def solvers(self, denoiser: Denoiser, indices: Sequence[int]) -> dict[str, Solver]:
         """Every disturbance by name, for a group of samples that walk in step."""
-        levels = self._plain.grid.levels(system.schedule, self.steps)
+        levels = GRIDS.parse(self.grid).levels(denoiser.schedule, self.steps)
         # The first level is the start itself, which no step arrives at.
         places = {share: float(levels[min(max(1, round(share * self.steps)), self.steps - 1)]) for share in self.at}
         made: dict[str, Solver] = {UNTOUCHED: Euler()}
         for f in self.factors:
             made[f"x0 * {f:g}, always"] = Driven(lambda x0, f=f: f * x0)
-        made["x0 at the embedding norm, always"] = Driven(partial(at_norm, norm=system.rho))
+        made["x0 at the embedding norm, always"] = Driven(partial(at_norm, norm=denoiser.rho))
         for f in self.factors:
             made |= {f"z * {f:g} at {a:.0%}": Struck(level, lambda z, t, f=f: f * z) for a, level in places.items()}
         for s in self.noise:
-            strike = partial(target, scale=s, seed=self.seed, indices=indices)
+            strike = partial(with_noise, scale=s, seed=self.seed, indices=indices)
             made |= {f"noise {s:g} t at {a:.0%}": Struck(level, strike) for a, level in places.items()}
         return made
 
-    @property
-    def _plain(self) -> Sampler:
-        return self.sampler(self.steps, self.seed, self.grid)
-
     def _watch(self, model: str) -> dict[str, Seen]:
-        system = generation.load(model, self.device, self.precision)
-        assert system.tokenizer is not None
-        groups = list(batches(requests(None, self.n, system.length, system.tokenizer), self.batch_size))
-        made = [self.solvers(system, [r.index for r in group]) for group in groups]
+        session = self.flow(model, self.steps, self.seed, self.grid).alone().recorded()
+        groups = list(batches(session.requests(n=self.n), self.batch_size))
+        made = [self.solvers(self.denoiser(model), [r.index for r in group]) for group in groups]
         return {
-            name: seen([self._run(system, solvers[name], group) for solvers, group in zip(made, groups, strict=True)])
+            name: seen([_run(session, solvers[name], group) for solvers, group in zip(made, groups, strict=True)])
             for name in made[0]
         }
-
-    def _run(self, system: EmbeddingDiffusion, solver: Solver, group: list[Request]) -> Samples:
-        return generation.draw(system, replace(self._plain, solver=solver), group, len(group))
 
     def _rows(self, model: str, name: str, run: Seen, plain: Seen) -> list[dict[str, Any]]:
         same = (run.tokens == plain.tokens).mean(1)
@@ -200,12 +194,16 @@ class NormCausality(Sampled):
         ]
 
 
-def seen(parts: Sequence[Samples]) -> Seen:
+def _run(session: Session, solver: Solver, group: list[Request]) -> Recording:
+    disturbed = session.with_sampling(session.sampling.with_flat(solver=solver))
+    return recording_of(disturbed.run(group), disturbed)
+
+
+def seen(parts: Sequence[Recording]) -> Seen:
     """What the samples of several groups show, side by side."""
-    records = [part.record for part in parts if part.record is not None]
     return Seen(
-        np.concatenate([zero_switch(record) for record in records]),
-        np.concatenate([reached(record.signals["x0_norm"].astype(np.float64), NEAR) for record in records]),
+        np.concatenate([zero_switch(part.record) for part in parts]),
+        np.concatenate([reached(part.record.signals["x0_norm"].astype(np.float64), NEAR) for part in parts]),
         np.concatenate([part.tokens for part in parts]),
     )
 

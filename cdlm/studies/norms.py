@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -13,15 +13,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cdlm.continuous.grids import GRIDS
-from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.schedules import alpha_of
-from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.evaluation.plots.panels import Line, Panel
-from cdlm.sampling.requests import Request, requests
+from cdlm.sampling.loop import RunOptions
+from cdlm.sampling.requests import Request
+from cdlm.sampling.session import Session
 from cdlm.studies.measures import reached
-from cdlm.studies.study import Finding, Sampled, label
+from cdlm.studies.study import Continuous, Finding, label
 
-NEEDED = frozenset({"z", "score", "z_norm", "x0_norm", "switches"})
+FOLLOWED = frozenset({"z", "score", "z_norm", "x0_norm", "switches"})
 NEAR = 0.99
 """What counts as arrived, of a norm in embedding norms or of a cosine."""
 NOTE = (
@@ -34,7 +34,7 @@ Course = dict[str, Float[np.ndarray, "steps m"]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Norms(Sampled):
+class Norms(Continuous):
     """How state and prediction move: their norms along the way, and the cosines to where they end.
 
     Args:
@@ -59,11 +59,10 @@ class Norms(Sampled):
         return Finding(rows, table, NOTE, [panel for key, path in paths.items() for panel in self._panels(key, path)])
 
     def _path(self, model: str, grid: str) -> Course:
-        system = generation.load(model, self.device, self.precision)
-        sampler = replace(self.sampler(self.steps, self.seed, grid), record=NEEDED)
-        assert system.tokenizer is not None
-        asked = requests(None, self.n, system.length, system.tokenizer)
-        parts = [trace(system, sampler, some) for some in batches(asked, self.batch_size)]
+        session, rho = self.flow(model, self.steps, self.seed, grid), self.denoiser(model).rho
+        requests = session.requests(n=self.n)
+        session.check_recordable(requests, "followed")
+        parts = [trace(session, rho, some) for some in batches(requests, self.batch_size)]
         return {name: np.concatenate([part[name] for part in parts], 1) for name in parts[0]}
 
     def _line(self, model: str, grid: str, path: Course) -> dict[str, str]:
@@ -101,24 +100,29 @@ class Norms(Sampled):
         ]  # fmt: skip
 
 
-def batches(asked: list[Request], size: int) -> Iterator[list[Request]]:
+def batches(requests: list[Request], size: int) -> Iterator[list[Request]]:
     """Requests in groups that start and end together."""
-    return (asked[i : i + size] for i in range(0, len(asked), size))
+    return (requests[i : i + size] for i in range(0, len(requests), size))
 
 
-def trace(system: EmbeddingDiffusion, sampler: Sampler, asked: list[Request]) -> Course:
+def trace(session: Session, rho: float, requests: list[Request]) -> Course:
     """Norms and cosines of one group of samples, by step.
 
     Every state and score of the group is kept until its last step is known: 2 * 4 * steps * n * d bytes a sample.
+
+    Args:
+        rho: norm of the embeddings.
     """
-    states = [step.state for step in Run(system, sampler, len(asked), next(system.parameters()).device).steps(asked)]
+    options = RunOptions(seed=session.seed, record=FOLLOWED)
+    loop = session.sampling.loop(session.model, options, len(requests))
+    states = [step.state for step in loop.steps(requests)]
     t = torch.stack([state.t for state in states]).cpu()
 
     def stacked(name: str) -> Float[np.ndarray, "steps m"]:
         return torch.stack([state.signals[name] for state in states]).cpu().double().numpy()
 
     return {
-        "t": (t / system.rho).numpy(),
+        "t": (t / rho).numpy(),
         **{name: stacked(name) for name in ("z_norm", "x0_norm", "switches")},
         "z_scaled": stacked("z_norm") * alpha_of(t).numpy(),
         "z_to_final": _to_last([state.z for state in states]),

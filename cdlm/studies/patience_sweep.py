@@ -11,14 +11,14 @@ from cdlm.evaluation.bench import Bench
 from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.halting import Patience
 from cdlm.halting.calibration import Goal
-from cdlm.studies.study import Finding, Judged, curve, ends, interval, label
+from cdlm.studies.study import Finding, JudgedContinuous, curve, ends, interval, label
 
 SHOWN = (1, 2, 5, 10, 15, 20)
 """Lines of the table, beside the boundary and the most patient."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatienceSweep(Judged):
+class PatienceSweep(JudgedContinuous):
     """How patient must patience be? Quality lost over the number of quiet steps.
 
     Args:
@@ -46,14 +46,14 @@ class PatienceSweep(Judged):
         return Finding(rows, [line for sweep in sweeps for line in self._lines(sweep)], note, self._panels(sweeps))
 
     def _sweep(self, model: str, steps: int) -> list[dict[str, Any]]:
-        bench = self.bench(model, steps)
-        return [self._try(bench, patience) for patience in sorted(set(self.patience))]
+        bench = self.full_run(model, steps)
+        return [{"model": label(model), **self._try(bench, patience)} for patience in sorted(set(self.patience))]
 
     def _try(self, bench: Bench, patience: int) -> dict[str, Any]:
-        drawn = bench.run_rule(Patience(patience), self.n)
+        drawn = bench.under(Patience(patience), self.n)
         loss = bench.loss(drawn)
         return {
-            "model": label(bench.run), "steps": bench.steps, "samples": len(drawn.tokens), "patience": patience,
+            "steps": bench.steps, "samples": len(drawn.tokens), "patience": patience,
             "calls": float(drawn.nfe.mean()), "saved": 1 - float(drawn.nfe.sum() / bench.full_calls.sum()),
             "agreement": bench.agreement(drawn), **ends("loss", loss),
             "loss_upper": loss.upper(self.confidence), "ar_nll": float(bench.score(drawn.tokens).bootstrap().value),

@@ -1,29 +1,31 @@
-"""What all studies share: settings, drawing samples, and the three files they leave."""
+"""What all studies share: settings, models, and the three files they leave."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import yaml
 from jaxtyping import Float
 
-from cdlm.config import read_run
+from cdlm import config as names
+from cdlm.api import configured, open_bench, open_session
+from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.grids import GRIDS
-from cdlm.continuous.guidance import Guidance
-from cdlm.continuous.sampler import Sampler
+from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_rows, write_text
 from cdlm.core.stats import Bootstrap
-from cdlm.evaluation.bench import Bench, Machine, open_bench
+from cdlm.evaluation.bench import Bench
 from cdlm.evaluation.plots.panels import Line, Panel, draw
+from cdlm.halting.signals import SPATIAL
 from cdlm.models import hub
 from cdlm.models.system import Precision
-from cdlm.sampling.requests import requests
-from cdlm.sampling.samples import Samples
+from cdlm.sampling.session import Model, Session
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,20 @@ class Study(ABC):
         out: folder for the CSV, the table and the picture.
         batch_size: samples in flight.
         precision: arithmetic of the network.
-        device: cpu, cuda, cuda:1, ...
-        devices: processes to spread the samples over.
+        device: cpu, cuda, cuda:1, ...; auto is a GPU if there is one.
+        devices: processes to divide the samples among.
         quiet: show no progress.
     """
+
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Signals that a model must have for this study."""
 
     models: list[str]
     n: int
     out: Path = Path("studies")
-    batch_size: int = generation.BATCH
+    batch_size: int = Model.batch_size
     precision: Precision = "fp32"
-    device: str = "cpu"
+    device: str = "auto"
     devices: int = 1
     quiet: bool = False
 
@@ -82,80 +87,128 @@ class Study(ABC):
         for model in self.models:
             hub.read_config(hub.locate(model))
 
-    @property
-    def machine(self) -> Machine:
-        """Where the samples are drawn."""
-        return Machine(self.batch_size, self.precision, self.device, self.devices, not self.quiet)
+    def session(self, model: str, **settings: Any) -> Session:
+        """A model, sampled as in its paper but for the flat settings given. It is loaded at the first call alone.
+
+        Raises:
+            CdlmError: the model lacks signals that the study reads, or has no such setting.
+        """
+        if model not in self._sessions:
+            self._sessions[model] = self._open(model)
+        session = self._sessions[model]
+        return session.with_sampling(configured(session.sampling, settings))
 
     def run(self, name: str) -> str:
         """Do the experiment, write NAME.csv, NAME.md and NAME.png into `out`, and return the table."""
         self.check()
-        found = self.find()
+        try:
+            for model in self.models:  # so that one that cannot be used is found before any work
+                self.session(model)
+            found = self.find()
+        finally:
+            self.close()
         write_rows(self.out / f"{name}.csv", found.rows)
         settings = yaml.safe_dump({key: _plain(value) for key, value in asdict(self).items()}, sort_keys=False)
         write_text(self.out / f"{name}.md", f"{found.markdown}\nSettings:\n\n```yaml\n{settings}```\n")
         draw(found.panels, self.out / f"{name}.png")
         return found.markdown
 
+    def close(self) -> None:
+        """Let go of the models, and end the processes that serve them."""
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+
+    @cached_property
+    def _sessions(self) -> dict[str, Session]:
+        """Models that are loaded."""
+        return {}
+
+    def _open(self, model: str) -> Session:
+        session = open_session(
+            model, batch_size=self.batch_size, device=self.device, devices=self.devices, precision=self.precision,
+            progress=not self.quiet,
+        )  # fmt: skip
+        missing = sorted(self.reads - session.signals)
+        if missing:
+            session.close()
+            raise CdlmError(
+                f"{label(model)} is a {session.sampling.family} model and has no {missing[0]!r}, which this study"
+                " reads: leave it out of the models"
+            )
+        return session
+
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled(Study):
-    """A study of continuous models.
+class Continuous(Study):
+    """A study of continuous models, sampled with Euler steps on one grid for all.
 
     Args:
         score_temperature: divides the score; below 1 sharpens.
     """
 
+    reads = SPATIAL
+
     score_temperature: float
 
-    def sampler(self, steps: int, seed: int, grid: str, record: bool = True) -> Sampler:
-        """Without a rule, with or without what a record needs."""
-        guidance = Guidance(score_temperature=self.score_temperature)
-        return generation.make_sampler(steps, None, seed, record, grid=grid, guidance=guidance)
+    def flow(self, model: str, steps: int, seed: int, grid: str) -> Session:
+        """A model as this study samples it, without a rule."""
+        session = self.session(
+            model, steps=steps, solver="Euler()", grid=grid, projection="Expectation()",
+            score_temperature=self.score_temperature,
+        )  # fmt: skip
+        return session.with_seed(seed)
 
-    def draw(self, model: str, sampler: Sampler, prompts: list[str] | None = None) -> Samples:
-        """n samples of each prompt, or of none."""
-        folder = hub.read(model)
-        asked = requests(prompts, self.n, folder.length, folder.tokenizer)
-        return generation.draw_spread(model, sampler, asked, **asdict(self.machine))
+    def denoiser(self, model: str) -> Denoiser:
+        """The model itself: its embedding norm and its noise levels."""
+        found: Any = self.session(model).model  # it moves in embedding space, or its session is refused
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged(Sampled):
+class Judged(Study):
     """A study that measures text with a judge.
 
     Args:
         seed: of the samples.
-        grid: Warped(), LogT() or UniformT().
         recordings: folder with a folder of recordings for each model, by its name; by default the runs are drawn.
-        judge: any Hugging Face causal language model; by default a small one is trained on the text and kept.
+        judge: any Hugging Face causal language model; by default a small one is trained on the text and cached.
         judge_steps: training steps of the small one.
     """
 
     seed: int
-    grid: str
     recordings: Path | None = None
     judge: str | None = None
     judge_steps: int = 500
 
     def check(self) -> None:
         super().check()
-        check_texts(self.models)
+        for model in self.models:  # whose settings say what text it is judged beside
+            names.read_run(model)
+
+    def bench(self, model: str, session: Session) -> Bench:
+        """The full run of a model's session, drawn or taken from a recording, and the judge."""
+        place = None if self.recordings is None else self.recordings / label(model)
+        return open_bench(session, self.n, judge=self.judge, judge_steps=self.judge_steps, recordings=place)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedContinuous(Continuous, Judged):
+    """A study that measures text of continuous models.
+
+    Args:
+        grid: Warped(), LogT() or UniformT().
+    """
+
+    grid: str
+
+    def check(self) -> None:
+        super().check()
         GRIDS.parse(self.grid)
 
-    def bench(self, model: str, steps: int) -> Bench:
-        """The full run of a model, drawn or taken from a recording, and the judge."""
-        kept = None if self.recordings is None else self.recordings / Path(model).name
-        return open_bench(
-            model, self.sampler(steps, self.seed, self.grid, record=False), self.n, self.machine, recordings=kept,
-            judge=self.judge, judge_steps=self.judge_steps,
-        )  # fmt: skip
-
-
-def check_texts(models: Sequence[str]) -> None:
-    """Raise for a model without the settings of its run, which say what text it is judged beside."""
-    for model in models:
-        read_run(model)
+    def full_run(self, model: str, steps: int) -> Bench:
+        """The full run of a model, and the judge."""
+        return self.bench(model, self.flow(model, steps, self.seed, self.grid))
 
 
 def label(model: str) -> str:

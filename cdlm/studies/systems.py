@@ -9,50 +9,41 @@ from typing import Any
 
 import numpy as np
 
-from cdlm.continuous.sampler import Sampler
 from cdlm.core.stats import Scores
-from cdlm.evaluation.bench import Bench, open_bench
+from cdlm.evaluation.bench import Bench
 from cdlm.evaluation.plots.panels import Panel
 from cdlm.halting import Criterion, sweep
 from cdlm.halting.calibration import Goal
 from cdlm.halting.replay import check_recorded
-from cdlm.masked.sampler import Decoder
-from cdlm.models import hub
-from cdlm.studies.study import Finding, Study, check_texts, curve, ends, label
+from cdlm.sampling.session import Session
+from cdlm.studies.study import Finding, Judged, curve, ends, label
 
 
 @dataclass(frozen=True, kw_only=True)
-class Systems(Study):
+class Systems(Judged):
     """Which rules work on which system? Each is sampled as its paper does.
 
     Args:
         steps: grid points of the full runs of continuous models, shared by the blocks of a row; masked models take one
             step for each position.
-        seed: of the samples.
         rules: names to sweep, from strict to loose, until the first setting that loses too much.
         max_loss: share of AR-NLL that may be lost.
         confidence: how surely.
-        judge: any Hugging Face causal language model; by default a small one is trained on the text and kept.
-        judge_steps: training steps of the small one.
     """
 
     steps: int
-    seed: int
     rules: list[str]
     max_loss: float
     confidence: float
-    judge: str | None = None
-    judge_steps: int = 500
 
     def check(self) -> None:
         super().check()
-        check_texts(self.models)
         check_recorded(rule for name in self.rules for rule in sweep(name, self.steps))
 
     def find(self) -> Finding:
         goal = Goal(self.max_loss, self.confidence)
         goal.check(self.n)
-        rows = [row for model in self.models for row in self._of(self._bench(model), goal)]
+        rows = [row for model in self.models for row in self._of(model, goal)]
         note = (
             f"Calls saved by the loosest setting of each rule that loses at most {self.max_loss:.1%} of AR-NLL with"
             f" {self.confidence:.0%} confidence, with 95 % interval (bootstrap over {self.n} samples). A dash: no tried"
@@ -61,23 +52,19 @@ class Systems(Study):
         )
         return Finding(rows, list(self._lines(rows)), note, self._panels(rows))
 
-    def _bench(self, model: str) -> Bench:
-        sampler = self._sampler(model)
-        return open_bench(model, sampler, self.n, self.machine, judge=self.judge, judge_steps=self.judge_steps)
+    def sampled(self, model: str) -> Session:
+        """A model as its paper samples it, in `steps` where these are a setting of their own."""
+        session = self.session(model).with_seed(self.seed)
+        if "steps" not in session.settings:
+            return session
+        return session.with_steps(max(1, self.steps // session.blocks_of(session.requests())))
 
-    def _sampler(self, model: str) -> Sampler | Decoder:
-        about = generation.About.of(hub.read(model))
-        asked, sampler = generation.prepare(about, 1, None, None, None, self.seed)
-        if isinstance(sampler, Decoder):
-            return sampler
-        return sampler.with_steps(max(1, self.steps // sampler.blocks(asked[0])))
-
-    def _of(self, bench: Bench, goal: Goal) -> Iterator[dict[str, Any]]:
+    def _of(self, model: str, goal: Goal) -> Iterator[dict[str, Any]]:
         """Every setting that was tried on a model, one row each."""
-        budget = bench.steps
+        bench = self.bench(model, self.sampled(model))
         for name in self.rules:
-            for rule in sweep(name, budget):
-                row = _row(bench, name, rule, goal, len(bench.full_run))
+            for rule in sweep(name, bench.steps):
+                row = {"model": label(model), **_row(bench, name, rule, goal)}
                 yield row
                 if not row["within"]:
                     break
@@ -101,15 +88,15 @@ class Systems(Study):
         return panels
 
 
-def _row(bench: Bench, name: str, rule: Criterion, goal: Goal, live: int) -> dict[str, Any]:
+def _row(bench: Bench, name: str, rule: Criterion, goal: Goal) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(
         ("calls", "saved", "saved_low", "saved_high", "ar_nll_full", "agreement", "loss", "loss_low", "loss_high",
          "loss_upper")
     )  # fmt: skip
-    found |= {"model": label(bench.run), "rule": name, "setting": repr(rule), "fits": not bench.refuses(rule)}
+    found = {"rule": name, "setting": repr(rule), "fits": not bench.session.refuses(rule), **found}
     if not found["fits"]:
         return {**found, "within": False}
-    drawn = bench.run_rule(rule, live)
+    drawn = bench.under(rule, len(bench.full_run))
     before, loss = bench.full_calls[: len(drawn.nfe)], bench.loss(drawn)
     left = Scores(drawn.nfe.astype(np.float64), before).bootstrap()
     low, high = left.interval95

@@ -14,7 +14,7 @@ from cdlm.evaluation.metrics.diversity import sample_entropy, unigram_entropy
 from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.halting import Patience
 from cdlm.studies.measures import settled_by, zero_switch
-from cdlm.studies.study import Finding, Judged, curve, ends, interval, label
+from cdlm.studies.study import Finding, JudgedContinuous, curve, ends, interval, label
 
 PAPER_NORM = 16
 """Norm of the embeddings of CDCD and DDLM, in which their noise levels are given."""
@@ -35,7 +35,7 @@ def top_level(schedule: Schedule, rho: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TMax(Judged):
+class TMax(JudgedContinuous):
     """What does the largest noise level of training decide? Give models that were trained with different ones.
 
     Args:
@@ -59,9 +59,9 @@ class TMax(Judged):
         return Finding(rows, [_line(row) for row in rows], note, self._panels(found))
 
     def _measure(self, model: str) -> tuple[dict[str, Any], np.ndarray]:
-        system, bench = generation.load(model), self.bench(model, self.steps)
-        level = top_level(system.schedule, system.rho)
-        drawn = bench.run_rule(Patience(self.patience), self.n)
+        denoiser, bench = self.denoiser(model), self.full_run(model, self.steps)
+        level = top_level(denoiser.schedule, denoiser.rho)
+        drawn = bench.under(Patience(self.patience), self.n)
         last = zero_switch(bench.steps_taken.record)
         return {
             "model": label(model), "steps": self.steps, "samples": self.n, "t_max": level,
@@ -92,10 +92,10 @@ def _text(bench: Bench) -> dict[str, Any]:
     rows = bench.full_run.tokens.tolist()
     return {
         **ends("ar_nll", bench.full.bootstrap()),
-        "ar_nll_real": bench.real[1].bootstrap().value,
+        "ar_nll_real": bench.real.bootstrap().value,
         "entropy_sample": sample_entropy(rows),
         "entropy_corpus": unigram_entropy(rows),
-        "entropy_corpus_real": unigram_entropy(bench.real[0]),
+        "entropy_corpus_real": unigram_entropy(bench.real_tokens),
     }
 
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from cdlm.core.stats import Scores
 from cdlm.evaluation.plots.panels import Line, Panel
+from cdlm.recording.file import Recording
+from cdlm.sampling.recordings import recording_of
 from cdlm.studies.measures import position_zero_switch, settled_by, zero_switch
-from cdlm.studies.study import Finding, Sampled, column, ends, interval, label
+from cdlm.studies.study import Continuous, Finding, column, ends, interval, label
 
 NOTE = (
     "Zero-switch: the last step, from 1, at which any token of a sample changes; as a share of the steps, mean over"
@@ -30,7 +32,7 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroSwitch(Sampled):
+class ZeroSwitch(Continuous):
     """When do tokens stop changing? Every model with the first prompt and seed; the first model with all of them.
 
     Args:
@@ -69,21 +71,23 @@ class ZeroSwitch(Sampled):
             ],
         )
 
+    def draw(self, cell: Cell) -> Recording:
+        """The samples of a cell, with their steps."""
+        session = self.flow(cell.model, self.steps, cell.seed, self.grid)
+        requests = session.requests([cell.prompt] if cell.prompt else None, self.n)
+        return recording_of(session.recorded().run(requests), session)
+
     def _measure(self, cell: Cell) -> list[dict[str, object]]:
-        samples = self.draw(
-            cell.model, self.sampler(self.steps, cell.seed, self.grid), [cell.prompt] if cell.prompt else None
-        )
-        assert samples.record is not None
-        last = zero_switch(samples.record)
-        each = position_zero_switch(samples.record, samples.tokens.shape[1])
-        rho = generation.load(cell.model).rho
+        run, rho = self.draw(cell), self.denoiser(cell.model).rho
+        last = zero_switch(run.record)
+        each = position_zero_switch(run.record, run.tokens.shape[1])
         return [
             {
                 "model": label(cell.model), "prompt": cell.prompt, "seed": cell.seed, "index": int(index),
-                "steps": self.steps, "zero_switch": int(step), "t": float(samples.record.t[step - 1]) / rho,
+                "steps": self.steps, "zero_switch": int(step), "t": float(run.record.t[step - 1]) / rho,
                 "position_mean": float(where[~given].mean()),
             }
-            for index, step, where, given in zip(samples.index, last, each, samples.given, strict=True)
+            for index, step, where, given in zip(run.index, last, each, run.given, strict=True)
         ]  # fmt: skip
 
     def _line(self, cell: Cell, rows: Sequence[Mapping[str, object]]) -> dict[str, str]:
