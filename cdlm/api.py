@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +24,7 @@ from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
 from cdlm.core.parallel import spread
+from cdlm.core.progress import Parts, meter
 from cdlm.core.trees import take
 from cdlm.core.types import HaltReason
 from cdlm.data.order import RowLoader, fixed_batches
@@ -368,15 +368,13 @@ def own_judge(data: Data, config: RunConfig, steps: int, device: str = "cpu", pr
     key = hashlib.sha256(f"{data.train.key} {steps}".encode()).hexdigest()[:16]
     loader = RowLoader(data.train, config.batch_size, seed=0)
 
-    def report(step: int, nats: float) -> None:
-        if progress and (step % 100 == 0 or step == steps):
-            print(f"judge: step {step} of {steps}, {nats:.3f} nats per token", file=sys.stderr)
-
     def train_it() -> Judge:
         rows = judge_rows((batch.tokens[batch.valid] for batch in loader), data.tokenizer, config)
-        return train_judge(
-            rows, data.tokenizer, length=config.length, steps=steps, seed=0, device=device, progress=report
-        )
+        with meter(steps, "judge, training steps", progress) as shown:
+            return train_judge(
+                rows, data.tokenizer, length=config.length, steps=steps, seed=0, device=device,
+                progress=lambda step, nats: shown.advance(nats_per_token=f"{nats:.3f}"),
+            )  # fmt: skip
 
     return cached_judge(key, Path(config.cache).expanduser() / "judges", train_it, device)
 
@@ -472,12 +470,9 @@ def _nats_share(
 ) -> dict[str, Arrays]:
     """One process's share of the rows; see `cdlm.core.parallel`."""
 
-    def report(measure: str, done: int, count: int) -> None:
-        if progress and rank == 0:
-            print(f"{measure}: {done} of {count} done", file=sys.stderr)
-
     mine = take(text, torch.arange(rank, len(text.tokens), world))
-    found = row_nats(generation.load(run, device, precision), mine, asked, report)
+    with Parts(progress and rank == 0) as parts:
+        found = row_nats(generation.load(run, device, precision), mine, asked, parts)
     return {
         name: {**{f"term {term}": values.numpy() for term, values in nats.terms.items()},
                "error": nats.error.numpy(), "positions": nats.positions.numpy()}

@@ -146,7 +146,7 @@ class NormCausality(Sampled):
         return self.sampler(self.steps, self.seed, self.grid)
 
     def _watch(self, model: str) -> dict[str, Seen]:
-        system = generation.load(model, self.device, self.precision)
+        system = generation.load(model, self.machine.device, self.precision)
         assert system.tokenizer is not None
         groups = list(batches(requests(None, self.n, system.length, system.tokenizer), self.batch_size))
         made = [self.solvers(system, [r.index for r in group]) for group in groups]

@@ -60,7 +60,7 @@ class Norms(Sampled):
         return Finding(rows, table, NOTE, [panel for key, path in paths.items() for panel in self._panels(key, path)])
 
     def _path(self, model: str, grid: str) -> Course:
-        system = generation.load(model, self.device, self.precision)
+        system = generation.load(model, self.machine.device, self.precision)
         sampler = replace(self.sampler(self.steps, self.seed, grid), record=NEEDED)
         assert system.tokenizer is not None
         asked = requests(None, self.n, system.length, system.tokenizer)

@@ -16,6 +16,7 @@ from cdlm import config as names
 from cdlm import generation
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.sampler import Sampler
+from cdlm.core.devices import resolve_device
 from cdlm.core.files import write_rows, write_text
 from cdlm.core.stats import Bootstrap
 from cdlm.evaluation.bench import Bench, Machine, open_bench
@@ -59,7 +60,7 @@ class Study(ABC):
         out: folder for the CSV, the table and the picture.
         batch_size: samples in flight.
         precision: arithmetic of the network.
-        device: cpu, cuda, cuda:1, ...
+        device: cpu, cuda, cuda:1, mps, ...; auto is cuda if there is one, else mps, else cpu.
         devices: processes to spread the samples over.
         quiet: show no progress.
     """
@@ -69,7 +70,7 @@ class Study(ABC):
     out: Path = Path("studies")
     batch_size: int = generation.BATCH
     precision: Precision = "fp32"
-    device: str = "cpu"
+    device: str = "auto"
     devices: int = 1
     quiet: bool = False
 
@@ -85,7 +86,8 @@ class Study(ABC):
     @property
     def machine(self) -> Machine:
         """Where the samples are drawn."""
-        return Machine(self.batch_size, self.precision, self.device, self.devices, not self.quiet)
+        device = resolve_device(self.device)
+        return Machine(self.batch_size, self.precision, device, self.devices, not self.quiet)
 
     def run(self, name: str) -> str:
         """Do the experiment, write NAME.csv, NAME.md and NAME.png into `out`, and return the table."""
