@@ -1,27 +1,57 @@
 """cdlm: diffusion language models in embedding space, with adaptive halting.
 
-`load`, `generate` and `Samples` are imported on first use, so that importing a part costs that part alone.
+The names below are imported on first use, so that importing a part costs that part alone.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cdlm.api import decode, generate, load
-    from cdlm.sampling.samples import Samples
+    from cdlm.api import decode, generate, load, open_session
+    from cdlm.config import RunConfig
+    from cdlm.continuous.guidance import Guidance
+    from cdlm.continuous.sampler import Diffusion
+    from cdlm.masked.model import Constants
+    from cdlm.masked.sampler import Unmasking
+    from cdlm.runs import train
+    from cdlm.sampling.samples import Sample, Samples
+    from cdlm.sampling.session import Model, Session
 
-__all__ = ["Samples", "decode", "generate", "load"]
+    __version__: str
 
 _HOMES = {
+    "Constants": "cdlm.masked.model",
+    "Diffusion": "cdlm.continuous.sampler",
+    "Guidance": "cdlm.continuous.guidance",
+    "Model": "cdlm.sampling.session",
+    "RunConfig": "cdlm.config",
+    "Sample": "cdlm.sampling.samples",
+    "Samples": "cdlm.sampling.samples",
+    "Session": "cdlm.sampling.session",
+    "Unmasking": "cdlm.masked.sampler",
     "decode": "cdlm.api",
     "generate": "cdlm.api",
     "load": "cdlm.api",
-    "Samples": "cdlm.core.types",
+    "open_session": "cdlm.api",
+    "train": "cdlm.runs",
 }
+
+__all__ = [
+    "Constants", "Diffusion", "Guidance", "Model", "RunConfig", "Sample", "Samples", "Session", "Unmasking", "decode",
+    "generate", "load", "open_session", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("cdlm")
     from importlib import import_module
 
     if name not in _HOMES:
         raise AttributeError(f"module 'cdlm' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

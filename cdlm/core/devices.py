@@ -1,14 +1,76 @@
-"""Where to compute."""
+"""The machine that a model runs on: which device, how many processes, which arithmetic."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from cdlm.core.errors import CdlmError, first_line
+from cdlm.core.progress import announce
+
+Precision = Literal["fp32", "bf16"]
+"""Arithmetic of a network."""
 
 
 def resolve_device(device: str) -> str:
-    """`auto` as the device that this machine has: a CUDA GPU, else Apple's, else the CPU; others stay."""
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """The device itself for its name; for auto, cuda if there is one, else mps if there is one, else cpu.
+
+    Raises:
+        CdlmError: this machine does not have the device.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise _unusable(device, first_line(error)) from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise _unusable(device, f"CUDA devices here: {torch.cuda.device_count()}")
+    if wanted.type == "mps" and not torch.backends.mps.is_available():
+        raise _unusable(device, "MPS is not available here")
+    return device
+
+
+def _unusable(device: str, reason: str) -> CdlmError:
+    return CdlmError(f"device {device!r} cannot be used ({reason}); use auto, or cpu")
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """The device."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, ...; auto is cuda if there is one, else mps if there is one, else cpu."""
+    quiet: bool = False
+    """Print errors only: no progress, no device, no texts and no tables; files are written as ever."""
+
+    def ready(self) -> DeviceOptions:
+        """The same with the device that auto stands for, which is announced unless `quiet`.
+
+        Raises:
+            CdlmError: this machine does not have the device.
+        """
+        device = resolve_device(self.device)
+        if not self.quiet:
+            announce(f"device: {device}")
+        return replace(self, device=device)
+
+
+@dataclass(frozen=True)
+class MachineOptions(DeviceOptions):
+    """The machine that the model runs on."""
+
+    devices: int = 1
+    """Processes that share the work, each with a device of its own."""
+    precision: Precision | None = None
+    """Arithmetic of the network; by default fp32, and of another library's model as in its files."""
+    batch_size: int | None = None
+    """Samples or rows that are worked on at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CdlmError(f"{name} must be >= 1, got {value}")

@@ -38,6 +38,20 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_places(*paths: Path | None) -> None:
+    """Raise, before long work, if its results could not be written to one of the paths; None is no path.
+
+    Raises:
+        CdlmError: what should be a folder is a file, or may not be written to.
+    """
+    for path in filter(None, paths):
+        folder = _existing(path)
+        if not folder.is_dir():
+            raise cannot_write(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+        if not os.access(folder, os.W_OK):
+            raise cannot_write(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
 def write_text(path: Path, text: str) -> None:
     """Put `text` (UTF-8) at `path` in one move."""
     with replacing(path) as temporary:

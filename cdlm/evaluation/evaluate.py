@@ -59,8 +59,8 @@ def evaluate_files(
     check_sizes(samples, real, reference)
     with Workers(open_judge, devices, device) as workers:
         return evaluate(
-            samples, real, open_judge(device), decode=held_out.decode, mauve_reference=reference, mauve_seeds=mauve_seeds,
-            workers=workers,
+            samples, real, open_judge(device), decode=held_out.decode, mauve_reference=reference,
+            mauve_seeds=mauve_seeds, workers=workers,
         )  # fmt: skip
 
 

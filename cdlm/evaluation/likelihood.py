@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import LikelihoodSettings, Nats, Text
 from cdlm.core.parallel import deal, interleaved
+from cdlm.core.progress import Parts
 from cdlm.core.trees import take
 from cdlm.evaluation.metrics.likelihood import Likelihood
 from cdlm.evaluation.texts import HeldOut
@@ -57,7 +57,8 @@ def likelihood(
 def _nats(session: Session, text: Text, settings: LikelihoodSettings) -> dict[str, Nats]:
     """On the processes of the session; the first one reports."""
     if session.workers is None:
-        return session.model.nats(text, settings, _report if session.progress else None)
+        with Parts(session.progress) as parts:
+            return session.model.nats(text, settings, parts)
     shares = [take(text, torch.tensor(part)) for part in deal(range(len(text.tokens)), len(session.workers))]
     work = [(share, session.progress and number == 0) for number, share in enumerate(shares)]
     return _joined(session.workers.map(partial(_share, settings), session.model, work))
@@ -80,16 +81,13 @@ def _shown(settings: LikelihoodSettings, precision: str) -> dict[str, Any]:
 def _share(settings: LikelihoodSettings, model: Model, work: tuple[Text, bool]) -> dict[str, Arrays]:
     """One process's share of the rows, and whether it reports."""
     text, reports = work
-    found = model.nats(text, settings, _report if reports else None)
+    with Parts(reports) as parts:
+        found = model.nats(text, settings, parts)
     return {
         name: {**{f"term {term}": values.numpy() for term, values in nats.terms.items()},
                "error": nats.error.numpy(), "positions": nats.positions.numpy()}
         for name, nats in found.items()
     }  # fmt: skip
-
-
-def _report(measure: str, done: int, count: int) -> None:
-    print(f"{measure}: {done} of {count} done", file=sys.stderr)
 
 
 def _joined(shares: Sequence[dict[str, Arrays]]) -> dict[str, Nats]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -19,6 +18,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.progress import meter
 from cdlm.data.order import Order
 from cdlm.data.store import TextRows
 from cdlm.evaluation.judge import NAME_FILE, Judge
@@ -49,15 +49,12 @@ class SmallJudge:
         """The judge from the cache; on the first call it is trained and stored there."""
         key = hashlib.sha256(f"{self.rows.key} {self.steps}".encode()).hexdigest()[:16]
 
-        def report(step: int, nats: float) -> None:
-            if progress and (step % 100 == 0 or step == self.steps):
-                print(f"judge: step {step} of {self.steps}, {nats:.3f} nats per token", file=sys.stderr)
-
         def train() -> Judge:
-            return train_judge(
-                self.batches(), self.tokenizer, length=self.rows.length, steps=self.steps, seed=0, device=device,
-                progress=report,
-            )  # fmt: skip
+            with meter(self.steps, "judge, training steps", progress) as shown:
+                return train_judge(
+                    self.batches(), self.tokenizer, length=self.rows.length, steps=self.steps, seed=0, device=device,
+                    progress=lambda step, nats: shown.advance(nats_per_token=f"{nats:.3f}"),
+                )  # fmt: skip
 
         return cached_judge(key, self.cache, train, device)
 

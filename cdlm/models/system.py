@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cdlm.core.devices import Precision
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Batch
 from cdlm.models.hub import Pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)

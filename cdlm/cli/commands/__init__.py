@@ -1,0 +1,30 @@
+"""The commands. Each is a line here and a module, which is imported when the command is run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A command of the command line."""
+
+    name: str
+    module: str
+    """It has a function of the command's name, whose parameters are the settings, or, if `own`, `run` and `parser`."""
+    help: str
+    own: bool = False
+    """The module reads the arguments itself: `run(argv)` runs them, `parser()` is for completion."""
+
+
+COMMANDS = (
+    Command("train", "cdlm.cli.train", "train a model on text, into a run folder", own=True),
+    Command("sample", "cdlm.cli.commands.sample", "draw samples from a model, with adaptive halting"),
+    Command("replay", "cdlm.cli.commands.replay", "try halting rules on recorded runs, without the model"),
+    Command("calibrate", "cdlm.cli.commands.calibrate", "choose a rule's setting by the quality it may lose"),
+    Command("compare", "cdlm.cli.commands.compare", "draw quality over calls of halting rules: table and plot"),
+    Command("study", "cdlm.cli.study", "small experiments about halting: cdlm study NAME", own=True),
+    Command("evaluate", "cdlm.cli.commands.evaluate", "measure samples beside real text, or the likelihood of text"),
+    Command("convert", "cdlm.cli.commands.convert", "published weights of plaid, ssd, langflow to a folder and back"),
+    Command("train-judge", "cdlm.cli.commands.train_judge", "train a small autoregressive judge on a run's text"),
+    Command("completion", "cdlm.cli.completion", "print a script that completes commands and settings", own=True),
+)

@@ -1,0 +1,77 @@
+"""Choose a rule's setting by the quality it may lose."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from cdlm import api
+from cdlm.cli.groups import GoalOptions, JudgeOptions, flat_settings
+from cdlm.continuous.sampler import DiffusionSettings
+from cdlm.core.devices import MachineOptions
+from cdlm.core.errors import CdlmError
+from cdlm.evaluation.bench import calibrate as calibrated
+from cdlm.halting import sweep
+from cdlm.halting.calibration import check_readable, write_calibration
+from cdlm.halting.replay import check_recorded
+from cdlm.masked.sampler import UnmaskingSettings
+
+GOAL, JUDGE, MACHINE = GoalOptions(), JudgeOptions(), MachineOptions()
+DIFFUSION, UNMASKING = DiffusionSettings(), UnmaskingSettings()
+
+
+def calibrate(
+    run: str,
+    *,
+    rule: str = "Patience",
+    measure: Literal["ar-nll", "agreement"] = "ar-nll",
+    n: int = 512,
+    length: int | None = None,
+    steps: int | None = None,
+    seed: int = 1000,
+    recordings: Path | None = None,
+    goal: GoalOptions = GOAL,
+    diffusion: DiffusionSettings = DIFFUSION,
+    unmasking: UnmaskingSettings = UNMASKING,
+    judge: JudgeOptions = JUDGE,
+    machine: MachineOptions = MACHINE,
+) -> None:
+    """Choose a rule's setting by the quality it may lose, and write it beside the weights for --halt auto.
+
+    Args:
+        run: run folder of the model; halting.json is written there.
+        rule: the rule to set, such as Patience, "KL(..., warmup=0.3)" or "FromStep(Patience(...), 40)".
+        measure: what is lost: relative AR-NLL, or the share of tokens that differ from the full run.
+        n: samples to draw.
+        length: tokens of a sample; by default as in training.
+        steps: of the full run; see cdlm sample.
+        seed: of the calibration samples; use others than those you will report.
+        recordings: folder of cdlm sample --record with the full runs; by default they are drawn.
+    """
+    asked = goal.goal
+    asked.check(n)
+    settings = flat_settings(diffusion, unmasking, steps=steps)
+    with api.open_session(
+        run, seed=seed, batch_size=machine.batch_size, device=machine.device, devices=machine.devices,
+        precision=machine.precision, progress=not machine.quiet, **settings,
+    ) as session:  # fmt: skip
+        folder = session.model.folder
+        if folder is None:
+            raise CdlmError(f"{run} has no folder to write the choice to: calibrate a model of your own")
+        candidates = sweep(rule, session.steps_of(session.requests(length=length)[0]))
+        check_recorded(candidates)
+        check_readable(folder)
+        bench = api.open_bench(
+            session, n, length=length, judge=judge.judge, judge_steps=judge.judge_steps, recordings=recordings
+        )
+        found = calibrated(bench, candidates, asked, measure)
+    if not machine.quiet:
+        for trial in found.trials:
+            verdict = "" if trial.passed else "  too much"
+            print(f"{trial.calls:8.1f} calls, saved {trial.saved:6.1%}, loss {trial.loss:7.2%}, "
+                  f"at most {trial.upper:7.2%}  {trial.rule}{verdict}")  # fmt: skip
+    model = session.model
+    file = write_calibration(folder, model.need_fingerprint(), model.has_weights, found)
+    if not machine.quiet:
+        print(f"{found.rule} is now --halt auto for these settings: {file}", file=sys.stderr)

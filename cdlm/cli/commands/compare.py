@@ -1,0 +1,153 @@
+"""Halting rules against each other and against fewer steps."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, product
+from pathlib import Path
+from typing import NamedTuple
+
+from cdlm import api
+from cdlm.cli.groups import GoalOptions, JudgeOptions, flat_settings
+from cdlm.continuous.sampler import DiffusionSettings
+from cdlm.core.devices import MachineOptions
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import check_places, write_text
+from cdlm.evaluation.compare import Comparison, Point, markdown, panels, too_few, write_csv
+from cdlm.evaluation.metrics.mauve import check as check_mauve
+from cdlm.evaluation.plots.pareto import plot_pareto
+from cdlm.halting import Criterion, sweep
+from cdlm.halting.calibration import Goal
+from cdlm.halting.replay import check_recorded
+from cdlm.masked.sampler import UnmaskingSettings
+from cdlm.sampling.session import Session
+
+RULES_TO_COMPARE = (
+    "Patience", "Entropy", "KL", "NormConvergence", "AngleConvergence", "StableAndConfident", "Prophet", "SchED",
+    "SchED(..., variant='paper')", "JoT", "Full()", "FixedSteps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FullRunOptions:
+    """The full runs."""
+
+    steps: list[int] | None = None
+    """Steps of the full runs, one or more; by default 200, of a masked model one for each position."""
+    n: int = 512
+    """Samples of each full run."""
+    length: int | None = None
+    """Tokens of a sample; by default as in training."""
+    seed: int = 0
+    """Of the samples."""
+    recordings: Path | None = None
+    """Folder with a folder of recordings for each model, by its name; by default the runs are drawn."""
+
+
+@dataclass(frozen=True)
+class RivalOptions:
+    """What rules are measured on, and against."""
+
+    live: int = 32
+    """Samples of what must be run for each rule: those that freeze tokens, every rule on a model that generates in
+    blocks, and wall time; 0 leaves these out. Fewer than the bound needs (299 by default) give rows without a bound."""
+    fewer: list[int] | None = None
+    """Steps of the plain sampler that the rules are compared with; by default shares of the full run's."""
+    mauve: bool = False
+    """MAUVE of the full run and of each rule's setting; needs the mauve-text package."""
+    mauve_seeds: int = 5
+    """Seeds of its k-means."""
+
+    def __post_init__(self) -> None:
+        if self.live < 0 or min(self.fewer or [1]) < 1:
+            raise CdlmError(f"a comparison needs live >= 0 and fewer >= 1, got {self.live} and {self.fewer}")
+
+
+FULL, RIVAL, GOAL, JUDGE, MACHINE = FullRunOptions(), RivalOptions(), GoalOptions(), JudgeOptions(), MachineOptions()
+DIFFUSION, UNMASKING = DiffusionSettings(), UnmaskingSettings()
+
+
+def compare(
+    models: list[str],
+    *,
+    rules: list[str] | None = None,
+    out: Path = Path("comparison"),
+    full: FullRunOptions = FULL,
+    rival: RivalOptions = RIVAL,
+    goal: GoalOptions = GOAL,
+    diffusion: DiffusionSettings = DIFFUSION,
+    unmasking: UnmaskingSettings = UNMASKING,
+    judge: JudgeOptions = JUDGE,
+    machine: MachineOptions = MACHINE,
+) -> None:
+    """Draw quality over calls of halting rules, and of the plain sampler with fewer steps: table, CSV and plot.
+
+    Args:
+        models: run folders, of continuous and of masked models; settings of the other family do not matter to a model.
+        rules: names to sweep, such as Patience or "KL(..., warmup=0.3)", or whole rules; by default all.
+        out: folder for compare.csv, compare.md and compare.png.
+    """
+    check_places(out)
+    if rival.mauve:
+        check_mauve(full.n)
+    with ExitStack() as stack:
+        sessions = {
+            model: stack.enter_context(
+                api.open_session(
+                    model, seed=full.seed, batch_size=machine.batch_size, device=machine.device,
+                    devices=machine.devices, precision=machine.precision, progress=not machine.quiet,
+                )
+            )
+            for model in dict.fromkeys(models)
+        }  # fmt: skip
+        settings = flat_settings(diffusion, unmasking)
+        plans = [
+            _plan(model, session, {**settings, **({} if steps is None else {"steps": steps})}, rules, full.length)
+            for (model, session), steps in product(sessions.items(), dict.fromkeys(full.steps or [None]))
+        ]
+        for plan in plans:
+            if (warning := plan.warning(rival.live, full.n, goal.goal)) and not machine.quiet:
+                print(f"cdlm: {warning}", file=sys.stderr)
+        points: list[Point] = []
+        for plan in plans:
+            recordings = None if full.recordings is None else full.recordings / Path(plan.model).name
+            bench = api.open_bench(
+                plan.session, full.n, length=full.length, judge=judge.judge, judge_steps=judge.judge_steps,
+                recordings=recordings,
+            )  # fmt: skip
+            seeds = rival.mauve_seeds if rival.mauve else 0
+            points += Comparison(bench, goal.goal, plan.model, rival.live, seeds, rival.fewer or ()).table(
+                plan.families
+            )
+            write_csv(points, out / "compare.csv")  # after each model: long work is not lost
+    text = markdown(points, goal.goal)
+    write_text(out / "compare.md", text)
+    plot_pareto(panels(points), out / "compare.png")
+    if not machine.quiet:
+        print(text)
+
+
+class _Plan(NamedTuple):
+    """One model at one number of steps, and the rules to try on it."""
+
+    model: str
+    session: Session
+    families: dict[str, list[Criterion]]
+    in_blocks: bool
+
+    def warning(self, live: int, n: int, goal: Goal) -> str:
+        """What cannot have a bound, before any work."""
+        return too_few(self.model, self.families, self.in_blocks, live, n, goal)
+
+
+def _plan(
+    model: str, session: Session, settings: dict[str, object], rules: Sequence[str] | None, length: int | None
+) -> _Plan:
+    session = session.with_sampling(api.configured(session.sampling, settings, lenient=True))
+    requests = session.requests(length=length)
+    families = {rule: sweep(rule, session.steps_of(requests[0])) for rule in rules or RULES_TO_COMPARE}
+    check_recorded(chain.from_iterable(families.values()))
+    return _Plan(model, session, families, not session.replayable(requests))

@@ -1,0 +1,84 @@
+"""Draw samples from a model."""
+
+from __future__ import annotations
+
+import sys
+
+from cdlm import api
+from cdlm.cli.groups import OutputOptions, PromptOptions, flat_settings
+from cdlm.continuous.sampler import DiffusionSettings
+from cdlm.core.devices import MachineOptions
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import check_places
+from cdlm.evaluation.plots.trajectories import plot_samples
+from cdlm.halting import Full, parse_criterion
+from cdlm.masked.sampler import UnmaskingSettings
+from cdlm.recording.file import check_same_model
+from cdlm.sampling.recordings import recording_of, write_recording
+from cdlm.sampling.samples import Samples
+from cdlm.sampling.session import Session
+
+PROMPTS, OUTPUT, MACHINE = PromptOptions(), OutputOptions(), MachineOptions()
+DIFFUSION, UNMASKING = DiffusionSettings(), UnmaskingSettings()
+
+
+def sample(
+    run: str,
+    *,
+    steps: int | None = None,
+    halt: str | None = None,
+    prompts: PromptOptions = PROMPTS,
+    output: OutputOptions = OUTPUT,
+    diffusion: DiffusionSettings = DIFFUSION,
+    unmasking: UnmaskingSettings = UNMASKING,
+    machine: MachineOptions = MACHINE,
+) -> None:
+    """Draw samples from a trained model, with adaptive halting.
+
+    Args:
+        run: run folder or Hub id, also of LLaDA, Dream and LangFlow in their published formats.
+        steps: of a continuous model grid points, by default 200, of each block if it generates in blocks; of a masked
+            model steps, by default one for each position.
+        halt: halting rule, such as "Patience(20)" or "For(NormConvergence(0.01), 5) | Patience(40)"; auto is the one
+            that cdlm calibrate has chosen.
+    """
+    if output.record is not None and (halt == "auto" or not isinstance(parse_criterion(halt), Full)):
+        raise CdlmError("a recording is of full-length runs, on which cdlm replay tries rules: leave out --halt")
+    texts = prompts.texts()
+    check_places(output.out, output.plot, output.record)
+    settings = flat_settings(diffusion, unmasking, steps=steps)
+    with api.open_session(
+        run, seed=prompts.seed, batch_size=machine.batch_size, device=machine.device, devices=machine.devices,
+        precision=machine.precision, progress=not machine.quiet, **settings,
+    ) as session:  # fmt: skip
+        requests = session.requests(texts, prompts.n, prompts.length, new_tokens=prompts.new_tokens, chat=prompts.chat)
+        session = api.with_halt(session, halt, requests)
+        if output.record is not None:
+            check_same_model(output.record, session.model.has_weights)
+        if output.record is not None or output.plot is not None:
+            session.check_recordable(requests, "plotted" if output.record is None else "recorded")
+            session = session.recorded()
+        samples = session.run(requests)
+    _write(samples, session, output, f"{run}, {samples.budget} steps, {halt or 'no halting'}", machine.quiet)
+
+
+def _write(samples: Samples, session: Session, output: OutputOptions, title: str, quiet: bool) -> None:
+    if output.record is not None:
+        file = write_recording(recording_of(samples, session), session, output.record)
+        if not quiet:
+            print(f"{file}: {file.stat().st_size:,} bytes", file=sys.stderr)
+    if output.plot is not None:
+        plot_samples(samples, output.plot, title)
+    if output.out is not None:
+        samples.save(output.out)
+    if quiet:
+        return
+    if output.out is None and output.record is None:
+        for one in samples:
+            print(f"--- sample {one.index}, {one.nfe} calls, {one.reason.name.lower()}\n{one.text.strip()}")
+    late = samples.calls_after_end.mean()
+    after = f", {late:.1f} of them after the end of the text" if late > 0 else ""
+    print(
+        f"{len(samples)} samples, {samples.nfe.mean():.1f} calls a sample of {samples.budget} steps{after}",
+        file=sys.stderr,
+    )

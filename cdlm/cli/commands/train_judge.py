@@ -1,0 +1,28 @@
+"""Train a small judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cdlm import api
+from cdlm.config import read_run
+from cdlm.core.devices import DeviceOptions
+from cdlm.core.files import check_places
+from cdlm.models import hub
+from cdlm.runs import RunText
+
+DEVICE = DeviceOptions()
+
+
+def train_judge(run: str, out: Path, *, steps: int = 500, machine: DeviceOptions = DEVICE) -> None:
+    """Train a small GPT-2 on a run's text, as a judge of AR-NLL.
+
+    Args:
+        run: run folder whose text and tokenizer are used.
+        out: folder to write; a Hugging Face model like any other.
+        steps: training steps.
+    """
+    config = read_run(run)
+    check_places(out)
+    text = RunText.of(config, hub.read_tokenizer(Path(run)))
+    api.small_judge(config, text, steps).open(machine.device, not machine.quiet).save(out)

@@ -1,0 +1,115 @@
+"""Groups of options that several commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from cdlm.core.errors import CdlmError
+from cdlm.evaluation.plots.figure import check_plot_path
+from cdlm.halting.calibration import Goal
+from cdlm.sampling.samples import check_extension
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """The judge of AR-NLL."""
+
+    judge: str | None = None
+    """Any Hugging Face causal language model, by folder or Hub id; by default a small GPT-2 is trained on the run's
+    text once and cached."""
+    judge_steps: int = 500
+    """Training steps of the small GPT-2."""
+
+    def __post_init__(self) -> None:
+        if self.judge_steps < 1:
+            raise CdlmError(f"judge_steps must be >= 1, got {self.judge_steps}")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What is generated."""
+
+    n: int = 8
+    """Samples, of each prompt if there are any."""
+    prompt: str | None = None
+    """A prefix, or a template such as "The [8] sat on the [2]." whose numbers are tokens to generate."""
+    prompts: Path | None = None
+    """File with one prompt a line."""
+    length: int | None = None
+    """Tokens of a sample; by default as in training."""
+    new_tokens: int | None = None
+    """Of a masked model, tokens after each prompt, in place of length."""
+    chat: bool = False
+    """Of a masked model, the prompts are a user's messages, put into its chat template."""
+    seed: int = 0
+    """Fixes every sample, whatever the batch and the number of devices."""
+
+    def texts(self) -> list[str] | None:
+        """The prompts; None if there are none.
+
+        Raises:
+            CdlmError: both a prompt and a file are given, or the file cannot be read or holds none.
+        """
+        if self.prompt is not None and self.prompts is not None:
+            raise CdlmError("give either prompt or prompts, not both")
+        if self.prompt is not None:
+            return [self.prompt]
+        return None if self.prompts is None else read_prompts(self.prompts)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a text file that hold something."""
+    try:
+        found = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
+        raise CdlmError(f"cannot read prompts from {file} ({reason}): give a text file, one prompt a line") from error
+    if not found:
+        raise CdlmError(f"{file} holds no prompts: write one a line")
+    return found
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written."""
+
+    out: Path | None = None
+    """File of the samples: .jsonl, .csv or .parquet; by default the texts are printed."""
+    record: Path | None = None
+    """Folder to write the steps of full-length runs to, for cdlm replay."""
+    plot: Path | None = None
+    """Plot of switches, norms and angles against the step: .png, .pdf or .svg."""
+
+    def __post_init__(self) -> None:
+        if self.out is not None:
+            check_extension(self.out)
+        if self.plot is not None:
+            check_plot_path(self.plot)
+
+
+@dataclass(frozen=True)
+class GoalOptions:
+    """What may be lost."""
+
+    max_loss: str = "1%"
+    """Share of quality that a rule may lose at most, such as 1% or 0.01."""
+    confidence: float = 0.95
+    """How surely."""
+
+    @property
+    def goal(self) -> Goal:
+        """The same as numbers."""
+        text = self.max_loss
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError as error:
+            raise CdlmError(f"expected a share such as 1% or 0.01, got {text!r}") from error
+        return Goal(share, self.confidence)
+
+
+def flat_settings(*groups: Any, **more: Any) -> dict[str, Any]:
+    """The settings of groups as one mapping, without those that are not given."""
+    values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)} | more
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,63 @@
+"""`cdlm study NAME`: the defaults of a study, over them a YAML file given with --config, over that the command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cdlm import studies
+from cdlm.cli.args import CommandParser, Parameter, nearest
+from cdlm.cli.main import call
+from cdlm.core.devices import resolve_device
+from cdlm.core.errors import CdlmError, first_line
+from cdlm.core.progress import announce
+from cdlm.studies.study import Study
+
+
+def run(argv: list[str]) -> None:
+    """Do the study that the arguments name, and print its table."""
+    names = studies.names()
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"usage: cdlm study NAME [settings], NAME is one of {', '.join(names)}")
+        return
+    if not argv or argv[0] not in names:
+        wrong = f"there is no study {argv[0]!r}{nearest(argv[0], names)}" if argv else "study needs a name"
+        raise CdlmError(f"{wrong}: use one of {', '.join(names)}")
+    kind, defaults = studies.find(argv[0])
+    reader = _reader(argv[0], kind, defaults)
+    given = reader.settings(argv[1:])
+    file = given.pop("config", None)
+    study = call(kind, reader.arguments({**(reader.read(_yaml(file)) if file else {}), **given}))
+    if not study.quiet:
+        announce(f"device: {resolve_device(study.device)}")
+    table = study.run(argv[0])
+    if not study.quiet:
+        print(table)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All studies with their settings."""
+    parser = argparse.ArgumentParser(prog="cdlm study")
+    commands = parser.add_subparsers()
+    for name in studies.names():
+        commands.add_parser(name, parents=[_reader(name, *studies.find(name))], add_help=False)
+    return parser
+
+
+def _reader(name: str, kind: type[Study], defaults: Path) -> CommandParser:
+    reader = CommandParser(kind, f"cdlm study {name}", _yaml(defaults))
+    reader.add(Parameter("config", Path | None, None, "YAML file of these settings"))
+    return reader
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CdlmError(f"cannot read settings from {file} ({first_line(error)}): give a YAML file") from error
+    if not isinstance(settings, dict):
+        raise CdlmError(f"{file} holds no settings: write one a line, such as n: 64")
+    return settings
