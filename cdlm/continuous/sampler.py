@@ -38,7 +38,7 @@ from cdlm.sampling.session import Model, Sampling
 
 @dataclass(frozen=True)
 class DiffusionSettings:
-    """How a continuous model is sampled, as plain values; what is not given is as in the model's paper.
+    """Sampling of continuous models, as in the model's paper unless given.
 
     Args:
         solver: Euler(), Heun(), TorchDiffEq("rk4"), TorchDiffEq("dopri5"), ..., Ancestral() or Renoise().

@@ -29,7 +29,7 @@ from cdlm.sampling.session import Model, Sampling
 
 @dataclass(frozen=True)
 class UnmaskingSettings:
-    """How a masked model is sampled, as plain values; what is not given is as in the model's paper.
+    """Sampling of masked models, as in the model's paper unless given.
 
     Args:
         policy: LLaDA(64, block=32), Dream(64), DreamThreshold(64, 0.9), Threshold(0.9, block=32), Factor(1.0), KLASS()
