@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In a soak, raise tests that set a smaller number of examples of their own."""
     if settings.get_current_profile_name() != "soak":
         return
+    examples = settings.get_profile("soak").max_examples
     for test in {item.obj for item in items if isinstance(item, pytest.Function) and is_hypothesis_test(item.obj)}:
         own = test._hypothesis_internal_use_settings  # hypothesis has no public name for it
-        examples = max(own.max_examples, settings.default.max_examples)
-        test._hypothesis_internal_use_settings = settings(own, max_examples=examples)
+        test._hypothesis_internal_use_settings = settings(own, max_examples=max(own.max_examples, examples))
