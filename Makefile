@@ -12,15 +12,18 @@ PIP    := $(PY) -m pip install --disable-pip-version-check --quiet -c constraint
 export PIP_CONSTRAINT       := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --jaxtyping-packages=cdlm,beartype.beartype
+TESTS  := tests
+
 DEMO   := runs/demo
 SAMPLE := --n 256 --steps 100 --grid "LogT()" --score_temperature 0.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-soak lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 demo: $(VENV)/.demo  ## Train a small model, sample it with adaptive halting, evaluate it
 	rm -rf $(DEMO)
@@ -30,7 +33,12 @@ demo: $(VENV)/.demo  ## Train a small model, sample it with adaptive halting, ev
 	$(VENV)/bin/cdlm evaluate $(DEMO) $(DEMO)/samples.jsonl --baseline $(DEMO)/full.jsonl
 
 test: $(VENV)/.dev  ## Run the tests, with shapes checked at run time
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q --jaxtyping-packages=cdlm,beartype.beartype
+	$(PYTEST)
+
+test-soak: SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+test-soak: $(VENV)/.dev  ## Try each property on 500 new examples; to repeat: make test-soak SEED=… TESTS=tests/test_….py
+	@echo "Repeat with: make test-soak SEED=$(SEED) TESTS=\"$(TESTS)\""
+	$(PYTEST) -m "hypothesis and not slow and not gpu" --hypothesis-profile=soak --hypothesis-seed=$(SEED) $(TESTS)
 
 lint: $(VENV)/.dev  ## Check style, types and import floors
 	$(VENV)/bin/ruff check .

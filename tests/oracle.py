@@ -5,15 +5,19 @@ everything above the denoiser can be tested exactly, in float64.
 """
 
 import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cdlm.continuous.denoiser import Denoiser
+from cdlm.continuous.sampler import Run, Sampler
 from cdlm.continuous.schedules import TimeWarp
 from cdlm.core.rng import StepNoise
 from cdlm.core.types import Condition, Prediction
+from cdlm.halting import Criterion, Never
 
 
 def draws(rows: int = 1, step: int = 0) -> StepNoise:
@@ -42,3 +46,35 @@ class Oracle(Denoiser):
 
     def mix(self, weights: Float[Tensor, "b n v"]) -> Float[Tensor, "b n d"]:
         return (weights[..., None] * self.table).sum(-2)
+
+
+class Call(NamedTuple):
+    """What a denoiser was shown in one call, and the estimate that it gave."""
+
+    prompted: bool
+    shown: Tensor
+    x0: Tensor
+
+
+class SelfConditioned(Oracle):
+    """An oracle that reads the prompt and its previous estimate as well, and remembers its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Call] = []
+
+    def denoise(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition) -> Prediction:
+        told = 0.3 * condition.x0 + 0.2 * condition.clean.sum(1, keepdim=True)
+        logits = super().denoise(z, t, condition).logits + (told[:, :, None] * self.table).sum(-1)
+        made = Prediction(logits, self.expect(logits))
+        self.seen.append(Call(bool(condition.clean.any()), condition.x0.detach().clone(), made.x0.detach().clone()))
+        return made
+
+
+def loop(
+    denoiser: Denoiser, batch_size: int = 4, *, criterion: Criterion | None = None, seed: int = 0,
+    record: Iterable[str] = (), kind: type[Run] = Run, **sampling: Any,
+) -> Run:  # fmt: skip
+    """A run of the product's loop: `kind` may be a subclass that puts recorded noise in place of fresh noise."""
+    return kind(denoiser, Sampler(criterion=criterion or Never(), seed=seed, record=frozenset(record), **sampling),
+                batch_size)  # fmt: skip

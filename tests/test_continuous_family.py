@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -79,6 +79,13 @@ def learned(seed: int = 0, scale: float = 1.0, low: float = -3.0, width: float =
     return made.requires_grad_(False)
 
 
+def warp(axis: Literal["log", "linear"], seed: int, scale: float) -> TimeWarp:
+    """A warp whose logits are random, as after some training."""
+    made = TimeWarp(0.3, 40.0, axis, bins=20)
+    made.averaged.add_(scale * torch.randn(made.averaged.shape, generator=rng(seed)))
+    return made.requires_grad_(False)
+
+
 def gumbel(mu: float = 0.0, beta: float = 1.0) -> Gumbel:
     return Gumbel(mu, beta, 2.0).requires_grad_(False)
 
@@ -88,18 +95,53 @@ curves = st.builds(
 )
 cosines = st.builds(Cosine, st.floats(0.1, 20), st.floats(1e-5, 1e-2), st.floats(1e-5, 1e-2))
 schedules = st.one_of(curves, cosines)
+gumbels = st.builds(gumbel, st.floats(-3, 3), st.floats(0.1, 3))
+warps = st.builds(warp, st.sampled_from(["log", "linear"]), st.integers(0, 1000), st.floats(0, 4))
+every_schedule = pytest.mark.parametrize(
+    "family", [warps, curves, cosines, gumbels], ids=["warp", "learned", "cosine", "gumbel"]
+)
+fractions = st.lists(st.floats(0, 1), min_size=1, max_size=9).map(lambda u: torch.tensor(u, dtype=torch.float64))
 
 
-@given(schedule=schedules, u=st.lists(st.floats(0, 1), min_size=1, max_size=9))
+@every_schedule
+@given(data=st.data(), u=fractions)
 @settings(max_examples=25)
-def test_there_and_back_is_the_identity(schedule: Schedule, u: list[float]) -> None:
-    low = schedule.finest if isinstance(schedule, Cosine) else 0.0
-    fraction = torch.tensor(u, dtype=torch.float64).clamp(min=low)
-    t = schedule.t_of_u(fraction)
+def test_there_and_back_is_the_identity(family: st.SearchStrategy[Schedule], data: st.DataObject, u: Tensor) -> None:
+    schedule = data.draw(family)
+    low, high = schedule.invertible
+    u = u.clamp(low, high)
+    t = schedule.t_of_u(u)
     assert t.dtype == torch.float64
     torch.testing.assert_close(schedule.t_of_u(schedule.u_of_t(t)), t, rtol=1e-7, atol=0)
-    if not isinstance(schedule, LearnedGamma) or float(schedule.slope(fraction).min()) > 1e-3 * schedule.t_max:
-        close(schedule.u_of_t(t), fraction, 1e-7)
+    if not isinstance(schedule, LearnedGamma) or float(schedule.slope(u).min()) > 1e-3 * schedule.t_max:
+        close(schedule.u_of_t(t), u, 1e-7)
+
+
+@every_schedule
+@given(data=st.data(), u=fractions)
+@settings(max_examples=25)
+def test_every_fraction_has_a_finite_level_and_every_level_a_fraction(
+    family: st.SearchStrategy[Schedule], data: st.DataObject, u: Tensor
+) -> None:
+    """Outside of the invertible range as well, and at both ends."""
+    schedule = data.draw(family)
+    assert 0 <= schedule.invertible[0] < schedule.invertible[1] <= 1
+    u = torch.cat([u, torch.tensor([0.0, 2.0**-60, 1 - 2.0**-53, 1.0], dtype=torch.float64)]).sort().values
+    t = schedule.t_of_u(u)
+    rounding = 1e-12
+    assert bool(t.isfinite().all() & (t >= schedule.t_min * (1 - rounding)).all())
+    assert bool((t <= schedule.t_max * (1 + rounding)).all() & (t.diff() >= -rounding * t[1:]).all())
+    back = schedule.u_of_t(t)
+    assert bool((back >= -rounding).all() & (back <= 1 + rounding).all())
+    assert bool(schedule.slope(u).isfinite().all())
+
+
+def test_the_cosine_has_a_level_next_to_its_end() -> None:
+    """A fresh clone once drew this u, whose level is 2e15 and comes back as another."""
+    schedule, u = Cosine(1.0), torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    assert 1e15 < schedule.t_of_u(u).item() < schedule.t_max < math.inf
+    close(schedule.u_of_t(schedule.t_of_u(u)), u, 1e-7)
+    assert schedule.invertible[1] < u.item()
 
 
 @given(schedule=schedules)
@@ -154,7 +196,7 @@ def test_the_cosine_is_that_of_the_paper(u: list[float], k: float) -> None:
     assert float(alpha_of(torch.tensor(schedule.t_max / k))) < 1e-15
 
 
-@given(schedule=st.one_of(schedules, st.builds(gumbel, st.floats(-3, 3), st.floats(0.1, 3))), rows=st.integers(1, 9))
+@given(schedule=st.one_of(schedules, gumbels), rows=st.integers(1, 9))
 @settings(max_examples=20)
 def test_what_is_learned_from_is_the_level_and_its_slope(schedule: Schedule, rows: int) -> None:
     u = torch.rand(rows, generator=rng(rows), dtype=torch.float64)

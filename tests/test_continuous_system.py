@@ -385,7 +385,7 @@ def test_the_neutral_steering_is_the_prediction() -> None:
 def test_guidance_is_linear_in_the_estimate(scale: float, softmax: float, score: float) -> None:
     model = lively()
     base = Guidance(softmax, score)
-    none, full, some = (estimate(replace(base, guidance=g), model) for g in (0.0, 1.0, scale))
+    none, full, some = (estimate(replace(base, scale=g), model) for g in (0.0, 1.0, scale))
     close(some, none + scale * (full - none), 1e-8)
 
 

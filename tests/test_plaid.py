@@ -13,17 +13,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import Float
-from oracle import Oracle, draws
+from oracle import Oracle, draws, loop
 from safetensors.torch import load_file
 from torch import Tensor
 
 from cdlm.config import build_system
+from cdlm.continuous.grids import Grid
 from cdlm.continuous.guidance import Control, Guidance, Term
 from cdlm.continuous.objectives import squared_error
 from cdlm.continuous.published.plaid import PlaidLayout, ReleasedTransformer
-from cdlm.continuous.sampler import Run, Sampler
-from cdlm.continuous.schedules import TimeWarp, alpha_of, gamma_of, t_of_gamma
-from cdlm.continuous.solvers import Ancestral, Euler
+from cdlm.continuous.sampler import DiffusionRows, Run, Sampler
+from cdlm.continuous.schedules import Schedule, TimeWarp, alpha_of, gamma_of, t_of_gamma
+from cdlm.continuous.solvers import Advance, Ancestral, Euler, Solver
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.plaid import LearnedGamma, Plaid
 from cdlm.core.errors import CdlmError
@@ -273,36 +274,70 @@ def guidance(case: Mapping[str, Any]) -> Guidance:
     return Guidance(score_temperature=case["score_temp"], control=Control(terms) if terms else None)
 
 
-def never(*_: Any) -> Any:
-    raise AssertionError("one prediction a step")
+@dataclass(frozen=True, eq=False)
+class Published(Grid):
+    """The levels at which the published loop asks the network: those of u, and once more the last."""
+
+    u: Tensor
+
+    def levels(self, schedule: Schedule, steps: int) -> Tensor:
+        assert steps == len(self.u) + 1
+        return schedule.t_of_u(torch.cat([self.u, self.u[-1:]])).detach()
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class OneStep(Solver):
+    """The published loop steps from u to u - 1/T and takes the state for one at the next of its linspace(1, 0, T),
+    which is 1/(T-1) below u. After u = 0 it asks once more, of the state as it is."""
+
+    solver: Solver
+    u: Tensor
+
+    def advance(self, estimate: Any, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise) -> Advance:
+        step, total = int(draws.step[0]), len(self.u)
+        if step == total - 1:
+            return Advance(z, None, torch.zeros_like(draws.step))
+        below = at(self.u[step] - 1 / total, len(z))
+        moved = self.solver.advance(estimate, z, x0, t, below, draws)
+        return moved._replace(z=moved.z * (alpha_of(below) / alpha_of(t_next))[:, None, None])
+
+
+class FromNoise(Run):
+    """The loop on recorded noise."""
+
+    there: dict[str, Tensor]
+
+    def _start(self, index: Tensor, before: Tensor, like: Tensor) -> Tensor:
+        return self.there["initial_noise"][index].to(like)
+
+    def _draws(self, live: DiffusionRows) -> StepNoise:
+        return noise_of(self.there, int(live.step[0]), len(live.row))
+
+
 @pytest.mark.parametrize(("case", "there"), cases("sample"))
 def test_sampling(case: Mapping[str, Any], there: dict[str, Tensor]) -> None:
-    """The published loop steps from t to t - 1/T and takes the state for one at the next of linspace(1, 0, T), which is
-    1/(T-1) below t; here the same parts walk this way. Our own loop goes from each point of its grid to the next."""
-    model, rows, steps = recorded(), case["n_samples"], case["sampling_timesteps"]
-    solver, steer = Euler() if case.get("ddim_sampler") else Ancestral(), guidance(case)
-    z = there["initial_noise"] * model.prior_std
-    x0 = torch.zeros_like(z)
-    for i, u in enumerate(there["t"]):
-        t, t_next = at(u, rows), at(u - 1 / steps, rows)
-        near(gamma_of(t), there["gamma_t"][i].expand(rows))
-        near(gamma_of(t_next), there["gamma_s"][i].expand(rows))
+    """Our loop, on the published grid and noise, walks through the published states."""
+    model, rows, steps, u = recorded(), case["n_samples"], case["sampling_timesteps"], there["t"].double()
+    solver = OneStep(Euler() if case.get("ddim_sampler") else Ancestral(), u)
+    run = loop(
+        model, rows, kind=FromNoise, steps=steps + 1, grid=Published(u), solver=solver, guidance=guidance(case),
+        record={"z", "x0", "logits"},
+    )  # fmt: skip
+    assert isinstance(run, FromNoise)
+    run.there = there
+    *walked, last = list(run.steps([free_row(N, i) for i in range(rows)]))
+    assert len(walked) == steps == len(u)
+    for i, step in enumerate(walked):
+        state = step.state
+        near(gamma_of(state.t), there["gamma_t"][i].expand(rows))
+        near(gamma_of(at(u[i] - 1 / steps, rows)), there["gamma_s"][i].expand(rows))
         if i < len(there["z_before_update_f64"]):
-            near(z * alpha_of(t)[:, None, None], there["z_before_update_f64"][i])
-        noise = noise_of(there, i, rows)
-        made, driving = steer.predict(model, z, t, nothing_given(z, x0), noise)
-        assert (made.x0 @ model.embedding.table().T).argmax(-1).tolist() == case["nearest_token_per_call"][i]
-        x0 = made.x0
-        if u > 0:
-            z = solver.advance(never, z, driving, t, t_next, noise).z
-            z = z * (alpha_of(t_next) / alpha_of(at(there["t"][i + 1], rows)))[:, None, None]
-    logits = model.logits(z, at(0.0, rows), nothing_given(z, x0))
-    near(z * alpha_of(at(0.0, rows))[:, None, None], there["z_final_f64"])
-    near(logits, there["logits_final_f64"])
-    assert logits.argmax(-1).tolist() == case["final_f64"]
+            near(state.z * alpha_of(state.t)[:, None, None], there["z_before_update_f64"][i])
+        closest = (state.x0 @ model.embedding.table().T).argmax(-1)
+        assert closest.tolist() == case["nearest_token_per_call"][i]
+    near(last.state.z * alpha_of(last.state.t)[:, None, None], there["z_final_f64"])
+    near(last.state.logits, there["logits_final_f64"])
+    assert last.tokens.tolist() == case["final_f64"]
 
 
 def test_our_grid_has_no_gap() -> None:

@@ -15,7 +15,14 @@ from cdlm.core.errors import CdlmError
 
 
 class Schedule(nn.Module, ABC):
-    """The distribution of noise levels: u uniform in [0, 1] gives t; u = 0 is t_min, u = 1 is t_max. Float64."""
+    """The distribution of noise levels: u uniform in [0, 1] gives t; u = 0 is t_min, u = 1 is t_max. Float64.
+
+    t is finite and positive for every u in [0, 1] and never falls as u rises.
+    """
+
+    invertible: tuple[float, float] = (0.0, 1.0)
+    """The lowest and the highest u where `u_of_t` is the inverse: there `t_of_u(u_of_t(t))` is t to 1e-7 of t, and
+    `u_of_t(t_of_u(u))` is u to 1e-7 wherever t rises with u. Outside, t is constant or too steep for float64."""
 
     @property
     @abstractmethod

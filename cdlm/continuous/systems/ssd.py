@@ -53,7 +53,9 @@ class Simplex(Embedding):
 class Cosine(Schedule):
     """abar(u) = cos^2((u + s) / (1 + s) pi / 2), rescaled to 1 at u = 0; t = K sqrt((1 - abar) / abar) (section 3.1).
 
-    The noise that the paper adds is K eps, so that t is in units of its simplex. At u = 1 the signal is gone.
+    The noise that the paper adds is K eps, so that t is in units of its simplex. At u = 1 the signal is gone: t is what
+    float64 makes of K / cos(pi / 2), about 1.6e16 K. Near it, t grows like K / (1 - u), and neighbouring numbers u give
+    levels that are far apart.
 
     Args:
         k: of the simplex.
@@ -64,6 +66,7 @@ class Cosine(Schedule):
     def __init__(self, k: float = 5.0, finest: float = 1 / 5000, s: float = 1e-4):
         super().__init__()
         self.k, self.finest, self.s = k, finest, s
+        self.invertible = (finest, 1 - 1e-8)  # the rounding of u moves t by 4e-16 / (1 - u) of itself
         ends = torch.tensor([finest, 1.0], dtype=torch.float64, device="cpu")  # also where systems are built on "meta"
         self._range: list[float] = self._t(ends).tolist()
 
@@ -101,7 +104,8 @@ class Cosine(Schedule):
     def _t(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         angle, first = (u + self.s) / (1 + self.s) * math.pi / 2, self._turn(0.0)
         # cos^2(first) - cos^2(angle), which 1 - abar would lose to rounding near u = 0
-        return self.k * ((angle - first).sin() * (angle + first).sin()).sqrt() / angle.cos()
+        signal = angle.cos().clamp(min=math.cos(math.pi / 2))  # never 0, however a device rounds pi / 2
+        return self.k * ((angle - first).sin() * (angle + first).sin()).sqrt() / signal
 
     def _angle(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         return (math.cos(self._turn(0.0)) * alpha_of(t.double() / self.k)).acos()
