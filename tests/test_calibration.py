@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -170,12 +170,28 @@ def test_a_choice_for_other_weights_is_void(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"cdlm_halting": 1}', '{"cdlm_halting": 9}', "\0",
-                                     '{"cdlm_halting": 1, "weights": "w", "calibrations": [3]}'])  # fmt: skip
+                                     '{"cdlm_halting": 1, "weights": "w", "calibrations": [3]}',
+                                     '{"cdlm_halting": 2, "weights": "w", "calibrations": [3]}',
+                                     '{"cdlm_halting": 1, "weights": "w", "calibrations": [{"settings": {}}]}'])  # fmt: skip
 def test_broken_files_are_refused_in_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "halting.json").write_text(content)
     with pytest.raises(CdlmError) as caught:
         calibrated_rule(tmp_path, "w", {})
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_version_1_is_read_and_written_anew_with_the_names_of_today(tmp_path: Path) -> None:
+    """Version 1 calls FromStep AfterStep."""
+    first = asdict(entry("AfterStep(rule=Patience(steps=3), steps=5)"))
+    content = {"cdlm_halting": 1, "weights": "w", "calibrations": [first, asdict(entry("Full()", steps=20))]}
+    (tmp_path / "halting.json").write_text(json.dumps(content))
+    rule = calibrated_rule(tmp_path, "w", entry().settings)
+    assert parse_criterion(rule) == FromStep(Patience(3), 5)
+    write_calibration(tmp_path, "w", entry("Full()", steps=20))
+    after = json.loads((tmp_path / "halting.json").read_text())
+    assert after["cdlm_halting"] == 2
+    assert [item["rule"] for item in after["calibrations"]] == [rule, "Full()"]
+    assert after["calibrations"][0]["trials"][0]["rule"] == rule
 
 
 # --- sweeps as text ---

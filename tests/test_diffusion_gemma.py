@@ -407,7 +407,7 @@ def refused(act: Callable[[], object], match: str) -> None:
 
 @pytest.mark.parametrize("signal", ["z", "x0", "score", "z_norm", "x0_norm", "score_cosine"])
 def test_refuses_signals_of_embeddings(signal: str) -> None:
-    refused(lambda: for_transformers(Patience(1) | Reads(signal)), f"'{signal}' is of a state in embedding space")
+    refused(lambda: for_transformers(Patience(1) | Reads(signal)), f"'{signal}' describes a state in embedding space")
 
 
 @pytest.mark.parametrize("rule", [NormConvergence(0.1), AngleConvergence(0.1) & Never()], ids=repr)

@@ -1,6 +1,7 @@
 """Signals found the fast way: in chunks and pieces, without a copy of the logits, and equal to the plain formulas."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -10,11 +11,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cdlm.core.errors import CdlmError
+from cdlm.core.types import Signals
 from cdlm.halting.signals import (
+    RECORDED,
     SIGNALS,
+    SPATIAL,
     EmbeddingState,
     Past,
     StepStatistics,
+    check_signals,
     chunk_maxima,
     first_past,
     most_likely,
@@ -65,6 +71,34 @@ def test_the_two_largest_are_found(vocabulary: int, dtype: torch.dtype) -> None:
     best = rough.topk(2, -1).values
     assert torch.equal(torch.stack([signals["top1"], signals["top2"]], -1), best)
     assert signals["top1"].dtype == dtype
+
+
+def test_every_signal_has_the_type_that_steps_declare() -> None:
+    declared = get_type_hints(Signals)
+    assert set(declared) == set(SIGNALS)
+    for name, value in look(logits_of(2, 5, 7), logits_of(2, 5, 7, seed=1)).items():
+        assert isinstance(value, declared[name]), name
+
+
+def test_what_recordings_hold_is_one_float32_a_row() -> None:
+    signals = look(logits_of(2, 5, 7), logits_of(2, 5, 7, seed=1))
+    assert RECORDED
+    for name in RECORDED:
+        assert signals[name].shape == (2,)
+        assert signals[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", sorted(EVERYTHING))
+def test_a_model_without_embeddings_has_all_but_the_spatial_signals(name: str) -> None:
+    needs = frozenset({name})
+    bare = replace(statistics(logits_of(2, 5, 7), needs=needs), embedding=None)
+    if name in SPATIAL:
+        with pytest.raises(AssertionError):
+            observe(needs, bare)
+        with pytest.raises(CdlmError, match=f"{name!r} describes a state in embedding space"):
+            check_signals(needs, spatial=False)
+    else:
+        assert set(observe(needs, bare)[0]) == check_signals(needs, spatial=False) == needs
 
 
 def test_a_nan_is_not_passed_over() -> None:

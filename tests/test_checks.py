@@ -1,0 +1,72 @@
+"""Laws of the checks of settings: what passes, and one form of message."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdlm.core.checks import check_choice, check_number, check_whole
+from cdlm.core.errors import CdlmError
+
+numbers = st.floats() | st.integers()
+
+
+def passes(check: object, *args: object, **settings: object) -> bool:
+    try:
+        check(*args, **settings)  # type: ignore[operator]
+    except CdlmError:
+        return False
+    return True
+
+
+@given(value=st.integers(-5, 5) | st.booleans() | st.floats() | st.text() | st.none(), least=st.integers(-3, 3))
+def test_whole_numbers_are_integers_from_the_least_on(value: object, least: int) -> None:
+    whole = type(value) is int and value >= least
+    assert passes(check_whole, "x", least=least, n=value) == whole
+    assert passes(check_whole, "x", least=least, optional=True, n=value) == (whole or value is None)
+
+
+@given(value=numbers, low=st.floats(-5, 5), high=st.floats(-5, 5))
+def test_a_range_contains_its_closed_ends_and_not_its_open_ones(value: float, low: float, high: float) -> None:
+    assert passes(check_number, "x", above=low, below=high, n=value) == (low < value < high)
+    assert passes(check_number, "x", least=low, most=high, n=value) == (low <= value <= high)
+    assert passes(check_number, "x", above=low, most=high, n=value) == (low < value <= high)
+    finite = -math.inf < value < math.inf
+    assert passes(check_number, "x", least=low, n=value) == (finite and value >= low)
+    assert passes(check_number, "x", below=high, infinite=True, n=value) == (value < high)
+
+
+@pytest.mark.parametrize("value", [True, "1", None, math.nan, [1.0], 1j])
+def test_other_values_are_no_numbers(value: object) -> None:
+    assert not passes(check_number, "x", infinite=True, n=value)
+
+
+def test_infinities_pass_where_they_may() -> None:
+    assert passes(check_number, "x", infinite=True, a=math.inf, b=-math.inf)
+    assert not passes(check_number, "x", a=math.inf)
+    assert passes(check_number, "x", optional=True, a=None, b=10**400)
+
+
+def test_a_choice_is_one_of_them_in_its_own_type() -> None:
+    assert passes(check_choice, "x", ("a", "b"), n="b")
+    assert passes(check_choice, "x", (True, False), n=False)
+    assert not passes(check_choice, "x", (True, False), n=0)
+    assert not passes(check_choice, "x", ("a",), n=["a"])
+
+
+@pytest.mark.parametrize(
+    ("check", "expected"),
+    [
+        (lambda: check_whole("Patience", steps=0), "Patience needs a whole number steps >= 1, got 0"),
+        (lambda: check_number("KL", above=0.0, nats=-1.0), "KL needs a finite number nats > 0, got -1.0"),
+        (lambda: check_number("KL", least=0.0, below=1.0, w="a"), "KL needs a finite number 0 <= w < 1, got 'a'"),
+        (lambda: check_number("f", infinite=True, tau=None), "f needs a number tau, got None"),
+        (lambda: check_number("f", most=3.0, hint="try 2", a=1.0, b=4), "f needs a finite number b <= 3, got 4: try 2"),
+        (lambda: check_choice("f", ("a", "b"), kind="c"), "f needs kind to be one of a, b, got 'c'"),
+    ],
+)
+def test_messages_have_one_form(check: object, expected: str) -> None:
+    with pytest.raises(CdlmError) as caught:
+        check()  # type: ignore[operator]
+    assert str(caught.value) == expected
