@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ from cdlm.sampling.samples import Samples, collect
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+S = TypeVar("S", bound="Sampling")
 
 
 class Model(ABC):
@@ -140,7 +142,7 @@ class Sampling(ABC):
         """What fixes a run besides seed and rule, as plain values: two runs with equal settings walk the same steps."""
 
     @abstractmethod
-    def with_flat(self, **settings: Any) -> Self:
+    def with_flat(self: S, **settings: Any) -> S:
         """The same with some of its flat settings (and `steps`) replaced; None leaves a setting as it is."""
 
     @abstractmethod
