@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
+from setups import Setup
 from torch import Tensor
 
 from cdlm.masked.model import Cache, CachedModel, Constants, MaskedModel
-from cdlm.masked.sampler import Decoder, Decoding
+from cdlm.masked.sampler import UnmaskingLoop
 from cdlm.sampling.requests import Request
 
 VOCAB, MASK, EOS, EOT = 12, 11, 1, 2
@@ -102,11 +103,11 @@ class Row(NamedTuple):
         return self.tokens, self.nfe, self.settled, self.reason
 
 
-def decoded(model: MaskedModel, decoder: Decoder, requests: Sequence[Request], batch_size: int = 8) -> dict[int, Row]:
+def decoded(model: MaskedModel, decoder: Setup, requests: Sequence[Request], batch_size: int = 8) -> dict[int, Row]:
     """Every row, by its index. What holds of every run is checked of each: see `sound`."""
     rows: dict[int, Row] = {}
     served = model.rows if isinstance(model, Toy) else 0
-    for finished in Decoding(model, decoder, batch_size).steps(requests):
+    for finished in UnmaskingLoop(model, *decoder, batch_size).steps(requests):
         assert finished.canvas is not None
         assert finished.settled is not None
         state, leaving = finished.state, iter(finished.tokens.tolist())
@@ -130,7 +131,7 @@ def decoded(model: MaskedModel, decoder: Decoder, requests: Sequence[Request], b
     return rows
 
 
-def sound(row: Row, request: Request, decoder: Decoder, constants: Constants) -> None:
+def sound(row: Row, request: Request, decoder: Setup, constants: Constants) -> None:
     """What is decided or given stays, nothing is left open, and calls are counted as they are made."""
     assert row.reason
     given = request.given.tolist()
@@ -140,8 +141,8 @@ def sound(row: Row, request: Request, decoder: Decoder, constants: Constants) ->
         assert all(old in (new, constants.mask_id) for old, new in zip(before, canvas, strict=True))
         ends = [i for i, token in enumerate(canvas) if token == constants.eos_id and i > told]
         if not settled and constants.mask_id not in canvas[: min(ends, default=len(canvas))]:
-            settled = (step + 1) * decoder.calls
+            settled = (step + 1) * decoder.sampling.calls
         assert row.reason != "full" or (constants.mask_id in canvas) == (step < len(row.canvases) - 1)
         before = list(canvas)
     assert constants.mask_id not in row.tokens
-    assert (row.settled, row.nfe) == (settled, len(row.canvases) * decoder.calls)
+    assert (row.settled, row.nfe) == (settled, len(row.canvases) * decoder.sampling.calls)

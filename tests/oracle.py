@@ -5,19 +5,18 @@ everything above the denoiser can be tested exactly, in float64.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from setups import diffusion
 from torch import Tensor, nn
 
 from cdlm.continuous.denoiser import Denoiser
-from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.continuous.schedules import TimeWarp
 from cdlm.core.rng import StepNoise
 from cdlm.core.types import Condition, Prediction
-from cdlm.halting import Criterion, Never
 
 
 def draws(rows: int = 1, step: int = 0) -> StepNoise:
@@ -72,9 +71,7 @@ class SelfConditioned(Oracle):
 
 
 def loop(
-    denoiser: Denoiser, batch_size: int = 4, *, criterion: Criterion | None = None, seed: int = 0,
-    record: Iterable[str] = (), kind: type[Run] = Run, **sampling: Any,
-) -> Run:  # fmt: skip
+    denoiser: Denoiser, batch_size: int = 4, *, kind: type[DiffusionLoop] = DiffusionLoop, **settings: Any
+) -> DiffusionLoop:
     """A run of the product's loop: `kind` may be a subclass that puts recorded noise in place of fresh noise."""
-    return kind(denoiser, Sampler(criterion=criterion or Never(), seed=seed, record=frozenset(record), **sampling),
-                batch_size)  # fmt: skip
+    return kind(denoiser, *diffusion(**settings), batch_size)

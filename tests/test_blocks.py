@@ -10,22 +10,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
+from setups import Setup, diffusion
 from torch import Tensor
 from toys import VOCAB, tokenizer
 
+from cdlm.api import generate
 from cdlm.cli.main import main
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.grids import UpperEnds
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import Drawn, MultiHot
-from cdlm.continuous.sampler import DiffusionRows, Run, Sampler
+from cdlm.continuous.sampler import Diffusion, DiffusionLoop, DiffusionRows
 from cdlm.continuous.solvers import Ancestral, Euler, Heun, Renoise, Solver, TorchDiffEq
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.ssd import SSD
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import StepNoise
 from cdlm.core.types import Condition, Prediction
-from cdlm.api import generate
 from cdlm.halting import (
     KL,
     Criterion,
@@ -70,12 +71,12 @@ def template(index: int, open_: list[int], valid: list[bool] | None = None) -> R
 
 
 def outcomes(
-    sampler: Sampler, asked: list[Request], batch_size: int = 4, denoiser: Denoiser | None = None,
-    run: type[Run] = Run,
+    sampler: Setup, asked: list[Request], batch_size: int = 4, denoiser: Denoiser | None = None,
+    run: type[DiffusionLoop] = DiffusionLoop,
 ) -> dict[int, tuple]:  # fmt: skip
     """Each sample's tokens, calls, steps, and why it left."""
     out = {}
-    for step in run(denoiser or Oracle(), sampler, batch_size).steps(asked):
+    for step in run(denoiser or Oracle(), *sampler, batch_size).steps(asked):
         assert step.taken is not None
         for place, tokens in zip(step.done.nonzero().squeeze(1).tolist(), step.tokens, strict=True):
             counts = (int(step.state.nfe[place]), int(step.taken[place]))
@@ -85,11 +86,11 @@ def outcomes(
     return out
 
 
-def traces(sampler: Sampler, asked: list[Request], denoiser: Denoiser | None = None) -> dict[int, list[Tensor]]:
+def traces(sampler: Setup, asked: list[Request], denoiser: Denoiser | None = None) -> dict[int, list[Tensor]]:
     """What every step of each sample predicts."""
     seen: dict[int, list[Tensor]] = {}
-    watching = replace(sampler, record=sampler.record | {"logits"})
-    for step in Run(denoiser or Oracle(), watching, 4).steps(asked):
+    watching = sampler.but(record=sampler.options.record | {"logits"})
+    for step in DiffusionLoop(denoiser or Oracle(), *watching, 4).steps(asked):
         for row, logits in zip(step.state.row.tolist(), step.state.logits, strict=True):
             seen.setdefault(row, []).append(logits)
     return seen
@@ -116,14 +117,14 @@ class Sure(Oracle):
         return Prediction(logits, self.expect(logits))
 
 
-class SameNoise(Run):
+class SameNoise(DiffusionLoop):
     """Every block starts from the same noise, and its steps draw the same."""
 
     def _start(self, index: Tensor, before: Tensor, like: Tensor) -> Tensor:
         return super()._start(index, before * 0, like)
 
     def _draws(self, live: DiffusionRows) -> StepNoise:
-        return StepNoise(self.sampler.seed, live.row, live.step)
+        return StepNoise(self.options.seed, live.row, live.step)
 
 
 # --- which positions, in which order ---
@@ -138,14 +139,14 @@ def test_every_position_is_generated_once_in_order_and_told_to_the_next(
     open_: set[int], block: int, rule: Criterion
 ) -> None:
     wanted, oracle = sorted(open_), Watched()
-    sampler = Sampler(steps=4, block=block, criterion=rule)
+    sampler = diffusion(steps=4, block=block, criterion=rule)
     ((tokens, calls, steps, *_),) = outcomes(sampler, [template(0, wanted)], 1, oracle).values()
     assert calls == steps == len(oracle.told)
     shown = [tuple(c.target[0].nonzero().squeeze(1).tolist()) for c in oracle.told]
     order = list(dict.fromkeys(shown))
     assert [place for part in order for place in part] == wanted
     assert all(len(part) == block for part in order[:-1])
-    assert len(order) == sampler.blocks(template(0, wanted))
+    assert len(order) == sampler.sampling.blocks_of(template(0, wanted))
     clean = oracle.table[torch.tensor(tokens)]
     for condition, now in zip(oracle.told, shown, strict=True):
         told = torch.tensor([place not in wanted or place < now[0] for place in range(N)])
@@ -156,7 +157,7 @@ def test_every_position_is_generated_once_in_order_and_told_to_the_next(
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_prompts_are_kept(solver: Solver) -> None:
-    sampler = Sampler(steps=3, block=2, solver=solver)
+    sampler = diffusion(steps=3, block=2, solver=solver)
     for tokens, *_ in outcomes(sampler, requests(range(5), prompt=3)).values():
         assert tokens[:3] == (0, 1, 2)
     for tokens, *_ in outcomes(sampler, [template(i, [1, 2, 5]) for i in range(5)]).values():
@@ -166,19 +167,19 @@ def test_prompts_are_kept(solver: Solver) -> None:
 def test_padding_is_not_generated() -> None:
     valid = [True] * 5 + [False] * 2
     asked = [template(i, [2, 3, 4], valid) for i in range(3)]
-    for tokens, calls, *_ in outcomes(Sampler(steps=3, block=2), asked, 2).values():
+    for tokens, calls, *_ in outcomes(diffusion(steps=3, block=2), asked, 2).values():
         assert tokens[5:] == (5, 6)
         assert calls == 2 * 3
 
 
 def test_blocks_of_a_request() -> None:
-    counts = [Sampler(block=block).blocks(requests([0], prompt=2)[0]) for block in (None, 1, 2, 4, 5, 6)]
+    counts = [Diffusion(block=block).blocks_of(requests([0], prompt=2)[0]) for block in (None, 1, 2, 4, 5, 6)]
     assert counts == [1, 5, 3, 2, 1, 1]
-    assert "block" not in Sampler().settings
-    assert Sampler(block=3).settings["block"] == 3
+    assert "block" not in Diffusion().settings
+    assert Diffusion(block=3).settings["block"] == 3
     for block in (0, -1):
         with pytest.raises(CdlmError, match="one position or more"):
-            Sampler(block=block)
+            Diffusion(block=block)
 
 
 # --- the same run ---
@@ -187,7 +188,7 @@ def test_blocks_of_a_request() -> None:
 @pytest.mark.parametrize(("solver", "rule"), PAIRS, ids=repr)
 def test_a_batch_equals_its_members_alone(solver: Solver, rule: Criterion) -> None:
     record = frozenset({"switches", "score_cosine", "mean_kl"})
-    sampler = Sampler(steps=5, solver=solver, criterion=rule, block=3, record=record)
+    sampler = diffusion(steps=5, solver=solver, criterion=rule, block=3, record=record)
     asked = [*requests([0]), *requests([1], prompt=3), template(2, [1, 5])]  # three blocks, two and one
     assert outcomes(sampler, asked, 2) == {i: outcomes(sampler, [r], 1)[i] for i, r in enumerate(asked)}
 
@@ -195,17 +196,17 @@ def test_a_batch_equals_its_members_alone(solver: Solver, rule: Criterion) -> No
 @settings(max_examples=6)
 @given(order=st.permutations(range(4)), batch_size=st.integers(1, 7), block=st.integers(1, 8))
 def test_order_and_batch_size_do_not_matter(order: list[int], batch_size: int, block: int) -> None:
-    sampler = Sampler(steps=4, criterion=Patience(1), solver=Renoise(), block=block)
+    sampler = diffusion(steps=4, criterion=Patience(1), solver=Renoise(), block=block)
     assert outcomes(sampler, requests(order), batch_size) == outcomes(sampler, requests(range(4)), 4)
 
 
 @pytest.mark.parametrize(("solver", "rule"), PAIRS, ids=repr)
 @pytest.mark.parametrize("block", [N - 2, 100])
 def test_a_block_that_holds_all_is_no_block(solver: Solver, rule: Criterion, block: int) -> None:
-    whole = Sampler(steps=4, solver=solver, criterion=rule)
+    whole = diffusion(steps=4, solver=solver, criterion=rule)
     asked = requests(range(2), prompt=2)
-    assert outcomes(whole, asked) == outcomes(replace(whole, block=block), asked)
-    once, again = (traces(sampler, asked) for sampler in (whole, replace(whole, block=block)))
+    assert outcomes(whole, asked) == outcomes(whole.but(block=block), asked)
+    once, again = (traces(sampler, asked) for sampler in (whole, whole.but(block=block)))
     assert once.keys() == again.keys()
     for row, steps in once.items():
         assert len(steps) == len(again[row])
@@ -214,8 +215,8 @@ def test_a_block_that_holds_all_is_no_block(solver: Solver, rule: Criterion, blo
 
 def test_every_block_has_noise_of_its_own() -> None:
     starts: list[Tensor] = []
-    sampler = Sampler(steps=3, block=2, record=frozenset({"z"}))
-    for step in Run(Oracle(), sampler, 1).steps(requests([0])):
+    sampler = diffusion(steps=3, block=2, record=frozenset({"z"}))
+    for step in DiffusionLoop(Oracle(), *sampler, 1).steps(requests([0])):
         if int(step.state.step[0]) == 0:
             starts.append(step.state.z[0])
     assert len(starts) == 4
@@ -225,14 +226,14 @@ def test_every_block_has_noise_of_its_own() -> None:
 
 def test_the_loop_leaves_the_global_generator_alone() -> None:
     before = torch.random.get_rng_state()
-    outcomes(Sampler(steps=3, block=2, solver=Renoise()), requests(range(3)))
+    outcomes(diffusion(steps=3, block=2, solver=Renoise()), requests(range(3)))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 @pytest.mark.parametrize("solver", [Euler(), Ancestral()], ids=repr)
 def test_samples_reproduce_the_token_frequencies(solver: Solver) -> None:
     oracle, count, rows = Oracle(), Counter(), 400
-    for step in Run(oracle, Sampler(steps=40, block=4, solver=solver), rows).steps(requests(range(rows))):
+    for step in DiffusionLoop(oracle, *diffusion(steps=40, block=4, solver=solver), rows).steps(requests(range(rows))):
         count.update(step.tokens.flatten().tolist())
     expected = oracle.frequencies.numpy() * rows * N
     seen = np.array([count[i] for i in range(V)])
@@ -246,7 +247,7 @@ def test_samples_reproduce_the_token_frequencies(solver: Solver) -> None:
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_calls_reported_are_calls_made(solver: Solver, guidance: float) -> None:
     oracle = Oracle()
-    sampler = Sampler(5, criterion=Patience(3), solver=solver, guidance=Guidance(scale=guidance), block=3)
+    sampler = diffusion(5, criterion=Patience(3), solver=solver, guidance=Guidance(scale=guidance), block=3)
     told = outcomes(sampler, requests(range(5)), 2, oracle)
     assert sum(calls for _, calls, *_ in told.values()) == oracle.calls
 
@@ -254,13 +255,13 @@ def test_calls_reported_are_calls_made(solver: Solver, guidance: float) -> None:
 def test_without_a_rule_every_block_takes_all_its_steps() -> None:
     per_block = {Euler(): 6, Heun(): 11, Renoise(): 6}
     for solver, calls in per_block.items():
-        for _, nfe, taken, halted, full in outcomes(Sampler(6, solver=solver, block=3), requests(range(3))).values():
+        for _, nfe, taken, halted, full in outcomes(diffusion(6, solver=solver, block=3), requests(range(3))).values():
             assert (nfe, taken, halted, full) == (3 * calls, 3 * 6, False, False)
 
 
 @pytest.mark.parametrize("patience", [1, 3, 5])
 def test_the_memory_of_a_rule_starts_anew_with_every_block(patience: int) -> None:
-    sampler = Sampler(20, criterion=Patience(patience), block=2)
+    sampler = diffusion(20, criterion=Patience(patience), block=2)
     for tokens, nfe, taken, halted, _ in outcomes(sampler, requests(range(3)), 2, Sure()).values():
         assert (nfe, taken, halted) == (4 * (patience + 1), 4 * (patience + 1), True)
         assert tokens == tuple(range(N))
@@ -268,22 +269,22 @@ def test_the_memory_of_a_rule_starts_anew_with_every_block(patience: int) -> Non
 
 @pytest.mark.parametrize("steps", [1, 3, 6])
 def test_fixed_steps_spends_them_on_every_block(steps: int) -> None:
-    sampler = Sampler(6, criterion=FixedSteps(steps), block=3)
+    sampler = diffusion(6, criterion=FixedSteps(steps), block=3)
     for _, nfe, taken, halted, _ in outcomes(sampler, requests(range(3))).values():
         assert (nfe, taken, halted) == (3 * steps, 3 * steps, True)
 
 
 @pytest.mark.parametrize("rule", [Patience(8), FixedSteps(99), KL(1e-300), Full(), JoT(1e14, 1e13)])
 def test_a_rule_that_never_fires_changes_nothing(rule: Criterion) -> None:
-    full, ruled = (Sampler(8, criterion=c, solver=Renoise(), block=2) for c in (Never(), rule))
+    full, ruled = (diffusion(8, criterion=c, solver=Renoise(), block=2) for c in (Never(), rule))
     plain, told = outcomes(full, requests(range(4))), outcomes(ruled, requests(range(4)))
     assert [sample[:3] for sample in plain.values()] == [sample[:3] for sample in told.values()]
 
 
 def test_a_halted_first_block_is_a_prefix_and_what_follows_has_steps_of_its_own() -> None:
-    full, halted = (traces(Sampler(20, criterion=c, block=4), requests(range(6))) for c in (Never(), Patience(3)))
+    full, halted = (traces(diffusion(20, criterion=c, block=4), requests(range(6))) for c in (Never(), Patience(3)))
     assert any(len(halted[i]) < len(full[i]) for i in full)
-    told = outcomes(Sampler(20, criterion=Patience(3), block=4), requests(range(6)))
+    told = outcomes(diffusion(20, criterion=Patience(3), block=4), requests(range(6)))
     for i in full:
         assert len(halted[i]) == told[i][2]
         same = [torch.equal(a, b) for a, b in zip(halted[i], full[i], strict=False)]
@@ -293,7 +294,7 @@ def test_a_halted_first_block_is_a_prefix_and_what_follows_has_steps_of_its_own(
 
 def test_rows_of_one_batch_stand_at_different_blocks() -> None:
     apart = 0
-    for step in Run(Oracle(), Sampler(20, criterion=Patience(3), block=2), 6).steps(requests(range(6))):
+    for step in DiffusionLoop(Oracle(), *diffusion(20, criterion=Patience(3), block=2), 6).steps(requests(range(6))):
         assert step.taken is not None
         apart += len(set((step.taken - step.state.step).tolist())) > 1
         assert (step.state.step < 20).all()
@@ -305,7 +306,7 @@ def test_rows_of_one_batch_stand_at_different_blocks() -> None:
 def test_rules_that_freeze_fill_one_block_after_the_other(rule: Criterion) -> None:
     filled, frozen, finals = 0, dict[tuple[int, int], int](), dict[int, list[int]]()
     before: dict[int, tuple[Tensor, Tensor]] = {}
-    for step in Run(Oracle(), Sampler(20, criterion=rule, block=4), 3).steps(requests(range(4))):
+    for step in DiffusionLoop(Oracle(), *diffusion(20, criterion=rule, block=4), 3).steps(requests(range(4))):
         for place, row in enumerate(step.state.row.tolist()):
             if int(step.state.step[place]) > 0:  # what closed within a block keeps the token that it had then
                 was, tokens = before[row]
@@ -327,7 +328,7 @@ def test_to_a_rule_later_blocks_are_not_there_yet(rule: Criterion) -> None:
     def opened(valid: list[bool] | None) -> dict[int, list[list[bool]]]:
         asked = [template(i, [2, 3, 4] if valid else [2, 3, 4, 5, 6], valid) for i in range(4)]
         seen: dict[int, list[list[bool]]] = {}
-        for step in Run(Oracle(), Sampler(20, criterion=rule, block=3), 4).steps(asked):
+        for step in DiffusionLoop(Oracle(), *diffusion(20, criterion=rule, block=3), 4).steps(asked):
             for place, row in enumerate(step.state.row.tolist()):
                 if int(step.state.nfe[place]) == int(step.state.step[place]) + 1:  # the first block
                     seen.setdefault(row, []).append(step.state.open[place].tolist())
@@ -352,10 +353,10 @@ def toy(block: int | None = 3, seed: int = 0) -> EmbeddingDiffusion:
     return system.eval()
 
 
-def simplex(projection: MultiHot | Drawn | None = None, **settings_: object) -> Sampler:
+def simplex(projection: MultiHot | Drawn | None = None, **settings_: object) -> Setup:
     """The published way to sample."""
     guidance = Guidance(projection=projection or MultiHot(0.4))
-    return Sampler(
+    return diffusion(
         **{"steps": 4, "solver": Renoise(), "grid": UpperEnds(), "guidance": guidance, "block": 3, **settings_}
     )
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
+from setups import diffusion
 from test_training_run import Crash, assert_same_run, crash_at, saved
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
@@ -25,7 +26,7 @@ from cdlm.continuous.grids import UpperEnds
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.inputs import ConcatenatedInput
 from cdlm.continuous.objectives import Variational
-from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.continuous.schedules import Schedule, TimeWarp, alpha_of, sigma_of
 from cdlm.continuous.solvers import Ancestral, Euler, Heun, Solver
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
@@ -720,7 +721,7 @@ def test_a_blind_network_sees_given_tokens_under_the_noise_of_the_row(solver: So
     calls = shown_to(model)
     given_ = asked[0].given
     clean = model.embed(asked[0].tokens[None])[:, given_]
-    final = [step.tokens for step in Run(model, Sampler(9, solver=solver), 3).steps(asked)][-1]
+    final = [step.tokens for step in DiffusionLoop(model, *diffusion(9, solver=solver), 3).steps(asked)][-1]
     assert bool((final[:, given_] == asked[0].tokens[given_]).all())
     carried = torch.stack([(call.z[:, given_] - clean) / call.t[:, None, None] for call in calls])
     close(carried, carried[:1].expand_as(carried), 1e-6)  # e + t times one noise all along the way
@@ -732,7 +733,7 @@ def test_a_blind_network_sees_given_tokens_under_the_noise_of_the_row(solver: So
 def test_given_tokens_of_a_blind_network_get_fresh_noise_with_an_ancestral_step() -> None:
     model, asked = blind(), prompts(2)
     calls = shown_to(model)
-    list(Run(model, Sampler(30, solver=Ancestral()), 3).steps(asked))
+    list(DiffusionLoop(model, *diffusion(30, solver=Ancestral()), 3).steps(asked))
     clean = model.embed(asked[0].tokens[None])[:, asked[0].given]
     noise = torch.stack([(call.z[:, asked[0].given] - clean) / call.t[:, None, None] for call in calls])
     assert float(noise[-1].detach().square().mean()) == pytest.approx(1, abs=5 * math.sqrt(2 / noise[-1].numel()))
@@ -742,8 +743,8 @@ def test_given_tokens_of_a_blind_network_get_fresh_noise_with_an_ancestral_step(
 @pytest.mark.parametrize("make", [blind, lambda: alive(system())], ids=["blind", "seeing"])
 def test_prompts_change_the_other_positions(make: Callable[[], EmbeddingDiffusion]) -> None:
     def logits(first: int) -> Tensor:
-        sampler = Sampler(8, record=frozenset({"logits"}))
-        return torch.stack([step.state.logits for step in Run(make(), sampler, 3).steps(prompts(first))])
+        sampler = diffusion(8, record=frozenset({"logits"}))
+        return torch.stack([step.state.logits for step in DiffusionLoop(make(), *sampler, 3).steps(prompts(first))])
 
     one, same, other = logits(2), logits(2), logits(5)
     assert torch.equal(one, same)
@@ -894,12 +895,12 @@ def samples(model: EmbeddingDiffusion) -> list[Tensor]:
     config = system_config(model.config)
     assert isinstance(config, ContinuousConfig)
     usual = config.usual
-    sampler = Sampler(
+    sampler = diffusion(
         6, solver=usual.solver, grid=usual.grid, guidance=Guidance(projection=usual.projection), block=usual.block,
         record=frozenset({"logits"}),
     )  # fmt: skip
     asked = [Request(i, torch.arange(N), torch.arange(N) < i) for i in range(3)]
-    return [step.state.logits for step in Run(model, sampler, 2).steps(asked)]
+    return [step.state.logits for step in DiffusionLoop(model, *sampler, 2).steps(asked)]
 
 
 def test_what_training_counts_is_in_the_average_and_in_the_checkpoint(runs) -> None:

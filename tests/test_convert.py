@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toys import SMALL, with_tokenizer
 
-from cdlm import api
 from cdlm.continuous.objectives import Variational
 from cdlm.continuous.published.plaid import PlaidLayout
 from cdlm.continuous.published.tensors import Spec, read_safetensors, write_safetensors

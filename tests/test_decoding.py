@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked_toys import EOS, MASK, PLAIN, SHIFTED, VOCAB, Row, Scripted, Toy, confident, decoded
+from setups import Setup, unmasking
 from tiny import GOLDEN, Tiny
 from torch import Tensor
 
@@ -39,7 +40,7 @@ from cdlm.masked.policies.entropy import EntropyBound
 from cdlm.masked.policies.klass import KLASS
 from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.policies.policy import Policy
-from cdlm.masked.sampler import Decoder, Decoding
+from cdlm.masked.sampler import UnmaskingLoop
 from cdlm.sampling.requests import Request, canvases
 
 INF, LENGTH = math.inf, 8
@@ -120,7 +121,7 @@ def scheduled(policy: Policy) -> TypeGuard[LLaDA | Dream]:
 def plain(policy: Policy, temperature: float = 0.0, rule: Criterion | None = None) -> dict[int, Row]:
     """The run without a rule, or that of another, with its logits."""
     record = frozenset({"logits"})
-    return decoded(Toy(), Decoder(policy, rule or Full(), temperature, record=record), asked())
+    return decoded(Toy(), unmasking(policy, rule or Full(), temperature, record=record), asked())
 
 
 def same(one: dict[int, Row], two: dict[int, Row]) -> bool:
@@ -134,14 +135,14 @@ def same(one: dict[int, Row], two: dict[int, Row]) -> bool:
 def test_a_rule_that_nothing_reaches_is_the_plain_run(rule: Criterion) -> None:
     # Full is the plain run: every rule includes it. Never also takes the steps in which nothing may change.
     for policy in POLICIES[STRICT.index(rule) % 3 :: 5]:
-        assert same(decoded(Toy(), Decoder(policy, rule), asked()), plain(policy)), policy
+        assert same(decoded(Toy(), unmasking(policy, rule), asked()), plain(policy)), policy
 
 
 @every_policy
 @both_temperatures
 def test_nor_do_all_of_them_together_change_any_policy(policy: Policy, temperature: float) -> None:
     rule = reduce(or_, STRICT)
-    assert same(decoded(Toy(), Decoder(policy, rule, temperature), asked()), plain(policy, temperature))
+    assert same(decoded(Toy(), unmasking(policy, rule, temperature), asked()), plain(policy, temperature))
 
 
 @every_policy
@@ -194,7 +195,7 @@ AT_FIRST_QUIET: tuple[Criterion, ...] = (
 @every_policy
 def test_what_is_reached_at_once_ends_at_the_first_call(policy: Policy) -> None:
     for rule in AT_ONCE:
-        for row in decoded(Toy(), Decoder(policy, rule), asked()).values():
+        for row in decoded(Toy(), unmasking(policy, rule), asked()).values():
             assert (row.nfe, row.reason) == (1, "full" if rule.freezes else "halted"), rule
 
 
@@ -203,28 +204,28 @@ def test_what_is_reached_at_once_ends_at_the_first_call(policy: Policy) -> None:
 def test_what_waits_for_a_quiet_step_ends_there(policy: Policy, temperature: float) -> None:
     base = plain(policy, temperature)
     for rule in AT_FIRST_QUIET:
-        for i, row in decoded(Toy(), Decoder(policy, rule, temperature), asked()).items():
+        for i, row in decoded(Toy(), unmasking(policy, rule, temperature), asked()).items():
             step = first_quiet(base[i])
             expected = (base[i].nfe, base[i].reason) if step is None else (step + 1, "halted")
             assert (row.nfe, row.reason) == expected, rule
 
 
 def test_sched_ends_dream_at_the_second_call_since_the_first_commits_nothing() -> None:
-    for row in decoded(Toy(), Decoder(Dream(8), SchED(-INF, -INF)), canvases([[3, 4]], 8, n=3)).values():
+    for row in decoded(Toy(), unmasking(Dream(8), SchED(-INF, -INF)), canvases([[3, 4]], 8, n=3)).values():
         assert (row.nfe, row.reason) == (2, "halted")
 
 
 @every_policy
 def test_a_divergence_needs_a_step_before_it(policy: Policy) -> None:
     base = plain(policy)
-    for i, row in decoded(Toy(), Decoder(policy, KL(1e9, warmup=0.0)), asked()).items():
+    for i, row in decoded(Toy(), unmasking(policy, KL(1e9, warmup=0.0)), asked()).items():
         assert row.nfe == min(2, base[i].nfe)
 
 
 # --- rows and batches ---
 
 
-def alone(model: Toy, decoder: Decoder, requests: Sequence[Request]) -> dict[int, Row]:
+def alone(model: Toy, decoder: Setup, requests: Sequence[Request]) -> dict[int, Row]:
     return {request.index: decoded(model, decoder, [request], 1)[request.index] for request in requests}
 
 
@@ -240,7 +241,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 def test_a_row_is_the_same_in_any_batch(policy: Policy) -> None:
     rules, at = (Full(), Never(), *MIDDLE, *JOTS), POLICIES.index(policy)
     for i in range(4):  # the policies take turns, so that all rules come up with many of them
-        decoder = Decoder(policy, rules[(4 * at + i) % len(rules)], **SETTINGS[i])
+        decoder = unmasking(policy, rules[(4 * at + i) % len(rules)], **SETTINGS[i])
         model = Toy(SHIFTED if isinstance(policy, Dream | DreamThreshold) else PLAIN)
         assert same(decoded(model, decoder, asked(), batch_size=2), alone(model, decoder, asked())), decoder
 
@@ -253,7 +254,7 @@ def test_a_row_is_the_same_in_any_batch(policy: Policy) -> None:
 def test_order_and_batch_size_do_not_matter(
     policy: Policy, rule: Criterion, temperature: float, order: list[int], batch_size: int, seed: int
 ) -> None:
-    decoder, requests = Decoder(policy, rule, temperature, seed=seed), asked(2)
+    decoder, requests = unmasking(policy, rule, temperature, seed=seed), asked(2)
     one = decoded(Toy(seed=seed), decoder, [requests[i] for i in order], batch_size)
     assert same(one, decoded(Toy(seed=seed), decoder, requests, 6))
 
@@ -263,9 +264,9 @@ def test_padding_changes_nothing(policy: Policy) -> None:
     rules = (Full(), *MIDDLE, *JOTS)
     rule = rules[POLICIES.index(policy) % len(rules)]
     prompts = [[3, 4, 5], [6], [7, None]]
-    padded = decoded(Toy(), Decoder(policy, rule, 0.7), canvases(prompts, LENGTH))
+    padded = decoded(Toy(), unmasking(policy, rule, 0.7), canvases(prompts, LENGTH))
     for i, prompt in enumerate(prompts):
-        row = decoded(Toy(), Decoder(policy, rule, 0.7), canvases([prompt], LENGTH, first=i))[i]
+        row = decoded(Toy(), unmasking(policy, rule, 0.7), canvases([prompt], LENGTH, first=i))[i]
         assert padded[i].tokens[3 - len(prompt) :] == row.tokens
         assert padded[i].result[1:] == row.result[1:]
 
@@ -279,19 +280,19 @@ def test_padding_on_the_right_changes_nothing_either() -> None:
         for rule in (Full(), *MIDDLE, *JOTS):
             if isinstance(rule, Prophet) and rule.region:
                 continue  # it does not fit
-            decoder = Decoder(policy, rule, 0.7)
+            decoder = unmasking(policy, rule, 0.7)
             one, two = decoded(Toy(), decoder, [padded])[0], decoded(Toy(), decoder, [short])[0]
             assert (one.tokens[:6], *one.result[1:]) == (two.tokens, *two.result[1:]), decoder
 
 
 def test_padding_that_reads_as_the_mask_is_no_mask() -> None:
-    rows = decoded(Toy(Constants(0)), Decoder(LLaDA(4)), canvases([[3], [4, 5]], 4))
+    rows = decoded(Toy(Constants(0)), unmasking(LLaDA(4)), canvases([[3], [4, 5]], 4))
     assert [row.nfe for row in rows.values()] == [4, 4]
 
 
 def test_samples_of_a_prompt_differ_by_their_index_and_seed_alone() -> None:
     def texts(seed: int, first: int) -> list[tuple[int, ...]]:
-        decoder = Decoder(LLaDA(8, remasking="random"), temperature=1.5, seed=seed)
+        decoder = unmasking(LLaDA(8, remasking="random"), temperature=1.5, seed=seed)
         return [row.tokens for _, row in sorted(decoded(Toy(), decoder, canvases([[3]], 8, 4, first=first)).items())]
 
     assert len({*texts(0, 0), *texts(1, 0)}) == 8
@@ -337,8 +338,8 @@ def test_freezing_never_costs_a_call(policy: Policy) -> None:
     # Where positions do not hang together: else other contexts can make a threshold's positions less sure.
     model, drawn = Toy(sway=0.0), isinstance(policy, Dream) and (policy.alg == "origin" or policy.alg_temp is not None)
     for rule in (JoT(20.0, 2.0), JoT(3.0)):
-        base = decoded(model, Decoder(policy, Never() if drawn else Full()), asked())
-        for i, row in decoded(model, Decoder(policy, rule), asked()).items():
+        base = decoded(model, unmasking(policy, Never() if drawn else Full()), asked())
+        for i, row in decoded(model, unmasking(policy, rule), asked()).items():
             assert row.nfe <= base[i].nfe
     if scheduled(policy):
         assert policy.steps is not None
@@ -349,14 +350,14 @@ def test_freezing_never_costs_a_call(policy: Policy) -> None:
 def test_freezing_saves_calls_and_reaches_into_later_blocks() -> None:
     logits = confident([0.2, 0.2, 0.99, 0.3])
     model = Scripted(lambda tokens: logits.expand(len(tokens), -1, -1))
-    row = decoded(model, Decoder(LLaDA(4, block=2), JoT(50.0, 40.0)), canvases([[]], 4))[0]
+    row = decoded(model, unmasking(LLaDA(4, block=2), JoT(50.0, 40.0)), canvases([[]], 4))[0]
     assert row.canvases == [(3, MASK, 3, MASK), (3, 3, 3, MASK), (3, 3, 3, 3)]
 
 
 @every_policy
 def test_guidance_costs_two_calls_a_step(policy: Policy) -> None:
     model = Toy()
-    rows = decoded(model, Decoder(policy, Full(), cfg_scale=1.5), asked())
+    rows = decoded(model, unmasking(policy, Full(), cfg_scale=1.5), asked())
     assert all(row.nfe == 2 * len(row.canvases) for row in rows.values())
     assert model.rows == sum(row.nfe for row in rows.values())
     assert model.calls == max(len(row.canvases) for row in rows.values())
@@ -364,7 +365,7 @@ def test_guidance_costs_two_calls_a_step(policy: Policy) -> None:
 
 def test_guidance_pulls_away_from_what_is_said_without_the_prompt() -> None:
     model, request = Toy(), canvases([[3, 4]], 6)
-    decoder = Decoder(LLaDA(6), cfg_scale=1.5, record=frozenset({"logits"}))
+    decoder = unmasking(LLaDA(6), cfg_scale=1.5, record=frozenset({"logits"}))
     row = decoded(model, decoder, request)[0]
     told = model.logits(torch.tensor([[3, 4] + [MASK] * 6]))
     free = model.logits(torch.tensor([[MASK] * 8]))
@@ -374,14 +375,14 @@ def test_guidance_pulls_away_from_what_is_said_without_the_prompt() -> None:
 
 def test_a_shifted_model_is_read_one_place_to_the_left() -> None:
     record = frozenset({"logits"})
-    row = decoded(Toy(SHIFTED), Decoder(Dream(6), record=record), canvases([[3, 4]], 6))[0]
+    row = decoded(Toy(SHIFTED), unmasking(Dream(6), record=record), canvases([[3, 4]], 6))[0]
     raw = Toy().logits(torch.tensor([[3, 4] + [MASK] * 6]))[0].index_fill(-1, torch.tensor(MASK), -INF)
     assert torch.equal(row.logits[0], raw[[0, 0, 1, 2, 3, 4, 5, 6]])
 
 
 def test_why_rows_leave() -> None:
     def reasons(policy: Policy, rule: Criterion) -> set[str]:
-        return {row.reason for row in decoded(Toy(), Decoder(policy, rule), asked()).values()}
+        return {row.reason for row in decoded(Toy(), unmasking(policy, rule), asked()).values()}
 
     assert reasons(LLaDA(8), Never()) == {"budget"}
     assert reasons(LLaDA(8), Full()) == {"full"}
@@ -396,14 +397,14 @@ def test_text_is_settled_when_nothing_is_open_before_its_first_end() -> None:
     logits = confident([0.5, 0.6, 0.99, 0.98, 0.97, 0.96])
     logits[2, [3, EOS]] = logits[2, [EOS, 3]]
     model = Scripted(lambda tokens: logits.expand(len(tokens), -1, -1))
-    row = decoded(model, Decoder(LLaDA(6)), canvases([[]], 6))[0]
+    row = decoded(model, unmasking(LLaDA(6)), canvases([[]], 6))[0]
     assert row.tokens == (3, 3, EOS, 3, 3, 3)
     assert (row.settled, row.nfe) == (6, 6)  # the two before the end are the last to be decided
-    row = decoded(model, Decoder(LLaDA(6, block=2)), canvases([[]], 6))[0]
+    row = decoded(model, unmasking(LLaDA(6, block=2)), canvases([[]], 6))[0]
     assert (row.settled, row.nfe) == (3, 6)
-    row = decoded(model, Decoder(LLaDA(6, block=2), cfg_scale=1.0), canvases([[]], 6))[0]
+    row = decoded(model, unmasking(LLaDA(6, block=2), cfg_scale=1.0), canvases([[]], 6))[0]
     assert (row.settled, row.nfe) == (6, 12)
-    assert decoded(model, Decoder(LLaDA(5)), canvases([[EOS]], 5))[0].settled == 5  # a prompt's end is none
+    assert decoded(model, unmasking(LLaDA(5)), canvases([[EOS]], 5))[0].settled == 5  # a prompt's end is none
 
 
 # --- the cache ---
@@ -433,8 +434,8 @@ both_caches = pytest.mark.parametrize("kind", CACHES)
 def test_where_keys_do_not_change_the_cache_changes_nothing(kind: Any, policy: Policy, constants: Constants) -> None:
     requests = canvases([[3, 4, 5], [6], [7, 8]], LENGTH, constraints={5: 9})
     for rule, temperature in ((Full(), 0.0), (Never(), 0.7)):
-        whole = decoded(Toy(constants), Decoder(policy, rule, temperature), requests)
-        cached = Decoder(policy, rule, temperature, cache=kind)
+        whole = decoded(Toy(constants), unmasking(policy, rule, temperature), requests)
+        cached = unmasking(policy, rule, temperature, cache=kind)
         assert same(decoded(Toy(constants), cached, requests, 2), whole)
 
 
@@ -443,16 +444,16 @@ def test_where_keys_do_not_change_the_cache_changes_nothing(kind: Any, policy: P
 def test_a_hole_in_the_prompt_is_filled_with_a_cache_too(kind: Any, policy: Policy) -> None:
     requests = canvases([[3, None, 4, None, 5]], 4)
     for seed in range(4):
-        whole = decoded(Toy(seed=seed), Decoder(policy), requests)
-        assert MASK not in decoded(Toy(seed=seed), Decoder(policy, cache=kind), requests)[0].tokens
-        assert same(decoded(Toy(seed=seed), Decoder(policy, cache=kind), requests), whole)
+        whole = decoded(Toy(seed=seed), unmasking(policy), requests)
+        assert MASK not in decoded(Toy(seed=seed), unmasking(policy, cache=kind), requests)[0].tokens
+        assert same(decoded(Toy(seed=seed), unmasking(policy, cache=kind), requests), whole)
 
 
 @both_caches
 def test_a_shifted_row_that_starts_at_once_changes_none_beside_it(kind: Any) -> None:
     requests = canvases([[]], LENGTH, 4)
     for seed in (3, 4, 6):
-        decoder = Decoder(Threshold(0.5, block=2), temperature=0.7, cache=kind, seed=seed)
+        decoder = unmasking(Threshold(0.5, block=2), temperature=0.7, cache=kind, seed=seed)
         model = Toy(SHIFTED, seed)
         assert same(decoded(model, decoder, requests, 3), alone(model, decoder, requests))
 
@@ -462,7 +463,7 @@ def test_a_shifted_row_that_starts_at_once_changes_none_beside_it(kind: Any) -> 
 def test_rules_with_a_cache_leave_rows_alone(kind: Any, rule: Criterion) -> None:
     requests = canvases([[3, 4, 5], [6]], LENGTH, 2)
     for policy in (LLaDA(8, block=2), Threshold(0.5, block=2)):
-        decoder = Decoder(policy, rule, 0.5, cache=kind)
+        decoder = unmasking(policy, rule, 0.5, cache=kind)
         assert same(decoded(Toy(), decoder, requests, 3), alone(Toy(), decoder, requests))
 
 
@@ -470,7 +471,7 @@ def test_rules_with_a_cache_leave_rows_alone(kind: Any, rule: Criterion) -> None
 def test_with_a_cache_rules_look_at_whole_calls_alone(kind: Any) -> None:
     one_a_step = Threshold(1.1, block=4)
     for steps, calls in ((1, 1), (2, 5), (5, 5), (6, 8)):
-        row = decoded(Toy(), Decoder(one_a_step, FixedSteps(steps), cache=kind), canvases([[3]], 8))[0]
+        row = decoded(Toy(), unmasking(one_a_step, FixedSteps(steps), cache=kind), canvases([[3]], 8))[0]
         assert (row.nfe, row.reason) == (calls, "full" if calls == 8 else "halted")
 
 
@@ -483,11 +484,11 @@ def tiny(running: bool = False) -> Tiny:
 def test_the_call_that_fills_the_cache_is_a_whole_one(kind: Any, running: bool) -> None:
     requests = canvases([[5, 9, 12], [7]], 12)
     for policy in (Threshold(0.0), LLaDA(1), Dream(1)):  # one call
-        whole = decoded(tiny(running), Decoder(policy), requests)
-        assert same(decoded(tiny(running), Decoder(policy, cache=kind), requests), whole)
+        whole = decoded(tiny(running), unmasking(policy), requests)
+        assert same(decoded(tiny(running), unmasking(policy, cache=kind), requests), whole)
     for policy in (Threshold(0.6), LLaDA(12), Dream(12)):  # one block
         whole, cached = tiny(running), tiny(running)
-        first = decoded(whole, Decoder(policy), requests), decoded(cached, Decoder(policy, cache=kind), requests)
+        first = decoded(whole, unmasking(policy), requests), decoded(cached, unmasking(policy, cache=kind), requests)
         for i in range(2):
             assert first[0][i].canvases[0] == first[1][i].canvases[0]
 
@@ -497,7 +498,7 @@ def test_the_call_that_fills_the_cache_is_a_whole_one(kind: Any, running: bool) 
 @pytest.mark.parametrize("policy", [LLaDA(12, block=4), Threshold(0.7, block=4), Dream(12, block=4)], ids=repr)
 def test_rows_of_a_cache_in_flight_are_what_they_are_alone(kind: Any, running: bool, policy: Policy) -> None:
     prompts = [[5, 9, 12], [7], [3, 8, 20, 21, 22], [30, 31]]
-    requests, decoder = canvases(prompts, 12), Decoder(policy, temperature=0.3, cache=kind)
+    requests, decoder = canvases(prompts, 12), unmasking(policy, temperature=0.3, cache=kind)
     together = decoded(tiny(running), decoder, requests, 3)
     for i, request in enumerate(requests):
         row = decoded(tiny(running), decoder, [request], 1)[i]
@@ -516,10 +517,10 @@ def test_a_cache_computes_a_block_and_not_the_row(kind: Any) -> None:
             widths.append(tokens.shape[1])
             return super().partial(tokens, slots, cache, valid)
 
-    decoded(Watched(), Decoder(LLaDA(6, block=3), cache=kind), canvases([[3, 4]], 6))
+    decoded(Watched(), unmasking(LLaDA(6, block=3), cache=kind), canvases([[3, 4]], 6))
     assert widths == ([3] * 4 if kind == "dual" else [6, 6, 3, 3])
     widths.clear()
-    decoded(Watched(SHIFTED), Decoder(LLaDA(6, block=3), cache=kind), canvases([[3, 4]], 6))
+    decoded(Watched(SHIFTED), unmasking(LLaDA(6, block=3), cache=kind), canvases([[3, 4]], 6))
     assert widths == ([4] * 4 if kind == "dual" else [7, 7, 4, 4])  # and what predicts the block's first position
 
 
@@ -531,7 +532,7 @@ FLAT = Scripted(lambda tokens: torch.zeros(*tokens.shape, VOCAB, dtype=torch.flo
 
 def refused(policy: Policy, prompts: Any, length: int = 8, model: Any = None, **settings_: Any) -> str:
     with pytest.raises(CdlmError) as caught:
-        decoded(model or Toy(), Decoder(policy, **settings_), canvases(prompts, length))
+        decoded(model or Toy(), unmasking(policy, **settings_), canvases(prompts, length))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -539,7 +540,7 @@ def refused(policy: Policy, prompts: Any, length: int = 8, model: Any = None, **
 def test_prompts_that_cannot_be_continued() -> None:
     assert f"holds the mask, token {MASK}" in refused(LLaDA(8), [[3, MASK]])
     with pytest.raises(CdlmError, match="leaves nothing to generate"):
-        decoded(Toy(), Decoder(LLaDA(2)), canvases([[3]], 2, constraints={0: 4, 1: 5}))
+        decoded(Toy(), unmasking(LLaDA(2)), canvases([[3]], 2, constraints={0: 4, 1: 5}))
     wrong: list[tuple[list[Any], str]] = [
         ([[], 4], "no prompts"),
         ([[[3]], 0], "length is the number of tokens to generate"),
@@ -647,9 +648,9 @@ def test_what_cannot_be_decoded_with_a_cache(kind: Any) -> None:
 )  # fmt: skip
 def test_settings_out_of_range(settings_: dict[str, Any], message: str) -> None:
     with pytest.raises(CdlmError, match=message):
-        Decoder(**settings_)
+        unmasking(**settings_)
 
 
 def test_a_batch_of_none() -> None:
     with pytest.raises(CdlmError, match="batch_size must be >= 1"):
-        Decoding(Toy(), Decoder(), 0)
+        UnmaskingLoop(Toy(), *unmasking(), 0)

@@ -12,7 +12,8 @@ from toys import masked_with_tokenizer, tokenizer, with_tokenizer
 import cdlm
 from cdlm.core.errors import CdlmError
 from cdlm.masked.system import MaskedDiffusion
-from cdlm.sampling.samples import Samples, shown_of
+from cdlm.sampling.samples import Samples
+from cdlm.sampling.texts import shown_of
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
+from setups import diffusion
 from torch import Tensor
 
 from cdlm import halting
-from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.continuous.solvers import SOLVERS
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
@@ -400,7 +401,10 @@ def test_a_rule_of_ones_own_runs_in_the_loop() -> None:
     asked = [Request(i, torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.bool)) for i in range(5)]
     steps = {}
     for rule in (Certain(0.05), For(Certain(0.05), 3), Certain(1e9), Certain(0.05) & Never()):
-        seen = [step.state.step[step.done] for step in Run(Oracle(), Sampler(steps=30, criterion=rule), 2).steps(asked)]
+        seen = [
+            step.state.step[step.done]
+            for step in DiffusionLoop(Oracle(), *diffusion(steps=30, criterion=rule), 2).steps(asked)
+        ]
         steps[rule] = torch.cat(seen).tolist()
     early, later, once, never = steps.values()
     assert set(never) == {29}
@@ -416,7 +420,7 @@ def test_a_signal_that_does_not_exist_is_refused_before_the_run() -> None:
             return frozenset({"speed"})
 
     with pytest.raises(CdlmError, match="no signal 'speed'"):
-        Sampler(criterion=Wrong())
+        diffusion(criterion=Wrong())
 
 
 def test_a_signal_that_was_not_listed_is_an_error_that_says_so() -> None:
@@ -427,4 +431,4 @@ def test_a_signal_that_was_not_listed_is_an_error_that_says_so() -> None:
 
     asked = [Request(0, torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.bool))]
     with pytest.raises(CdlmError, match="list it in the criterion's `needs`"):
-        next(Run(Oracle(), Sampler(criterion=Forgetful()), 1).steps(asked))
+        next(DiffusionLoop(Oracle(), *diffusion(criterion=Forgetful()), 1).steps(asked))

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import tokenizer, with_tokenizer
 
-from cdlm import api
 from cdlm.config import build_system
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.errors import CdlmError

@@ -16,14 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from setups import diffusion
 from torch import Tensor
 
+from cdlm.api import generate, load
 from cdlm.continuous.grids import Grid
 from cdlm.continuous.likelihood import Walk, langflow_evaluator_score
 from cdlm.continuous.published.langflow import LangFlowLayout
 from cdlm.continuous.published.layout import Official
 from cdlm.continuous.published.tensors import read_safetensors
-from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.continuous.schedules import Schedule, alpha_of, gamma_of, t_of_gamma
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.langflow import Gumbel, LangFlow, open_langflow
@@ -31,7 +33,6 @@ from cdlm.convert import convert
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import Ode, Text
 from cdlm.core.types import Batch, Condition, LoopStep
-from cdlm.api import generate, load
 from cdlm.sampling.requests import Request
 from cdlm.training.options import TrainOptions
 from cdlm.training.run import train
@@ -230,7 +231,7 @@ class Recorded(Grid):
         return t_of_gamma(self.gamma)
 
 
-class FromNoise(Run):
+class FromNoise(DiffusionLoop):
     """A run whose rows start from recorded noise of the variance-preserving state."""
 
     noise: Tensor
@@ -245,8 +246,8 @@ def sampled(model: str, case: dict[str, Any]) -> list[LoopStep]:
     system, arrays, _ = trace(model)
     name, rows, length = f"sample.{case['index']}", case["num_samples"], case["seq_length"]
     grid = Recorded(arrays[f"{name}.gamma_f32"])
-    sampler = Sampler(case["num_steps"], grid=grid, record=frozenset({"z", "logits", "tokens"}))
-    run = FromNoise(system, sampler, rows)
+    sampler = diffusion(case["num_steps"], grid=grid, record=frozenset({"z", "logits", "tokens"}))
+    run = FromNoise(system, *sampler, rows)
     run.noise = arrays[f"{name}.initial_noise"]
     nothing = torch.zeros(length, dtype=torch.bool)
     return list(run.steps(Request(i, torch.zeros(length, dtype=torch.int64), nothing) for i in range(rows)))
@@ -366,12 +367,12 @@ def test_dropout_is_a_function_of_the_generator_and_of_nothing_else() -> None:
 def test_a_prompt_stays_although_the_network_does_not_know_that_it_is_given() -> None:
     system, length = lively(), 6
     prompt = torch.tensor([4, 7, 0, 0, 0, 0])
-    run = Run(system, Sampler(8, record=frozenset({"z"})), 1)
+    run = DiffusionLoop(system, *diffusion(8, record=frozenset({"z"})), 1)
     *_, last = run.steps([Request(0, prompt, torch.arange(length) < 2)])
     assert last.tokens[0, :2].tolist() == [4, 7]
     clean, t = system.embed(prompt[None]), system.schedule.t_min
     noise = (last.state.z[0, :2] - clean[0, :2]) / t  # the state of a given token has the noise of its level
-    start = Run(system, Sampler(8), 1).admit([Request(0, prompt, torch.arange(length) < 2)], None).z[0, :2]
+    start = DiffusionLoop(system, *diffusion(8), 1).admit([Request(0, prompt, torch.arange(length) < 2)], None).z[0, :2]
     torch.testing.assert_close(noise, (start - clean[0, :2]) / system.schedule.t_max, rtol=1e-6, atol=1e-6)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file
+from setups import Setup, unmasking
 from torch import Tensor
 
 from cdlm.core.rng import ORDER, TOKENS, PositionNoise, Site
@@ -21,7 +22,7 @@ from cdlm.masked.policies.entropy import entropy_bounded
 from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.policies.policy import Policy
 from cdlm.masked.published import Quirks
-from cdlm.masked.sampler import Decoder, Decoding
+from cdlm.masked.sampler import UnmaskingLoop
 from cdlm.sampling.requests import canvases
 from tests.tiny import GOLDEN, Tiny
 
@@ -73,7 +74,7 @@ def noise_of(folder: str, case: Mapping[str, Any]) -> PositionNoise | None:
 
 
 def replayed(
-    model: CachedModel, decoder: Decoder, case: Mapping[str, Any], length: int, draws: PositionNoise | None = None,
+    model: CachedModel, decoder: Setup, case: Mapping[str, Any], length: int, noise: PositionNoise | None = None,
     constraints: Mapping[int, int] | None = None,
 ) -> tuple[list[Any], list[int], list[int]]:  # fmt: skip
     """The canvas after each step, and calls and steps of each row."""
@@ -83,7 +84,7 @@ def replayed(
     if masks is not None:
         valid = [torch.tensor([*map(bool, row), *[True] * length]) for row in masks]
         requests = [replace(request, valid=real) for request, real in zip(requests, valid, strict=True)]
-    run = Decoding(model, decoder, len(requests), draws=draws)
+    run = UnmaskingLoop(model, *decoder, len(requests), noise=noise)
     seen, nfe, steps = [], [0] * len(requests), [0] * len(requests)
     canvas = [request.tokens.tolist() for request in requests]
     for finished in run.steps(requests):
@@ -111,7 +112,7 @@ def test_llada(case: Mapping[str, Any]) -> None:
     settings = case["settings"]
     switches, quirks = LLADA_QUIRKS.get(case["id"], ({}, Quirks()))
     ends = {"no_eos": settings.get("logits_eos_inf", False), "eos_last": settings.get("confidence_eos_eot_inf", False)}
-    decoder = Decoder(
+    decoder = unmasking(
         llada(settings, **ends, **switches), temperature=settings["temperature"], cfg_scale=settings["cfg_scale"],
         quirks=quirks,
     )  # fmt: skip
@@ -144,7 +145,7 @@ def fast(case: Mapping[str, Any], model: CachedModel, folder: str) -> None:
     else:
         policy = llada(settings)
     cache = None if case["cache"] == "none" else case["cache"]
-    decoder = Decoder(policy, temperature=settings["temperature"], cache=cache, quirks=quirks)
+    decoder = unmasking(policy, temperature=settings["temperature"], cache=cache, quirks=quirks)
     seen, _, steps = replayed(model, decoder, case, settings["gen_length"], noise_of(folder, case))
     assert seen == case["tokens_after_step"]
     assert max(steps) == case["nfe"]
@@ -169,8 +170,8 @@ def test_prophet(case: Mapping[str, Any]) -> None:
         taus = settings.get("early_exit_thresholds") or {"high": 7.5, "mid": 5.0, "low": 2.5}
         end = min(offset + 5, settings["gen_length"])
         rule = Prophet(*(float(t) for t in taus.values()), region=(offset, end), one_based=True)
-    decoder = Decoder(
-        llada(settings), rule, settings["temperature"], settings["cfg_scale"], quirks=Quirks(noisy_fill=True)
+    decoder = unmasking(
+        llada(settings), rule, settings["temperature"], cfg_scale=settings["cfg_scale"], quirks=Quirks(noisy_fill=True)
     )
     constraints = {int(k): v for k, v in (settings.get("constraints") or {}).items()}
     model = Tiny(GOLDEN / case["model"], Constants(MASK, EOS))
@@ -190,7 +191,7 @@ def dream(settings: Mapping[str, Any], **switches: Any) -> Policy:
 def test_dream(case: Mapping[str, Any]) -> None:
     settings, odd = case["settings"], case["id"] == "uneven_batch"
     quirks = Quirks(leave_masks=odd)
-    decoder = Decoder(dream(settings, pooled=odd), temperature=settings["temperature"], quirks=quirks)
+    decoder = unmasking(dream(settings, pooled=odd), temperature=settings["temperature"], quirks=quirks)
     model = Tiny(GOLDEN / case["model"], Constants(MASK, EOS, shift=True), running=True)
     seen, _, _ = replayed(model, decoder, case, settings["max_new_tokens"], noise_of("dream", case))
     assert seen == case["tokens_after_step"]
@@ -208,7 +209,7 @@ def test_fast_dllm_for_dream(case: Mapping[str, Any]) -> None:
         block = settings["block_length"]
         quota = Dream(settings["steps"], "entropy", eps=settings["eps"], block=block)
         policy = Threshold(settings["threshold"], block) if "threshold" in settings else quota
-    decoder = Decoder(policy, temperature=settings["temperature"], cache=cache, quirks=quirks)
+    decoder = unmasking(policy, temperature=settings["temperature"], cache=cache, quirks=quirks)
     model = Tiny(GOLDEN / case["model"], Constants(MASK, EOS, shift=True), running=True)
     seen, _, _ = replayed(model, decoder, case, settings["max_new_tokens"])
     assert seen == case["tokens_after_step"]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Float
 from masked_toys import EOS, EOT, MASK, VOCAB, Row, Scripted, Toy, confident, decoded
+from setups import unmasking
 from torch import Tensor
 
 from cdlm.core.errors import CdlmError
@@ -25,7 +26,6 @@ from cdlm.masked.policies.klass import KLASS
 from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.policies.policy import Policy
 from cdlm.masked.policies.quotas import best, even, falling, ranked, transfer_share
-from cdlm.masked.sampler import Decoder
 from cdlm.sampling.requests import canvases
 
 INF = math.inf
@@ -38,7 +38,7 @@ def row_of(policy: Policy, p: Sequence[float], **settings_: Any) -> Row:
 
 def rows_of(policy: Policy, logits: Float[Tensor, "n v"], n: int, **settings_: Any) -> dict[int, Row]:
     model = Scripted(lambda tokens: logits.expand(len(tokens), -1, -1))
-    return decoded(model, Decoder(policy, **settings_), canvases([[]], len(logits), n), n)
+    return decoded(model, unmasking(policy, **settings_), canvases([[]], len(logits), n), n)
 
 
 def order_of(row: Row) -> list[set[int]]:
@@ -178,9 +178,9 @@ def test_a_larger_bound_of_entropy_commits_more_at_once(p: list[float], nats: fl
 
 def test_no_bound_of_entropy_is_one_call_a_block_and_none_one_position_a_call() -> None:
     rows = canvases([[3, 4], [5]], 8, 2)
-    assert {row.nfe for row in decoded(Toy(), Decoder(EntropyBound(INF, block=4)), rows).values()} == {2}
-    assert {row.nfe for row in decoded(Toy(), Decoder(EntropyBound(INF)), rows).values()} == {1}
-    assert {row.nfe for row in decoded(Toy(), Decoder(EntropyBound(0.0)), rows).values()} == {8}
+    assert {row.nfe for row in decoded(Toy(), unmasking(EntropyBound(INF, block=4)), rows).values()} == {2}
+    assert {row.nfe for row in decoded(Toy(), unmasking(EntropyBound(INF)), rows).values()} == {1}
+    assert {row.nfe for row in decoded(Toy(), unmasking(EntropyBound(0.0)), rows).values()} == {8}
 
 
 def test_the_bound_of_entropy_by_hand() -> None:
@@ -207,7 +207,7 @@ def test_dream_with_a_threshold_owes_what_it_refuses() -> None:
     assert counts(row_of(DreamThreshold(1, 0.5), p)) == [3, 1]
     told = {4: (0.9, 0.3, 0.3, 0.3), 3: (0.9, 0.9, 0.9, 0.9)}
     model = Scripted(lambda tokens: torch.stack([confident(told[int((row == MASK).sum())]) for row in tokens]))
-    row = decoded(model, Decoder(DreamThreshold(2, 0.5)), canvases([[]], 4))[0]
+    row = decoded(model, unmasking(DreamThreshold(2, 0.5)), canvases([[]], 4))[0]
     assert counts(row) == [1, 3]  # one of two; then two and the one that it owes
 
 
@@ -251,7 +251,7 @@ BLOCKED: tuple[Policy, ...] = (
 
 @pytest.mark.parametrize("policy", BLOCKED, ids=repr)
 def test_blocks_are_decoded_from_left_to_right(policy: Any) -> None:
-    rows = decoded(Toy(), Decoder(policy, Full(), 0.7), canvases([[3], [4, None, 5]], 8, 3, constraints={2: 6}))
+    rows = decoded(Toy(), unmasking(policy, Full(), 0.7), canvases([[3], [4, None, 5]], 8, 3, constraints={2: 6}))
     for row in rows.values():
         for canvas in row.canvases:
             open_ = [max(-1, (i - 3) // policy.block) for i, token in enumerate(canvas) if token == MASK]
@@ -300,9 +300,9 @@ def test_klass_by_hand() -> None:
     def script(tokens: Tensor) -> Tensor:
         return torch.stack([confident(told[int((row == MASK).sum())]) for row in tokens])
 
-    row = decoded(Scripted(script), Decoder(KLASS(0.6, 0.01)), canvases([[]], 6))[0]
+    row = decoded(Scripted(script), unmasking(KLASS(0.6, 0.01)), canvases([[]], 6))[0]
     assert order_of(row) == [{5}, {4}, {0, 3}, {2}, {1}]
-    strict = decoded(Scripted(script), Decoder(KLASS(0.6, 0.0001)), canvases([[]], 6))[0]
+    strict = decoded(Scripted(script), unmasking(KLASS(0.6, 0.0001)), canvases([[]], 6))[0]
     assert order_of(strict)[:3] == [{5}, {4}, {3}]  # 0 moved by 2.4e-4 nats
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from setups import Setup, unmasking
 
-from cdlm.api import recording_of
 from cdlm.core.errors import CdlmError
 from cdlm.halting import (
     KL,
@@ -29,14 +29,14 @@ from cdlm.masked.policies.dream import Dream
 from cdlm.masked.policies.klass import KLASS
 from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.policies.policy import Policy
-from cdlm.masked.sampler import Decoder, Decoding
-from cdlm.models.hub import Folder
+from cdlm.masked.sampler import Unmasking, UnmaskingLoop
 from cdlm.recording.file import Recording
 from cdlm.recording.record import Record
+from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import canvases
-from cdlm.sampling.samples import NEEDED_MASKED, Samples, collect
+from cdlm.sampling.samples import Samples, collect
+from cdlm.sampling.session import Session
 from tests.masked_toys import MASK, Toy
-from tests.toys import tokenizer
 
 POLICIES = (
     LLaDA(8), LLaDA(8, block=4), LLaDA(16, block=4), LLaDA(8, remasking="random"), Dream(6), Threshold(0.3, block=4),
@@ -50,19 +50,19 @@ RULES = (
 PROMPTS = [[3, 4], [5, None, 6, 7], [8]]
 
 
-def run(decoder: Decoder, record: bool = False) -> Samples:
+def run(decoder: Setup, record: bool = False) -> Samples:
     requests = canvases(PROMPTS, 8, 2)
-    decoding = Decoding(Toy(seed=3), decoder, 4)
+    decoding = UnmaskingLoop(Toy(seed=3), *decoder, 4)
+    seed, budget = decoder.options.seed, decoding.budget(requests)
     return collect(
-        decoding.steps(requests), requests, None, budget=decoding.budget(requests), seed=decoder.seed, record=record,
-        mask_id=MASK,
+        decoding.steps(requests), requests, None, budget=budget, seed=seed, record=record, mask_id=MASK
     )  # fmt: skip
 
 
 def recording(policy: Policy, temperature: float) -> Recording:
     idles = policy == LLaDA(16, block=4)  # its idle steps inside blocks are passed over by every rule but Never
     rule = Full() if idles else Never()
-    samples = run(Decoder(policy, rule, temperature, record=NEEDED_MASKED), record=True)
+    samples = run(unmasking(policy, rule, temperature, record=Unmasking.recorded), record=True)
     assert samples.record is not None
     return Recording(
         samples.record, samples.tokens, samples.given, samples.valid, samples.index, samples.seed, "toy", "0" * 64, {}
@@ -76,7 +76,7 @@ def test_replay_is_the_live_run(policy: Policy, temperature: float) -> None:
     for rule in RULES:
         if isinstance(rule, Never) and policy == LLaDA(16, block=4):
             continue
-        live, replayed = run(Decoder(policy, rule, temperature)), replay(kept, rule)
+        live, replayed = run(unmasking(policy, rule, temperature)), replay(kept, rule)
         assert replayed.tokens.tolist() == live.tokens.tolist(), rule
         assert replayed.nfe.tolist() == live.nfe.tolist(), rule
         assert replayed.steps.tolist() == live.steps.tolist(), rule
@@ -100,7 +100,7 @@ def test_the_canvases_of_a_record_are_those_of_the_run(policy: Policy) -> None:
     requests = canvases(PROMPTS, 8, 2)
     seen = {}
     rule = Full() if policy == LLaDA(16, block=4) else Never()
-    for finished in Decoding(Toy(seed=3), Decoder(policy, rule), 4).steps(requests):
+    for finished in UnmaskingLoop(Toy(seed=3), *unmasking(policy, rule), 4).steps(requests):
         assert finished.canvas is not None
         for i, row in enumerate(finished.state.row.tolist()):
             seen[int(finished.state.step[i]), row] = finished.canvas[i].tolist()
@@ -130,11 +130,10 @@ def test_what_cannot_be_replayed_is_refused(rule: Criterion, why: str) -> None:
 
 def test_a_run_that_idles_inside_its_blocks_is_not_recorded() -> None:
     with pytest.raises(CdlmError, match=r"record with the rule Full\(\)"):
-        run(Decoder(LLaDA(16, block=4), record=NEEDED_MASKED), record=True)
+        run(unmasking(LLaDA(16, block=4), record=Unmasking.recorded), record=True)
 
 
-def test_a_run_that_a_rule_cut_short_is_no_full_run(tmp_path: Path) -> None:
-    decoder = Decoder(LLaDA(8), FixedSteps(3), record=NEEDED_MASKED)
-    folder = Folder(tmp_path, {}, 8, False, {}, tokenizer())
+def test_a_run_that_a_rule_cut_short_is_no_full_run() -> None:
+    decoder = unmasking(LLaDA(8), FixedSteps(3), record=Unmasking.recorded)
     with pytest.raises(CdlmError, match="6 of 6 samples halted early"):
-        recording_of(run(decoder, record=True), decoder, folder, "fp32")
+        recording_of(run(decoder, record=True), Session(Toy(), *decoder))

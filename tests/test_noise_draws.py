@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, draws
+from setups import Setup, diffusion
 from test_replay import RULES, M, live, recorded
 from torch import Tensor
 
 from cdlm.continuous.grids import Grid, LogT, UpperEnds, Warped
-from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.continuous.schedules import alpha_of, gamma_of
 from cdlm.continuous.solvers import Ancestral, Euler, Heun, Renoise, Solver, TorchDiffEq
 from cdlm.core.rng import StepNoise, row_normal
@@ -186,11 +187,11 @@ def requests(indices) -> list[Request]:
     return [Request(int(i), tokens, torch.arange(N) < (2 if i % 3 == 1 else 0)) for i in indices]
 
 
-def run(sampler: Sampler, asked: list[Request], batch_size: int) -> tuple[dict[int, list[Tensor]], dict[int, tuple]]:
+def run(sampler: Setup, asked: list[Request], batch_size: int) -> tuple[dict[int, list[Tensor]], dict[int, tuple]]:
     """Logits of every step of each sample, and what left the loop."""
     seen: dict[int, list[Tensor]] = {}
     left: dict[int, tuple] = {}
-    for step in Run(Oracle(), sampler, batch_size).steps(asked):
+    for step in DiffusionLoop(Oracle(), *sampler, batch_size).steps(asked):
         state = step.state
         for row, logits in zip(state.row.tolist(), state.logits, strict=True):
             seen.setdefault(row, []).append(logits)
@@ -206,9 +207,9 @@ def assert_same(first: tuple[dict, dict], second: tuple[dict, dict]) -> None:
         assert torch.equal(torch.stack(logits), torch.stack(second[0][i]))
 
 
-def sampler(solver: Solver, criterion: Criterion | None = None, steps: int = 12, **others) -> Sampler:
+def sampler(solver: Solver, criterion: Criterion | None = None, steps: int = 12, **others) -> Setup:
     record = frozenset({"logits", "tokens", "score_cosine"})
-    return Sampler(steps, criterion or Never(), solver=solver, record=record, **others)
+    return diffusion(steps, criterion or Never(), solver=solver, record=record, **others)
 
 
 @every_solver
@@ -242,8 +243,8 @@ def test_a_halted_sample_is_the_beginning_of_the_full_one(solver: Solver) -> Non
 def test_every_step_and_every_sample_has_fresh_noise_of_its_own(solver: Solver) -> None:
     noises: list[Tensor] = []
     before = None
-    walk = Sampler(9, solver=solver, grid=LogT(), seed=4, record=frozenset({"z", "x0"}))
-    for step in Run(Oracle(), walk, 4).steps(requests([0, 3, 6, 9])):
+    walk = diffusion(9, solver=solver, grid=LogT(), seed=4, record=frozenset({"z", "x0"}))
+    for step in DiffusionLoop(Oracle(), *walk, 4).steps(requests([0, 3, 6, 9])):
         state = step.state
         if before is not None:
             t, t_next = (s.t[:, None, None] for s in (before, state))
@@ -264,7 +265,7 @@ def test_samples_reproduce_the_token_frequencies(solver: Solver, grid: Grid, ste
     oracle, count, rows, length = Oracle(), Counter(), 60, 60
     nothing = torch.zeros(length, dtype=torch.int64)
     asked = [Request(i, nothing, nothing > 0) for i in range(rows)]
-    for step in Run(oracle, Sampler(steps, grid=grid, solver=solver, seed=3), rows).steps(asked):
+    for step in DiffusionLoop(oracle, *diffusion(steps, grid=grid, solver=solver, seed=3), rows).steps(asked):
         count.update(step.tokens.flatten().tolist())
     expected = oracle.frequencies.numpy() * rows * length
     seen = np.array([count[i] for i in range(7)])

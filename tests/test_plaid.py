@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jaxtyping import Float
 from oracle import Oracle, draws, loop
 from safetensors.torch import load_file
+from setups import diffusion
 from torch import Tensor
 
 from cdlm.config import build_system
@@ -22,7 +23,7 @@ from cdlm.continuous.grids import Grid
 from cdlm.continuous.guidance import Control, Guidance, Term
 from cdlm.continuous.objectives import squared_error
 from cdlm.continuous.published.plaid import PlaidLayout, ReleasedTransformer
-from cdlm.continuous.sampler import DiffusionRows, Run, Sampler
+from cdlm.continuous.sampler import DiffusionLoop, DiffusionRows
 from cdlm.continuous.schedules import Schedule, TimeWarp, alpha_of, gamma_of, t_of_gamma
 from cdlm.continuous.solvers import Advance, Ancestral, Euler, Solver
 from cdlm.continuous.system import EmbeddingDiffusion
@@ -196,7 +197,11 @@ def test_prompts_are_kept_and_seen_as_noisy_tokens() -> None:
     model = lively()
     tokens = torch.arange(6)
     request = Request(0, tokens, tokens < 3)
-    done = [f for f in Run(model, Sampler(steps=8, criterion=Patience(8)), 4).steps([request]) if bool(f.done.any())]
+    done = [
+        f
+        for f in DiffusionLoop(model, *diffusion(steps=8, criterion=Patience(8)), 4).steps([request])
+        if bool(f.done.any())
+    ]
     assert done[0].tokens[0, :3].tolist() == [0, 1, 2]
 
 
@@ -302,7 +307,7 @@ class OneStep(Solver):
         return moved._replace(z=moved.z * (alpha_of(below) / alpha_of(t_next))[:, None, None])
 
 
-class FromNoise(Run):
+class FromNoise(DiffusionLoop):
     """The loop on recorded noise."""
 
     there: dict[str, Tensor]
@@ -521,8 +526,8 @@ def test_a_prompt_can_be_asked_for() -> None:
     oracle, prompt = Oracle(), torch.tensor([4, 6, 1, 0, 0, 2])
     control = Control.of_prompt(prompt, torch.tensor([True, True, True, False, False, True]))
     assert control.terms[-1] == Term(2, 2.0, 5)
-    sampler = Sampler(steps=12, guidance=Guidance(control=control))
-    finished = list(Run(oracle, sampler, 2).steps([free_row(6)]))
+    sampler = diffusion(steps=12, guidance=Guidance(control=control))
+    finished = list(DiffusionLoop(oracle, *sampler, 2).steps([free_row(6)]))
     assert finished[-1].tokens[0, [0, 1, 2, 5]].tolist() == [4, 6, 1, 2]
     assert finished[-1].state.nfe.tolist() == [12]
 
@@ -533,20 +538,20 @@ def free_row(n: int, index: int = 0) -> Request:
 
 def test_control_leaves_no_gradient_behind() -> None:
     model = lively()
-    sampler = Sampler(steps=2, guidance=Guidance(control=Control((Term(3),))), record=frozenset({"logits"}))
-    finished = list(Run(model, sampler, 2).steps([free_row(6)]))
+    sampler = diffusion(steps=2, guidance=Guidance(control=Control((Term(3),))), record=frozenset({"logits"}))
+    finished = list(DiffusionLoop(model, *sampler, 2).steps([free_row(6)]))
     assert not finished[0].state.logits.requires_grad
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_row_does_not_depend_on_those_beside_it() -> None:
     oracle, control = Oracle(), Control((Term(2, 1.0, "any"), Term(1, 1.0, "all", True)))
-    sampler = Sampler(steps=6, guidance=Guidance(control=control))
+    sampler = diffusion(steps=6, guidance=Guidance(control=control))
     requests = [free_row(4, i) for i in range(3)]
 
     def tokens(batch: int) -> list[list[int]]:
         found = {}
-        for item in Run(oracle, sampler, batch).steps(requests):
+        for item in DiffusionLoop(oracle, *sampler, batch).steps(requests):
             found.update(zip(item.state.row[item.done].tolist(), item.tokens.tolist(), strict=True))
         return [found[i] for i in range(3)]
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import toys
 
+from cdlm.api import generate
 from cdlm.core.errors import CdlmError
 from cdlm.evaluation.plots.figure import COLORS, MARKERS, check_plot_path
 from cdlm.evaluation.plots.panels import Line, Panel, draw, styles
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel, limits, plot_pareto
 from cdlm.evaluation.plots.trajectories import plot_samples, plot_trajectories
-from cdlm.api import generate
 
 STEPS, ROWS = 30, 9
 HALTED = np.arange(10, 10 + ROWS)

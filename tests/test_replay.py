@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
+from setups import diffusion
 from toys import with_tokenizer
 
 from cdlm import api, generation
 from cdlm.cli import main as cli
-from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.continuous.solvers import Euler, Heun, Solver, TorchDiffEq
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Decision, StepState
@@ -75,7 +76,7 @@ def recorded(solver: Solver) -> Recording:
     asked = requests()
     tokens = torch.stack([request.tokens for request in asked])
     tape = Recorder(RECORDED, STEPS, tokens)
-    for step in Run(Oracle(), Sampler(STEPS, solver=solver, record=NEEDED), 4).steps(asked):
+    for step in DiffusionLoop(Oracle(), *diffusion(STEPS, solver=solver, record=NEEDED), 4).steps(asked):
         tape.write(step.state, step.state.row.numpy())
         tokens[step.state.row[step.done]] = step.tokens
     given, valid = (np.stack([getattr(r, name).numpy() for r in asked]) for name in ("given", "valid"))
@@ -86,7 +87,7 @@ def recorded(solver: Solver) -> Recording:
 def live(solver: Solver, rule: Criterion) -> tuple[dict[int, tuple], Recorder]:
     out, asked = {}, requests()
     tape = Recorder(RECORDED, STEPS, torch.stack([request.tokens for request in asked]))
-    for step in Run(Oracle(), Sampler(STEPS, rule, solver=solver, record=NEEDED), 4).steps(asked):
+    for step in DiffusionLoop(Oracle(), *diffusion(STEPS, rule, solver=solver, record=NEEDED), 4).steps(asked):
         tape.write(step.state, step.state.row.numpy())
         for row, tokens in zip(step.done.nonzero().squeeze(1).tolist(), step.tokens.tolist(), strict=True):
             state = step.state

@@ -19,10 +19,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
 from safetensors.torch import load_file
+from setups import diffusion
 from torch import Tensor
 
 from cdlm.continuous.guidance import Guidance
-from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.continuous.solvers import Euler, Heun, Solver
 from cdlm.core.errors import CdlmError
 from cdlm.core.trees import join, take
@@ -94,8 +95,10 @@ def request(index: int) -> Request:
 
 
 def run(rule: Criterion, asked: list[int], batch_size: int, oracle: Oracle | None = None, **more) -> list[LoopStep]:
-    sampler = Sampler(**{"steps": STEPS, "criterion": rule, **more})
-    return list(Run(oracle or Oracle(t_min=0.08, t_max=1.2), sampler, batch_size).steps(request(i) for i in asked))
+    sampler = diffusion(**{"steps": STEPS, "criterion": rule, **more})
+    return list(
+        DiffusionLoop(oracle or Oracle(t_min=0.08, t_max=1.2), *sampler, batch_size).steps(request(i) for i in asked)
+    )
 
 
 def outcome(steps: list[LoopStep]) -> dict[int, tuple]:

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
+from setups import Setup, diffusion
 from torch import Tensor
 
 from cdlm.continuous.grids import LogT, UniformT, Warped
 from cdlm.continuous.guidance import Guidance
-from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.continuous.solvers import Euler, Heun, Solver, TorchDiffEq
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Condition, Prediction
@@ -39,10 +40,10 @@ def requests(indices, prompt: int = 0) -> list[Request]:
     return [Request(int(i), tokens, torch.arange(N) < prompt) for i in indices]
 
 
-def draw(sampler: Sampler, asked: list[Request], batch_size: int) -> dict[int, tuple]:
+def draw(sampler: Setup, asked: list[Request], batch_size: int) -> dict[int, tuple]:
     """Each sample's tokens, calls, halting step and whether a criterion halted it."""
     out = {}
-    for step in Run(Oracle(), sampler, batch_size).steps(asked):
+    for step in DiffusionLoop(Oracle(), *sampler, batch_size).steps(asked):
         leaving = step.done.nonzero().squeeze(1)
         for row, tokens in zip(leaving.tolist(), step.tokens, strict=True):
             state = step.state
@@ -55,7 +56,7 @@ def draw(sampler: Sampler, asked: list[Request], batch_size: int) -> dict[int, t
 @pytest.mark.parametrize("criterion", CRITERIA, ids=repr)
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_a_batch_equals_its_members_alone(solver: Solver, criterion: Criterion) -> None:
-    sampler = Sampler(steps=9, solver=solver, criterion=criterion, record=frozenset({"switches", "score_cosine"}))
+    sampler = diffusion(steps=9, solver=solver, criterion=criterion, record=frozenset({"switches", "score_cosine"}))
     together = draw(sampler, requests(range(5)), batch_size=3)
     alone = {i: draw(sampler, requests([i]), batch_size=1)[i] for i in range(5)}
     assert together == alone
@@ -64,7 +65,7 @@ def test_a_batch_equals_its_members_alone(solver: Solver, criterion: Criterion) 
 @settings(max_examples=20)
 @given(order=st.permutations(range(6)), batch_size=st.integers(1, 8))
 def test_order_and_batch_size_do_not_matter(order: list[int], batch_size: int) -> None:
-    sampler = Sampler(steps=12, criterion=Patience(3))
+    sampler = diffusion(steps=12, criterion=Patience(3))
     assert draw(sampler, requests(order), batch_size) == draw(sampler, requests(range(6)), 6)
 
 
@@ -72,8 +73,8 @@ def test_order_and_batch_size_do_not_matter(order: list[int], batch_size: int) -
 def test_a_halted_row_is_a_prefix_of_the_full_run(solver: Solver) -> None:
     def states(criterion: Criterion) -> dict[int, list[Tensor]]:
         seen: dict[int, list[Tensor]] = {}
-        sampler = Sampler(steps=20, solver=solver, criterion=criterion, record=frozenset({"logits"}))
-        for step in Run(Oracle(), sampler, 4).steps(requests(range(6))):
+        sampler = diffusion(steps=20, solver=solver, criterion=criterion, record=frozenset({"logits"}))
+        for step in DiffusionLoop(Oracle(), *sampler, 4).steps(requests(range(6))):
             for row, logits in zip(step.state.row.tolist(), step.state.logits, strict=True):
                 seen.setdefault(row, []).append(logits)
         return seen
@@ -94,8 +95,8 @@ def test_a_looser_threshold_never_halts_later(strict: float, factor: float, pati
         (For(NormConvergence(strict), patience + more), For(NormConvergence(strict), patience)),
     ]
     for tight, loose in pairs:
-        late = draw(Sampler(steps=15, criterion=tight), requests(range(3)), 3)
-        early = draw(Sampler(steps=15, criterion=loose), requests(range(3)), 3)
+        late = draw(diffusion(steps=15, criterion=tight), requests(range(3)), 3)
+        early = draw(diffusion(steps=15, criterion=loose), requests(range(3)), 3)
         assert all(early[i][2] <= late[i][2] for i in late)
 
 
@@ -103,40 +104,40 @@ def test_a_looser_threshold_never_halts_later(strict: float, factor: float, pati
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_calls_reported_are_calls_made(solver: Solver, guidance: float) -> None:
     oracle = Oracle()
-    sampler = Sampler(steps=7, solver=solver, criterion=Patience(3), guidance=Guidance(scale=guidance))
+    sampler = diffusion(steps=7, solver=solver, criterion=Patience(3), guidance=Guidance(scale=guidance))
     reported = 0
-    for step in Run(oracle, sampler, 2).steps(requests(range(5))):
+    for step in DiffusionLoop(oracle, *sampler, 2).steps(requests(range(5))):
         reported += int(step.state.nfe[step.done].sum())
     assert reported == oracle.calls
 
 
 def test_euler_spends_one_call_a_step() -> None:
-    assert all(sample[1] == 13 for sample in draw(Sampler(steps=13), requests(range(3)), 2).values())
+    assert all(sample[1] == 13 for sample in draw(diffusion(steps=13), requests(range(3)), 2).values())
 
 
 def test_one_step_is_a_run() -> None:
     for solver in SOLVERS:
-        assert all(sample[1] == 1 for sample in draw(Sampler(steps=1, solver=solver), requests(range(3)), 2).values())
+        assert all(sample[1] == 1 for sample in draw(diffusion(steps=1, solver=solver), requests(range(3)), 2).values())
 
 
 def test_prompts_keep_their_tokens() -> None:
-    for tokens, *_ in draw(Sampler(steps=5), requests(range(4), prompt=3), 2).values():
+    for tokens, *_ in draw(diffusion(steps=5), requests(range(4), prompt=3), 2).values():
         assert tokens[:3] == (0, 1, 2)
 
 
 def test_fixed_steps_and_patience_halt_where_they_say() -> None:
-    fixed = draw(Sampler(steps=30, criterion=FixedSteps(4)), requests(range(3)), 2)
+    fixed = draw(diffusion(steps=30, criterion=FixedSteps(4)), requests(range(3)), 2)
     assert all(sample[2] == 3 and sample[3] for sample in fixed.values())
-    patient = draw(Sampler(steps=30, criterion=Patience(29)), requests(range(3)), 2)
+    patient = draw(diffusion(steps=30, criterion=Patience(29)), requests(range(3)), 2)
     assert all(sample[2] == 29 for sample in patient.values())
-    never = draw(Sampler(steps=30, criterion=Patience(30)), requests(range(3)), 2)
+    never = draw(diffusion(steps=30, criterion=Patience(30)), requests(range(3)), 2)
     assert all(sample[2] == 29 and not sample[3] for sample in never.values())
 
 
 def test_switches_are_what_a_reader_of_the_tokens_counts() -> None:
-    sampler = Sampler(steps=12, record=frozenset({"switches", "tokens"}))
+    sampler = diffusion(steps=12, record=frozenset({"switches", "tokens"}))
     before: dict[int, Tensor] = {}
-    for step in Run(Oracle(), sampler, 3).steps(requests(range(5), prompt=2)):
+    for step in DiffusionLoop(Oracle(), *sampler, 3).steps(requests(range(5), prompt=2)):
         for row, tokens, count in zip(
             step.state.row.tolist(), step.state.tokens, step.state.switches.tolist(), strict=True
         ):
@@ -146,7 +147,10 @@ def test_switches_are_what_a_reader_of_the_tokens_counts() -> None:
 
 
 def test_finished_rows_leave_and_waiting_ones_enter_at_once() -> None:
-    sizes = [len(s.done) for s in Run(Oracle(), Sampler(steps=20, criterion=Patience(2)), 3).steps(requests(range(9)))]
+    sizes = [
+        len(s.done)
+        for s in DiffusionLoop(Oracle(), *diffusion(steps=20, criterion=Patience(2)), 3).steps(requests(range(9)))
+    ]
     assert set(sizes[: len(sizes) // 2]) == {3}
     assert sizes == sorted(sizes, reverse=True)
 
@@ -154,7 +158,7 @@ def test_finished_rows_leave_and_waiting_ones_enter_at_once() -> None:
 @pytest.mark.parametrize("grid", [Warped(), LogT(), UniformT()], ids=repr)
 def test_samples_reproduce_the_token_frequencies(grid) -> None:
     oracle, count = Oracle(), Counter()
-    for step in Run(oracle, Sampler(steps=200, grid=grid), 600).steps(requests(range(600))):
+    for step in DiffusionLoop(oracle, *diffusion(steps=200, grid=grid), 600).steps(requests(range(600))):
         count.update(step.tokens.flatten().tolist())
     expected = oracle.frequencies.numpy() * 600 * N
     seen = np.array([count[i] for i in range(7)])
@@ -163,12 +167,12 @@ def test_samples_reproduce_the_token_frequencies(grid) -> None:
 
 def test_the_loop_leaves_the_global_generator_alone() -> None:
     before = torch.random.get_rng_state()
-    draw(Sampler(steps=4), requests(range(3)), 2)
+    draw(diffusion(steps=4), requests(range(3)), 2)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_signals_must_be_asked_for() -> None:
-    step = next(Run(Oracle(), Sampler(steps=3), 1).steps(requests([0])))
+    step = next(DiffusionLoop(Oracle(), *diffusion(steps=3), 1).steps(requests([0])))
     with pytest.raises(CdlmError, match="list it in the criterion's `needs`"):
         _ = step.state.switches
 
@@ -178,12 +182,12 @@ def test_signals_must_be_asked_for() -> None:
 )
 def test_bad_settings_are_refused(settings_: dict) -> None:
     with pytest.raises(CdlmError):
-        Sampler(**settings_)
+        diffusion(**settings_)
 
 
 def test_a_prompt_that_fills_the_row_is_refused() -> None:
     with pytest.raises(CdlmError, match="nothing to generate"):
-        next(Run(Oracle(), Sampler(steps=3), 1).steps(requests([0], prompt=N)))
+        next(DiffusionLoop(Oracle(), *diffusion(steps=3), 1).steps(requests([0], prompt=N)))
 
 
 @pytest.mark.parametrize("given", [0, 2])
@@ -194,7 +198,7 @@ def test_logits_that_are_not_numbers_are_refused_where_they_would_be_text(given:
             made.logits[:, 1, 3] = torch.nan
             return made
 
-    steps = Run(Broken(), Sampler(steps=2), 1).steps(requests([0], prompt=given))
+    steps = DiffusionLoop(Broken(), *diffusion(steps=2), 1).steps(requests([0], prompt=given))
     if given:  # position 1 is given
         assert len(list(steps)) == 2
         return

@@ -15,16 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import draws
 from safetensors.torch import load_file, save_file
+from setups import Setup, diffusion
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
+from cdlm.api import load
 from cdlm.config import RunConfig, build_system
 from cdlm.continuous.grids import UpperEnds
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import MultiHot, Projection, Uneven, nucleus
 from cdlm.continuous.published.ssd import Roberta, RobertaInput, SSDLayout
-from cdlm.continuous.sampler import DiffusionRows, Run, Sampler
+from cdlm.continuous.sampler import DiffusionLoop, DiffusionRows
 from cdlm.continuous.schedules import alpha_of
 from cdlm.continuous.solvers import Renoise
 from cdlm.continuous.system import EmbeddingDiffusion
@@ -35,7 +37,6 @@ from cdlm.core.rng import StepNoise
 from cdlm.core.trees import take
 from cdlm.core.types import Batch, Condition
 from cdlm.data.masking import Block
-from cdlm.api import load
 from cdlm.models import hub
 from cdlm.models.system import Loss
 from cdlm.sampling.requests import Request
@@ -174,11 +175,11 @@ class Told(StepNoise):
         return self.__dict__["recording"].noise(self.__dict__["at"], like, 1)
 
 
-class Recording(Run):
+class Recording(DiffusionLoop):
     """The loop on recorded noise; all rows walk in step."""
 
-    def __init__(self, case: dict, system: EmbeddingDiffusion, sampler: Sampler):
-        super().__init__(system, sampler, case["batch"])
+    def __init__(self, case: dict, system: EmbeddingDiffusion, sampler: Setup):
+        super().__init__(system, *sampler, case["batch"])
         self.case, self.used = case, list[int]()
 
     def noise(self, taken: int, like: Tensor, offset: int) -> Tensor:
@@ -227,7 +228,7 @@ def asked_of(case: dict) -> tuple[list[Request], int]:
 def test_decoding_is_the_published_one(case: dict) -> None:
     requests, first = asked_of(case)
     projection = Sampled(case, first) if case["projection"] == "sampling" else MultiHot(case["top_p"])
-    sampler = Sampler(
+    sampler = diffusion(
         case["steps_per_block"], solver=Renoise(), grid=UpperEnds(), guidance=Guidance(projection=projection),
         block=case["block_length"], record=frozenset({"logits", "tokens", "z"}),
     )  # fmt: skip
@@ -607,8 +608,8 @@ def test_training_learns_and_sampling_continues_a_text(config: SSD) -> None:
     requests = [Request(i, row, torch.arange(N) < 2) for i, row in enumerate(tokens)]
     for guidance in (1.0, 1.5):
         guidance = Guidance(scale=guidance, projection=MultiHot(0.0))
-        sampler = Sampler(8, solver=Renoise(), grid=UpperEnds(), guidance=guidance, block=3)
-        last = list(Run(system, sampler, 6).steps(requests))[-1]
+        sampler = diffusion(8, solver=Renoise(), grid=UpperEnds(), guidance=guidance, block=3)
+        last = list(DiffusionLoop(system, *sampler, 6).steps(requests))[-1]
         assert (last.tokens == tokens).float().mean() > 0.8
 
 

@@ -59,7 +59,8 @@ class MaskedModel(Model):
     @property
     def defaults(self) -> Sampling:
         """One position a step: Dream's sampler where logits are shifted, else LLaDA's, at temperature 0."""
-        from cdlm.masked.policies import Dream, LLaDA
+        from cdlm.masked.policies.dream import Dream
+        from cdlm.masked.policies.llada import LLaDA
         from cdlm.masked.sampler import Unmasking
 
         return Unmasking(Dream() if self.constants.shift else LLaDA())

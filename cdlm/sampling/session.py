@@ -25,7 +25,7 @@ from cdlm.sampling.samples import Samples, collect
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-P = TypeVar("P", bound="Sampling")
+S = TypeVar("S", bound="Sampling")
 
 
 class Model(ABC):
@@ -142,11 +142,11 @@ class Sampling(ABC):
         """What fixes a run besides seed and rule, as plain values: two runs with equal settings walk the same steps."""
 
     @abstractmethod
-    def with_flat(self: P, **settings: Any) -> P:
+    def with_flat(self: S, **settings: Any) -> S:
         """The same with some of its flat settings (and `steps`) replaced; None leaves a setting as it is."""
 
     @abstractmethod
-    def with_steps(self: P, steps: int) -> P:
+    def with_steps(self: S, steps: int) -> S:
         """The same with so many steps.
 
         Raises:

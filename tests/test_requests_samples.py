@@ -1,6 +1,7 @@
-"""Laws of prompts, of collecting samples and of dealing them out."""
+"""Laws of prompts, of collecting samples and of dividing them among processes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import system, tokenizer, with_tokenizer
 
-from cdlm import api, generation
+from cdlm import generation
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import HaltReason
+from cdlm.halting import Patience
 from cdlm.halting.signals import RECORDED
 from cdlm.sampling.requests import requests
-from cdlm.sampling.samples import Samples, given_spans, text_of
+from cdlm.sampling.samples import Samples
+from cdlm.sampling.texts import given_spans, text_of
 
 LENGTH = 12
 
@@ -117,7 +120,7 @@ def test_prompts_stay_in_the_output(model: EmbeddingDiffusion) -> None:
 def test_padding_is_in_neither_text_nor_tokens(model: EmbeddingDiffusion) -> None:
     prompts = ["the [2] sat", "the cat"]
     samples = generation.generate(model, n=1, prompts=prompts, length=20, steps=3)
-    short, long = api.lines(samples, tokenizer())
+    short, long = samples.rows()
     assert len(short["tokens"]) == len(ids("the")) + 2 + len(ids(" sat"))
     assert len(long["tokens"]) == 20
     assert short["text"].startswith("the")
@@ -139,7 +142,7 @@ def test_padding_does_not_change_a_sample(model: EmbeddingDiffusion) -> None:
 def test_spans_point_at_the_characters_of_the_prompt(words: list[str]) -> None:
     model = with_tokenizer()
     samples = generation.generate(model, prompts=["[1]".join(words), words[0]], length=60, steps=1)
-    lines = api.lines(samples, tokenizer())
+    lines = samples.rows()
     for line, parts in zip(lines, (words, words[:1]), strict=True):
         holes = sum(bytes_left(line["tokens"], line["text"]))
         if holes == 0:
@@ -184,10 +187,10 @@ def same(a: Samples, b: Samples) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
 def test_dealt_shares_merge_to_the_single_run(model: EmbeddingDiffusion, world: int) -> None:
-    sampler = generation.make_sampler(steps=6, halt="Patience(2)", seed=4, record=True)
+    session = generation.open_session(model, steps=6, seed=4).with_criterion(Patience(2)).recorded()
     asked = requests(["the [3] sat", "a"], 3, LENGTH, tokenizer())
-    whole = generation.draw(model, sampler, asked, batch_size=6)
-    parts = [generation.draw(model, sampler, asked[rank::world], batch_size=2) for rank in range(world)]
+    whole = replace(session, batch_size=6).run(asked)
+    parts = [replace(session, batch_size=2).run(asked[rank::world]) for rank in range(world)]
     same(Samples.merge(parts), whole)
     same(Samples.merge(parts[::-1]), whole)
 
@@ -223,8 +226,8 @@ def test_reasons_and_steps_agree(model: EmbeddingDiffusion) -> None:
 
 def test_samples_are_in_the_order_of_the_requests(model: EmbeddingDiffusion) -> None:
     asked = requests(None, 5, LENGTH, tokenizer())
-    sampler = generation.make_sampler(steps=6, halt="Patience(2)")
-    forward, backward = (generation.draw(model, sampler, order, 2) for order in (asked, asked[::-1]))
+    session = generation.open_session(model, steps=6, batch_size=2).with_criterion(Patience(2))
+    forward, backward = (session.run(order) for order in (asked, asked[::-1]))
     assert backward.index.tolist() == [4, 3, 2, 1, 0]
     same(Samples.merge([backward]), forward)
 
