@@ -16,7 +16,7 @@ from torch import Tensor
 
 import cdlm
 from cdlm.masked.system import Masked, MaskedDiffusion
-from cdlm.models.system import Special
+from cdlm.sampling.texts import Special
 
 MASK, EOS = 2, 0
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cdlm.api import decode, generate, load, open_session
-    from cdlm.config import RunConfig
     from cdlm.continuous.guidance import Guidance
     from cdlm.continuous.sampler import Diffusion
     from cdlm.masked.model import Constants
     from cdlm.masked.sampler import Unmasking
-    from cdlm.runs import train
+    from cdlm.runs.config import RunConfig
+    from cdlm.runs.train import train
     from cdlm.sampling.samples import Sample, Samples
     from cdlm.sampling.session import Model, Session
 
@@ -23,7 +23,7 @@ _HOMES = {
     "Diffusion": "cdlm.continuous.sampler",
     "Guidance": "cdlm.continuous.guidance",
     "Model": "cdlm.sampling.session",
-    "RunConfig": "cdlm.config",
+    "RunConfig": "cdlm.runs.config",
     "Sample": "cdlm.sampling.samples",
     "Samples": "cdlm.sampling.samples",
     "Session": "cdlm.sampling.session",
@@ -32,7 +32,7 @@ _HOMES = {
     "generate": "cdlm.api",
     "load": "cdlm.api",
     "open_session": "cdlm.api",
-    "train": "cdlm.runs",
+    "train": "cdlm.runs.train",
 }
 
 __all__ = [

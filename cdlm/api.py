@@ -8,11 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cdlm import config as names
-from cdlm.config import RunConfig
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems import langflow
-from cdlm.core.devices import resolve_device
+from cdlm.core.devices import Precision, resolve_device
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json
 from cdlm.core.parallel import Workers
@@ -25,8 +23,9 @@ from cdlm.masked import checkpoints
 from cdlm.masked.model import Constants, LogitsFn, MaskedModel, as_masked_model
 from cdlm.masked.sampler import Unmasking
 from cdlm.models import hub
-from cdlm.models.system import Precision
-from cdlm.runs import RunText
+from cdlm.runs import config as names
+from cdlm.runs.config import RunConfig
+from cdlm.runs.train import RunText
 from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.requests import Request, canvases
 from cdlm.sampling.samples import Samples

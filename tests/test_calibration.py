@@ -16,7 +16,6 @@ from toys import TEXT, VOCAB, tokenizer, with_tokenizer
 from cdlm import api, generation
 from cdlm.cli import commands
 from cdlm.cli import main as cli
-from cdlm.config import parse_run
 from cdlm.continuous.systems.ssd import SSD
 from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Bootstrap, Scores, bootstrap
@@ -24,6 +23,7 @@ from cdlm.evaluation.bench import Bench, Drawn, Machine, open_bench
 from cdlm.evaluation.compare import FULL, PLAIN, REAL, Comparison, Plain, Point, markdown
 from cdlm.halting import RULES, Criterion, FixedSteps, For, FromStep, JoT, Never, Patience, parse_criterion, sweep
 from cdlm.halting.calibration import Calibration, Goal, Trial, calibrated_rule, loosest, search, write_calibration
+from cdlm.runs.config import parse_run
 
 # --- the bootstrap ---
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from cdlm.config import parse_run, read_run
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.continuous.systems.langflow import LangFlow
 from cdlm.continuous.systems.plaid import Plaid
+from cdlm.runs.config import parse_run, read_run
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

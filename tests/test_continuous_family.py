@@ -20,7 +20,6 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from toys import VOCAB, alive, langflow, plaid, ssd, system, tokenizer, weight_of
 
-from cdlm.config import build_system, system_config
 from cdlm.continuous.embedding import OutputPrior, TokenEmbedding
 from cdlm.continuous.grids import UpperEnds
 from cdlm.continuous.guidance import Guidance
@@ -39,6 +38,7 @@ from cdlm.data.masking import Block, Masking, RandomSubset
 from cdlm.models import hub
 from cdlm.models.system import System
 from cdlm.models.transformer import Transformer
+from cdlm.runs.config import build_system, system_config
 from cdlm.sampling.requests import Request
 from cdlm.training.options import TrainOptions
 from cdlm.training.run import train

@@ -11,7 +11,6 @@ from oracle import Oracle, draws
 from torch import Tensor, nn
 from toys import lively, system, weight_of
 
-from cdlm.config import build_system
 from cdlm.continuous.embedding import OutputPrior, TokenEmbedding
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.schedules import TimeWarp
@@ -21,6 +20,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.trees import take
 from cdlm.core.types import Batch, Condition, Prediction
 from cdlm.models.system import Loss, stratified
+from cdlm.runs.config import build_system
 
 VOCAB, B, N, D = 11, 8, 6, 8
 

@@ -18,9 +18,9 @@ from cdlm.continuous.objectives import Variational
 from cdlm.continuous.published.plaid import PlaidLayout
 from cdlm.continuous.published.tensors import Spec, read_safetensors, write_safetensors
 from cdlm.continuous.systems.plaid import Plaid
-from cdlm.convert import convert
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Condition
+from cdlm.runs.convert import convert
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -19,10 +19,10 @@ from torch import Tensor
 
 import cdlm
 from cdlm import api
-from cdlm.config import read_run
 from cdlm.core.types import Condition, HaltReason
 from cdlm.models.hub import read_tokenizer
 from cdlm.recording.file import Recording, read_folder
+from cdlm.runs.config import read_run
 
 FOLDER = Path(__file__).parent / "golden" / "models"
 CONTINUOUS = ("cdcd", "plaid", "plaid_released", "ssd", "langflow")

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import tokenizer, with_tokenizer
 
-from cdlm.config import build_system
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing, write_text
 from cdlm.core.types import Condition
+from cdlm.runs.config import build_system
 
 OURS = {"config.json", "model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"}
 

@@ -29,10 +29,10 @@ from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.continuous.schedules import Schedule, alpha_of, gamma_of, t_of_gamma
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.langflow import Gumbel, LangFlow, open_langflow
-from cdlm.convert import convert
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import Ode, Text
 from cdlm.core.types import Batch, Condition, LoopStep
+from cdlm.runs.convert import convert
 from cdlm.sampling.requests import Request
 from cdlm.training.options import TrainOptions
 from cdlm.training.run import train

@@ -16,7 +16,6 @@ from oracle import Oracle
 from torch import Tensor, nn
 
 from cdlm.cli.main import main
-from cdlm.config import parse_run
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.likelihood import (
     Estimate,
@@ -37,6 +36,7 @@ from cdlm.evaluation.metrics.likelihood import Likelihood, Measure
 from cdlm.masked.likelihood import nelbo
 from cdlm.masked.model import Constants, Function
 from cdlm.masked.system import MaskedDiffusion
+from cdlm.runs.config import parse_run
 
 Score = Callable[[Denoiser, Text], Nats]
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from toys import TEXT, VOCAB, lively_masked, masked, masked_with_tokenizer, tokenizer
 
 from cdlm.cli.main import main
-from cdlm.config import build_system, parse_run, read_run
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Batch
@@ -24,7 +23,9 @@ from cdlm.data.sources import Files
 from cdlm.data.store import DocumentRows, FilledRows, build_store
 from cdlm.masked.model import Constants
 from cdlm.masked.system import EPS, Masked, MaskedDiffusion
-from cdlm.models.system import Loss, Special
+from cdlm.models.system import Loss
+from cdlm.runs.config import build_system, parse_run, read_run
+from cdlm.sampling.texts import Special
 from cdlm.training.options import TrainOptions
 from cdlm.training.run import train
 

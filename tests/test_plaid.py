@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from setups import diffusion
 from torch import Tensor
 
-from cdlm.config import build_system
 from cdlm.continuous.grids import Grid
 from cdlm.continuous.guidance import Control, Guidance, Term
 from cdlm.continuous.objectives import squared_error
@@ -33,6 +32,7 @@ from cdlm.core.rng import StepNoise
 from cdlm.core.types import Batch, Condition, Prediction
 from cdlm.halting import Patience
 from cdlm.models.system import row_cross_entropy
+from cdlm.runs.config import build_system
 from cdlm.sampling.requests import Request
 
 GOLDEN = Path(__file__).parent / "golden" / "plaid"

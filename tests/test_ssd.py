@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from cdlm.api import load
-from cdlm.config import RunConfig, build_system
 from cdlm.continuous.grids import UpperEnds
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import MultiHot, Projection, Uneven, nucleus
@@ -31,7 +30,6 @@ from cdlm.continuous.schedules import alpha_of
 from cdlm.continuous.solvers import Renoise
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.ssd import SSD, Cosine, Simplex
-from cdlm.convert import convert
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import StepNoise
 from cdlm.core.trees import take
@@ -39,6 +37,8 @@ from cdlm.core.types import Batch, Condition
 from cdlm.data.masking import Block
 from cdlm.models import hub
 from cdlm.models.system import Loss
+from cdlm.runs.config import RunConfig, build_system
+from cdlm.runs.convert import convert
 from cdlm.sampling.requests import Request
 from cdlm.training.ema import EMA
 

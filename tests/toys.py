@@ -13,7 +13,8 @@ from cdlm.continuous.systems.plaid import Plaid
 from cdlm.continuous.systems.ssd import SSD
 from cdlm.data.tokenizer import train_tokenizer
 from cdlm.masked.system import Masked, MaskedDiffusion
-from cdlm.models.system import Special, System, SystemConfig, special_of
+from cdlm.models.system import System, SystemConfig
+from cdlm.sampling.texts import Special, special_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -10,10 +10,10 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from cdlm.config import SYSTEMS, RunConfig, parse_run, read_run, run_parser, system_config
 from cdlm.core.errors import CdlmError
 from cdlm.data.sources import SOURCES
 from cdlm.models import hub
+from cdlm.runs.config import SYSTEMS, RunConfig, parse_run, read_run, run_parser, system_config
 from cdlm.training.options import TrainOptions
 
 PROG = "cdlm train"
@@ -41,7 +41,7 @@ def run(argv: list[str]) -> None:
         raise CdlmError("train needs one run folder: --out DIR for a new run, or --resume DIR to continue one")
     if own.resume and own.start:
         raise CdlmError("--resume continues a run from its own checkpoint and --start begins a new one: give one")
-    from cdlm.runs import train
+    from cdlm.runs.train import train
 
     config = parse_run([*_defaults(own), *rest])  # the defaults first, so that the command line wins
     train(config, own.out or own.resume, resume=bool(own.resume), start=own.start, progress=not own.quiet)

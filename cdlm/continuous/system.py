@@ -21,7 +21,8 @@ from cdlm.continuous.schedules import Schedule
 from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.trees import join, take
 from cdlm.core.types import Batch, Condition, Prediction
-from cdlm.models.system import Loss, Special, System, SystemConfig
+from cdlm.models.system import Loss, System, SystemConfig
+from cdlm.sampling.texts import Special
 
 
 class EmbeddingDiffusion(System, Denoiser):

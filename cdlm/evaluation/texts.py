@@ -14,9 +14,8 @@ from cdlm.core.errors import CdlmError
 from cdlm.data.sources import Source, csv_rows, jsonl_rows, parquet_rows, text_of, txt_documents
 from cdlm.data.store import PackedRows, TextRows
 from cdlm.data.tokenizer import encode_batch
-from cdlm.models.system import special_of
 from cdlm.sampling import texts as decoding
-from cdlm.sampling.texts import text_ids
+from cdlm.sampling.texts import special_of, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

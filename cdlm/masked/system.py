@@ -18,8 +18,9 @@ from cdlm.masked import likelihood
 from cdlm.masked.model import Constants, MaskedModel
 from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.sampler import Unmasking
-from cdlm.models.system import Loss, Special, System, SystemConfig, levels_of, row_cross_entropy
+from cdlm.models.system import Loss, System, SystemConfig, levels_of, row_cross_entropy
 from cdlm.models.transformer import Transformer
+from cdlm.sampling.texts import Special
 
 EPS = 1e-3
 """Least share of masked tokens: t = (1 - EPS) u + EPS, so that 1 / t stays bounded (MDLM and LLaDA alike)."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import read_json, replacing, write_text
 from cdlm.sampling.session import Model
-from cdlm.sampling.texts import save_tokenizer
+from cdlm.sampling.texts import save_tokenizer, special_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,8 +36,6 @@ class Pretrained(nn.Module, Model):
     """
 
     config: dict[str, Any]
-    precision: str = "fp32"
-    """Arithmetic of the network alone; everything around it is at least float32."""
 
     @property
     def device(self) -> torch.device:
@@ -45,7 +43,7 @@ class Pretrained(nn.Module, Model):
 
     @property
     def end_id(self) -> int | None:
-        return self.tokenizer.eos_token_id if self.ends and self.tokenizer is not None else None
+        return special_of(self.tokenizer).eos_id if self.ends and self.tokenizer is not None else None
 
     def need_fingerprint(self) -> str:
         return self.fingerprint or fingerprint_of(self.state_dict())
@@ -269,7 +267,7 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return TENSORS + digest.hexdigest()
 
 

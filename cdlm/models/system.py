@@ -11,30 +11,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cdlm.core.devices import Precision
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Batch
 from cdlm.models.hub import Pretrained
+from cdlm.sampling.texts import Special
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True)
-class Special:
-    """Ids of a tokenizer's special tokens; None where it has none."""
-
-    mask_id: int | None = None
-    eos_id: int | None = None
-
-
-def special_of(tokenizer: PreTrainedTokenizerFast) -> Special:
-    """Special tokens of a tokenizer."""
-
-    def whole(value: object) -> int | None:
-        return value if isinstance(value, int) else None
-
-    return Special(whole(tokenizer.mask_token_id), whole(tokenizer.eos_token_id))
+    pass
 
 
 @dataclass(frozen=True)
@@ -55,8 +38,6 @@ class System(Pretrained, ABC):
 
     network: nn.Module
     """The backbone, a `Transformer`."""
-    precision: Precision = "fp32"
-    """Arithmetic of the network alone; everything around it is at least float32."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> Loss:

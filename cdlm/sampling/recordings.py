@@ -19,7 +19,7 @@ from cdlm.recording.file import Recording, check_same_model, read_folder
 from cdlm.sampling.requests import Request
 from cdlm.sampling.samples import Samples, spans_of
 from cdlm.sampling.session import Session
-from cdlm.sampling.texts import ends_of, save_tokenizer, shown_of, texts_of
+from cdlm.sampling.texts import ends_of, save_tokenizer, shown_of, special_of, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -88,7 +88,7 @@ def find_recording(folder: Path, session: Session, requests: Sequence[Request]) 
 
 def replayed(recording: Recording, criterion: Criterion, tokenizer: PreTrainedTokenizerFast) -> Samples:
     """The samples that a live run with the rule would have given."""
-    run, eos = replay(recording, criterion), tokenizer.eos_token_id
+    run, eos = replay(recording, criterion), special_of(tokenizer).eos_id
     ends = eos if recording.settings.get("ends") else None
     shown = shown_of(run.tokens, recording.given, recording.valid, ends)
     masked, budget = recording.record.commits is not None, recording.record.budgets

@@ -45,7 +45,7 @@ class Model(ABC):
     batch_size: int = 64
     """Rows in flight unless a run asks for another number."""
     precision: str = "fp32"
-    """Arithmetic of its network."""
+    """Arithmetic of its network alone; everything around it is at least float32."""
     mask_id: int | None = None
     """The mask, of a masked model."""
     _sampling: Sampling | None = None

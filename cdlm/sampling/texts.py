@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,23 @@ from cdlm.core.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Special:
+    """Ids of a tokenizer's special tokens; None where it has none."""
+
+    mask_id: int | None = None
+    eos_id: int | None = None
+
+
+def special_of(tokenizer: PreTrainedTokenizerFast) -> Special:
+    """Special tokens of a tokenizer."""
+
+    def whole(value: object) -> int | None:
+        return value if isinstance(value, int) else None
+
+    return Special(whole(tokenizer.mask_token_id), whole(tokenizer.eos_token_id))
 
 
 def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:

@@ -21,12 +21,11 @@ from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.halting import Criterion, Full, sweep
 from cdlm.masked.policies import sweep_policy
 from cdlm.masked.policies.policy import Policy
-from cdlm.models.system import special_of
 from cdlm.recording.file import Recording
 from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import Request
 from cdlm.sampling.session import Session
-from cdlm.sampling.texts import shown_of, texts_of
+from cdlm.sampling.texts import shown_of, special_of, texts_of
 from cdlm.studies.study import Finding, Study, column, ends, interval, label
 
 NOTE = (

@@ -13,10 +13,10 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 
-from cdlm import config as names
 from cdlm.api import configured, open_bench, open_session
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.grids import GRIDS
+from cdlm.core.devices import Precision
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_rows, write_text
 from cdlm.core.stats import Bootstrap
@@ -24,7 +24,7 @@ from cdlm.evaluation.bench import Bench
 from cdlm.evaluation.plots.panels import Line, Panel, draw
 from cdlm.halting.signals import SPATIAL
 from cdlm.models import hub
-from cdlm.models.system import Precision
+from cdlm.runs import config as names
 from cdlm.sampling.session import Model, Session
 
 

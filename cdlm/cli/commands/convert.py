@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from cdlm.continuous.published import LAYOUTS
-from cdlm.convert import convert as write_converted
+from cdlm.runs.convert import convert as write_converted
 
 
 def convert(layout: str, source: Path, out: Path, *, tokenizer: str | None = None, quiet: bool = False) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from cdlm import api
 from cdlm.cli.groups import JudgeOptions
-from cdlm.config import read_run
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
@@ -20,7 +19,8 @@ from cdlm.evaluation.small_judge import open_judge
 from cdlm.evaluation.table import Evaluation
 from cdlm.evaluation.texts import HeldOut, read_texts
 from cdlm.models import hub
-from cdlm.runs import RunText
+from cdlm.runs.config import read_run
+from cdlm.runs.train import RunText
 
 
 @dataclass(frozen=True)

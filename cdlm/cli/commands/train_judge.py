@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from cdlm import api
-from cdlm.config import read_run
 from cdlm.core.devices import DeviceOptions
 from cdlm.core.files import check_places
 from cdlm.models import hub
-from cdlm.runs import RunText
+from cdlm.runs.config import read_run
+from cdlm.runs.train import RunText
 
 DEVICE = DeviceOptions()
 

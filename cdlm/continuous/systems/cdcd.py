@@ -8,8 +8,8 @@ from typing import Literal
 from cdlm.continuous.embedding import OutputPrior, TokenEmbedding
 from cdlm.continuous.schedules import TimeWarp, check_range
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
-from cdlm.models.system import Special
 from cdlm.models.transformer import Transformer
+from cdlm.sampling.texts import Special
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from cdlm.continuous.schedules import Schedule, gamma_of, t_of_gamma
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
 from cdlm.models.hub import read_tokenizer, ready
-from cdlm.models.system import Special
 from cdlm.models.transformer import Transformer
+from cdlm.sampling.texts import Special
 
 
 class Gumbel(Schedule):

@@ -21,8 +21,8 @@ from cdlm.continuous.schedules import Schedule, t_of_gamma
 from cdlm.continuous.solvers import Ancestral
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
-from cdlm.models.system import Special
 from cdlm.models.transformer import Transformer
+from cdlm.sampling.texts import Special
 
 
 class LearnedGamma(Schedule):

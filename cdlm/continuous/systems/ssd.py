@@ -23,8 +23,8 @@ from cdlm.continuous.solvers import Renoise
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Condition
-from cdlm.models.system import Special
 from cdlm.models.transformer import Transformer
+from cdlm.sampling.texts import Special
 
 
 class Simplex(Embedding):

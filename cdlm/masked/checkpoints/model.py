@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache as LibraryCache
 from transformers.cache_utils import CacheLayerMixin
 
+from cdlm.core.devices import Precision
 from cdlm.core.errors import CdlmError
 from cdlm.masked.checkpoints.dream import DREAM
 from cdlm.masked.checkpoints.family import Family, Settings
@@ -20,7 +21,6 @@ from cdlm.masked.checkpoints.folder import load_weights, read_settings, read_tok
 from cdlm.masked.checkpoints.llada import LLADA
 from cdlm.masked.model import Cache, CachedModel, Constants
 from cdlm.models.hub import fingerprint_of, to_device
-from cdlm.models.system import Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

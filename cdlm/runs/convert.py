@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cdlm.config import build_system
+from cdlm.runs.config import build_system
 from cdlm.continuous.published.layout import Layout, Official
 from cdlm.continuous.published.tensors import Spec, read_safetensors, write_safetensors
 from cdlm.core.errors import CdlmError, first_line

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from cdlm.config import RunConfig
+from cdlm.runs.config import RunConfig
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
 from cdlm.data.masking import MASKINGS
@@ -21,8 +21,9 @@ from cdlm.data.store import DocumentRows, FilledRows, PackedRows, TextRows, buil
 from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
 from cdlm.models import hub
 from cdlm.models.hub import Folder
-from cdlm.models.system import System, special_of
+from cdlm.models.system import System
 from cdlm.sampling.session import Session
+from cdlm.sampling.texts import special_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

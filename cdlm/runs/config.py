@@ -18,7 +18,8 @@ from cdlm.data.masking import MASKINGS
 from cdlm.data.sources import SOURCES, Source, Stories
 from cdlm.masked.system import SYSTEMS as MASKED
 from cdlm.models import hub
-from cdlm.models.system import Special, System, SystemConfig
+from cdlm.models.system import System, SystemConfig
+from cdlm.sampling.texts import Special
 from cdlm.training.options import TrainOptions
 
 if TYPE_CHECKING:
