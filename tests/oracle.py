@@ -24,6 +24,11 @@ def draws(rows: int = 1, step: int = 0) -> StepNoise:
     return StepNoise(0, torch.arange(rows), torch.full((rows,), step))
 
 
+def sigma_of(t: Tensor) -> Tensor:
+    """Noise scale of the variance-preserving view."""
+    return t * torch.rsqrt(1 + t.square())
+
+
 class Oracle(Denoiser):
     def __init__(self, vocab: int = 7, dim: int = 5, seed: int = 0, t_min: float = 0.05, t_max: float = 20.0):
         generator = torch.Generator().manual_seed(seed)

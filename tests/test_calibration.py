@@ -172,7 +172,7 @@ def test_a_choice_for_other_weights_is_void(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"cdlm_halting": 1}', '{"cdlm_halting": 9}', "\0",
                                      '{"cdlm_halting": 1, "weights": "w", "calibrations": [3]}',
                                      '{"cdlm_halting": 2, "weights": "w", "calibrations": [3]}',
-                                     '{"cdlm_halting": 1, "weights": "w", "calibrations": [{"settings": {}}]}'])  # fmt: skip
+                                     '{"cdlm_halting": 1, "weights": "w", "calibrations": [{}]}'])  # fmt: skip
 def test_broken_files_are_refused_in_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "halting.json").write_text(content)
     with pytest.raises(CdlmError) as caught:

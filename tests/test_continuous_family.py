@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Oracle
+from oracle import Oracle, sigma_of
 from setups import diffusion
 from test_training_run import Crash, assert_same_run, crash_at, saved
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.inputs import ConcatenatedInput
 from cdlm.continuous.objectives import Variational
 from cdlm.continuous.sampler import DiffusionLoop
-from cdlm.continuous.schedules import Schedule, TimeWarp, alpha_of, sigma_of
+from cdlm.continuous.schedules import Schedule, TimeWarp, alpha_of
 from cdlm.continuous.solvers import Ancestral, Euler, Heun, Solver
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.continuous.systems.langflow import Gumbel

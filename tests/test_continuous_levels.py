@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import sigma_of
 from torch import Tensor
 
 from cdlm.continuous.grids import LogT, UniformT, Warped
-from cdlm.continuous.schedules import TimeWarp, alpha_of, check_range, gamma_of, sigma_of, t_of_gamma
+from cdlm.continuous.schedules import TimeWarp, alpha_of, check_range, gamma_of, t_of_gamma
 from cdlm.core.errors import CdlmError
 
 Axis = Literal["log", "linear"]

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from story_grammar import is_story
 
 from cdlm.core.errors import CdlmError
 from cdlm.data import sources
 from cdlm.data.sources import Files, Hub, Source, Stdlib, Stories
-from cdlm.data.stories import is_story
 
 
 def write(path: Path, content: str | bytes) -> str:

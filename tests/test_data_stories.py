@@ -4,9 +4,10 @@ import re
 
 import numpy as np
 import pytest
+from story_grammar import is_story
 
 from cdlm.data import stories as grammar
-from cdlm.data.stories import is_sentence, is_story, sentences, stories, story, whole_sentences
+from cdlm.data.stories import is_sentence, sentences, stories, story, whole_sentences
 
 TOLD = list(stories(1500, 0))
 GIRL = "Anna went to the park. She saw a small dog near the pond. The dog had a red ball. Anna gave the dog some bread."

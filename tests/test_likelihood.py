@@ -12,6 +12,7 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import Float, Int
+from langflow_evaluator import langflow_evaluator_score
 from oracle import Oracle
 from torch import Tensor, nn
 
@@ -23,7 +24,6 @@ from cdlm.continuous.likelihood import (
     bound,
     by_block,
     check_text,
-    langflow_evaluator_score,
     ode_nats,
     walk_nats,
 )

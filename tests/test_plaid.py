@@ -23,7 +23,7 @@ from cdlm.continuous.guidance import Control, Guidance, Term
 from cdlm.continuous.objectives import squared_error
 from cdlm.continuous.published.plaid import PlaidLayout, ReleasedTransformer
 from cdlm.continuous.sampler import DiffusionLoop, DiffusionRows
-from cdlm.continuous.schedules import Schedule, TimeWarp, alpha_of, gamma_of, t_of_gamma
+from cdlm.continuous.schedules import Schedule, TimeWarp, _cumulative, alpha_of, gamma_of, t_of_gamma
 from cdlm.continuous.solvers import Advance, Ancestral, Euler, Solver
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.plaid import LearnedGamma, Plaid
@@ -413,11 +413,20 @@ def read_out(model: Told, batch: Batch) -> Tensor:
 # --- CDCD's warp, as Plaid's authors implemented it ---
 
 
+class PublishedWarp(TimeWarp):
+    """The floor, 1e-3 on the linear axis, is added to the heights in nats: the CDF is the fitted curve, up to scale."""
+
+    def _edges(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        edges_t = super()._edges(logits)[0]
+        edges_u = _cumulative(self._heights(logits))
+        return edges_t, edges_u / edges_u[-1]
+
+
 @cache
-def warp() -> TimeWarp:
+def warp() -> PublishedWarp:
     """Their floor, 1e-3, is added to the heights in nats and not to their shares."""
     args, found = CASES["cdcd"]["args"], load_file(GOLDEN / "cdcd_warp.safetensors")
-    made = TimeWarp(args["t_min"], args["t_max"], "linear", floor=1e-3, raw_floor=True)
+    made = PublishedWarp(args["t_min"], args["t_max"], "linear", floor=1e-3)
     logits = torch.stack([found["l_t"], found["l_u"]])
     made.load_state_dict({"logits": logits, "averaged": logits})
     return made
@@ -448,7 +457,7 @@ def test_the_loss_of_the_warp(case: Mapping[str, Any], there: dict[str, Tensor])
 
 
 def test_the_raw_floor_makes_the_map_the_fitted_curve() -> None:
-    made = TimeWarp(1.0, 10.0, "linear", bins=5, floor=0.1, raw_floor=True)
+    made = PublishedWarp(1.0, 10.0, "linear", bins=5, floor=0.1)
     with torch.no_grad():
         made.logits.copy_(torch.randn(2, 5, generator=torch.Generator().manual_seed(0)))
         made.averaged.copy_(made.logits)
@@ -524,8 +533,8 @@ def test_an_unwanted_token_that_is_certain_still_has_a_gradient() -> None:
 
 def test_a_prompt_can_be_asked_for() -> None:
     oracle, prompt = Oracle(), torch.tensor([4, 6, 1, 0, 0, 2])
-    control = Control.of_prompt(prompt, torch.tensor([True, True, True, False, False, True]))
-    assert control.terms[-1] == Term(2, 2.0, 5)
+    # The published way to a prefix, infix or suffix for a model that was trained without prompts.
+    control = Control(tuple(Term(int(prompt[place]), 2.0, place) for place in (0, 1, 2, 5)))
     sampler = diffusion(steps=12, guidance=Guidance(control=control))
     finished = list(DiffusionLoop(oracle, *sampler, 2).steps([free_row(6)]))
     assert finished[-1].tokens[0, [0, 1, 2, 5]].tolist() == [4, 6, 1, 2]

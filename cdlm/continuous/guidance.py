@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cdlm.continuous.denoiser import Denoiser
@@ -81,13 +81,6 @@ class Control:
             raise CdlmError(
                 f"a Control is of one Term or more, such as Control((Term(5), Term(9))), got {self.terms!r}"
             )
-
-    @staticmethod
-    def of_prompt(tokens: Int[Tensor, " n"], given: Bool[Tensor, " n"], weight: float = 2.0) -> Control:
-        """The given tokens wanted at their positions: the published way to a prefix, infix or suffix for a model that
-        was trained without prompts. It asks for them and does not hold them: leave these positions to be generated."""
-        places = given.nonzero().squeeze(1).tolist()
-        return Control(tuple(Term(int(tokens[place]), weight, place) for place in places))
 
     def predict(
         self,

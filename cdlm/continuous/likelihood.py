@@ -93,29 +93,25 @@ class Estimate:
 
     Args:
         two_passes: the denoiser is called twice, and the second call gets the estimate of the first.
-        detached: no derivative goes through the first call. What is left is not the derivative of this function.
     """
 
     denoiser: Denoiser
     condition: Condition
     two_passes: bool
-    detached: bool = False
 
     @staticmethod
-    def of(denoiser: Denoiser, text: Text, two_passes: bool | None, detached: bool = False) -> Estimate:
+    def of(denoiser: Denoiser, text: Text, two_passes: bool | None) -> Estimate:
         """Of a text; by default there are two passes if the system was trained with self-conditioning."""
         if two_passes is None:
             two_passes = denoiser.self_conditioning > 0
         clean = denoiser.embed(text.tokens) * text.given[..., None]
-        return Estimate(
-            denoiser, Condition(clean, text.target, torch.zeros_like(clean), text.valid), two_passes, detached
-        )
+        return Estimate(denoiser, Condition(clean, text.target, torch.zeros_like(clean), text.valid), two_passes)
 
     def __call__(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Prediction:
         condition = self.condition
         if self.two_passes:
             x0 = self.denoiser.denoise(z, t, condition).x0
-            condition = condition._replace(x0=x0.detach() if self.detached else x0)
+            condition = condition._replace(x0=x0)
         return self.denoiser.denoise(z, t, condition)
 
 
@@ -301,20 +297,6 @@ def walk_nats(
     eps = (walk.noise.double() * text.target[..., None]).square().sum((1, 2))
     prior = size * math.log(c) + solution.length / (2 * c**2) - 0.5 * eps
     return _as_nats(solution, prior, text)
-
-
-def langflow_evaluator_score(
-    denoiser: Denoiser, text: Text, walk: Walk, ode: Ode | None = None, two_passes: bool | None = None
-) -> Nats:
-    """What LangFlow's released evaluator prints as NLL (arXiv 2604.11748). Not a likelihood where there are two passes.
-
-    It differs from `walk_nats` in three ways. The first pass is cut out of the trace, so that what is integrated is not
-    the divergence of the field that moves the state: the result is too low. The prior term is ||y_1||^2 / 2 - D/2. And
-    positions that are not scored stay in sight, with the noise of the first state.
-    """
-    ode = ode or Ode()
-    solution = _solve(Estimate.of(denoiser, text, two_passes, detached=True), text, walk, ode)
-    return _as_nats(solution, 0.5 * (solution.length - text.target.sum(1) * walk.noise.shape[-1]), text)
 
 
 class Solution(NamedTuple):

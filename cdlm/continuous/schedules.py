@@ -76,8 +76,7 @@ class TimeWarp(Schedule):
     noise.
 
     Training and sampling read an exponential moving average of the logits. Bins never shrink below `floor`, a share of
-    the axis. With `raw_floor` it is added to the heights before they are normalised, which is how Plaid's authors
-    implemented CDCD (with 1e-3 on the linear axis): the CDF is then the fitted curve itself, up to scale.
+    the axis.
     """
 
     def __init__(
@@ -88,11 +87,10 @@ class TimeWarp(Schedule):
         bins: int = 100,
         floor: float = 1e-4,
         ema: float = 0.99,
-        raw_floor: bool = False,
     ):
         super().__init__()
         check_range(t_min, t_max)
-        self._range, self.axis, self.floor, self.ema, self.raw_floor = (t_min, t_max), axis, floor, ema, raw_floor
+        self._range, self.axis, self.floor, self.ema = (t_min, t_max), axis, floor, ema
         self.logits = nn.Parameter(torch.full((2, bins), -math.log(bins)))
         self.averaged: Tensor
         self.register_buffer("averaged", self.logits.detach().clone())
@@ -141,7 +139,7 @@ class TimeWarp(Schedule):
     def _edges(self, logits: Float[Tensor, "2 bins"]) -> tuple[Float[Tensor, " edges"], Float[Tensor, " edges"]]:
         widths = self._floored(logits.double().softmax(-1))
         edges_t = _cumulative(widths[0])
-        edges_u = _cumulative(self._heights(logits) if self.raw_floor else widths[1])
+        edges_u = _cumulative(widths[1])
         return edges_t / edges_t[-1], edges_u / edges_u[-1]
 
     def _heights(self, logits: Float[Tensor, "2 bins"]) -> Float[Tensor, " bins"]:
@@ -181,11 +179,6 @@ def _interpolate(
 def alpha_of(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """Signal scale of the variance-preserving view."""
     return torch.rsqrt(1 + t.square())
-
-
-def sigma_of(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
-    """Noise scale of the variance-preserving view."""
-    return t * torch.rsqrt(1 + t.square())
 
 
 def gamma_of(t: Float[Tensor, ...]) -> Float[Tensor, ...]:

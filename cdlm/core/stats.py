@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 RESAMPLES = 2000
+"""Sets of samples that a bootstrap draws."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,16 @@ class Bootstrap:
     @property
     def interval95(self) -> tuple[float, float]:
         """Percentile interval."""
-        low, high = np.quantile(self.draws, [0.025, 0.975])
-        return float(low), float(high)
+        return self._quantile(0.025), self._quantile(0.975)
 
     def upper(self, confidence: float) -> float:
         """One-sided bound: the true value is below it with this confidence."""
-        return float(np.quantile(self.draws, confidence))
+        return self._quantile(confidence)
+
+    def _quantile(self, share: float) -> float:
+        """Of the draws that have a value: one of samples without any weight has none. NaN if none has."""
+        known = self.draws[~np.isnan(self.draws)]
+        return float(np.quantile(known, share)) if len(known) else math.nan
 
 
 def bootstrap(statistic: Callable[[Float[np.ndarray, "r m"]], Float[np.ndarray, " r"]], samples: int) -> Bootstrap:
@@ -46,13 +52,14 @@ def _multiplicities(samples: int) -> Float[np.ndarray, "r m"]:
 
 @dataclass(frozen=True)
 class Scores:
-    """A measure that is a ratio of sums over samples, such as nats per token."""
+    """A measure that is a ratio of sums over samples, such as nats per token; NaN where the weights sum to 0."""
 
     total: Float[np.ndarray, " m"]
     weight: Float[np.ndarray, " m"]
 
     def __call__(self, times: Float[np.ndarray, "r m"]) -> Float[np.ndarray, " r"]:
-        return (times @ self.total) / (times @ self.weight)
+        total, weight = times @ self.total, times @ self.weight
+        return np.divide(total, weight, out=np.full(len(times), np.nan), where=weight != 0)
 
     def bootstrap(self) -> Bootstrap:
         """The measure with its resampled values."""

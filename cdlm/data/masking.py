@@ -222,11 +222,6 @@ class Mixture(Masking):
         return Mixture(tuple((weight, law.bind(tokenizer)) for weight, law in self.parts))
 
 
-def mixed() -> Mixture:
-    """Prefix or random subset, half and half: the law CDCD found best (arXiv 2211.15089, section 6)."""
-    return Mixture(((0.5, Prefix()), (0.5, RandomSubset())))
-
-
 def _uniform(rows: int, generator: torch.Generator) -> Float[Tensor, " b"]:
     return torch.rand(rows, generator=generator, device=generator.device)
 

@@ -2,7 +2,7 @@
 
 A plot is a sequence of sentences, each a choice of templates. A slot such as {animal} stands for one value in the
 whole story, and pronouns follow the gender of the one named person, so a story has facts to remember: who it is about,
-which animal came along, what was lost and has to be found. Nothing else is random, so whether a sentence or a story
+which animal came along, what was lost and has to be found. Nothing else is random, so whether a sentence
 belongs to the language can be decided exactly.
 """
 
@@ -107,14 +107,6 @@ def is_sentence(text: str) -> bool:
     return any(True for plot in _PLOTS for templates in plot for _ in _readings(text, templates))
 
 
-def is_story(text: str) -> bool:
-    """Whether a text is a whole story: one plot's sentences in order, every later mention fitting the first."""
-    parts = sentences(text)
-    if " ".join(parts) != text:
-        return False
-    return any(len(parts) == len(plot) and _fits(parts, plot, {}) for plot in _PLOTS)
-
-
 def grammar_fingerprint() -> str:
     """64 hex digits that change when the grammar changes."""
     return hashlib.sha256(json.dumps([_GENDER, _SLOTS, _PRONOUNS, _PLOTS]).encode()).hexdigest()
@@ -122,16 +114,6 @@ def grammar_fingerprint() -> str:
 
 def _pick(rng: np.random.Generator, options: tuple[_T, ...]) -> _T:
     return options[int(rng.integers(len(options)))]
-
-
-def _fits(parts: list[str], plot: tuple[tuple[str, ...], ...], facts: Facts) -> bool:
-    """Whether the sentences can be read as the plot without contradicting the facts."""
-    if not parts:
-        return True
-    for reading in _readings(parts[0], plot[0]):
-        if (joined := _join(facts, reading)) is not None and _fits(parts[1:], plot[1:], joined):
-            return True
-    return False
 
 
 def _readings(sentence: str, templates: tuple[str, ...]) -> Iterator[Facts]:

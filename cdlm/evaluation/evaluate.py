@@ -16,10 +16,11 @@ from jaxtyping import Float
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.parallel import Workers, deal, interleaved
+from cdlm.core.stats import RESAMPLES
 from cdlm.evaluation.judge import Judge, features
 from cdlm.evaluation.metrics import diversity
 from cdlm.evaluation.metrics import mauve as mauve_metric
-from cdlm.evaluation.metrics.ar_nll import RESAMPLES, ArNll, ar_nll
+from cdlm.evaluation.metrics.ar_nll import ArNll, ar_nll
 from cdlm.evaluation.table import Evaluation, Row
 from cdlm.evaluation.texts import Corpus, Entry, HeldOut, Value
 

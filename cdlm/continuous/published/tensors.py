@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,16 +14,15 @@ from torch import Tensor
 from cdlm.continuous.published.layout import Lazy
 from cdlm.core.errors import CdlmError, first_line
 
-DTYPES = {
-    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
-    "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+NAMES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-"""Types by their names in a safetensors header, in the order in which the library writes their tensors."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""Names of types in a safetensors header, in the order in which the library writes their tensors."""
 
 
 class Spec(NamedTuple):
-    """What a file has to say of a tensor before its content."""
+    """Shape and type of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -46,7 +44,7 @@ def read_state(path: Path) -> dict[str, tuple[tuple[int, ...], Lazy]]:
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
-    # Opened anew for each tensor: a mapping that stays would keep all pages that were ever read.
+    # Opened anew for each tensor: a map that stays open would keep in memory all pages that were ever read.
     if not path.exists():
         raise CdlmError(f"{path.parent} has no {path.name}: copy the whole archive")
     try:
@@ -66,35 +64,26 @@ def read_safetensors(path: Path) -> dict[str, tuple[tuple[int, ...], Lazy]]:
     """
     if not path.exists():
         raise CdlmError(f"{path.parent} has no {path.name}: copy the whole folder")
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= path.stat().st_size - 8:
-                raise ValueError(f"its header is said to have {length} bytes")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        found = {name: (Spec(tuple(item["shape"]), DTYPES[item["dtype"]]), item["data_offsets"][0] + 8 + length)
-                 for name, item in header.items()}  # fmt: skip
-        if any(start + spec.size > path.stat().st_size for spec, start in found.values()):
-            raise ValueError("it ends too early")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
         raise CdlmError(f"{path} cannot be read, it is truncated or damaged ({error}); copy it again") from error
-    return {name: (spec.shape, lambda s=spec, at=start: _content(path, s, at)) for name, (spec, start) in found.items()}
+    return {name: (shape, lambda n=name: _content(path, n)) for name, shape in shapes.items()}
 
 
-def _content(path: Path, spec: Spec, start: int) -> Tensor:
-    if spec.size == 0:
-        return torch.empty(spec.shape, dtype=spec.dtype)
-    page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    with path.open("rb") as file:
-        pages = mmap.mmap(file.fileno(), start + spec.size - page, access=mmap.ACCESS_COPY, offset=page)
-    count = spec.size // spec.dtype.itemsize
-    return torch.frombuffer(pages, dtype=spec.dtype, count=count, offset=start - page).view(spec.shape)
+def _content(path: Path, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:  # opened anew for each tensor, see `_mapped`
+        return file.get_tensor(name)
 
 
 def write_safetensors(path: Path, specs: Mapping[str, Spec], tensors: Mapping[str, Lazy]) -> None:
     """A safetensors file, as the library writes it: the header, then the content of each tensor in its type."""
-    order = {dtype: i for i, dtype in enumerate(DTYPES.values())}
+    order = {dtype: i for i, dtype in enumerate(NAMES)}
     names = sorted(specs, key=lambda name: (order[specs[name].dtype], name))
     header, end = {}, 0
     for name in names:

@@ -18,10 +18,9 @@ from torch.nn import functional
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.parallel import interleaved
+from cdlm.core.stats import Scores
 from cdlm.evaluation.judge import Encoded, Judge, batches_by_length, padded
 from cdlm.evaluation.texts import Spans
-
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +31,6 @@ class ArNll:
         text_nats: sum over the scored tokens of each text.
         text_tokens: number of scored tokens of each text; 0 where nothing could be scored.
         text_chars: number of characters of the scored tokens of each text.
-        interval95: of `nats_per_token`, bootstrap over texts.
         empty: number of texts that are empty or white space; they have no tokens to score, so look at this count too.
         unscored: number of texts without any scored token, the empty ones among them.
     """
@@ -40,7 +38,6 @@ class ArNll:
     text_nats: Float[np.ndarray, " m"]
     text_tokens: Int[np.ndarray, " m"]
     text_chars: Int[np.ndarray, " m"]
-    interval95: tuple[float, float]
     empty: int
 
     @property
@@ -68,6 +65,11 @@ class ArNll:
         """Over all characters of the corpus; comparable between tokenizers. NaN without characters."""
         return float(self.text_nats.sum()) / math.log(2) / self.chars if self.chars else math.nan
 
+    @property
+    def interval95(self) -> tuple[float, float]:
+        """Of `nats_per_token`, bootstrap over texts; NaN without tokens."""
+        return Scores(self.text_nats, self.text_tokens.astype(np.float64)).bootstrap().interval95
+
     @staticmethod
     def merge(shares: Sequence[ArNll]) -> ArNll:
         """The corpus whose texts r, r + N, r + 2 N, ... are those of share r of N."""
@@ -76,7 +78,7 @@ class ArNll:
             interleaved([getattr(share, name) for share in shares])
             for name in ("text_nats", "text_tokens", "text_chars")
         )
-        return ArNll(nats, tokens, chars, _bootstrap(nats, tokens), sum(share.empty for share in shares))
+        return ArNll(nats, tokens, chars, sum(share.empty for share in shares))
 
 
 def ar_nll(judge: Judge, texts: list[str], given: Spans | None = None, batch_size: int = 32) -> ArNll:
@@ -101,7 +103,7 @@ def ar_nll(judge: Judge, texts: list[str], given: Spans | None = None, batch_siz
         nats[i], tokens[i] = line[scored].sum(), scored.sum()
         chars[i] = _widths(encoded[i].starts, len(texts[i]))[scored].sum()
     empty = sum(not text.strip() for text in texts)
-    return ArNll(nats, tokens, chars, _bootstrap(nats, tokens), empty)
+    return ArNll(nats, tokens, chars, empty)
 
 
 def _scored(encoded: Encoded, spans: list[tuple[int, int]]) -> Bool[np.ndarray, " n"]:
@@ -117,17 +119,6 @@ def _scored(encoded: Encoded, spans: list[tuple[int, int]]) -> Bool[np.ndarray, 
 def _widths(starts: list[int], length: int) -> Int[np.ndarray, " n"]:
     """Characters from each token's start to the next one's, so that blanks belong to a token and none counts twice."""
     return np.diff(np.array([*starts, length], dtype=np.int64)).clip(min=0)
-
-
-def _bootstrap(nats: Float[np.ndarray, " m"], tokens: Int[np.ndarray, " m"]) -> tuple[float, float]:
-    """Percentile interval of sum(nats) / sum(tokens) over texts drawn with replacement, always the same draws."""
-    if not tokens.sum():
-        return math.nan, math.nan
-    count = len(nats)
-    times = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    total = times @ tokens
-    low, high = np.quantile((times @ nats)[total > 0] / total[total > 0], [0.025, 0.975])
-    return float(low), float(high)
 
 
 def token_nats(judge: Judge, encoded: list[Encoded], batch_size: int) -> list[Float[np.ndarray, " n"]]:
