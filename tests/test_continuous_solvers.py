@@ -11,7 +11,7 @@ from oracle import Oracle, draws
 from torch import Tensor
 
 from cdlm.continuous.schedules import alpha_of, gamma_of
-from cdlm.continuous.solvers import ADAPTIVE, FIXED, Advance, Euler, Heun, Solver, TorchDiffEq
+from cdlm.continuous.solvers import ADAPTIVE, FIXED, Advance, Euler, Heun, Interval, Solver, TorchDiffEq
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Condition
 
@@ -38,10 +38,12 @@ def start(rows: int = 2) -> Tensor:
 def walk(solver: Solver, steps: int, z: Tensor | None = None) -> Tensor:
     """The state at LOW after `steps` intervals, even in the logarithm."""
     field, z = Field(), start() if z is None else z
+    memory = solver.start(z)
     grid = torch.linspace(math.log(HIGH), math.log(LOW), steps + 1, dtype=torch.float64).exp()
     for now, then in itertools.pairwise(grid):
         t, t_next = now.expand(len(z)).clone(), then.expand(len(z)).clone()
-        z = solver.advance(field, z, field(z, t)[0], t, t_next, draws(len(z))).z
+        memory, moved = solver.advance(memory, Interval(z, field(z, t)[0], t, t_next, draws(len(z))), field)
+        z = moved.z
     return z
 
 
@@ -82,7 +84,14 @@ def test_every_method_named_solves_the_equation(method: str, reference: Tensor) 
 
 def one_step(solver: Solver, t: float, t_next: float, constant: Tensor, z: Tensor) -> Advance:
     now, then = (torch.full((len(z),), level, dtype=torch.float64) for level in (t, t_next))
-    return solver.advance(lambda z, t, rows: (constant, constant), z, constant, now, then, draws(len(z)))
+    interval = Interval(z, constant, now, then, draws(len(z)))
+    return solver.advance(solver.start(z), interval, lambda z, t, rows: (constant, constant))[1]
+
+
+def moved(solver: Solver, z: Tensor, t: Tensor, t_next: Tensor) -> Advance:
+    """One interval of the oracle."""
+    field = Field()
+    return solver.advance(solver.start(z), Interval(z, field(z, t)[0], t, t_next, draws(len(z))), field)[1]
 
 
 @given(t=st.floats(0.1, 50), ratio=st.floats(0.01, 0.99))
@@ -122,24 +131,23 @@ def test_heun_is_euler_for_a_constant_estimate_and_hands_its_newer_estimate_on()
 
 
 def test_rows_may_stand_at_different_levels() -> None:
-    field, z = Field(), start(3)
+    z = start(3)
     t, t_next = torch.tensor([6.0, 3.0, 1.0]).double(), torch.tensor([4.0, 2.0, 0.2]).double()
     for solver in (Euler(), Heun(), TorchDiffEq("rk4", double=True), TorchDiffEq("dopri5", double=True)):
-        together = solver.advance(field, z, field(z, t)[0], t, t_next, draws(len(z)))
+        together = moved(solver, z, t, t_next)
         for i in range(3):
             row = slice(i, i + 1)
-            alone = solver.advance(field, z[row], field(z[row], t[row])[0], t[row], t_next[row], draws())
+            alone = moved(solver, z[row], t[row], t_next[row])
             assert torch.equal(together.z[row], alone.z)
             assert torch.equal(together.evaluations[row], alone.evaluations)
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_a_stiff_neighbour_changes_nothing(method: str) -> None:
-    field, solver, z = Field(), TorchDiffEq(method, double=True), start(2)
+    solver, z = TorchDiffEq(method, double=True), start(2)
     t, t_next = torch.tensor([6.0, 6.0]).double(), torch.tensor([5.0, 0.05]).double()
     easy = slice(0, 1)
-    alone = solver.advance(field, z[easy], field(z[easy], t[easy])[0], t[easy], t_next[easy], draws())
-    beside = solver.advance(field, z, field(z, t)[0], t, t_next, draws(len(z)))
+    alone, beside = moved(solver, z[easy], t[easy], t_next[easy]), moved(solver, z, t, t_next)
     assert torch.equal(beside.z[easy], alone.z)
     assert int(beside.evaluations[0]) == int(alone.evaluations)
     assert int(beside.evaluations[1]) > int(beside.evaluations[0])
@@ -162,11 +170,17 @@ def test_an_unknown_method_is_refused(method: str) -> None:
         TorchDiffEq(method)
 
 
+@pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams"])
+def test_methods_with_a_memory_are_refused_since_an_interval_has_none(method: str) -> None:
+    with pytest.raises(CdlmError, match=f"'{method}' starts anew in each interval, where it is rk4: use one of euler"):
+        TorchDiffEq(method)
+
+
 def test_a_field_that_no_step_is_small_enough_for_is_an_error_in_one_line() -> None:
     def wild(z: Tensor, t: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         return 1e30 * torch.sin(1e30 * z), z
 
     z, t = torch.ones(1, 2, 3), torch.ones(1, dtype=torch.float64)
     with pytest.raises(CdlmError, match="cannot keep its tolerances") as caught:
-        TorchDiffEq("dopri5", rtol=1e-9, atol=1e-9).advance(wild, z, z, t, t / 2, draws())
+        TorchDiffEq("dopri5", rtol=1e-9, atol=1e-9).advance((), Interval(z, z, t, t / 2, draws()), wild)
     assert "\n" not in str(caught.value)

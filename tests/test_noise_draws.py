@@ -18,7 +18,7 @@ from torch import Tensor
 from cdlm.continuous.grids import Grid, LogT, UpperEnds, Warped
 from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.continuous.schedules import alpha_of, gamma_of
-from cdlm.continuous.solvers import Ancestral, Euler, Heun, Renoise, Solver, TorchDiffEq
+from cdlm.continuous.solvers import Ancestral, Euler, Heun, Interval, Renoise, Solver, TorchDiffEq
 from cdlm.core.rng import StepNoise, row_normal
 from cdlm.halting import Criterion, Never, NormConvergence, Patience
 from cdlm.halting.replay import replay
@@ -114,7 +114,8 @@ def test_draws_leave_the_global_generator_alone() -> None:
 
 def advance(solver: Solver, z: Tensor, x0: Tensor, t: float, t_next: float, step: int = 0) -> Tensor:
     now, then = (torch.full((len(z),), level, dtype=torch.float64) for level in (t, t_next))
-    moved = solver.advance(lambda z, t, rows: (x0, x0), z, x0, now, then, draws(len(z), step))
+    interval = Interval(z, x0, now, then, draws(len(z), step))
+    _, moved = solver.advance(solver.start(z), interval, lambda z, t, rows: (x0, x0))
     assert moved.x0 is None
     assert moved.evaluations.tolist() == [0] * len(z)
     return moved.z

@@ -24,7 +24,7 @@ from cdlm.continuous.objectives import squared_error
 from cdlm.continuous.published.plaid import PlaidLayout, ReleasedTransformer
 from cdlm.continuous.sampler import DiffusionLoop, DiffusionRows
 from cdlm.continuous.schedules import Schedule, TimeWarp, _cumulative, alpha_of, gamma_of, t_of_gamma
-from cdlm.continuous.solvers import Advance, Ancestral, Euler, Solver
+from cdlm.continuous.solvers import Advance, Ancestral, Euler, Interval, Solver
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.plaid import LearnedGamma, Plaid
 from cdlm.core.errors import CdlmError
@@ -298,13 +298,14 @@ class OneStep(Solver):
     solver: Solver
     u: Tensor
 
-    def advance(self, estimate: Any, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise) -> Advance:
+    def advance(self, memory: Any, interval: Interval, estimate: Any) -> tuple[Any, Advance]:
+        z, _, _, t_next, draws = interval
         step, total = int(draws.step[0]), len(self.u)
         if step == total - 1:
-            return Advance(z, None, torch.zeros_like(draws.step))
+            return memory, Advance(z, None, torch.zeros_like(draws.step))
         below = at(self.u[step] - 1 / total, len(z))
-        moved = self.solver.advance(estimate, z, x0, t, below, draws)
-        return moved._replace(z=moved.z * (alpha_of(below) / alpha_of(t_next))[:, None, None])
+        memory, moved = self.solver.advance(memory, interval._replace(t_next=below), estimate)
+        return memory, moved._replace(z=moved.z * (alpha_of(below) / alpha_of(t_next))[:, None, None])
 
 
 class FromNoise(DiffusionLoop):

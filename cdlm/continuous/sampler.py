@@ -15,7 +15,7 @@ from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.grids import GRIDS, Grid, Warped
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import PROJECTIONS, Projection
-from cdlm.continuous.solvers import SOLVERS, Euler, Solver
+from cdlm.continuous.solvers import SOLVERS, Euler, Interval, Solver
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import StepNoise, generator
 from cdlm.core.trees import join, take
@@ -164,6 +164,9 @@ class DiffusionRows(NamedTuple):
     condition: Condition
     past: Past
     memory: Any
+    """Of the halting rule."""
+    solver: Any
+    """Memory of the solver."""
 
 
 class Stepped(NamedTuple):
@@ -221,7 +224,8 @@ class DiffusionLoop(Loop[DiffusionRows]):
         memory = self.options.criterion.start(NewRows(now, zero + self.sampling.steps, real & ~later))
         condition = Condition(clean * (~left & real)[..., None], now, torch.zeros_like(z), valid)
         past = first_past(self.options.needs, z, beside)
-        return DiffusionRows(index, zero, before, nfe, z, tokens, now, later, condition, past, memory)
+        solver = self.sampling.solver.start(z)
+        return DiffusionRows(index, zero, before, nfe, z, tokens, now, later, condition, past, memory, solver)
 
     def _start(self, index: Tensor, before: Tensor, like: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Standard normal noise of each row: of its first block by its index alone, of later ones by what came before
@@ -273,21 +277,19 @@ class DiffusionLoop(Loop[DiffusionRows]):
         return self._enter(live.row, before, live.nfe, carried.tokens, live.later, valid, past)
 
     def _move(self, carried: Stepped) -> DiffusionRows:
-        live, x0 = carried.live, carried.x0
-        guidance, condition, draws = self.sampling.guidance, live.condition, self._draws(live)
+        live, guidance = carried.live, self.sampling.guidance
 
         def estimate(z: Tensor, t: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-            asked = live if rows is None else take(live, rows)
-            prediction, driving = guidance.predict(self.denoiser, z, t, asked.condition, self._draws(asked))
-            return self._held(asked, driving), self._held(asked, prediction.x0)
+            some = live if rows is None else take(live, rows)
+            prediction, driving = guidance.predict(self.denoiser, z, t, some.condition, self._draws(some))
+            return self._held(some, driving), self._held(some, prediction.x0)
 
-        moved = self.sampling.solver.advance(
-            estimate, live.z, x0, self.grid[live.step], self.grid[live.step + 1], draws
-        )
-        if moved.x0 is not None:
-            condition = condition._replace(x0=moved.x0)
+        t, t_next = self.grid[live.step], self.grid[live.step + 1]
+        interval = Interval(live.z, carried.x0, t, t_next, self._draws(live))
+        memory, moved = self.sampling.solver.advance(live.solver, interval, estimate)
+        condition = live.condition if moved.x0 is None else live.condition._replace(x0=moved.x0)
         nfe = live.nfe + moved.evaluations * guidance.calls
-        return live._replace(z=moved.z, step=live.step + 1, nfe=nfe, condition=condition)
+        return live._replace(z=moved.z, step=live.step + 1, nfe=nfe, condition=condition, solver=memory)
 
     def _draws(self, live: DiffusionRows) -> StepNoise:
         return StepNoise(self.options.seed, live.row, live.before + live.step)

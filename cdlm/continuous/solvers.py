@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,22 @@ from cdlm.core.rng import StepNoise
 
 Estimate = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """(z, t, rows or None) -> (estimate that drives the state, plain x0): one prediction for those rows of the batch."""
+Memory = Any
+"""A nest of row-first tensors; the loop drops, joins and reorders its rows."""
+
+
+class Interval(NamedTuple):
+    """Rows on their way from one grid point to the next. They are independent and may stand at different levels."""
+
+    z: Float[Tensor, "b n d"]
+    """States at noise level t."""
+    x0: Float[Tensor, "b n d"]
+    """The estimate already made there."""
+    t: Float[Tensor, " b"]
+    t_next: Float[Tensor, " b"]
+    """Below t."""
+    draws: StepNoise
+    """Where fresh noise comes from."""
 
 
 class Advance(NamedTuple):
@@ -33,19 +49,15 @@ class Advance(NamedTuple):
 
 
 class Solver(ABC):
-    """Moves rows from their level `t` to `t_next` < t. Rows are independent and may stand at different levels."""
+    """Moves rows over one interval of the grid. What it has to know of the intervals before, it keeps as a memory."""
+
+    def start(self, z: Float[Tensor, "b n d"]) -> Memory:
+        """Memory of rows that begin, or begin their next block, in the states `z`; by default there is none."""
+        return ()
 
     @abstractmethod
-    def advance(
-        self,
-        estimate: Estimate,
-        z: Float[Tensor, "b n d"],
-        x0: Float[Tensor, "b n d"],
-        t: Float[Tensor, " b"],
-        t_next: Float[Tensor, " b"],
-        draws: StepNoise,
-    ) -> Advance:
-        """`x0` is the estimate already made at (z, t); `draws` is where fresh noise comes from."""
+    def advance(self, memory: Memory, interval: Interval, estimate: Estimate) -> tuple[Memory, Advance]:
+        """The next memory of each row, and where the row is at the end of the interval."""
 
 
 def _lerp(z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
@@ -60,24 +72,22 @@ def _no_calls(t: Tensor) -> Tensor:
 class Euler(Solver):
     """`z' = (t'/t) z + (1 - t'/t) x0`: exact for a constant x0, the same map as DDIM (arXiv 2010.02502)."""
 
-    def advance(
-        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
-    ) -> Advance:
-        return Advance(_lerp(z, x0, t, t_next), None, _no_calls(t))
+    def advance(self, memory: Memory, interval: Interval, estimate: Estimate) -> tuple[Memory, Advance]:
+        z, x0, t, t_next, _ = interval
+        return memory, Advance(_lerp(z, x0, t, t_next), None, _no_calls(t))
 
 
 @dataclass(frozen=True)
 class Heun(Solver):
     """Euler, then the mean of both slopes: second order, one more prediction an interval (arXiv 2206.00364, alg. 1)."""
 
-    def advance(
-        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
-    ) -> Advance:
+    def advance(self, memory: Memory, interval: Interval, estimate: Estimate) -> tuple[Memory, Advance]:
+        z, x0, t, t_next, _ = interval
         tilde = _lerp(z, x0, t, t_next)
         x0_tilde, plain = estimate(tilde, t_next, None)
         now, then = t.to(z.dtype)[:, None, None], t_next.to(z.dtype)[:, None, None]
         slope = (z - x0) / now + (tilde - x0_tilde) / then
-        return Advance(z + (then - now) / 2 * slope, plain, _no_calls(t) + 1)
+        return memory, Advance(z + (then - now) / 2 * slope, plain, _no_calls(t) + 1)
 
 
 @dataclass(frozen=True)
@@ -87,32 +97,30 @@ class Ancestral(Solver):
     The reverse step of a variational diffusion model (arXiv 2107.00630, eq. 33), which Plaid samples with.
     """
 
-    def advance(
-        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
-    ) -> Advance:
+    def advance(self, memory: Memory, interval: Interval, estimate: Estimate) -> tuple[Memory, Advance]:
+        z, x0, t, t_next, draws = interval
         kept = (t_next / t).square()
         fresh = t_next * (-torch.expm1(2 * (t_next / t).log())).sqrt()  # near 1 the difference is exact in this form
         moved = x0 + kept.to(z.dtype)[:, None, None] * (z - x0) + fresh.to(z.dtype)[:, None, None] * draws.normal(z)
-        return Advance(moved, None, _no_calls(t))
+        return memory, Advance(moved, None, _no_calls(t))
 
 
 @dataclass(frozen=True)
 class Renoise(Solver):
     """`z' = x0 + t' eps`: the estimate under fresh noise, nothing of the state is kept (SSD-LM, section 3.3)."""
 
-    def advance(
-        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
-    ) -> Advance:
-        return Advance(x0 + t_next.to(z.dtype)[:, None, None] * draws.normal(z), None, _no_calls(t))
+    def advance(self, memory: Memory, interval: Interval, estimate: Estimate) -> tuple[Memory, Advance]:
+        z, x0, t, t_next, draws = interval
+        return memory, Advance(x0 + t_next.to(z.dtype)[:, None, None] * draws.normal(z), None, _no_calls(t))
 
 
-FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
+FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
 
 
 @dataclass(frozen=True)
 class TorchDiffEq(Solver):
-    """Any method of torchdiffeq, over tau in [0, 1] with t = t + tau (t' - t).
+    """Any one-step method of torchdiffeq, over tau in [0, 1] with t = t + tau (t' - t).
 
     Adaptive methods share one error norm over what they are given, so they get one row at a time; the others take the
     batch. Self-conditioning stays as it was at the start of the interval, which keeps the field a function of (z, t).
@@ -130,21 +138,20 @@ class TorchDiffEq(Solver):
 
     def __post_init__(self) -> None:
         if self.method not in FIXED + ADAPTIVE:
-            raise CdlmError(
-                f"torchdiffeq has no method {self.method!r} for this: use one of {', '.join(FIXED + ADAPTIVE)}"
-            )
+            adams = "adams" in self.method
+            why = "starts anew in each interval, where it is rk4" if adams else "is no method of torchdiffeq's for this"
+            raise CdlmError(f"{self.method!r} {why}: use one of {', '.join(FIXED + ADAPTIVE)}")
         for name in ("rtol", "atol"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
                 raise CdlmError(f"TorchDiffEq needs a number {name} > 0, got {value!r}")
 
-    def advance(
-        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
-    ) -> Advance:
+    def advance(self, memory: Memory, interval: Interval, estimate: Estimate) -> tuple[Memory, Advance]:
+        z, x0, t, t_next, _ = interval
         rows = torch.arange(len(t), device=z.device)
         parts = rows.split(1) if self.method in ADAPTIVE else (rows,)
         moved = [self._integrate(estimate, z[part], x0[part], t[part], t_next[part], part) for part in parts]
-        return Advance(torch.cat([m[0] for m in moved]), None, torch.cat([m[1] for m in moved]))
+        return memory, Advance(torch.cat([m[0] for m in moved]), None, torch.cat([m[1] for m in moved]))
 
     def _integrate(
         self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, rows: Tensor

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.grids import GRIDS
-from cdlm.continuous.solvers import Advance, Estimate, Euler, Solver
-from cdlm.core.rng import StepNoise, row_normal
+from cdlm.continuous.solvers import Advance, Estimate, Euler, Interval, Memory, Solver
+from cdlm.core.rng import row_normal
 from cdlm.core.stats import Bootstrap, Scores
 from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.recording.file import Recording
@@ -43,10 +43,11 @@ class Driven(Solver):
     change: Change
     inner: Solver = field(default_factory=Euler)
 
-    def advance(
-        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
-    ) -> Advance:
-        return self.inner.advance(estimate, z, self.change(x0), t, t_next, draws)
+    def start(self, z: Tensor) -> Memory:
+        return self.inner.start(z)
+
+    def advance(self, memory: Memory, interval: Interval, estimate: Estimate) -> tuple[Memory, Advance]:
+        return self.inner.advance(memory, interval._replace(x0=self.change(interval.x0)), estimate)
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,13 @@ class Struck(Solver):
     strike: Strike
     inner: Solver = field(default_factory=Euler)
 
-    def advance(
-        self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, draws: StepNoise
-    ) -> Advance:
-        moved = self.inner.advance(estimate, z, x0, t, t_next, draws)
-        hit = (t_next == self.level)[:, None, None]
-        return moved._replace(z=torch.where(hit, self.strike(moved.z, t_next), moved.z))
+    def start(self, z: Tensor) -> Memory:
+        return self.inner.start(z)
+
+    def advance(self, memory: Memory, interval: Interval, estimate: Estimate) -> tuple[Memory, Advance]:
+        memory, moved = self.inner.advance(memory, interval, estimate)
+        hit = (interval.t_next == self.level)[:, None, None]
+        return memory, moved._replace(z=torch.where(hit, self.strike(moved.z, interval.t_next), moved.z))
 
 
 def at_norm(x0: Float[Tensor, "b n d"], norm: float) -> Float[Tensor, "b n d"]:

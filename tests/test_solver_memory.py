@@ -1,0 +1,115 @@
+"""A solver with memory: the loop carries it row by row, and starts it anew with each block."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import pytest
+import torch
+from oracle import SelfConditioned, loop
+from test_continuous_solvers import order, walk
+from torch import Tensor
+
+from cdlm.continuous.solvers import Advance, Estimate, Interval, Solver, TorchDiffEq
+from cdlm.halting import Criterion, FixedSteps, Never, Patience
+from cdlm.sampling.requests import Request
+
+N, ROWS, STEPS = 6, 7, 14
+
+
+class Before(NamedTuple):
+    """What a two-step method keeps of the interval before."""
+
+    x0: Tensor
+    t: Tensor
+    """Infinite where there was none, which makes the first interval one of Euler's."""
+
+
+@dataclass(frozen=True)
+class TwoStep(Solver):
+    """Second order without a further call: the estimate is carried on along ln t (DPM-Solver++(2M), arXiv 2211.01095).
+
+    `z' = (t'/t) z + (1 - t'/t) (x0 + h / (2 h_before) (x0 - x0_before))`, h = ln t - ln t'.
+    """
+
+    def start(self, z: Tensor) -> Before:
+        return Before(torch.zeros_like(z), torch.full((len(z),), torch.inf, dtype=torch.float64))
+
+    def advance(self, memory: Before, interval: Interval, estimate: Estimate) -> tuple[Before, Advance]:
+        z, x0, t, t_next, _ = interval
+        share = (t / t_next).log() / (2 * (memory.t / t).log())
+        ahead = x0 + share[:, None, None] * (x0 - memory.x0)
+        moved = ahead + (t_next / t)[:, None, None] * (z - ahead)
+        return Before(x0, t), Advance(moved, None, torch.zeros(len(t), dtype=torch.int64))
+
+
+def requests(rows: range = range(ROWS), prompt: int = 1) -> list[Request]:
+    return [Request(i, (torch.arange(N) + i) % 7, torch.arange(N) < prompt) for i in rows]
+
+
+Sample = tuple[list[int], int, int, list[Tensor]]
+
+
+def draw(asked: list[Request], batch_size: int, criterion: Criterion, block: int | None = None) -> dict[int, Sample]:
+    """Tokens, calls, steps and states of each sample."""
+    states: dict[int, list[Tensor]] = {}
+    out: dict[int, Sample] = {}
+    run = loop(
+        SelfConditioned(), batch_size, steps=STEPS, solver=TwoStep(), criterion=criterion, block=block, record={"z"}
+    )
+    for step in run.steps(asked):
+        rows = step.state.row.tolist()
+        for row, z in zip(rows, step.state.z, strict=True):
+            states.setdefault(row, []).append(z)
+        for place, tokens in zip(step.done.nonzero().squeeze(1).tolist(), step.tokens.tolist(), strict=True):
+            row = rows[place]
+            out[row] = (tokens, int(step.state.nfe[place]), len(states[row]), states[row])
+    return out
+
+
+def same(one: Sample, other: Sample) -> bool:
+    return one[:3] == other[:3] and all(torch.equal(a, b) for a, b in zip(one[3], other[3], strict=True))
+
+
+def test_two_steps_give_second_order_for_the_calls_of_the_first() -> None:
+    reference = walk(TorchDiffEq("rk4", double=True), 400)
+    assert order(TwoStep(), reference, (32, 64, 128)) == pytest.approx(2, abs=0.25)
+    torch.testing.assert_close(walk(TwoStep(), 512), reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [None, 2])
+@pytest.mark.parametrize("criterion", [Never(), Patience(3)], ids=repr)
+def test_a_batch_equals_its_members_alone(criterion: Criterion, block: int | None) -> None:
+    """Rows leave, enter beside others that are further on, and are asked for in another order."""
+    together = draw(requests(), 3, criterion, block)
+    backwards = draw(requests()[::-1], 4, criterion, block)
+    alone = {i: draw(requests(range(i, i + 1)), 1, criterion, block)[i] for i in range(ROWS)}
+    assert together.keys() == alone.keys()
+    assert all(same(together[i], alone[i]) and same(backwards[i], alone[i]) for i in alone)
+    assert criterion == Never() or len({sample[2] for sample in alone.values()}) > 1
+
+
+def test_a_halted_row_is_a_prefix_of_the_full_run() -> None:
+    full, halted = draw(requests(), 4, Never()), draw(requests(), 4, Patience(3))
+    assert any(halted[i][2] < full[i][2] for i in full)
+    for i in full:
+        assert all(torch.equal(a, b) for a, b in zip(halted[i][3], full[i][3], strict=False))
+
+
+@dataclass(frozen=True)
+class Watched(TwoStep):
+    """Notes for each row of each interval whether its memory was fresh."""
+
+    notes: list[tuple[int, bool]] = field(default_factory=list)
+
+    def advance(self, memory: Before, interval: Interval, estimate: Estimate) -> tuple[Before, Advance]:
+        taken = interval.draws.step.tolist()
+        self.notes.extend(zip(taken, memory.t.isinf().tolist(), strict=True))
+        return super().advance(memory, interval, estimate)
+
+
+def test_each_block_starts_with_a_fresh_memory() -> None:
+    solver = Watched()
+    run = loop(SelfConditioned(), 2, steps=STEPS, solver=solver, criterion=FixedSteps(3), block=2)
+    list(run.steps(requests(prompt=0)))
+    assert len(solver.notes) == ROWS * 3 * 2  # of three steps of a block the third is read out
+    assert all(fresh == (taken % 3 == 0) for taken, fresh in solver.notes)
