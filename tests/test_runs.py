@@ -16,12 +16,14 @@ from torch import Tensor
 from cdlm import runs
 from cdlm.cli import train as command
 from cdlm.config import RunConfig, read_run
+from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.errors import CdlmError
 from cdlm.data.order import fixed_batches
 from cdlm.data.sources import Files, Stories
 from cdlm.data.tokenizer import tokenizer_hash
 from cdlm.generation import generate
+from cdlm.masked.model import MaskedModel
 from cdlm.masked.system import Masked
 from cdlm.models import hub
 from cdlm.models.system import System
@@ -31,7 +33,7 @@ from cdlm.training.options import TrainOptions
 from cdlm.training.stop import Interrupted
 from cdlm.training.validation import losses_by_level
 
-SIZE: dict[str, int] = {"width": 16, "depth": 1, "heads": 2, "dim": 8}
+SIZE: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, "dim": 8}
 STEPS = 3
 OPTIONS = TrainOptions(steps=STEPS, accelerator="cpu", warmup=1, checkpoint_every=2, log_every=1)
 
@@ -92,6 +94,7 @@ def test_the_model_that_training_returns_is_the_model_in_the_folder(trained: tup
     assert system.state_dict().keys() == saved.weights.keys()
     assert all(torch.equal(value, saved.weights[name]) for name, value in system.state_dict().items())
     assert not system.training
+    assert isinstance(system, EmbeddingDiffusion | MaskedModel)
     assert generate(system, n=2, length=8).tokens.shape == (2, 8)
 
 
