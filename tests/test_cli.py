@@ -1,5 +1,6 @@
 """The command line: a run from text to samples, and bad input, which is one line and exit code 2."""
 
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -12,8 +13,12 @@ from cdlm.cli.main import main
 from cdlm.continuous.grids import GRIDS
 from cdlm.continuous.projections import PROJECTIONS
 from cdlm.continuous.solvers import SOLVERS
+from cdlm.continuous.systems.cdcd import CDCD
+from cdlm.continuous.systems.plaid import Plaid
 from cdlm.masked.policies import POLICIES
 from cdlm.models.hub import read_tokenizer
+from cdlm.runs.config import read_run
+from cdlm.training.options import TrainOptions
 
 SUBJECTS = ("the cat", "the dog", "a bird", "a mouse", "the old man", "my sister", "a small fox", "the king")
 PLACES = ("on the mat", "by the river", "in the garden", "under a tree", "near the house", "on the roof")
@@ -224,6 +229,32 @@ def test_a_run_can_be_resumed_with_more_steps(fresh: Place) -> None:
     assert (fresh.run / "metrics.csv").read_text().splitlines()[-1].startswith("2,")
 
 
+def test_short_names_are_those_of_the_settings(fresh: Place) -> None:
+    short = ("--steps", "2", "--lr=1e-2", "--batch-size", "3", "--seed", "4", "--device", "cpu", "--devices", "1",
+             "--width", "16", "--depth", "1", "--heads=2", "--dim", "8", "--length", "12", "--vocab-size", "271",
+             "--validation-rows", "2", "--preview", "0", "--precision", "bf16", "--gates=true",
+             "--final-lr-ratio", "0.5", "--quiet")  # fmt: skip
+    fresh.train(small=short)
+    made = read_run(fresh.run)
+    assert made.system == CDCD(width=16, depth=1, heads=2, dim=8, gates=True)
+    assert (made.batch_size, made.length, made.vocab_size, made.validation_rows) == (3, 12, 271, 2)
+    options = made.training
+    assert (options.steps, options.lr, options.seed, options.precision) == (2, 0.01, 4, "bf16")
+    assert (options.accelerator, options.devices, options.final_lr_ratio) == ("cpu", 1, 0.5)
+
+
+def test_training_says_on_which_device_it_runs_unless_it_is_quiet(
+    fresh: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loud = tuple(word for word in SMALL if word != "--quiet")
+    fresh.train("--log_every", "1", out="loud", small=loud)
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[0] == "training on cpu"
+    assert shown.out == ""
+    fresh.train(out="quiet")
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(arguments)
@@ -235,6 +266,25 @@ def test_the_help_of_training_lists_its_settings(capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     for setting in ("--system SYSTEM", "LangFlow or Masked", "--training.steps", "--resume"):
         assert setting in " ".join(shown.split()), setting
+
+
+@pytest.mark.parametrize("name", list(inspect.signature(TrainOptions).parameters))
+def test_the_help_of_training_describes_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split("how to train:")[1].split())
+    described = shown.split(f"--training.{name} ")[1].split("(type:")[0]
+    assert len(described.split()) > 3, described
+
+
+def test_the_help_of_training_tells_how_to_see_the_settings_of_a_system(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--help"])
+    assert "cdlm train --system.help Plaid" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--system.help", "Plaid"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for name in inspect.signature(Plaid).parameters:
+        assert len(shown.split(f"  --system.{name} ")[1].split("(type:")[0].split()) > 3, name
 
 
 def test_the_help_of_sampling_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,6 +307,13 @@ def test_the_help_of_sampling_names_every_part(capsys: pytest.CaptureFixture[str
         (["train", "--out", "a", "--resume", "b"], "b has no config.yaml"),
         (["train", "--out", "x", "--colour", "red"], "colour"),
         (["train", "--out", "x", "--system.colour", "red"], "colour"),
+        (["train", "--out", "x", "--stpes", "5"], "no option --stpes: did you mean --steps (--training.steps)?"),
+        (["train", "--out", "x", "--bacth-size", "5"], "did you mean --batch_size?"),
+        (["train", "--out", "x", "--training.warm_up", "5"], "did you mean --training.warmup?"),
+        (["train", "--out", "x", "--system", "Masked", "--axis", "log"], "axis"),
+        (["train", "--resume", "a", "--start", "b"], "a has no config.yaml"),
+        (["train", "--out", "x", "--start", "nowhere"], "nowhere is not a model folder"),
+        (["train", "--out", "x", "--start"], "--start"),
         (["train", "--out", "x", "--training.steps", "many"], "steps"),
         (["train", "--out", "x", "--training.steps", "0"], "steps must be"),
         (["train", "--out", "x", "--length", "0"], "length must be >= 1"),
@@ -489,7 +546,26 @@ def test_a_changed_run_cannot_be_resumed(change: list[str], place: Place, refuse
 def test_changed_data_cannot_be_resumed(fresh: Place, refused: Callable) -> None:
     fresh.train("--training.steps", "2")
     fresh.text.write_text(TEXT + "one more line about the cat.\n")
-    assert "data" in refused(resume, fresh)
+    shown = refused(resume, fresh)
+    assert "data" in shown
+    assert f"the content of Files(paths=('{fresh.text}',)" in shown
+
+
+def test_what_may_change_when_resuming_and_how_to_go_on_otherwise(place: Place, refused: Callable) -> None:
+    shown = refused(resume, place, "--batch-size", "2")
+    assert "batch_size was 4, is 2" in shown
+    assert "resuming may change steps" in shown
+    assert f"--start {place.run}" in shown
+
+
+def test_a_finished_run_says_so(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    main(["train", "--resume", str(place.run)])
+    assert capsys.readouterr().err == f"{place.run} is finished, at step 3: more steps continue it\n"
+
+
+def test_a_run_is_resumed_or_started_from_another(place: Place, refused: Callable) -> None:
+    assert "give one" in refused(main, ["train", "--resume", str(place.run), "--start", str(place.run)])
 
 
 def test_a_run_is_not_overwritten(place: Place, refused: Callable) -> None:

@@ -388,7 +388,7 @@ def test_the_rows_are_shared_out_by_the_deviations(
     kept = objective.moments.double()
     spread = (kept[:, 1] - kept[:, 0].square()).clamp(min=1e-12).sqrt()
     expected = min(max(float(rows * spread[0] / spread.sum()), 1), rows - 1)
-    last, u = objective._levels(rows, rng(seed))
+    last, u = objective._levels(rows_of(rows, seed))
     assert abs(int(last.sum()) - expected) <= 0.5 + 1e-3 * rows
     assert bool((u[last] == 0).all())
     others = u[~last].sort().values
@@ -397,9 +397,15 @@ def test_the_rows_are_shared_out_by_the_deviations(
     close(others.diff(), torch.full((len(others) - 1,), 1 / len(others), dtype=torch.float64))  # one in each part
 
 
+def rows_of(rows: int, seed: int) -> Batch:
+    """A batch of which only the number of rows and the generator matter."""
+    tokens = torch.zeros(rows, 1, dtype=torch.int64)
+    return Batch(tokens, None, tokens == 0, rng(seed))
+
+
 def test_levels_are_uniform_row_by_row() -> None:
     objective, rows = Variational(), 5
-    drawn = [objective._levels(rows, rng(seed)) for seed in range(800)]
+    drawn = [objective._levels(rows_of(rows, seed)) for seed in range(800)]
     for i in range(rows):
         u = torch.stack([u[i] for last, u in drawn if not last[i]])
         assert len(u) > 200
@@ -447,9 +453,9 @@ def test_two_processes_remember_the_mean_of_both(tmp_path: Path) -> None:
 
 def test_a_batch_of_one_row_is_refused_in_one_line() -> None:
     with pytest.raises(CdlmError, match="batch_size") as caught:
-        trainable(0.0)(words(1), target(1), None, rng())
+        trainable(0.0)(Batch(words(1), None, target(1), rng()))
     assert "\n" not in str(caught.value)
-    assert trainable(0.0).eval()(words(1), target(1), None, rng()).total.item() > 0
+    assert trainable(0.0).eval()(Batch(words(1), None, target(1), rng())).total.item() > 0
 
 
 def test_fixed_levels_are_used() -> None:

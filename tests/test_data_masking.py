@@ -147,6 +147,15 @@ def test_unconditional_is_every_valid_position():
     assert draw(Unconditional(), 4, rows=2, pad=1).all()
 
 
+def test_a_law_says_which_blocks_it_teaches():
+    assert {law: law.blocks for law in (Prefix(), Span(), Unconditional())} == dict.fromkeys(
+        (Prefix(), Span(), Unconditional()), frozenset()
+    )
+    assert Block(3).blocks == {3}
+    nested = Mixture(((1.0, Mixture(((1.0, Block(25)), (2.0, Prefix())))), (3.0, Block(4))))
+    assert nested.blocks == nested.bind(TOKENIZER).blocks == {25, 4}
+
+
 def test_mixture_chooses_a_law_for_each_row():
     class Last(Masking):
         def __call__(self, tokens, valid, generator):

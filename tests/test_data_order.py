@@ -1,6 +1,7 @@
 """The order of rows and the loader: permutations, exact resuming, ranks that share, workers that change nothing."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice, permutations
 
 import lightning
@@ -128,9 +129,31 @@ def test_workers_change_neither_order_nor_state_nor_the_global_generator():
 
 def test_batches_hold_tokens_and_validity():
     batch = next(iter(RowLoader(Numbered(5), 2, 0)))
+    assert batch.valid is not None
     assert batch.tokens.dtype == torch.int64
     assert batch.tokens.shape == batch.valid.shape == (2, 3)
-    assert batch.valid.tolist() == [[True, True, False]] * 2
+    assert batch.valid.tolist() == batch.target.tolist() == [[True, True, False]] * 2
+    assert len(batch) == 2
+
+
+def test_a_masked_batch_has_the_target_of_the_law_and_everything_else_as_before():
+    def law(tokens, valid, generator):
+        return valid & (torch.rand(tokens.shape, generator=generator) < 0.5)
+
+    batch, u = next(iter(RowLoader(Numbered(50), 20, 0))), torch.linspace(0, 1, 20)
+    noise = torch.Generator().manual_seed(7)
+    masked = batch.masked(law, noise, u)
+    assert masked.tokens is batch.tokens
+    assert masked.valid is batch.valid
+    assert masked.generator is noise
+    assert masked.u is u
+    assert batch.valid is not None
+    assert torch.equal(masked.target, law(batch.tokens, batch.valid, torch.Generator().manual_seed(7)))
+    bare = replace(batch, valid=None).masked(lambda tokens, valid, generator: valid, noise)
+    assert bare.valid is None
+    assert bool(bare.target.all())
+    there = masked.to("meta")
+    assert {x.device.type for x in (there.tokens, there.valid, there.target, there.u) if x is not None} == {"meta"}
 
 
 @given(count=st.integers(1, 30), size=st.integers(1, 8), limit=st.none() | st.integers(1, 40))

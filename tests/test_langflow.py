@@ -356,7 +356,7 @@ def test_dropout_is_a_function_of_the_generator_and_of_nothing_else() -> None:
     tokens, everything = torch.randint(VOCAB, (4, 5), generator=rng()), torch.ones(4, 5, dtype=torch.bool)
 
     def loss(one: EmbeddingDiffusion) -> float:
-        return one(tokens, everything, None, rng(1)).total.item()
+        return one(Batch(tokens, None, everything, rng(1))).total.item()
 
     before = torch.get_rng_state()
     assert loss(system) == loss(system)

@@ -235,7 +235,7 @@ def test_a_few_steps_of_training_lower_the_bound() -> None:
     before = bound()
     for _ in range(40):
         optimizer.zero_grad()
-        model.train()(tokens, target, None, generator).total.backward()
+        model.train()(Batch(tokens, None, target, generator)).total.backward()
         optimizer.step()
     assert bound() < 0.8 * before  # the tokens are known, their order is not yet
 

@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_an_optimizer_goes_on_from_its_saved_state(kind: Any) -> None:
         for k in steps:
             batch = Loader().batch(k)
             optimizer.zero_grad()
-            system(Batch(batch.tokens, batch.valid, batch.valid, generator(k))).total.backward()
+            system(replace(batch, generator=generator(k))).total.backward()
             set_rates(optimizer, k, options)
             optimizer.step()
 
@@ -154,8 +155,7 @@ def test_accumulated_gradients_are_the_mean_of_the_batches(tmp_path: Path, monke
     system, total = tiny(), 0.0
     for index in range(3):
         batch, noise = Loader().batch(index), generator(0, TRAINING, index, 0)
-        target = masking(batch.tokens, batch.valid, noise)
-        total = total + system(Batch(batch.tokens, batch.valid, target, noise)).total / 3
+        total = total + system(batch.masked(masking, noise)).total / 3
     assert isinstance(total, torch.Tensor)
     total.backward()
     expected = {name: p.grad for name, p in system.named_parameters()}
@@ -170,6 +170,20 @@ def test_clipping_bounds_the_network_and_leaves_the_schedule(tmp_path: Path, mon
         torch.testing.assert_close(after["schedule.logits"], before["schedule.logits"], rtol=0, atol=0)
         network = [value.norm() for name, value in after.items() if name != "schedule.logits"]
         assert torch.stack(network).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_batch_of_the_loader_reaches_the_objective(tmp_path: Path) -> None:
+    """Its tensors are never copied on the way: the objective sees those that the loader gave."""
+    system, loader, given, seen = tiny(), Loader(), list[Batch](), list[Batch]()
+    make, objective = loader.batch, system.objective.forward
+    loader.batch = lambda index: given.append(make(index)) or given[-1]  # type: ignore[method-assign]
+    system.objective.forward = lambda system, batch: seen.append(batch) or objective(system, batch)
+    train(system, loader, list, masking, TrainOptions(**{**DEFAULTS, "steps": 3}), tmp_path, progress=False)
+    assert len(seen) == 3
+    for ours, theirs in zip(seen, given, strict=False):
+        assert ours.tokens is theirs.tokens
+        assert ours.valid is theirs.valid
+        assert ours.generator is not None
 
 
 def test_ranks_and_batches_have_noise_of_their_own() -> None:

@@ -25,6 +25,7 @@ from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import generator
 from cdlm.core.types import Batch
+from cdlm.training.context import check_same
 from cdlm.training.module import TRAINING
 from cdlm.training.optimizers import build_optimizer, set_rates
 from cdlm.training.options import TrainOptions
@@ -224,6 +225,36 @@ def test_resuming_with_other_data_is_refused_by_name(tmp_path: Path) -> None:
         run(tmp_path, resume=True, context={"data": "def", "tokenizer": "xyz"})
     with pytest.raises(CdlmError, match="seed changed"):
         run(tmp_path, resume=True, seed=1, context={"data": "abc", "tokenizer": "xyz"})
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 8), ("devices", 4), ("accumulate", 2), ("seed", 1)])
+def test_a_change_that_resuming_does_not_allow_is_one_line_with_the_way_to_go_on(name: str, value: int) -> None:
+    before = {"batch_size": 4, "devices": 2, "accumulate": 1, "seed": 0, "data": "a.txt", "data.digest": "99"}
+    check_same(before, before, Path("runs/a"))
+    with pytest.raises(CdlmError) as raised:
+        check_same(before, before | {name: value}, Path("runs/a"))
+    message = str(raised.value)
+    assert "\n" not in message
+    assert f"{name} changed ({name} was {before[name]}, is {value})" in message
+    assert "resuming may change steps, learning rates" in message
+    assert message.endswith("--start runs/a")
+
+
+def test_data_are_compared_by_their_digest_and_shown_by_their_name() -> None:
+    def why(now: dict[str, str]) -> str:
+        with pytest.raises(CdlmError) as raised:
+            check_same({"data": "a.txt", "data.digest": "99"}, now, Path("runs/a"))
+        return str(raised.value)
+
+    check_same({"data": "a.txt", "data.digest": "99"}, {"data": "moved/a.txt", "data.digest": "99"}, Path("runs/a"))
+    assert "data changed (data was a.txt, is b.txt)" in why({"data": "b.txt", "data.digest": "98"})
+    assert "data changed (the content of a.txt is not what it was)" in why({"data": "a.txt", "data.digest": "98"})
+    assert "9" not in why({"data": "b.txt", "data.digest": "98"})
+
+
+def test_a_changed_system_is_not_promised_a_start() -> None:
+    with pytest.raises(CdlmError, match=r"start a new run$"):
+        check_same({"system.width": 8}, {"system.width": 16}, Path("runs/a"))
 
 
 def test_a_run_is_neither_overwritten_nor_invented(tmp_path: Path) -> None:
@@ -452,8 +483,7 @@ def by_hand(steps: int) -> dict[str, Tensor]:
         optimizer.zero_grad()
         for rank, loader in enumerate(loaders):
             batch, noise = next(loader), generator(0, TRAINING, step, rank)
-            target = masking(batch.tokens, batch.valid, noise)
-            (system(Batch(batch.tokens, batch.valid, target, noise)).total / 2).backward()
+            (system(batch.masked(masking, noise)).total / 2).backward()
         torch.nn.utils.clip_grad_norm_(groups["matrices"] + groups["rest"], options.clip)
         set_rates(optimizer, step, options)
         optimizer.step()

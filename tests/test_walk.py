@@ -62,9 +62,7 @@ def test_a_recording_reads_them_once_too(opened: Counter[str], tmp_path: Path) -
     assert opened == {"config.json": 1, "weights": 1, "tokenizer": 1}
 
 
-def test_a_comparison_with_live_rules_loads_a_model_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_comparison_with_live_rules_loads_a_model_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     loads = []
     real = hub.read
     monkeypatch.setattr(hub, "read", lambda *args: loads.append(args[0].name) or real(*args))

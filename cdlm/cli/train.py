@@ -13,7 +13,7 @@ from typing import Any
 from cdlm.core.errors import CdlmError
 from cdlm.data.sources import SOURCES
 from cdlm.models import hub
-from cdlm.runs.config import SYSTEMS, RunConfig, parse_run, read_run, run_parser, system_config
+from cdlm.runs.config import SYSTEMS, RunConfig, class_values, parse_run, read_run, run_parser, system_config
 from cdlm.training.options import TrainOptions
 
 PROG = "cdlm train"
@@ -37,6 +37,8 @@ def run(argv: list[str]) -> None:
         return
     if any(".help" in word for word in rest):
         run_parser(PROG).parse_args(rest)  # prints it and exits
+    if own.resume:
+        read_run(own.resume)  # says what is wrong with the folder
     if bool(own.out) == bool(own.resume):
         raise CdlmError("train needs one run folder: --out DIR for a new run, or --resume DIR to continue one")
     if own.resume and own.start:
@@ -50,11 +52,11 @@ def run(argv: list[str]) -> None:
 def _defaults(own: argparse.Namespace) -> Iterator[str]:
     """What the run's settings are before the command line changes them."""
     if own.resume:
-        read_run(own.resume)  # says what is wrong with the folder
         yield from ("--config", str(Path(own.resume) / "config.yaml"))
     if own.start:
         config = hub.read_config(hub.locate(own.start))
-        yield from ("--config", RunConfig(system=system_config(config["model"]), length=config["length"]).to_yaml())
+        settings = {"length": config["length"], "system": class_values(system_config(config["model"]))}
+        yield from ("--config", json.dumps(settings))
     if own.text:
         yield from ("--source", "Files", "--source.paths", json.dumps(own.text))
 

@@ -80,7 +80,6 @@ class Masked(SystemConfig):
     """Masked diffusion (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992) on the backbone of the continuous systems.
 
     Args:
-        width, depth, heads, mlp_ratio: the transformer.
         dim: width of the token embeddings that feed it.
         gates: AdaLN-Zero gates on the branches, here constants that are learned.
         weight: what training weighs a row by: "elbo" is the likelihood bound's 1 / t, "flat" counts each masked token

@@ -114,12 +114,16 @@ def row_cross_entropy(
 
 @dataclass(frozen=True)
 class SystemConfig(ABC):
-    """A system's settings: plain values that rebuild it. The sizes are those of the transformer."""
+    """A system's settings: plain values that rebuild it."""
 
     width: int = 128
+    """Features of a position in the transformer, a multiple of 2 * heads."""
     depth: int = 3
+    """Layers of the transformer."""
     heads: int = 4
+    """Attention heads of a layer."""
     mlp_ratio: int = 4
+    """Width of a layer's MLP over that of the transformer."""
 
     @abstractmethod
     def build(self, vocab: int, special: Special | None = None) -> System:

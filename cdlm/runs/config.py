@@ -88,7 +88,7 @@ class RunConfig:
         import yaml
 
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values |= {name: _class_to_values(values[name], _classes(name)) for name in ("source", "system")}
+        values |= {name: class_values(values[name]) for name in ("source", "system")}
         values["training"] = asdict(self.training)
         return yaml.dump(values, Dumper=_dumper(), sort_keys=False, allow_unicode=True, width=120)
 
@@ -138,9 +138,10 @@ def _classes(setting: str) -> Registry[Any]:
     return Registry("system", SystemConfig, *SYSTEMS.values())
 
 
-def _class_to_values(value: Any, known: Registry[Any]) -> dict[str, Any]:
+def class_values(value: Any) -> dict[str, Any]:
+    """A source or a system as it stands in a file: its class, without a module if it is one of ours, and settings."""
     kind = type(value)
-    name = kind.__name__ if kind in known.values() else f"{kind.__module__}.{kind.__qualname__}"
+    name = kind.__name__ if kind in (*SOURCES.values(), *SYSTEMS.values()) else f"{kind.__module__}.{kind.__qualname__}"
     return {"class_path": name, "init_args": asdict(value)}
 
 

@@ -17,9 +17,9 @@ class CDCD(ContinuousConfig):
     """Score interpolation with learned time warping. The defaults suit laptops; `ddlm.yaml` has the published size.
 
     Args:
-        width, depth, heads, mlp_ratio: the transformer.
         dim: embedding dimension; every embedding has norm sqrt(dim).
-        t_min, t_max: noise levels in units of the embedding norm; the defaults are the paper's 1 and 300 at norm 16.
+        t_min: least noise level in units of the embedding norm; the default is the paper's 1 at norm 16.
+        t_max: largest noise level in these units; the default is the paper's 300 at norm 16.
         axis: noise axis of the warp's bins. "linear" (the paper's) starts with nearly pure noise, so that context is
             learned first; "log" spends less there, which suits small vocabularies and simple text.
         gates: AdaLN-Zero gates on the branches (CDCD has none).

@@ -86,7 +86,6 @@ class LangFlow(ContinuousConfig):
     size.
 
     Args:
-        width, depth, heads, mlp_ratio: the transformer.
         dim: embedding dimension, in the paper the width; every embedding has norm sqrt(dim).
         gates: AdaLN-Zero gates on the branches.
         cond: width of the level embedding.

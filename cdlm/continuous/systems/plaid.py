@@ -102,9 +102,9 @@ class Plaid(ContinuousConfig):
     Args:
         network: "shared" sees prompts as prompts; "released" is blind for them, as it was published: it takes given
             tokens for noisy ones, and in sampling their state is held at their embedding.
-        width, depth, heads, mlp_ratio: the transformer.
         dim: embedding dimension; every embedding has norm 1.
-        gamma_min, gamma_max: the schedule's ends at first, in ln(sigma^2 / alpha^2); both are learned.
+        gamma_min: the schedule's first end of least noise, in ln(sigma^2 / alpha^2); it is learned.
+        gamma_max: the schedule's first end of most noise; it is learned.
         gates: AdaLN-Zero gates on the branches, of the shared backbone.
         base_width: of the released network, the width at which its output has scale 1.
         output_prior_warmup: optimiser steps until the closed-form term of a position's own state counts in full.

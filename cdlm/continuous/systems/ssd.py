@@ -144,7 +144,6 @@ class SSD(ContinuousConfig):
     published size.
 
     Args:
-        width, depth, heads, mlp_ratio: the transformer.
         dim: width of the token tables that feed the shared network.
         block: tokens that are generated at a time; train it with the masking law Block(block).
         k: K, the size of the simplex.
