@@ -48,7 +48,7 @@ def evaluate_files(
         open_judge: gives the judge on a device, once in each process, and only when all that can be checked without it
             is checked.
         mauve_seeds: k-means seeds; 0 leaves MAUVE out.
-        device, devices: where the judge runs, and on how many processes; the result does not depend on them.
+        device, devices: where the judge runs, and on how many processes.
 
     Raises:
         CdlmError: there is too little held-out text, or the package of MAUVE is missing.
@@ -86,7 +86,7 @@ def evaluate(
             the row of real text shows the ceiling. None leaves MAUVE out.
         mauve_seeds: number of k-means seeds.
         seed: of the shuffling and of the texts drawn for self-BLEU.
-        workers: further processes with the same judge; the result does not depend on them.
+        workers: further processes with the same judge; they change the result by rounding alone.
 
     Raises CdlmError when there is less real text than samples, or nothing to evaluate.
     """
