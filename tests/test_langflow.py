@@ -15,13 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from langflow_evaluator import langflow_evaluator_score
 from safetensors.torch import load_file, save_file
 from setups import diffusion
 from torch import Tensor
 
 from cdlm.api import generate, load
 from cdlm.continuous.grids import Grid
-from cdlm.continuous.likelihood import Walk, langflow_evaluator_score
+from cdlm.continuous.likelihood import Walk
 from cdlm.continuous.published.langflow import LangFlowLayout
 from cdlm.continuous.published.layout import Official
 from cdlm.continuous.published.tensors import read_safetensors

@@ -12,6 +12,7 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import Float, Int
+from langflow_evaluator import langflow_evaluator_score
 from oracle import Oracle
 from torch import Tensor, nn
 
@@ -23,7 +24,6 @@ from cdlm.continuous.likelihood import (
     bound,
     by_block,
     check_text,
-    langflow_evaluator_score,
     ode_nats,
     walk_nats,
 )
@@ -246,9 +246,9 @@ def brute_force(denoiser: Denoiser, text: Text, s: float, y: Tensor, detached: b
     t = torch.full((len(y),), 1 / s, dtype=torch.float64)
 
     def field(y: Tensor) -> Tensor:
-        told = Condition(clean, text.target, torch.zeros_like(clean))
-        first = denoiser.denoise(y / s, t, told).x0
-        return denoiser.denoise(y / s, t, told._replace(x0=first.detach() if detached else first)).x0
+        condition = Condition(clean, text.target, torch.zeros_like(clean))
+        first = denoiser.denoise(y / s, t, condition).x0
+        return denoiser.denoise(y / s, t, condition._replace(x0=first.detach() if detached else first)).x0
 
     whole_matrix = torch.autograd.functional.jacobian(field, y)  # [b n d, b n d]
     diagonal = torch.einsum("bndbnd->bnd", whole_matrix)
