@@ -20,6 +20,7 @@ from cdlm.evaluation.judge import Judge, features
 from cdlm.evaluation.metrics import diversity
 from cdlm.evaluation.metrics import mauve as mauve_metric
 from cdlm.evaluation.metrics.ar_nll import RESAMPLES, ArNll, ar_nll
+from cdlm.evaluation.metrics.registry import METRICS, JudgedTexts
 from cdlm.evaluation.table import Evaluation, Row
 from cdlm.evaluation.texts import Corpus, Entry, HeldOut, Value
 
@@ -136,26 +137,10 @@ def check_sizes(samples: Sequence[Corpus], real: Corpus, reference: Corpus | Non
 
 
 def _row(corpus: Corpus, score: ArNll, seed: int) -> Row:
+    texts = JudgedTexts(corpus, score, seed)
     row: Row = {
-        "name": corpus.name,
-        "n": len(corpus.texts),
-        "ar_nll": score.nats_per_token,
-        "ar_nll_ci": list(score.interval95),
-        "bits_per_char": score.bits_per_char,
-        "judge_tokens": score.tokens,
-        "unscored": score.unscored,
-        "unigram_entropy": diversity.unigram_entropy(corpus.tokens),
-        "sample_entropy": diversity.sample_entropy(corpus.tokens),
-        "mauve": None,
-        "mauve_sd": None,
-        "mean_nfe": float(np.mean(corpus.nfe)) if corpus.nfe else None,
-        **{f"dist_{n}": diversity.distinct_n(corpus.tokens, n) for n in (1, 2, 3)},
-        "self_bleu": diversity.self_bleu(corpus.texts, seed=seed),
-        "zipf": diversity.zipf_coefficient(corpus.tokens),
-        "mean_tokens": float(np.mean([len(line) for line in corpus.tokens])),
-        "duplicate_rate": diversity.duplicate_rate(corpus.texts),
-        "empty_rate": diversity.empty_rate(corpus.texts),
-    }
+        "name": corpus.name, "n": len(corpus.texts), **{metric.key: metric.measure(texts) for metric in METRICS},
+    }  # fmt: skip
     if clash := row.keys() & corpus.extra.keys():
         raise CdlmError(f"expected new names for extra columns, got {sorted(clash)}; rename them")
     return {**row, **corpus.extra}
