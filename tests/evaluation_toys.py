@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,6 +35,11 @@ def tiny_gpt2(seed: int = 0, **changes: int) -> GPT2LMHeadModel:
 
 def random_judge(seed: int = 0, **changes: int) -> Judge:
     return Judge(tiny_gpt2(seed, **changes), byte_tokenizer(), "random")
+
+
+def judge_on(device: str) -> Judge:
+    """The same on a device, as processes open it."""
+    return replace(random_judge(), device=device)
 
 
 def numpy_state() -> list[int]:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from evaluation_toys import byte_tokenizer, random_judge, sentences, trained_jud
 from cdlm.core.errors import CdlmError
 from cdlm.evaluation.evaluate import evaluate
 from cdlm.evaluation.metrics.ar_nll import ar_nll
+from cdlm.evaluation.metrics.registry import METRICS, Metric
 from cdlm.evaluation.table import Evaluation
 from cdlm.evaluation.texts import Corpus
 
@@ -147,6 +149,25 @@ def test_wrong_arguments_are_explained():
     clash = corpus("samples", sentences(5, 1), extra={"zipf": 1.0})
     with pytest.raises(CdlmError, match="zipf"):
         evaluate([clash], samples, judge, decode=decode)
+
+
+def test_each_metric_has_a_key_and_a_column_of_its_own(full):
+    keys, heads = ([getattr(metric, name) for metric in METRICS] for name in ("key", "heading"))
+    assert len(set(keys)) == len(keys)
+    shown = [head for head in heads if head]
+    assert len(set(shown)) == len(shown)
+    assert all(set(keys) <= row.keys() for row in full.rows)
+    columns = [cell.strip() for table in full.markdown().split("\n\n")[:2] for cell in table.split("\n")[0].split("|")]
+    assert set(shown) <= set(columns)
+
+
+def test_a_metric_shows_what_stands_beside_it():
+    metric = Metric("x", "x", lambda of: None, decimals=3)
+    assert metric.show({}) == metric.show({"x": None}) == "-"
+    assert metric.show({"x": 7}) == "7"
+    assert metric.show({"x": 1.5, "x_ci": [1.0, 2.0]}) == "1.500 [1.000, 2.000]"
+    assert metric.show({"x": 1.5, "x_ci": [None, None], "x_sd": 0.25}) == "1.500 ± 0.250"
+    assert replace(metric, percent=True).show({"x": 0.125}) == "12.5 %"
 
 
 def test_shuffling_keeps_the_tokens_of_each_text():

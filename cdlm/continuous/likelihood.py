@@ -99,19 +99,18 @@ class Estimate:
     condition: Condition
     two_passes: bool
 
-    @staticmethod
-    def of(denoiser: Denoiser, text: Text, two_passes: bool | None) -> Estimate:
+    @classmethod
+    def of(cls, denoiser: Denoiser, text: Text, two_passes: bool | None = None) -> Estimate:
         """Of a text; by default there are two passes if the system was trained with self-conditioning."""
         if two_passes is None:
             two_passes = denoiser.self_conditioning > 0
         clean = denoiser.embed(text.tokens) * text.given[..., None]
-        return Estimate(denoiser, Condition(clean, text.target, torch.zeros_like(clean), text.valid), two_passes)
+        return cls(denoiser, Condition(clean, text.target, torch.zeros_like(clean), text.valid), two_passes)
 
     def __call__(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"]) -> Prediction:
         condition = self.condition
         if self.two_passes:
-            x0 = self.denoiser.denoise(z, t, condition).x0
-            condition = condition._replace(x0=x0)
+            condition = condition._replace(x0=self.denoiser.denoise(z, t, condition).x0)
         return self.denoiser.denoise(z, t, condition)
 
 
@@ -228,7 +227,7 @@ class Walk(NamedTuple):
     """eps of the first state, e + t_min eps."""
     probe: Callable[[], Float[Tensor, "p b n d"]]
     """Directions u along which the Jacobian is measured. Called once per evaluation of the right-hand side; their mean
-    of u u^T should be the identity. The same each time, unless a published evaluator is to be followed."""
+    of u u^T should be the identity. The same each time; evaluators that draw new ones each time add noise."""
 
 
 def ode_nats(
@@ -292,11 +291,12 @@ def walk_nats(
     """
     check_text(denoiser, text)
     ode = ode or Ode()
-    solution = _solve(Estimate.of(denoiser, text, two_passes), text, walk, ode)
+    solution = solve(Estimate.of(denoiser, text, two_passes), text, walk, ode)
     c, size = denoiser.prior_std / denoiser.schedule.t_max, text.target.sum(1) * walk.noise.shape[-1]
     eps = (walk.noise.double() * text.target[..., None]).square().sum((1, 2))
     prior = size * math.log(c) + solution.length / (2 * c**2) - 0.5 * eps
-    return _as_nats(solution, prior, text)
+    terms = {"prior": prior, "reconstruction": solution.reconstruction, "flow": solution.trace}
+    return Nats(terms, torch.full_like(prior, math.nan), text.target.sum(1))
 
 
 class Solution(NamedTuple):
@@ -309,13 +309,13 @@ class Solution(NamedTuple):
     """||y_1||^2 over the positions that are scored."""
 
 
-def _as_nats(solution: Solution, prior: Float[Tensor, " b"], text: Text) -> Nats:
-    terms = {"prior": prior, "reconstruction": solution.reconstruction, "flow": solution.trace}
-    return Nats(terms, torch.full_like(prior, math.nan), text.target.sum(1))
-
-
 @torch.no_grad()
-def _solve(estimate: Estimate, text: Text, walk: Walk, ode: Ode) -> Solution:
+def solve(estimate: Estimate, text: Text, walk: Walk, ode: Ode) -> Solution:
+    """The state and the trace along the ODE; of `ode` only `method` and `state` matter.
+
+    Raises:
+        CdlmError: the network runs in half precision.
+    """
     from torchdiffeq import odeint
 
     clean = estimate.denoiser.embed(text.tokens)

@@ -1,4 +1,4 @@
-"""What a text is worth: AR-NLL under a judge, MAUVE, diversity, and the table that shows them side by side.
+"""How good texts are: AR-NLL under a judge, MAUVE and diversity in one table; and how likely text is to a model.
 
-One metric per file. Texts come in as strings and tokens as lists of integers; only `likelihood` knows the model.
+Nothing here reads a configuration or a run folder: texts, rows, judges and sessions are passed in.
 """

@@ -21,6 +21,7 @@ from cdlm.evaluation.judge import Judge, features
 from cdlm.evaluation.metrics import diversity
 from cdlm.evaluation.metrics import mauve as mauve_metric
 from cdlm.evaluation.metrics.ar_nll import ArNll, ar_nll
+from cdlm.evaluation.metrics.registry import METRICS, JudgedTexts
 from cdlm.evaluation.table import Evaluation, Row
 from cdlm.evaluation.texts import Corpus, Entry, HeldOut, Value
 
@@ -49,7 +50,7 @@ def evaluate_files(
         open_judge: gives the judge on a device, once in each process, and only when all that can be checked without it
             is checked.
         mauve_seeds: k-means seeds; 0 leaves MAUVE out.
-        device, devices: where the judge runs, and on how many processes; the result does not depend on them.
+        device, devices: where the judge runs, and on how many processes.
 
     Raises:
         CdlmError: there is too little held-out text, or the package of MAUVE is missing.
@@ -87,7 +88,7 @@ def evaluate(
             the row of real text shows the ceiling. None leaves MAUVE out.
         mauve_seeds: number of k-means seeds.
         seed: of the shuffling and of the texts drawn for self-BLEU.
-        workers: further processes with the same judge; the result does not depend on them.
+        workers: further processes with the same judge; they change the result by rounding alone.
 
     Raises CdlmError when there is less real text than samples, or nothing to evaluate.
     """
@@ -137,26 +138,10 @@ def check_sizes(samples: Sequence[Corpus], real: Corpus, reference: Corpus | Non
 
 
 def _row(corpus: Corpus, score: ArNll, seed: int) -> Row:
+    texts = JudgedTexts(corpus, score, seed)
     row: Row = {
-        "name": corpus.name,
-        "n": len(corpus.texts),
-        "ar_nll": score.nats_per_token,
-        "ar_nll_ci": list(score.interval95),
-        "bits_per_char": score.bits_per_char,
-        "judge_tokens": score.tokens,
-        "unscored": score.unscored,
-        "unigram_entropy": diversity.unigram_entropy(corpus.tokens),
-        "sample_entropy": diversity.sample_entropy(corpus.tokens),
-        "mauve": None,
-        "mauve_sd": None,
-        "mean_nfe": float(np.mean(corpus.nfe)) if corpus.nfe else None,
-        **{f"dist_{n}": diversity.distinct_n(corpus.tokens, n) for n in (1, 2, 3)},
-        "self_bleu": diversity.self_bleu(corpus.texts, seed=seed),
-        "zipf": diversity.zipf_coefficient(corpus.tokens),
-        "mean_tokens": float(np.mean([len(line) for line in corpus.tokens])),
-        "duplicate_rate": diversity.duplicate_rate(corpus.texts),
-        "empty_rate": diversity.empty_rate(corpus.texts),
-    }
+        "name": corpus.name, "n": len(corpus.texts), **{metric.key: metric.measure(texts) for metric in METRICS},
+    }  # fmt: skip
     if clash := row.keys() & corpus.extra.keys():
         raise CdlmError(f"expected new names for extra columns, got {sorted(clash)}; rename them")
     return {**row, **corpus.extra}

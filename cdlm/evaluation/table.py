@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cdlm.core.files import write_text
+from cdlm.evaluation.metrics.registry import METRICS, Metric
 from cdlm.evaluation.texts import Value
 
 Row = dict[str, Any]
@@ -64,39 +65,23 @@ class Evaluation:
 
 # --- how numbers look -------------------------------------------------------------------------------------------------
 
-FIRST = {
-    "name": "texts", "n": "n", "ar_nll": "AR-NLL", "bits_per_char": "bits/char", "sample_entropy": "H sample",
-    "unigram_entropy": "H corpus", "mauve": "MAUVE", "mean_nfe": "calls",
-}  # fmt: skip
-SECOND = {
-    "name": "texts", "dist_1": "dist-1", "dist_2": "dist-2", "dist_3": "dist-3", "self_bleu": "self-BLEU",
-    "zipf": "Zipf", "mean_tokens": "tokens", "duplicate_rate": "duplicate", "empty_rate": "empty",
-}  # fmt: skip
-HIDDEN = {"ar_nll_ci", "mauve_sd", "judge_tokens", "unscored"}
-PERCENT = {"duplicate_rate", "empty_rate", "halted", "grammar"}
-DECIMALS = {"mauve": 3, "dist_1": 3, "dist_2": 3, "dist_3": 3, "self_bleu": 1, "mean_nfe": 1, "mean_tokens": 1}
+KEYS = {"name", "n", *(metric.key for metric in METRICS)}
+PERCENT = {"halted", "grammar"}
+"""Extra columns that are shares."""
 
 
 def _two_tables(rows: Sequence[Row]) -> list[list[list[str]]]:
-    """Quality and entropy first, diversity and extra columns second; each a heading line and one line a row."""
-    extra = [key for row in rows for key in row if key not in FIRST.keys() | SECOND.keys() | HIDDEN]
-    second = {**SECOND, **{key: key.replace("_", " ") for key in extra}}
-    return [[list(names.values()), *[[_cell(row, key) for key in names] for row in rows]] for names in (FIRST, second)]
+    """Quality first, diversity and extra columns second; each a heading line and one line a row."""
+    shown = [metric for metric in METRICS if metric.heading]
+    extra = dict.fromkeys(key for row in rows for key in row if key not in KEYS)
+    more = [Metric(key, key.replace("_", " "), lambda of: None, percent=key in PERCENT) for key in extra]
+    first, second = ([metric for metric in shown if metric.quality is quality] for quality in (True, False))
+    return [_lines(rows, ["name", "n"], first), _lines(rows, ["name"], [*second, *more])]
 
 
-def _cell(row: Row, key: str) -> str:
-    value = row.get(key)
-    if value is None:
-        return "-"
-    if not isinstance(value, float):
-        return str(value)
-    text = f"{100 * value:.1f} %" if key in PERCENT else f"{value:.{DECIMALS.get(key, 2)}f}"
-    interval, sd = row.get("ar_nll_ci"), row.get("mauve_sd")
-    if key == "ar_nll" and interval and None not in interval:
-        text += f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-    if key == "mauve" and sd is not None:
-        text += f" ± {sd:.3f}"
-    return text
+def _lines(rows: Sequence[Row], fixed: Sequence[str], metrics: Sequence[Metric]) -> list[list[str]]:
+    heads = [{"name": "texts"}.get(key, key) for key in fixed] + [metric.heading for metric in metrics]
+    return [heads, *([str(row[key]) for key in fixed] + [metric.show(row) for metric in metrics] for row in rows)]
 
 
 def _markdown_table(lines: list[list[str]]) -> str:

@@ -102,6 +102,8 @@ def evaluate(
     settings = likelihood.settings(machine.batch_size or 32)
     paths = [path for path in (samples, baseline) if path is not None]
     files = {f"{path.absolute().parent.name}/{path.stem}": read_texts(path) for path in paths}
+    if likelihood.likelihood and hub.is_foreign(hub.locate(run)):
+        raise CdlmError(f"{run} is another library's model, which has no held-out text here: give a run folder")
     place, config = out or Path(run), read_run(run)
     check_places(place / "evaluation.json")
     text = RunText.of(config, hub.read_tokenizer(Path(run)))

@@ -1,1 +1,1 @@
-"""One metric per file."""
+"""One metric per file; the columns that they are in the table are listed in `registry`."""
