@@ -18,15 +18,15 @@ import dataclasses
 import inspect
 import re
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import DocstringStyle, parse_from_object
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.parsing import nearest
 
 MISSING: Any = inspect.Parameter.empty
 _OPTION = re.compile(r"(--[A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
@@ -174,8 +174,9 @@ def parameters(call: Callable[..., Any]) -> tuple[str, list[Parameter]]:
     """What a function or dataclass does, and its settings."""
     text, helps = documented(call)
     hints = get_type_hints(call)
-    if inspect.isclass(call):
-        made = [Parameter(f.name, hints[f.name], _default(f), helps.get(f.name, "")) for f in fields(call)  # pyright: ignore[reportArgumentType]]
+    kind: Any = call
+    if is_dataclass(kind):
+        made = [Parameter(f.name, hints[f.name], _default(f), helps.get(f.name, "")) for f in fields(kind)]
     else:
         made = [
             Parameter(name, hints[name], p.default, helps.get(name, ""), p.kind is not p.KEYWORD_ONLY)
@@ -258,12 +259,6 @@ def _number(text: str) -> float:
 def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
     """Reads "none", the value of a number that may be left out, beside numbers."""
     return lambda text: None if text.lower() in ("none", "null") else read(text)
-
-
-def nearest(name: str, names: Collection[str]) -> str:
-    """` (did you mean NAME?)` of the name that is most like it, or nothing if none is."""
-    found = get_close_matches(name, names, 1, 0.5)
-    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def _is_group(hint: Any) -> bool:

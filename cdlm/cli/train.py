@@ -33,7 +33,7 @@ def run(argv: list[str]) -> None:
     """
     own, rest = _own(argv)
     if "-h" in rest or "--help" in rest:
-        _help_parser().print_help()
+        parser().print_help()
         return
     if any(".help" in word for word in rest):
         run_parser(PROG).parse_args(rest)  # prints it and exits
@@ -82,10 +82,11 @@ def _add_own(parser: Any) -> Any:
     return parser
 
 
-def _help_parser() -> Any:
-    parser = _add_own(run_parser(PROG))
-    parser.epilog = ABOUT
-    return parser
+def parser() -> Any:
+    """All settings, for the help and for completion."""
+    made = _add_own(run_parser(PROG))
+    made.epilog = ABOUT
+    return made
 
 
 def _full(word: str) -> str:
