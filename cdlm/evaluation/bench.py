@@ -271,12 +271,8 @@ def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure
         saved = float(1 - outcome.nfe.sum() / bench.full_calls.sum())
         return float(outcome.nfe.mean()), saved, bench.loss(outcome, measure)
 
-    trials = halting.search(
-        progress(candidates, total=len(candidates), label="settings tried", shown=bench.session.progress),
-        trial,
-        goal,
-        n,
-    )
+    tried = progress(candidates, total=len(candidates), label="settings tried", shown=bench.session.progress)
+    trials = halting.search(tried, trial, goal, n)
     return Calibration(
         settings=bench.settings,
         rule=halting.loosest(trials).rule,
