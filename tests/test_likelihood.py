@@ -647,7 +647,8 @@ def test_the_command_prints_and_keeps_the_numbers(tmp_path: Path, capsys: pytest
     assert found["settings"]["state"] == "float64"
     main([*call, "--batch_size", "1", "--out", str(tmp_path / "other")])
     shown = capsys.readouterr()
-    assert "bound: 3 of 3" in shown.err
+    assert f"{found['measures'][0]['nats_per_token']:.4f}" in shown.out
+    assert shown.err.splitlines() == ["device: cpu", "bound: 3 of 3", "ODE: 3 of 3"]
     again = kept(tmp_path / "other")["measures"][0]["nats_per_token"]
     assert f"{again:.4f}" in shown.out
     assert again == pytest.approx(found["measures"][0]["nats_per_token"], rel=1e-5)

@@ -235,7 +235,7 @@ def test_a_study_leaves_a_table_its_numbers_and_a_picture(
     name: str, run: str, masked_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = masked_run if name in MASKED else run
-    main(["study", name, "--models", run, "--out", str(tmp_path), "--quiet", "true", *SETTINGS[name]])
+    main(["study", name, "--models", run, "--out", str(tmp_path), *SETTINGS[name]])
     printed = capsys.readouterr().out
     table = (tmp_path / f"{name}.md").read_text()
     assert table.startswith(printed.rstrip("\n"))

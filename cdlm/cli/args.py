@@ -18,15 +18,15 @@ import dataclasses
 import inspect
 import re
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import DocstringStyle, parse_from_object
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.parsing import nearest
 
 MISSING: Any = inspect.Parameter.empty
 _OPTION = re.compile(r"(--[A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
@@ -56,7 +56,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, call: Callable[..., Any], prog: str, defaults: Mapping[str, Any] | None = None):
         description, self._parameters = parameters(call)
-        self._defaults = dict(defaults or {})
+        self._lowest = dict(defaults or {})
         self._options: dict[str, str] = {}  # with the opposite of those that are flags
         self._settings: dict[str, Parameter] = {}
         words = [prog, *(p.name if p.default is MISSING else f"[{p.name}]" for p in self._parameters if p.positional)]
@@ -73,13 +73,13 @@ class CommandParser(argparse.ArgumentParser):
             place = self.add_argument_group(title)
             for member in members:
                 self.add(member, place)
-        self._defaults = self.read(defaults) if defaults else {}
+        self._lowest = self.read(defaults) if defaults else {}
 
     def add(self, parameter: Parameter, place: Any = None) -> None:
         """One more setting, in a group of argparse's or among the first."""
         self._settings[parameter.name] = parameter
         place = self if place is None else place
-        default = self._defaults.get(parameter.name, parameter.default)
+        default = self._lowest.get(parameter.name, parameter.default)
         settings = {**reading(parameter.hint), "help": _help(parameter.text, default)}
         if parameter.positional:
             settings.pop("metavar", None)
@@ -116,7 +116,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What to call the function with, of settings over the defaults."""
-        given = {**self._defaults, **settings}
+        given = {**self._lowest, **settings}
         missing = [_option(p.name) for p in self._settings.values() if p.default is MISSING and p.name not in given]
         if missing:
             self.error(f"{', '.join(missing)} must be given")
@@ -174,8 +174,9 @@ def parameters(call: Callable[..., Any]) -> tuple[str, list[Parameter]]:
     """What a function or dataclass does, and its settings."""
     text, helps = documented(call)
     hints = get_type_hints(call)
-    if inspect.isclass(call):
-        made = [Parameter(f.name, hints[f.name], _default(f), helps.get(f.name, "")) for f in fields(call)]
+    kind: Any = call
+    if is_dataclass(kind):
+        made = [Parameter(f.name, hints[f.name], _default(f), helps.get(f.name, "")) for f in fields(kind)]
     else:
         made = [
             Parameter(name, hints[name], p.default, helps.get(name, ""), p.kind is not p.KEYWORD_ONLY)
@@ -258,12 +259,6 @@ def _number(text: str) -> float:
 def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
     """Reads "none", the value of a number that may be left out, beside numbers."""
     return lambda text: None if text.lower() in ("none", "null") else read(text)
-
-
-def nearest(name: str, names: Collection[str]) -> str:
-    """` (did you mean NAME?)` of the name that is most like it, or nothing if none is."""
-    found = get_close_matches(name, names, 1, 0.5)
-    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def _is_group(hint: Any) -> bool:

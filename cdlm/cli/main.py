@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cdlm.cli.commands import COMMANDS, Command
 from cdlm.core.devices import DeviceOptions
 from cdlm.core.errors import CdlmError
+from cdlm.core.parsing import nearest
 from cdlm.core.progress import drop_announced, show_announced
 
 if TYPE_CHECKING:
@@ -60,8 +61,6 @@ def find(name: str) -> Command:
     """
     known = {command.name: command for command in COMMANDS}
     if name not in known:
-        from cdlm.cli.args import nearest
-
         raise CdlmError(f"there is no command {name!r}{nearest(name, known)}: use one of {', '.join(known)}")
     return known[name]
 

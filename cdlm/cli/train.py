@@ -33,7 +33,7 @@ def run(argv: list[str]) -> None:
     """
     own, rest = _own(argv)
     if "-h" in rest or "--help" in rest:
-        _help_parser().print_help()
+        parser().print_help()
         return
     if any(".help" in word for word in rest):
         run_parser(PROG).parse_args(rest)  # prints it and exits
@@ -84,10 +84,11 @@ def _add_own(parser: Any) -> Any:
     return parser
 
 
-def _help_parser() -> Any:
-    parser = _add_own(run_parser(PROG))
-    parser.epilog = ABOUT
-    return parser
+def parser() -> Any:
+    """All settings, for the help and for completion."""
+    made = _add_own(run_parser(PROG))
+    made.epilog = ABOUT
+    return made
 
 
 def _full(word: str) -> str:
@@ -109,7 +110,7 @@ def _full(word: str) -> str:
 
 def _paths() -> dict[str, str]:
     """The full path of a setting by all names that it has, the full one too."""
-    groups = {"source": tuple(SOURCES.values()), "system": tuple(SYSTEMS.values()), "training": (TrainOptions,)}
+    groups = {"source": [*SOURCES.values()], "system": [*SYSTEMS.values()], "training": [TrainOptions]}
     settings = {group: [n for kind in kinds for n in signature(kind).parameters] for group, kinds in groups.items()}
     top = [*signature(RunConfig).parameters, "config", "print_config", "source.class_path", "system.class_path"]
     full = [*top, *(f"{group}.{name}" for group, names in settings.items() for name in names)]

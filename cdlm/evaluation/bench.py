@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.progress import progress
 from cdlm.core.stats import Bootstrap, Scores, bootstrap
 from cdlm.data.store import TextRows
 from cdlm.evaluation.judge import Judge, features
@@ -270,7 +271,8 @@ def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure
         saved = float(1 - outcome.nfe.sum() / bench.full_calls.sum())
         return float(outcome.nfe.mean()), saved, bench.loss(outcome, measure)
 
-    trials = halting.search(candidates, trial, goal, n)
+    tried = progress(candidates, total=len(candidates), label="settings tried", shown=bench.session.progress)
+    trials = halting.search(tried, trial, goal, n)
     return Calibration(
         settings=bench.settings,
         rule=halting.loosest(trials).rule,

@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_rows
+from cdlm.core.progress import progress
 from cdlm.core.stats import Scores, bootstrap
 from cdlm.evaluation.bench import Bench, Outcome
 from cdlm.evaluation.judge import features
@@ -143,7 +144,8 @@ class Comparison:
         bench, plain = self.bench, self.plain
         points = [self._add_mauve(self.point(FULL, "Never()", plain.drawn[-1]), plain.drawn[-1]), self.real()]
         points += [self.point(PLAIN, f"{s} steps", d) for s, d in zip(plain.steps[:-1], plain.drawn, strict=False)]
-        for family, rules in families.items():
+        shown = bench.session.progress
+        for family, rules in progress(families.items(), total=len(families), label="rules compared", shown=shown):
             tried = [r for r in rules if (self.live or not bench.must_run(r)) and not bench.session.refuses(r)]
             drawn = [bench.under(rule, self.live) for rule in tried]
             found = [self.point(family, repr(rule), d) for rule, d in zip(tried, drawn, strict=True)]

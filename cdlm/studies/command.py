@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from cdlm import studies
-from cdlm.cli.args import CommandParser, Parameter, nearest
+from cdlm.cli.args import CommandParser, Parameter
 from cdlm.cli.main import call
 from cdlm.core.devices import resolve_device
 from cdlm.core.errors import CdlmError, first_line
+from cdlm.core.parsing import nearest
 from cdlm.core.progress import announce
 from cdlm.studies.study import Study
 
