@@ -107,7 +107,7 @@ def _full(word: str) -> str:
 
 def _paths() -> dict[str, str]:
     """The full path of a setting by all names that it has, the full one too."""
-    groups = {"source": SOURCES, "system": tuple(SYSTEMS.values()), "training": (TrainOptions,)}
+    groups = {"source": tuple(SOURCES.values()), "system": tuple(SYSTEMS.values()), "training": (TrainOptions,)}
     settings = {group: [n for kind in kinds for n in signature(kind).parameters] for group, kinds in groups.items()}
     top = [*signature(RunConfig).parameters, "config", "print_config", "source.class_path", "system.class_path"]
     full = [*top, *(f"{group}.{name}" for group, names in settings.items() for name in names)]
