@@ -112,7 +112,7 @@ def configured(sampling: S, settings: Mapping[str, Any], *, lenient: bool = Fals
     """
     given = {name: value for name, value in settings.items() if value is not None}
     known = flat_names(type(sampling))
-    for name in given.keys() - known:
+    for name in sorted(given.keys() - known):
         other = next((family for family in FAMILIES if name in flat_names(family)), None)
         if other is None:
             raise CdlmError(f"there is no setting {name!r}{nearest(name, all_flat_names())}: {_list(sampling)}")

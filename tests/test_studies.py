@@ -2,7 +2,7 @@
 
 import csv
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,16 @@ from toys import with_tokenizer
 
 from cdlm import studies
 from cdlm.cli.main import main
-from cdlm.continuous.grids import LogT
+from cdlm.continuous.grids import LogT, UpperEnds
+from cdlm.continuous.guidance import Guidance
+from cdlm.continuous.projections import Greedy
 from cdlm.continuous.sampler import Diffusion, DiffusionLoop
-from cdlm.continuous.solvers import Euler, Solver
+from cdlm.continuous.solvers import Euler, Renoise, Solver
 from cdlm.core.errors import CdlmError
 from cdlm.evaluation.plots.panels import Line, Panel, draw
+from cdlm.masked.policies import POLICIES, Threshold
+from cdlm.masked.sampler import Unmasking
+from cdlm.models import hub
 from cdlm.recording.file import Recording
 from cdlm.recording.record import Record, Switches
 from cdlm.sampling.loop import RunOptions
@@ -29,7 +34,7 @@ from cdlm.studies.measures import position_zero_switch, reached, settled_by, zer
 from cdlm.studies.more_steps import VANILLA, _shown
 from cdlm.studies.norm_causality import UNTOUCHED, Driven, Struck, at_norm, with_noise
 from cdlm.studies.norms import trace
-from cdlm.studies.study import Finding
+from cdlm.studies.study import Finding, Study
 from cdlm.studies.t_max import prior_mismatch, top_level
 from cdlm.studies.zero_switch import Cell
 
@@ -269,6 +274,98 @@ def test_what_does_not_exist_is_told_before_any_work(
     models = [run, *settings.get("models", [])]
     with pytest.raises(CdlmError, match=advice):
         studies.make(name, **{"n": 3, "out": tmp_path, **settings, "models": models}).run(name)
+
+
+def test_every_file_of_defaults_belongs_to_a_listed_study() -> None:
+    folder = Path(studies.__file__).parent
+    assert sorted(file.stem for file in folder.glob("*.yaml")) == studies.names()
+    assert all(issubclass(studies.find(name)[0], Study) for name in studies.names())
+
+
+SEVERAL: dict[str, dict[str, Any]] = {
+    "zero-switch": {"steps": 3, "prompts": ["", "the cat"], "seeds": [0, 1]},
+    "norms": {"steps": 3, "grids": ["LogT()", "Warped()", "UniformT()"]},
+    "norm-causality": {"steps": 3, "factors": [2.0], "noise": [1.0], "at": [0.5]},
+    "more-steps": {"steps": [4, 6], "vanilla": [2, 3], "judge_steps": 1},
+    "t-max": {"steps": 3, "judge_steps": 1},
+    "systems": {"steps": 4, "rules": ["Patience", "FixedSteps"], "max_loss": 0.5, "confidence": 0.9, "judge_steps": 1},
+    "accuracy": {"new_tokens": 4, "steps": [1], "rules": ["Patience"], "policies": ["EntropyBound"]},
+}
+"""Settings with several grids, seeds, prompts, steps or rules for each model."""
+
+
+@pytest.mark.parametrize("name", sorted(SEVERAL))
+def test_a_study_loads_each_model_once_and_closes_it(
+    name: str, run: str, masked_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = masked_run if name in MASKED else run
+    copy = shutil.copytree(run, tmp_path / "copy")
+    read, closed = [], []
+    monkeypatch.setattr(hub, "read", lambda path, *rest, inner=hub.read: read.append(path) or inner(path, *rest))
+    monkeypatch.setattr(Session, "close", lambda self: closed.append(self.model.folder))
+    study = studies.make(name, models=[run, str(copy)], n=4, out=tmp_path, quiet=True, **SEVERAL[name])
+    study.run(name)
+    assert sorted(read) == sorted(closed) == sorted([Path(run), copy])
+
+
+def test_a_study_that_fails_closes_its_models(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr(Session, "close", lambda self: closed.append(self.model.folder))
+    study: Any = studies.make("zero-switch", models=[run], n=2, steps=3, prompts=["the cat " * 20], out=tmp_path)
+    with pytest.raises(CdlmError, match="shorten it"):
+        study.run("zero-switch")
+    assert closed == [Path(run)]
+
+
+@pytest.mark.parametrize("name", sorted(set(SETTINGS) - MASKED - {"systems"}))
+def test_a_masked_model_is_refused_before_any_work(
+    name: str, run: str, masked_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, _ = studies.find(name)
+    monkeypatch.setattr(kind, "find", lambda self: pytest.fail("at work"))
+    with pytest.raises(CdlmError, match=r"is a masked model and has no .* leave it out") as caught:
+        studies.make(name, models=[run, masked_run], n=3, out=tmp_path).run(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_continuous_model_has_no_policies_to_study(run: str, masked_run: str) -> None:
+    study: Any = studies.make("accuracy", models=[masked_run, run], n=2, new_tokens=4, steps=[1])
+    with pytest.raises(CdlmError, match="policy is a setting of masked models"):
+        study.find()
+
+
+@pytest.mark.parametrize("base", ["LLaDA", "Dream"])
+def test_answers_are_decoded_at_temperature_zero(base: str, masked_run: str) -> None:
+    study: Any = studies.make("accuracy", models=[masked_run], n=2, new_tokens=4, block=2, steps=[1], base=base)
+    exam = study.exam(masked_run)
+    assert exam.session.settings == Unmasking(POLICIES[base](4, block=2), temperature=0.0).settings
+    assert exam.decoded(Threshold(0.5)).session.settings == Unmasking(Threshold(0.5), temperature=0.0).settings
+
+
+def test_systems_are_sampled_in_the_steps_given_or_one_for_each_position(run: str, masked_run: str) -> None:
+    study: Any = studies.make("systems", models=[run, masked_run], steps=7, seed=3)
+    for model, steps in ((run, 7), (masked_run, 64)):
+        session = study.sampled(model)
+        assert session.steps_of(session.requests()[0]) == steps
+        assert session.seed == 3
+        assert session.settings | {"steps": None} == session.model.defaults.settings | {"steps": None}
+
+
+def test_blocks_share_the_steps_of_a_row(run: str) -> None:
+    study: Any = studies.make("systems", models=[run], steps=7)
+    session = study.session(run)
+    study._sessions[run] = session.with_sampling(replace(session.sampling, block=5))  # 12 positions are three blocks
+    session = study.sampled(run)
+    assert session.steps_of(session.requests()[0]) == 2
+
+
+def test_continuous_studies_take_euler_steps_whatever_a_paper_does(run: str) -> None:
+    study: Any = studies.make("norms", models=[run], score_temperature=0.8)
+    session = study.session(run)
+    study._sessions[run] = session.with_sampling(Diffusion(7, Renoise(), UpperEnds(), Guidance(projection=Greedy())))
+    drawn = study.flow(run, 5, 2, "LogT()")
+    assert drawn.sampling == Diffusion(5, Euler(), LogT(), Guidance(score_temperature=0.8))
+    assert drawn.seed == 2
 
 
 def test_a_judged_study_needs_the_text_of_every_run(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, call: Callable[..., Any], prog: str, defaults: Mapping[str, Any] | None = None):
         description, self._parameters = parameters(call)
-        self._lowest = dict(defaults or {})
+        self._preset = dict(defaults or {})
         self._options: dict[str, str] = {}  # with the opposite of those that are flags
         self._settings: dict[str, Parameter] = {}
         words = [prog, *(p.name if p.default is MISSING else f"[{p.name}]" for p in self._parameters if p.positional)]
@@ -73,13 +73,13 @@ class CommandParser(argparse.ArgumentParser):
             place = self.add_argument_group(title)
             for member in members:
                 self.add(member, place)
-        self._lowest = self.read(defaults) if defaults else {}
+        self._preset = self.read(defaults) if defaults else {}
 
     def add(self, parameter: Parameter, place: Any = None) -> None:
         """One more setting, in a group of argparse's or among the first."""
         self._settings[parameter.name] = parameter
         place = self if place is None else place
-        default = self._lowest.get(parameter.name, parameter.default)
+        default = self._preset.get(parameter.name, parameter.default)
         settings = {**reading(parameter.hint), "help": _help(parameter.text, default)}
         if parameter.positional:
             settings.pop("metavar", None)
@@ -116,7 +116,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What to call the function with, of settings over the defaults."""
-        given = {**self._lowest, **settings}
+        given = {**self._preset, **settings}
         missing = [_option(p.name) for p in self._settings.values() if p.default is MISSING and p.name not in given]
         if missing:
             self.error(f"{', '.join(missing)} must be given")

@@ -63,7 +63,7 @@ class Study(ABC):
         precision: arithmetic of the network.
         device: cpu, cuda, cuda:1, ...; auto is a GPU if there is one.
         devices: processes to divide the samples among.
-        quiet: show no progress.
+        quiet: print errors only: no progress and no table; files are written as ever.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
