@@ -13,17 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import TEXT, VOCAB, tokenizer, with_tokenizer
 
-from cdlm import api, generation
-from cdlm.cli import commands
+from cdlm import api
 from cdlm.cli import main as cli
 from cdlm.config import parse_run
 from cdlm.continuous.systems.ssd import SSD
 from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Bootstrap, Scores, bootstrap
-from cdlm.evaluation.bench import Bench, Drawn, Machine, open_bench
+from cdlm.evaluation.bench import Bench, Outcome
 from cdlm.evaluation.compare import FULL, PLAIN, REAL, Comparison, Plain, Point, markdown
 from cdlm.halting import RULES, Criterion, FixedSteps, For, FromStep, JoT, Never, Patience, parse_criterion, sweep
 from cdlm.halting.calibration import Calibration, Goal, Trial, calibrated_rule, loosest, search, write_calibration
+from cdlm.sampling.loop import RunOptions
+from cdlm.sampling.recordings import write_recording
 
 # --- the bootstrap ---
 
@@ -252,19 +253,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bench(place: Path) -> Bench:
-    machine = Machine(progress=False)
-    return open_bench(str(place / "toy"), generation.make_sampler(steps=12), 30, machine, judge=str(place / "judge"))
+    return api.open_bench(api.open_session(place / "toy", steps=12), 30, judge=str(place / "judge"))
 
 
 def test_the_full_run_loses_nothing(bench: Bench) -> None:
-    full = bench.run_rule(Never(), live=0)
+    full = bench.under(Never(), live=0)
     assert bench.loss(full).value == bench.loss(full, "agreement").value == 0
     assert bench.agreement(full) == 1
     assert np.array_equal(full.nfe, bench.full_calls)
 
 
 def test_the_loss_is_that_of_the_texts(bench: Bench) -> None:
-    half = bench.run_rule(FixedSteps(2), live=0)
+    half = bench.under(FixedSteps(2), live=0)
     changed = (half.tokens != bench.full_run.tokens).mean()
     assert 0 < changed < 1
     assert bench.loss(half, "agreement").value == pytest.approx(changed)
@@ -274,8 +274,8 @@ def test_the_loss_is_that_of_the_texts(bench: Bench) -> None:
 
 
 def test_replayed_and_live_runs_score_alike(bench: Bench) -> None:
-    replayed = bench.run_rule(FixedSteps(5), live=0)
-    live = bench.run_live(replace(bench.sampler, criterion=FixedSteps(5)), 30)
+    replayed = bench.under(FixedSteps(5), live=0)
+    live = bench.run(bench.session.with_criterion(FixedSteps(5)), 30)
     assert np.array_equal(replayed.nfe, live.nfe)
     assert (replayed.tokens == live.tokens).mean() > 0.99  # float32: a tie may fall either way in another batch
 
@@ -342,16 +342,16 @@ def test_rules_that_freeze_are_left_out_when_nothing_may_run(bench: Bench) -> No
 
 def test_recordings_serve_a_bench(place: Path, bench: Bench) -> None:
     folder = place / "kept"
-    api.keep(bench.steps_taken, bench.tokenizer, folder)
-    machine, judge = Machine(progress=False), str(place / "judge")
-    again = open_bench(str(place / "toy"), bench.sampler, 20, machine, recordings=folder, judge=judge)
+    write_recording(bench.steps_taken, bench.session, folder)
+    session, judge = bench.session, str(place / "judge")
+    again = api.open_bench(session, 20, recordings=folder, judge=judge)
     assert np.array_equal(again.full_run.tokens, bench.full_run.tokens[:20])
-    assert np.array_equal(again.run_rule(Patience(2), 0).nfe, bench.run_rule(Patience(2), 0).nfe[:20])
-    for other in (replace(bench.sampler, steps=13), replace(bench.sampler, seed=1)):
+    assert np.array_equal(again.under(Patience(2), 0).nfe, bench.under(Patience(2), 0).nfe[:20])
+    for other in (session.with_steps(13), replace(session, options=RunOptions(seed=1))):
         with pytest.raises(CdlmError, match="no recording of 20 samples"):
-            open_bench(str(place / "toy"), other, 20, machine, recordings=folder, judge=judge)
+            api.open_bench(other, 20, recordings=folder, judge=judge)
     with pytest.raises(CdlmError, match="no recording of 31 samples"):
-        open_bench(str(place / "toy"), bench.sampler, 31, machine, recordings=folder, judge=judge)
+        api.open_bench(session, 31, recordings=folder, judge=judge)
 
 
 # --- the commands ---
@@ -372,12 +372,12 @@ def test_calibrate_then_sample_with_auto(place: Path, capsys: pytest.CaptureFixt
     say("sample", run, "--n", 3, *settings_, "--halt", "auto", "--out", tmp_path / "auto.jsonl")
     say("sample", run, "--n", 3, *settings_, "--halt", rule, "--out", tmp_path / "rule.jsonl")
     assert (tmp_path / "auto.jsonl").read_text() == (tmp_path / "rule.jsonl").read_text()
-    system = generation.load(run)
-    assert generation.generate(system, n=3, steps=12, halt="auto").nfe.max() < 12
+    system = api.load(run)
+    assert api.generate(system, n=3, steps=12, halt="auto").nfe.max() < 12
     with pytest.raises(CdlmError, match="no rule for steps=13"):
-        generation.generate(system, n=3, steps=13, halt="auto")
+        api.generate(system, n=3, steps=13, halt="auto")
     with pytest.raises(CdlmError, match="loaded from a folder"):
-        generation.generate(with_tokenizer(), n=1, steps=12, halt="auto")
+        api.generate(with_tokenizer(), n=1, steps=12, halt="auto")
 
 
 def test_compare_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -443,6 +443,8 @@ def test_too_few_live_samples_are_told_before_any_work(
     def work(*_: object, **__: object) -> None:
         raise CdlmError("at work")
 
+    from cdlm.cli import commands
+
     monkeypatch.setattr(commands, "open_bench", work)
     with pytest.raises(SystemExit) as caught:
         say("compare", place / model, *words)
@@ -456,6 +458,8 @@ def test_a_rule_that_is_run_on_too_few_samples_beside_others_is_only_told(place:
     def work(*_: object) -> None:
         raise CdlmError("at work")
 
+    from cdlm.cli import commands
+
     monkeypatch.setattr(commands, "open_bench", lambda *_, **__: None)
     monkeypatch.setattr(commands, "Comparison", work)
     with pytest.raises(SystemExit):
@@ -466,6 +470,6 @@ def test_a_rule_that_is_run_on_too_few_samples_beside_others_is_only_told(place:
 
 
 def test_drawn_samples_keep_their_order(bench: Bench) -> None:
-    drawn = bench.run_rule(FixedSteps(12), live=0)
-    assert isinstance(drawn, Drawn)
+    drawn = bench.under(FixedSteps(12), live=0)
+    assert isinstance(drawn, Outcome)
     assert np.array_equal(drawn.tokens, bench.full_run.tokens)
