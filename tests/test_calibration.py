@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -149,35 +149,41 @@ def entry(rule: str = "Patience(steps=3)", steps: int = 9) -> Calibration:
     return Calibration({"steps": steps, "grid": "LogT()"}, rule, "agreement", Goal(0.01), 300, 1, None, [trial])
 
 
+def is_of(weights: str) -> Callable[[str], bool]:
+    """Of a model with this fingerprint: whether a file names its weights."""
+    return lambda named: named == weights
+
+
 def test_the_file_gives_each_sampler_its_rule(tmp_path: Path) -> None:
-    write_calibration(tmp_path, "w", entry())
-    write_calibration(tmp_path, "w", entry("Entropy(nats=0.1)", steps=20))
-    write_calibration(tmp_path, "w", entry("Patience(steps=4)"))
-    assert calibrated_rule(tmp_path, "w", {"steps": 9, "grid": "LogT()"}) == "Patience(steps=4)"
-    assert calibrated_rule(tmp_path, "w", {"steps": 20, "grid": "LogT()"}) == "Entropy(nats=0.1)"
+    write_calibration(tmp_path, "w", is_of("w"), entry())
+    write_calibration(tmp_path, "w", is_of("w"), entry("Entropy(nats=0.1)", steps=20))
+    write_calibration(tmp_path, "w", is_of("w"), entry("Patience(steps=4)"))
+    assert calibrated_rule(tmp_path, is_of("w"), {"steps": 9, "grid": "LogT()"}) == "Patience(steps=4)"
+    assert calibrated_rule(tmp_path, is_of("w"), {"steps": 20, "grid": "LogT()"}) == "Entropy(nats=0.1)"
     with pytest.raises(CdlmError, match="no rule for steps=10"):
-        calibrated_rule(tmp_path, "w", {"steps": 10, "grid": "LogT()"})
+        calibrated_rule(tmp_path, is_of("w"), {"steps": 10, "grid": "LogT()"})
     evidence = json.loads((tmp_path / "halting.json").read_text())["calibrations"][-1]
     assert (evidence["samples"], evidence["goal"]["max_loss"], evidence["trials"][0]["upper"]) == (300, 0.01, 0.004)
 
 
 def test_a_choice_for_other_weights_is_void(tmp_path: Path) -> None:
-    write_calibration(tmp_path, "old", entry())
+    write_calibration(tmp_path, "old", is_of("old"), entry())
     with pytest.raises(CdlmError, match="other weights"):
-        calibrated_rule(tmp_path, "new", entry().settings)
-    write_calibration(tmp_path, "new", entry("Patience(steps=5)", steps=20))
+        calibrated_rule(tmp_path, is_of("new"), entry().settings)
+    write_calibration(tmp_path, "new", is_of("new"), entry("Patience(steps=5)", steps=20))
     with pytest.raises(CdlmError, match="no rule for steps=9"):
-        calibrated_rule(tmp_path, "new", entry().settings)
+        calibrated_rule(tmp_path, is_of("new"), entry().settings)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"cdlm_halting": 1}', '{"cdlm_halting": 9}', "\0",
                                      '{"cdlm_halting": 1, "weights": "w", "calibrations": [3]}',
                                      '{"cdlm_halting": 2, "weights": "w", "calibrations": [3]}',
-                                     '{"cdlm_halting": 1, "weights": "w", "calibrations": [{"settings": {}}]}'])  # fmt: skip
+                                     '{"cdlm_halting": 1, "weights": "w", "calibrations": [{"settings": {}}]}',
+                                     ])  # fmt: skip
 def test_broken_files_are_refused_in_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "halting.json").write_text(content)
     with pytest.raises(CdlmError) as caught:
-        calibrated_rule(tmp_path, "w", {})
+        calibrated_rule(tmp_path, is_of("w"), {})
     assert "\n" not in str(caught.value)
 
 
@@ -186,9 +192,9 @@ def test_a_file_of_version_1_is_read_and_written_anew_with_the_names_of_today(tm
     first = asdict(entry("AfterStep(rule=Patience(steps=3), steps=5)"))
     content = {"cdlm_halting": 1, "weights": "w", "calibrations": [first, asdict(entry("Full()", steps=20))]}
     (tmp_path / "halting.json").write_text(json.dumps(content))
-    rule = calibrated_rule(tmp_path, "w", entry().settings)
+    rule = calibrated_rule(tmp_path, is_of("w"), entry().settings)
     assert parse_criterion(rule) == FromStep(Patience(3), 5)
-    write_calibration(tmp_path, "w", entry("Full()", steps=20))
+    write_calibration(tmp_path, "w", is_of("w"), entry("Full()", steps=20))
     after = json.loads((tmp_path / "halting.json").read_text())
     assert after["cdlm_halting"] == 2
     assert [item["rule"] for item in after["calibrations"]] == [rule, "Full()"]
@@ -305,7 +311,7 @@ def test_the_plain_sampler_is_a_line_between_its_budgets(bench: Bench) -> None:
 def test_the_table_of_a_comparison(bench: Bench) -> None:
     goal = Goal(0.2, 0.95)
     rules = {"FixedSteps": [FixedSteps(11), FixedSteps(4)], "JoT": [JoT(1e6)], "Never": [Never()]}
-    comparison = Comparison(bench, goal, live=8, fewer=(3, 6))
+    comparison = Comparison(bench, goal, "toy", live=8, fewer=(3, 6))
     points = comparison.table(rules)
     by = {name: [p for p in points if p.family == name] for name in (FULL, REAL, PLAIN, *rules)}
     (full,) = by[FULL]
@@ -327,7 +333,7 @@ def test_the_table_of_a_comparison(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("losses", "best"), [([0.0, 0.1, 0.3, 0.1], 1), ([0.3, 0.1], None), ([0.1] * 4, 3)])
 def test_the_choice_of_a_family(bench: Bench, losses: list[float], best: int | None) -> None:
-    comparison = Comparison(bench, Goal(0.2), live=0)
+    comparison = Comparison(bench, Goal(0.2), "toy", live=0)
     points = [
         Point("m", 9, "f", "s", 30, 1.0, 1.0, 1.0, 1.0, 1.0, saved=0.1, loss_upper=loss, calls=5.0) for loss in losses
     ]
@@ -336,7 +342,7 @@ def test_the_choice_of_a_family(bench: Bench, losses: list[float], best: int | N
 
 
 def test_rules_that_freeze_are_left_out_when_nothing_may_run(bench: Bench) -> None:
-    points = Comparison(bench, Goal(0.2), live=0, fewer=(6,)).table({"JoT": [JoT()], "Patience": [Patience(3)]})
+    points = Comparison(bench, Goal(0.2), "toy", live=0, fewer=(6,)).table({"JoT": [JoT()], "Patience": [Patience(3)]})
     assert {p.family for p in points} == {FULL, REAL, PLAIN, "Patience"}
 
 

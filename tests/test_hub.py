@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import tokenizer, with_tokenizer
+from toys import loaded, tokenizer, with_tokenizer
 
+from cdlm import api
 from cdlm.config import build_system
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
@@ -46,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_loaded_model_is_the_saved_one(model: EmbeddingDiffusion, folder: Path) -> None:
-    again = api.load(folder)
+    again = loaded(folder)
     assert torch.equal(logits(again), logits(model))
     assert again.config == model.config
     assert again.length == model.length
@@ -61,11 +62,11 @@ def test_the_schedule_travels_with_the_model(model: EmbeddingDiffusion, folder: 
     weights["schedule.averaged"] = torch.randn(weights["schedule.averaged"].shape)
     save_file(weights, folder / "model.safetensors")
     u = torch.tensor([0.3], dtype=torch.float64)
-    assert not torch.equal(api.load(folder).schedule.t_of_u(u), model.schedule.t_of_u(u))
+    assert not torch.equal(loaded(folder).schedule.t_of_u(u), model.schedule.t_of_u(u))
 
 
 def test_saving_what_was_loaded_changes_no_byte(folder: Path, tmp_path: Path) -> None:
-    api.load(folder).save_pretrained(tmp_path / "again")
+    loaded(folder).save_pretrained(tmp_path / "again")
     before, after = contents(folder), contents(tmp_path / "again")
     del before["tokenizer_config.json"], after["tokenizer_config.json"]  # transformers notes where it loaded from
     assert after == before
@@ -260,7 +261,7 @@ def test_a_full_disk_leaves_the_old_weights(
     finally:
         assert contents(folder)["model.safetensors"] == before["model.safetensors"]
         assert set(contents(folder)) == set(before)
-    assert torch.equal(logits(api.load(folder)), logits(model))
+    assert torch.equal(logits(loaded(folder)), logits(model))
 
 
 # --- replacing ---
@@ -331,7 +332,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_survives(folder: Path) -> None:
-    again = api.load(folder).tokenizer
+    again = loaded(folder).tokenizer
     assert again is not None
     text = "the cat — añ  <|endoftext|>\n"
     assert again.encode(text) == tokenizer().encode(text)

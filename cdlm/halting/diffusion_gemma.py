@@ -14,7 +14,7 @@ from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import NewRows, StepState
 from cdlm.halting.criterion import Criterion, Memory, check_rule
-from cdlm.halting.signals import Past, StepStatistics, check_signals, first_past, observe
+from cdlm.halting.signals import SIGNALS, SPATIAL, Past, StepStatistics, check_signals, first_past, observe
 
 HOOK = "_prepare_diffusion_stopping_criteria"
 """The method that transformers' `generate` asks for its stopping object, which it does not take as an argument."""
@@ -36,7 +36,7 @@ def for_transformers(rule: Criterion, budget: int | None = None) -> Stopping:
         raise CdlmError(
             f"{rule!r} freezes positions, but transformers can only halt whole canvases: use a rule that never freezes"
         )
-    check_signals(rule.needs, spatial=False)
+    check_signals(rule.needs, SIGNALS.keys() - SPATIAL)
     check_whole("for_transformers", optional=True, budget=budget)
     return Stopping(rule, budget)
 
