@@ -15,6 +15,7 @@ from test_training_run import Crash, assert_same_run, crash_at, rows, run, saved
 from torch import Tensor, nn
 from toys import TEXT, VOCAB, lively_masked, masked, masked_with_tokenizer, tokenizer
 
+from cdlm import api
 from cdlm.cli.main import main
 from cdlm.config import build_system, parse_run, read_run
 from cdlm.continuous.systems.cdcd import CDCD
