@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,17 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import TEXT, VOCAB, tokenizer, with_tokenizer
 
-from cdlm import api, generation
-from cdlm.cli import commands
+from cdlm import api
 from cdlm.cli import main as cli
 from cdlm.continuous.systems.ssd import SSD
 from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Bootstrap, Scores, bootstrap
-from cdlm.evaluation.bench import Bench, Drawn, Machine, open_bench
+from cdlm.evaluation.bench import Bench, Outcome
 from cdlm.evaluation.compare import FULL, PLAIN, REAL, Comparison, Plain, Point, markdown
 from cdlm.halting import RULES, Criterion, FixedSteps, For, FromStep, JoT, Never, Patience, parse_criterion, sweep
 from cdlm.halting.calibration import Calibration, Goal, Trial, calibrated_rule, loosest, search, write_calibration
 from cdlm.runs.config import parse_run
+from cdlm.sampling.loop import RunOptions
+from cdlm.sampling.recordings import write_recording
 
 # --- the bootstrap ---
 
@@ -148,35 +149,41 @@ def entry(rule: str = "Patience(steps=3)", steps: int = 9) -> Calibration:
     return Calibration({"steps": steps, "grid": "LogT()"}, rule, "agreement", Goal(0.01), 300, 1, None, [trial])
 
 
+def is_of(weights: str) -> Callable[[str], bool]:
+    """Of a model with this fingerprint: whether a file names its weights."""
+    return lambda named: named == weights
+
+
 def test_the_file_gives_each_sampler_its_rule(tmp_path: Path) -> None:
-    write_calibration(tmp_path, "w", entry())
-    write_calibration(tmp_path, "w", entry("Entropy(nats=0.1)", steps=20))
-    write_calibration(tmp_path, "w", entry("Patience(steps=4)"))
-    assert calibrated_rule(tmp_path, "w", {"steps": 9, "grid": "LogT()"}) == "Patience(steps=4)"
-    assert calibrated_rule(tmp_path, "w", {"steps": 20, "grid": "LogT()"}) == "Entropy(nats=0.1)"
+    write_calibration(tmp_path, "w", is_of("w"), entry())
+    write_calibration(tmp_path, "w", is_of("w"), entry("Entropy(nats=0.1)", steps=20))
+    write_calibration(tmp_path, "w", is_of("w"), entry("Patience(steps=4)"))
+    assert calibrated_rule(tmp_path, is_of("w"), {"steps": 9, "grid": "LogT()"}) == "Patience(steps=4)"
+    assert calibrated_rule(tmp_path, is_of("w"), {"steps": 20, "grid": "LogT()"}) == "Entropy(nats=0.1)"
     with pytest.raises(CdlmError, match="no rule for steps=10"):
-        calibrated_rule(tmp_path, "w", {"steps": 10, "grid": "LogT()"})
+        calibrated_rule(tmp_path, is_of("w"), {"steps": 10, "grid": "LogT()"})
     evidence = json.loads((tmp_path / "halting.json").read_text())["calibrations"][-1]
     assert (evidence["samples"], evidence["goal"]["max_loss"], evidence["trials"][0]["upper"]) == (300, 0.01, 0.004)
 
 
 def test_a_choice_for_other_weights_is_void(tmp_path: Path) -> None:
-    write_calibration(tmp_path, "old", entry())
+    write_calibration(tmp_path, "old", is_of("old"), entry())
     with pytest.raises(CdlmError, match="other weights"):
-        calibrated_rule(tmp_path, "new", entry().settings)
-    write_calibration(tmp_path, "new", entry("Patience(steps=5)", steps=20))
+        calibrated_rule(tmp_path, is_of("new"), entry().settings)
+    write_calibration(tmp_path, "new", is_of("new"), entry("Patience(steps=5)", steps=20))
     with pytest.raises(CdlmError, match="no rule for steps=9"):
-        calibrated_rule(tmp_path, "new", entry().settings)
+        calibrated_rule(tmp_path, is_of("new"), entry().settings)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"cdlm_halting": 1}', '{"cdlm_halting": 9}', "\0",
                                      '{"cdlm_halting": 1, "weights": "w", "calibrations": [3]}',
                                      '{"cdlm_halting": 2, "weights": "w", "calibrations": [3]}',
-                                     '{"cdlm_halting": 1, "weights": "w", "calibrations": [{}]}'])  # fmt: skip
+                                     '{"cdlm_halting": 1, "weights": "w", "calibrations": [{"settings": {}}]}',
+                                     ])  # fmt: skip
 def test_broken_files_are_refused_in_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "halting.json").write_text(content)
     with pytest.raises(CdlmError) as caught:
-        calibrated_rule(tmp_path, "w", {})
+        calibrated_rule(tmp_path, is_of("w"), {})
     assert "\n" not in str(caught.value)
 
 
@@ -185,9 +192,9 @@ def test_a_file_of_version_1_is_read_and_written_anew_with_the_names_of_today(tm
     first = asdict(entry("AfterStep(rule=Patience(steps=3), steps=5)"))
     content = {"cdlm_halting": 1, "weights": "w", "calibrations": [first, asdict(entry("Full()", steps=20))]}
     (tmp_path / "halting.json").write_text(json.dumps(content))
-    rule = calibrated_rule(tmp_path, "w", entry().settings)
+    rule = calibrated_rule(tmp_path, is_of("w"), entry().settings)
     assert parse_criterion(rule) == FromStep(Patience(3), 5)
-    write_calibration(tmp_path, "w", entry("Full()", steps=20))
+    write_calibration(tmp_path, "w", is_of("w"), entry("Full()", steps=20))
     after = json.loads((tmp_path / "halting.json").read_text())
     assert after["cdlm_halting"] == 2
     assert [item["rule"] for item in after["calibrations"]] == [rule, "Full()"]
@@ -252,19 +259,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bench(place: Path) -> Bench:
-    machine = Machine(progress=False)
-    return open_bench(str(place / "toy"), generation.make_sampler(steps=12), 30, machine, judge=str(place / "judge"))
+    return api.open_bench(api.open_session(place / "toy", steps=12), 30, judge=str(place / "judge"))
 
 
 def test_the_full_run_loses_nothing(bench: Bench) -> None:
-    full = bench.run_rule(Never(), live=0)
+    full = bench.under(Never(), live=0)
     assert bench.loss(full).value == bench.loss(full, "agreement").value == 0
     assert bench.agreement(full) == 1
     assert np.array_equal(full.nfe, bench.full_calls)
 
 
 def test_the_loss_is_that_of_the_texts(bench: Bench) -> None:
-    half = bench.run_rule(FixedSteps(2), live=0)
+    half = bench.under(FixedSteps(2), live=0)
     changed = (half.tokens != bench.full_run.tokens).mean()
     assert 0 < changed < 1
     assert bench.loss(half, "agreement").value == pytest.approx(changed)
@@ -274,8 +280,8 @@ def test_the_loss_is_that_of_the_texts(bench: Bench) -> None:
 
 
 def test_replayed_and_live_runs_score_alike(bench: Bench) -> None:
-    replayed = bench.run_rule(FixedSteps(5), live=0)
-    live = bench.run_live(replace(bench.sampler, criterion=FixedSteps(5)), 30)
+    replayed = bench.under(FixedSteps(5), live=0)
+    live = bench.run(bench.session.with_criterion(FixedSteps(5)), 30)
     assert np.array_equal(replayed.nfe, live.nfe)
     assert (replayed.tokens == live.tokens).mean() > 0.99  # float32: a tie may fall either way in another batch
 
@@ -305,7 +311,7 @@ def test_the_plain_sampler_is_a_line_between_its_budgets(bench: Bench) -> None:
 def test_the_table_of_a_comparison(bench: Bench) -> None:
     goal = Goal(0.2, 0.95)
     rules = {"FixedSteps": [FixedSteps(11), FixedSteps(4)], "JoT": [JoT(1e6)], "Never": [Never()]}
-    comparison = Comparison(bench, goal, live=8, fewer=(3, 6))
+    comparison = Comparison(bench, goal, "toy", live=8, fewer=(3, 6))
     points = comparison.table(rules)
     by = {name: [p for p in points if p.family == name] for name in (FULL, REAL, PLAIN, *rules)}
     (full,) = by[FULL]
@@ -327,7 +333,7 @@ def test_the_table_of_a_comparison(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("losses", "best"), [([0.0, 0.1, 0.3, 0.1], 1), ([0.3, 0.1], None), ([0.1] * 4, 3)])
 def test_the_choice_of_a_family(bench: Bench, losses: list[float], best: int | None) -> None:
-    comparison = Comparison(bench, Goal(0.2), live=0)
+    comparison = Comparison(bench, Goal(0.2), "toy", live=0)
     points = [
         Point("m", 9, "f", "s", 30, 1.0, 1.0, 1.0, 1.0, 1.0, saved=0.1, loss_upper=loss, calls=5.0) for loss in losses
     ]
@@ -336,22 +342,22 @@ def test_the_choice_of_a_family(bench: Bench, losses: list[float], best: int | N
 
 
 def test_rules_that_freeze_are_left_out_when_nothing_may_run(bench: Bench) -> None:
-    points = Comparison(bench, Goal(0.2), live=0, fewer=(6,)).table({"JoT": [JoT()], "Patience": [Patience(3)]})
+    points = Comparison(bench, Goal(0.2), "toy", live=0, fewer=(6,)).table({"JoT": [JoT()], "Patience": [Patience(3)]})
     assert {p.family for p in points} == {FULL, REAL, PLAIN, "Patience"}
 
 
 def test_recordings_serve_a_bench(place: Path, bench: Bench) -> None:
     folder = place / "kept"
-    api.keep(bench.steps_taken, bench.tokenizer, folder)
-    machine, judge = Machine(progress=False), str(place / "judge")
-    again = open_bench(str(place / "toy"), bench.sampler, 20, machine, recordings=folder, judge=judge)
+    write_recording(bench.steps_taken, bench.session, folder)
+    session, judge = bench.session, str(place / "judge")
+    again = api.open_bench(session, 20, recordings=folder, judge=judge)
     assert np.array_equal(again.full_run.tokens, bench.full_run.tokens[:20])
-    assert np.array_equal(again.run_rule(Patience(2), 0).nfe, bench.run_rule(Patience(2), 0).nfe[:20])
-    for other in (replace(bench.sampler, steps=13), replace(bench.sampler, seed=1)):
+    assert np.array_equal(again.under(Patience(2), 0).nfe, bench.under(Patience(2), 0).nfe[:20])
+    for other in (session.with_steps(13), replace(session, options=RunOptions(seed=1))):
         with pytest.raises(CdlmError, match="no recording of 20 samples"):
-            open_bench(str(place / "toy"), other, 20, machine, recordings=folder, judge=judge)
+            api.open_bench(other, 20, recordings=folder, judge=judge)
     with pytest.raises(CdlmError, match="no recording of 31 samples"):
-        open_bench(str(place / "toy"), bench.sampler, 31, machine, recordings=folder, judge=judge)
+        api.open_bench(session, 31, recordings=folder, judge=judge)
 
 
 # --- the commands ---
@@ -372,12 +378,12 @@ def test_calibrate_then_sample_with_auto(place: Path, capsys: pytest.CaptureFixt
     say("sample", run, "--n", 3, *settings_, "--halt", "auto", "--out", tmp_path / "auto.jsonl")
     say("sample", run, "--n", 3, *settings_, "--halt", rule, "--out", tmp_path / "rule.jsonl")
     assert (tmp_path / "auto.jsonl").read_text() == (tmp_path / "rule.jsonl").read_text()
-    system = generation.load(run)
-    assert generation.generate(system, n=3, steps=12, halt="auto").nfe.max() < 12
+    system = api.load(run)
+    assert api.generate(system, n=3, steps=12, halt="auto").nfe.max() < 12
     with pytest.raises(CdlmError, match="no rule for steps=13"):
-        generation.generate(system, n=3, steps=13, halt="auto")
+        api.generate(system, n=3, steps=13, halt="auto")
     with pytest.raises(CdlmError, match="loaded from a folder"):
-        generation.generate(with_tokenizer(), n=1, steps=12, halt="auto")
+        api.generate(with_tokenizer(), n=1, steps=12, halt="auto")
 
 
 def test_compare_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -443,6 +449,8 @@ def test_too_few_live_samples_are_told_before_any_work(
     def work(*_: object, **__: object) -> None:
         raise CdlmError("at work")
 
+    from cdlm.cli import commands
+
     monkeypatch.setattr(commands, "open_bench", work)
     with pytest.raises(SystemExit) as caught:
         say("compare", place / model, *words)
@@ -456,6 +464,8 @@ def test_a_rule_that_is_run_on_too_few_samples_beside_others_is_only_told(place:
     def work(*_: object) -> None:
         raise CdlmError("at work")
 
+    from cdlm.cli import commands
+
     monkeypatch.setattr(commands, "open_bench", lambda *_, **__: None)
     monkeypatch.setattr(commands, "Comparison", work)
     with pytest.raises(SystemExit):
@@ -466,6 +476,6 @@ def test_a_rule_that_is_run_on_too_few_samples_beside_others_is_only_told(place:
 
 
 def test_drawn_samples_keep_their_order(bench: Bench) -> None:
-    drawn = bench.run_rule(FixedSteps(12), live=0)
-    assert isinstance(drawn, Drawn)
+    drawn = bench.under(FixedSteps(12), live=0)
+    assert isinstance(drawn, Outcome)
     assert np.array_equal(drawn.tokens, bench.full_run.tokens)

@@ -22,13 +22,12 @@ from toys import VOCAB, alive, langflow, plaid, ssd, system, tokenizer, weight_o
 
 from cdlm.continuous.embedding import OutputPrior, TokenEmbedding
 from cdlm.continuous.grids import UpperEnds
-from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.inputs import ConcatenatedInput
 from cdlm.continuous.objectives import Variational
 from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.continuous.schedules import Schedule, TimeWarp, alpha_of
 from cdlm.continuous.solvers import Ancestral, Euler, Heun, Solver
-from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
+from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.langflow import Gumbel
 from cdlm.continuous.systems.plaid import LearnedGamma
 from cdlm.continuous.systems.ssd import Cosine
@@ -38,7 +37,8 @@ from cdlm.data.masking import Block, Masking, RandomSubset
 from cdlm.models import hub
 from cdlm.models.system import System
 from cdlm.models.transformer import Transformer
-from cdlm.runs.config import build_system, system_config
+from cdlm.runs.config import build_system
+from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.requests import Request
 from cdlm.training.options import TrainOptions
 from cdlm.training.run import train
@@ -435,14 +435,24 @@ def remembered(rank: int, world: int, device: str) -> list[float]:
     return objective.moments.flatten().tolist()
 
 
+def remembered_together(store: str, rank: int, world: int, device: str) -> list[float]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        return remembered(rank, world, device)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.slow
 def test_two_processes_remember_the_mean_of_both(tmp_path: Path) -> None:
     """What one alone has and what the other has, and half of each."""
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys\nsys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]\n"
-        "from cdlm.core.parallel import spread\nfrom test_continuous_family import remembered\n"
-        "if __name__ == '__main__':\n    print(spread(remembered, 2))\n"
+        "from functools import partial\nfrom cdlm.core.parallel import on_devices\n"
+        "from test_continuous_family import remembered_together\n"
+        f"together = partial(remembered_together, {str(tmp_path / 'store')!r})\n"
+        "if __name__ == '__main__':\n    print(on_devices(together, 2))\n"
     )
     told = subprocess.run([sys.executable, str(script)], check=True, capture_output=True, text=True, timeout=200)
     first, second = ast.literal_eval(told.stdout.splitlines()[-1])
@@ -898,15 +908,9 @@ def test_a_saved_system_draws_the_same_samples(name: str, runs) -> None:
 
 def samples(model: EmbeddingDiffusion) -> list[Tensor]:
     """Logits of every step of the system's own sampler, with a prompt in one of the rows."""
-    config = system_config(model.config)
-    assert isinstance(config, ContinuousConfig)
-    usual = config.usual
-    sampler = diffusion(
-        6, solver=usual.solver, grid=usual.grid, guidance=Guidance(projection=usual.projection), block=usual.block,
-        record=frozenset({"logits"}),
-    )  # fmt: skip
+    options = RunOptions(record=frozenset({"logits"}))
     asked = [Request(i, torch.arange(N), torch.arange(N) < i) for i in range(3)]
-    return [step.state.logits for step in DiffusionLoop(model, *sampler, 2).steps(asked)]
+    return [step.state.logits for step in DiffusionLoop(model, model.sampling.with_steps(6), options, 2).steps(asked)]
 
 
 def test_what_training_counts_is_in_the_average_and_in_the_checkpoint(runs) -> None:

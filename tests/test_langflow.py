@@ -19,8 +19,9 @@ from langflow_evaluator import langflow_evaluator_score
 from safetensors.torch import load_file, save_file
 from setups import diffusion
 from torch import Tensor
+from toys import loaded
 
-from cdlm.api import generate, load
+from cdlm.api import generate
 from cdlm.continuous.grids import Grid
 from cdlm.continuous.likelihood import Walk
 from cdlm.continuous.published.langflow import LangFlowLayout
@@ -479,7 +480,7 @@ def test_conversion_there_and_back_is_the_identity(tmp_path: Path) -> None:
     convert(LangFlowLayout(), released, tmp_path / "ours")
     convert(LangFlowLayout(), tmp_path / "ours", tmp_path / "back")
     assert_same(LangFlowLayout().read(tmp_path / "back"), LangFlowLayout().read(released))
-    converted, direct = load(tmp_path / "ours"), load(released)
+    converted, direct = loaded(tmp_path / "ours"), loaded(released)
     assert converted.config == direct.config
     assert converted.length == direct.length == 16
     first, second = (generate(system, n=2, steps=4, record=False) for system in (converted, direct))

@@ -348,7 +348,7 @@ def test_sampling(case: Mapping[str, Any], there: dict[str, Tensor]) -> None:
 
 def test_our_grid_has_no_gap() -> None:
     """The published sampler's last state is at t = 1/(T-1) - 1/T and read as one at 0; ours ends at the least level."""
-    levels = Plaid().usual.grid.levels(schedule(), 8)
+    levels = released().defaults.grid.levels(schedule(), 8)
     near(levels, schedule().t_of_u(torch.linspace(1, 0, 8, dtype=torch.float64)), 1e-12)
     assert levels[-1].item() == pytest.approx(schedule().t_min)
 

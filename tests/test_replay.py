@@ -14,9 +14,9 @@ from oracle import Oracle
 from setups import diffusion
 from toys import with_tokenizer
 
-from cdlm import api, generation
+from cdlm import api
 from cdlm.cli import main as cli
-from cdlm.continuous.sampler import DiffusionLoop
+from cdlm.continuous.sampler import Diffusion, DiffusionLoop
 from cdlm.continuous.solvers import Euler, Heun, Solver, TorchDiffEq
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Decision, StepState
@@ -42,8 +42,8 @@ from cdlm.halting.signals import RECORDED
 from cdlm.recording.file import Recording, read_folder
 from cdlm.recording.record import Record
 from cdlm.recording.writer import Recorder
+from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import Request
-from cdlm.sampling.samples import NEEDED
 
 M, N, STEPS = 6, 5, 14
 RULES = (
@@ -76,7 +76,7 @@ def recorded(solver: Solver) -> Recording:
     asked = requests()
     tokens = torch.stack([request.tokens for request in asked])
     tape = Recorder(RECORDED, STEPS, tokens)
-    for step in DiffusionLoop(Oracle(), *diffusion(STEPS, solver=solver, record=NEEDED), 4).steps(asked):
+    for step in DiffusionLoop(Oracle(), *diffusion(STEPS, solver=solver, record=Diffusion.recorded), 4).steps(asked):
         tape.write(step.state, step.state.row.numpy())
         tokens[step.state.row[step.done]] = step.tokens
     given, valid = (np.stack([getattr(r, name).numpy() for r in asked]) for name in ("given", "valid"))
@@ -87,7 +87,9 @@ def recorded(solver: Solver) -> Recording:
 def live(solver: Solver, rule: Criterion) -> tuple[dict[int, tuple], Recorder]:
     out, asked = {}, requests()
     tape = Recorder(RECORDED, STEPS, torch.stack([request.tokens for request in asked]))
-    for step in DiffusionLoop(Oracle(), *diffusion(STEPS, rule, solver=solver, record=NEEDED), 4).steps(asked):
+    for step in DiffusionLoop(Oracle(), *diffusion(STEPS, rule, solver=solver, record=Diffusion.recorded), 4).steps(
+        asked
+    ):
         tape.write(step.state, step.state.row.numpy())
         for row, tokens in zip(step.done.nonzero().squeeze(1).tolist(), step.tokens.tolist(), strict=True):
             state = step.state
@@ -345,9 +347,7 @@ def test_mistakes_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None
 
 
 def test_a_recording_needs_recorded_samples(run: Path) -> None:
-    from cdlm.models import hub
-
-    system = generation.load(run)
-    samples = generation.generate(system, n=1, steps=2)
+    session = api.open_session(run, steps=2)
+    samples = session.run(session.requests())
     with pytest.raises(CdlmError, match="record=True"):
-        api.recording_of(samples, generation.make_sampler(2), hub.read(run), "fp32")
+        recording_of(samples, session)

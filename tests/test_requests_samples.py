@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import system, tokenizer, with_tokenizer
 
-from cdlm import generation
+from cdlm import api
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import HaltReason
@@ -112,14 +112,14 @@ def test_asking_for_nothing_is_refused(prompts: list[str] | None, n: int, length
 
 
 def test_prompts_stay_in_the_output(model: EmbeddingDiffusion) -> None:
-    samples = generation.generate(model, n=2, prompts=["the cat", "a dog ran"], length=30, steps=3)
+    samples = api.generate(model, n=2, prompts=["the cat", "a dog ran"], length=30, steps=3)
     for text, prompt in zip(samples.texts, ["the cat", "the cat", "a dog ran", "a dog ran"], strict=True):
         assert text.startswith(prompt)
 
 
 def test_padding_is_in_neither_text_nor_tokens(model: EmbeddingDiffusion) -> None:
     prompts = ["the [2] sat", "the cat"]
-    samples = generation.generate(model, n=1, prompts=prompts, length=20, steps=3)
+    samples = api.generate(model, n=1, prompts=prompts, length=20, steps=3)
     short, long = samples.rows()
     assert len(short["tokens"]) == len(ids("the")) + 2 + len(ids(" sat"))
     assert len(long["tokens"]) == 20
@@ -132,8 +132,8 @@ def test_padding_is_in_neither_text_nor_tokens(model: EmbeddingDiffusion) -> Non
 def test_padding_does_not_change_a_sample(model: EmbeddingDiffusion) -> None:
     """A short template draws the same noise whatever stands beside it; its padding is unseen."""
     exact = len(ids("the")) + 4
-    alone = generation.generate(model, prompts=["the [4]"], length=exact, steps=6)
-    beside = generation.generate(model, prompts=["the [4]", "the"], length=exact, steps=6)
+    alone = api.generate(model, prompts=["the [4]"], length=exact, steps=6)
+    beside = api.generate(model, prompts=["the [4]", "the"], length=exact, steps=6)
     assert beside.texts[0] == alone.texts[0]
 
 
@@ -141,7 +141,7 @@ def test_padding_does_not_change_a_sample(model: EmbeddingDiffusion) -> None:
 @given(words=st.lists(st.sampled_from(["the cat ", "añ", "猫猫", "on the roof", "\n", " "]), min_size=1, max_size=3))
 def test_spans_point_at_the_characters_of_the_prompt(words: list[str]) -> None:
     model = with_tokenizer()
-    samples = generation.generate(model, prompts=["[1]".join(words), words[0]], length=60, steps=1)
+    samples = api.generate(model, prompts=["[1]".join(words), words[0]], length=60, steps=1)
     lines = samples.rows()
     for line, parts in zip(lines, (words, words[:1]), strict=True):
         holes = sum(bytes_left(line["tokens"], line["text"]))
@@ -187,7 +187,7 @@ def same(a: Samples, b: Samples) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
 def test_dealt_shares_merge_to_the_single_run(model: EmbeddingDiffusion, world: int) -> None:
-    session = generation.open_session(model, steps=6, seed=4).with_criterion(Patience(2)).recorded()
+    session = api.open_session(model, steps=6, seed=4).with_criterion(Patience(2)).recorded()
     asked = requests(["the [3] sat", "a"], 3, LENGTH, tokenizer())
     whole = replace(session, batch_size=6).run(asked)
     parts = [replace(session, batch_size=2).run(asked[rank::world]) for rank in range(world)]
@@ -196,7 +196,7 @@ def test_dealt_shares_merge_to_the_single_run(model: EmbeddingDiffusion, world: 
 
 
 def test_records_are_numbers_exactly_while_a_row_is_there(model: EmbeddingDiffusion) -> None:
-    samples = generation.generate(model, n=8, length=6, steps=12, halt="Patience(3)", record=True)
+    samples = api.generate(model, n=8, length=6, steps=12, halt="Patience(3)", record=True)
     assert samples.record is not None
     assert set(samples.record.signals) == set(RECORDED)
     there = np.arange(12)[:, None] < samples.steps
@@ -210,23 +210,23 @@ def test_records_are_numbers_exactly_while_a_row_is_there(model: EmbeddingDiffus
 
 
 def test_without_record_there_is_none(model: EmbeddingDiffusion) -> None:
-    assert generation.generate(model, steps=2).record is None
+    assert api.generate(model, steps=2).record is None
 
 
 def test_reasons_and_steps_agree(model: EmbeddingDiffusion) -> None:
-    samples = generation.generate(model, n=4, steps=10, halt="FixedSteps(4)")
+    samples = api.generate(model, n=4, steps=10, halt="FixedSteps(4)")
     assert samples.steps.tolist() == samples.nfe.tolist() == [4] * 4
     assert samples.reason == [HaltReason.CRITERION] * 4
     assert samples.budget == 10
     assert samples.calls_after_end.tolist() == [0] * 4  # a continuous model decides every position to the last step
-    full = generation.generate(model, n=4, steps=10)
+    full = api.generate(model, n=4, steps=10)
     assert full.reason == [HaltReason.BUDGET] * 4
     assert full.steps.tolist() == [10] * 4
 
 
 def test_samples_are_in_the_order_of_the_requests(model: EmbeddingDiffusion) -> None:
     asked = requests(None, 5, LENGTH, tokenizer())
-    session = generation.open_session(model, steps=6, batch_size=2).with_criterion(Patience(2))
+    session = api.open_session(model, steps=6, batch_size=2).with_criterion(Patience(2))
     forward, backward = (session.run(order) for order in (asked, asked[::-1]))
     assert backward.index.tolist() == [4, 3, 2, 1, 0]
     same(Samples.merge([backward]), forward)
@@ -234,13 +234,13 @@ def test_samples_are_in_the_order_of_the_requests(model: EmbeddingDiffusion) -> 
 
 def test_a_sample_is_fixed_by_seed_and_index(model: EmbeddingDiffusion) -> None:
     before = torch.random.get_rng_state()
-    one = generation.generate(model, n=3, steps=4, seed=1)
-    assert generation.generate(model, n=3, steps=4, seed=1).texts == one.texts
-    assert generation.generate(model, n=2, steps=4, seed=1).texts == one.texts[:2]
-    assert generation.generate(model, n=3, steps=4, seed=2).texts != one.texts
+    one = api.generate(model, n=3, steps=4, seed=1)
+    assert api.generate(model, n=3, steps=4, seed=1).texts == one.texts
+    assert api.generate(model, n=2, steps=4, seed=1).texts == one.texts[:2]
+    assert api.generate(model, n=3, steps=4, seed=2).texts != one.texts
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_a_system_without_a_tokenizer_says_so() -> None:
     with pytest.raises(CdlmError, match="tokenizer"):
-        generation.generate(system(270), length=4, steps=2)
+        api.generate(system(270), length=4, steps=2)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from cdlm.config import RunConfig, read_run
 from cdlm.generation import generate
 from torch import Tensor
 
@@ -27,7 +26,8 @@ from cdlm.masked.model import MaskedModel
 from cdlm.masked.system import Masked
 from cdlm.models import hub
 from cdlm.models.system import System
-from cdlm.runs import RunText, train
+from cdlm.runs.config import RunConfig, read_run
+from cdlm.runs.train import RunText, train
 from cdlm.training.files import AtomicCheckpoints, checkpoint_of
 from cdlm.training.options import TrainOptions
 from cdlm.training.stop import Interrupted

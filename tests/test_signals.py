@@ -96,9 +96,9 @@ def test_a_model_without_embeddings_has_all_but_the_spatial_signals(name: str) -
         with pytest.raises(AssertionError):
             observe(needs, bare)
         with pytest.raises(CdlmError, match=f"{name!r} describes a state in embedding space"):
-            check_signals(needs, spatial=False)
+            check_signals(needs, EVERYTHING - SPATIAL)
     else:
-        assert set(observe(needs, bare)[0]) == check_signals(needs, spatial=False) == needs
+        assert set(observe(needs, bare)[0]) == check_signals(needs, EVERYTHING - SPATIAL) == needs
 
 
 def test_a_nan_is_not_passed_over() -> None:

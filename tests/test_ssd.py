@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from setups import Setup, diffusion
 from tokenizers import Tokenizer, models
 from torch import Tensor
+from toys import loaded
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
-from cdlm.api import load
 from cdlm.continuous.grids import UpperEnds
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import MultiHot, Projection, Uneven, nucleus
@@ -303,7 +303,7 @@ def test_a_folder_of_ours_and_back(tmp_path: Path) -> None:
     system.save_pretrained(tmp_path / "ours")
     convert(SSDLayout(), tmp_path / "ours", tmp_path / "theirs")
     convert(SSDLayout(), tmp_path / "theirs", tmp_path / "again")
-    again = load(tmp_path / "again")
+    again = loaded(tmp_path / "again")
     assert (again.config, again.length) == (system.config, 7)
     state = system.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
@@ -312,7 +312,7 @@ def test_a_folder_of_ours_and_back(tmp_path: Path) -> None:
 def test_the_release_is_converted_and_loaded(tmp_path: Path) -> None:
     words(V).save_pretrained(tmp_path / "words")
     convert(SSDLayout(), GOLDEN, tmp_path / "ours", str(tmp_path / "words"))
-    system = load(tmp_path / "ours")
+    system = loaded(tmp_path / "ours")
     state = published().state_dict()
     assert all(torch.equal(value, state[name]) for name, value in system.state_dict().items())
     assert "names no licence" in (tmp_path / "ours" / "README.md").read_text()
@@ -507,7 +507,7 @@ def test_every_parameter_is_there_once_and_in_a_group(tmp_path: Path) -> None:
     assert all(p.ndim == 2 for p in groups["matrices"])
     system.tokenizer, system.length = words(11), N
     system.save_pretrained(tmp_path)
-    again = load(tmp_path)
+    again = loaded(tmp_path)
     assert again.config == system.config
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
 

@@ -1,6 +1,7 @@
 """A tokenizer and systems small enough for tests."""
 
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -107,6 +108,15 @@ def alive(made: S, seed: int = 0) -> S:
             if not name.startswith("schedule"):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return made.eval()
+
+
+def loaded(folder: Path) -> EmbeddingDiffusion:
+    """The continuous system of a folder, on the CPU."""
+    from cdlm.api import load
+
+    made = load(folder, device="cpu")
+    assert isinstance(made, EmbeddingDiffusion)
+    return made
 
 
 def _speaking(made: S, length: int) -> S:

@@ -36,7 +36,7 @@ def for_transformers(rule: Criterion, budget: int | None = None) -> Stopping:
         raise CdlmError(
             f"{rule!r} freezes positions, but transformers can only halt whole canvases: use a rule that never freezes"
         )
-    check_signals(rule.needs, frozenset(SIGNALS) - SPATIAL)
+    check_signals(rule.needs, SIGNALS.keys() - SPATIAL)
     check_whole("for_transformers", optional=True, budget=budget)
     return Stopping(rule, budget)
 

@@ -1,0 +1,420 @@
+"""Laws of sessions: of what they run, of the settings that they take, and of the processes that share their work."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from masked_toys import Toy
+from oracle import Oracle
+from toys import langflow, masked_with_tokenizer, plaid, ssd, system, with_tokenizer
+
+import cdlm
+from cdlm import api
+from cdlm.continuous.grids import LogT, UpperEnds, Warped
+from cdlm.continuous.guidance import Guidance
+from cdlm.continuous.projections import Greedy, MultiHot
+from cdlm.continuous.sampler import Diffusion, DiffusionSettings
+from cdlm.continuous.solvers import Ancestral, Heun, Renoise
+from cdlm.core.errors import CdlmError
+from cdlm.core.parallel import Workers
+from cdlm.halting import Criterion, FixedSteps, Full, Never, NormConvergence, Patience
+from cdlm.masked.model import Constants, Function
+from cdlm.masked.policies.confidence import Threshold
+from cdlm.masked.policies.llada import LLaDA
+from cdlm.masked.sampler import Unmasking, UnmaskingSettings
+from cdlm.sampling.loop import RunOptions
+from cdlm.sampling.requests import Request, canvases
+from cdlm.sampling.samples import Samples
+from cdlm.sampling.session import Model, Session
+
+N = 6
+
+
+class Exact(Oracle, Model):
+    """A continuous model whose arithmetic is the same, bit for bit, in any batch."""
+
+    length = N
+
+    @property
+    def defaults(self) -> Diffusion:
+        return Diffusion(steps=10)
+
+
+def make(kind: str) -> Model:
+    return Exact() if kind == "continuous" else Toy()
+
+
+def session_of(kind: str, criterion: Criterion | None = None, **changes: Any) -> Session:
+    sampling = Diffusion(steps=10) if kind == "continuous" else Unmasking(LLaDA(8), temperature=0.7)
+    return Session(make(kind), sampling, RunOptions(criterion or Never(), seed=3), **changes)
+
+
+def requests_of(kind: str, count: int = 7) -> list[Request]:
+    if kind == "masked":
+        return canvases([[3 + i % 4] for i in range(count)], 8)
+    return [Request(i, torch.arange(N), torch.arange(N) < i % 3) for i in range(count)]
+
+
+def same(one: Samples, two: Samples) -> None:
+    for name in ("tokens", "nfe", "steps", "index", "given", "valid", "shown", "settled"):
+        assert np.array_equal(getattr(one, name), getattr(two, name)), name
+    for name in ("texts", "reason", "seed", "budget", "spans", "prompts", "made_by"):
+        assert getattr(one, name) == getattr(two, name), name
+    assert (one.record is None) == (two.record is None)
+    if one.record is not None and two.record is not None:
+        assert np.array_equal(one.record.nfe, two.record.nfe)
+        assert one.record.signals.keys() == two.record.signals.keys()
+        for name, values in one.record.signals.items():
+            assert np.array_equal(values, two.record.signals[name], equal_nan=True), name
+
+
+both = pytest.mark.parametrize("kind", ["continuous", "masked"])
+
+
+# --- runs ---
+
+
+@both
+@pytest.mark.parametrize("rule", [FixedSteps(4), Patience(1), Patience(2), FixedSteps(2) & Patience(1)], ids=repr)
+def test_a_run_under_a_rule_is_a_prefix_of_the_full_run(kind: str, rule: Criterion) -> None:
+    session, requests = session_of(kind).recorded(), requests_of(kind)
+    full, halted = session.run(requests), session.with_criterion(rule).run(requests)
+    assert full.record is not None
+    assert halted.record is not None
+    assert bool((halted.steps <= full.steps).all())
+    assert bool((halted.steps < full.steps).any())
+    there = halted.record.nfe > 0
+    assert np.array_equal(there.sum(0), halted.steps)
+    assert np.array_equal(halted.record.nfe[there], full.record.nfe[there])
+    for name, values in halted.record.signals.items():
+        assert np.array_equal(values[there], full.record.signals[name][there], equal_nan=True), name
+    assert np.array_equal(full.record.tokens_at(halted.steps - 1, full.tokens), halted.tokens)
+
+
+@both
+def test_a_session_serves_any_number_of_runs_and_changes_of_it_leave_it_as_it_is(kind: str) -> None:
+    session, requests = session_of(kind), requests_of(kind)
+    first = session.run(requests)
+    for other in (session.with_criterion(FixedSteps(2)), session.recorded(), session.with_steps(4), session.alone()):
+        other.run(requests)
+    same(session.run(requests), first)
+    same(replace(session, batch_size=2).run(requests), first)
+    assert session.recorded().recorded(False).options == session.options
+    assert session.with_steps(4).settings != session.settings
+
+
+class Placed(Function):
+    """A model that says that it is elsewhere."""
+
+    def move(self, device: str) -> None:
+        self._device = torch.device(device)
+
+
+def moved(kind: str) -> tuple[Session, list[Request]]:
+    """A session whose model was moved, and requests of it."""
+    if kind == "continuous":
+        model = with_tokenizer()
+        session = api.open_session(model, steps=3)
+        requests = session.requests()
+        model.to("meta")
+        return session, requests
+    function = Placed(lambda tokens, _: torch.zeros(*tokens.shape, 9), Constants(8))
+    session = api.open_session(function)
+    function.move("meta")
+    return session, canvases([[1]], 4)
+
+
+@both
+def test_a_session_whose_model_was_moved_is_refused_in_one_line(kind: str) -> None:
+    session, requests = moved(kind)
+    uses = (
+        lambda: session.run(requests),
+        lambda: session.with_criterion(FixedSteps(2)).run(requests),
+        lambda: session.with_steps(2).run(requests),
+        lambda: session.recorded().run(requests),
+        lambda: session.alone().run(requests),
+    )
+    for use in uses:
+        with pytest.raises(
+            CdlmError, match="moved from cpu to meta since the session was opened: open another"
+        ) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+def test_rules_that_a_family_has_no_use_for_are_named() -> None:
+    assert session_of("continuous").refuses(NormConvergence(0.1)) == ""
+    reason = session_of("masked").refuses(NormConvergence(0.1))
+    assert "a masked model has none" in reason
+    with pytest.raises(CdlmError, match="a masked model has none"):
+        session_of("masked", NormConvergence(0.1))
+
+
+# --- several processes ---
+
+
+def counted(log: str, kind: str, device: str) -> Model:
+    """Opens a model and leaves a line."""
+    with Path(log).open("a") as file:
+        file.write(f"{os.getpid()} {device}\n")
+    return make(kind)
+
+
+def place_of(model: Model, share: int) -> tuple[int, int]:
+    return os.getpid(), share
+
+
+def ends_its_process(here: object, share: int) -> int:
+    if share:
+        os._exit(1)
+    return share
+
+
+def breaks(here: object, share: int) -> int:
+    if share:
+        raise CdlmError("of a worker")
+    return share
+
+
+class Pool:
+    """Two processes with a model, and what they have opened."""
+
+    def __init__(self, kind: str, log: Path):
+        self.kind, self.log = kind, log
+        self.workers: Workers[Model] = Workers(partial(counted, str(log), kind), 2)
+
+    @property
+    def opened(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+
+@pytest.fixture(scope="module", params=["continuous", "masked"])
+def pool(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    made = Pool(request.param, tmp_path_factory.mktemp("pool") / "opened")
+    with made.workers:
+        yield made
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("rule", [Never(), Patience(1)], ids=repr)
+def test_two_processes_draw_what_one_does(pool: Pool, rule: Criterion, count: int) -> None:
+    session = session_of(pool.kind, rule, workers=pool.workers, batch_size=3).recorded()
+    requests = requests_of(pool.kind, count)
+    same(session.run(requests), session.alone().run(requests))
+    assert len(pool.opened) <= 1
+
+
+def test_each_further_process_opens_its_model_once(pool: Pool) -> None:
+    session, requests = session_of(pool.kind, workers=pool.workers), requests_of(pool.kind)
+    for other in (session, session.with_steps(4), session.with_criterion(FixedSteps(2))):
+        other.run(requests)
+    (line,) = pool.opened
+    (here, first), (there, second) = pool.workers.map(place_of, session.model, [0, 1])
+    assert (here, first, second) == (os.getpid(), 0, 1)
+    assert line == f"{there} cpu"
+    assert there != here
+
+
+def test_an_error_of_a_worker_is_an_error_of_the_run_and_the_worker_goes_on(pool: Pool) -> None:
+    session, requests = session_of(pool.kind, workers=pool.workers), requests_of(pool.kind, 4)
+    full = replace(requests[1], given=torch.ones_like(requests[1].given))
+    with pytest.raises(CdlmError, match="a prompt leaves nothing to generate"):
+        session.run([requests[0], full, *requests[2:]])
+    same(session.run(requests), session.alone().run(requests))
+
+
+def test_what_a_worker_refuses_and_its_end_are_one_line() -> None:
+    with Workers(str, 2) as workers:
+        with pytest.raises(CdlmError, match="^of a worker$"):
+            workers.map(breaks, "here", [0, 1])
+        with pytest.raises(CdlmError, match="a process ended") as caught:
+            workers.map(ends_its_process, "here", [0, 1])
+        assert "\n" not in str(caught.value)
+
+
+def test_several_devices_need_a_folder_and_a_number(tmp_path: Path) -> None:
+    with pytest.raises(CdlmError, match="has no folder"):
+        api.open_session(with_tokenizer(), devices=2)
+    with pytest.raises(CdlmError, match="devices"):
+        with_tokenizer().save_pretrained(tmp_path / "model")
+        api.open_session(tmp_path / "model", devices=0)
+
+
+@pytest.mark.slow
+def test_a_folder_is_sampled_by_two_processes(tmp_path: Path) -> None:
+    with_tokenizer().save_pretrained(tmp_path / "model")
+    with api.open_session(tmp_path / "model", steps=4, devices=2, device="cpu") as session:
+        requests = session.requests(["the [4] sat", "a"], 3)
+        shared, alone = session.run(requests), session.alone().run(requests)
+    assert shared.index.tolist() == alone.index.tolist() == list(range(6))
+    assert (shared.tokens == alone.tokens).mean() > 0.99  # float32: a tie may fall either way in another batch
+    assert shared.prompts == alone.prompts
+
+
+# --- flat settings ---
+
+OTHER: dict[str, dict[str, Any]] = {
+    "continuous": {
+        "solver": "Heun()", "grid": "LogT()", "projection": "Greedy()", "softmax_temperature": 0.9,
+        "score_temperature": 0.8, "guidance": 2.0, "init_scale": 0.7,
+    },
+    "masked": {"policy": "Threshold(0.6)", "temperature": 0.4, "cfg_scale": 1.5, "cache": "dual"},
+}  # fmt: skip
+"""A value of each flat setting that is not its default."""
+FLAT = {"continuous": DiffusionSettings, "masked": UnmaskingSettings}
+
+
+def speaking(kind: str) -> Model:
+    return with_tokenizer() if kind == "continuous" else masked_with_tokenizer()
+
+
+@both
+def test_every_flat_setting_is_one_of_generate(kind: str) -> None:
+    assert OTHER[kind].keys() == {field.name for field in fields(FLAT[kind])}
+    model = speaking(kind)
+    for name, value in OTHER[kind].items():
+        session = api.open_session(model, **{name: value})
+        assert session.sampling != model.sampling, name
+        assert session.settings != model.sampling.settings, name
+        if name == "cache":
+            with pytest.raises(CdlmError, match="keeps no keys and values"):
+                cdlm.generate(model, cache=value)
+            continue
+        steps = {} if name == "policy" else {"steps": 3}
+        samples = cdlm.generate(model, **{name: value}, **steps)
+        assert samples.made_by["sampling"] != cdlm.generate(model, **steps).made_by["sampling"], name
+        cdlm.generate(model, **{name: None}, **steps)  # as in the model's paper
+
+
+def test_settings_may_be_texts_and_objects() -> None:
+    model, masked = with_tokenizer(), masked_with_tokenizer()
+    made = [api.open_session(model, solver=s, grid=g, projection=p, guidance=2).sampling for s, g, p in (
+        ("Heun()", "LogT()", "Greedy()"), (Heun(), LogT(), Greedy()))]  # fmt: skip
+    assert made[0] == made[1] == Diffusion(200, Heun(), LogT(), Guidance(projection=Greedy(), scale=2))
+    policies = [api.open_session(masked, policy=policy).sampling for policy in ("Threshold(0.6)", Threshold(0.6))]
+    assert policies[0] == policies[1] == replace(masked.sampling, policy=Threshold(0.6))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        (
+            "continuous",
+            {"score_temprature": 0.9},
+            r"no setting 'score_temprature' \(did you mean score_temperature\?\)",
+        ),
+        ("continuous", {"sovler": "Heun()"}, r"no setting 'sovler' \(did you mean solver\?\)"),
+        ("masked", {"polcy": "LLaDA()"}, r"no setting 'polcy' \(did you mean policy\?\)"),
+        ("masked", {"about": 1}, "no setting 'about'"),
+        ("continuous", {"temperature": 0.5}, "temperature is a setting of masked models, and this one is continuous"),
+        ("continuous", {"policy": "LLaDA()"}, "policy is a setting of masked models, and this one is continuous"),
+        ("masked", {"guidance": 2.0}, "guidance is a setting of continuous models, and this one is masked"),
+        ("masked", {"solver": "Heun()"}, "solver is a setting of continuous models, and this one is masked"),
+        ("continuous", {"new_tokens": 3}, "new_tokens is a setting of masked models"),
+        ("continuous", {"chat": True}, "chat is a setting of masked models"),
+        ("continuous", {"solver": "Huen()"}, "did you mean Heun"),
+        ("continuous", {"steps": 0}, "steps"),
+        ("continuous", {"steps": 2.5}, "steps"),
+        ("continuous", {"steps": "many"}, "steps"),
+        ("continuous", {"init_scale": "much"}, "init_scale"),
+        ("continuous", {"guidance": "much"}, "scale"),
+        ("continuous", {"score_temperature": 0.0}, "score_temperature"),
+        ("continuous", {"seed": -1}, "seed"),
+        ("continuous", {"seed": 0.5}, "seed"),
+        ("continuous", {"batch_size": 0}, "batch_size"),
+        ("continuous", {"n": 0}, "n is the number of samples"),
+        ("masked", {"temperature": -1.0}, "temperature"),
+        ("masked", {"temperature": "warm"}, "temperature"),
+        ("masked", {"cfg_scale": "much"}, "cfg_scale"),
+        ("masked", {"policy": "LLaDA(4)", "steps": 3}, "its own steps"),
+        ("masked", {"policy": "Threshold(0.6)", "steps": 3}, "its own steps"),
+        ("continuous", {"precision": "bf16"}, "no setting 'precision'"),
+        ("continuous", {"devices": 2}, "no setting 'devices'"),
+        ("continuous", {"prompts": "the cat"}, "prompts is a list of texts, got the text 'the cat'"),
+        ("masked", {"halt": "Patiense(3)"}, "did you mean Patience"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_refused_in_one_line(kind: str, settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(CdlmError, match=expected) as caught:
+        cdlm.generate(speaking(kind), **settings)
+    assert "\n" not in str(caught.value)
+
+
+# --- how a model is sampled ---
+
+
+def test_a_model_is_sampled_as_in_its_paper() -> None:
+    assert system().sampling == Diffusion(200, grid=Warped())
+    assert plaid().sampling.solver == Ancestral()
+    simplex = ssd(k=4.0, top_p=0.3).sampling
+    assert (simplex.solver, simplex.grid, simplex.guidance.projection) == (Renoise(), UpperEnds(), MultiHot(0.3))
+    assert simplex.block == 3
+    assert isinstance(langflow().sampling, Diffusion)
+    masked = masked_with_tokenizer().sampling
+    assert isinstance(masked, Unmasking)
+    assert masked.temperature == 1.0
+
+
+@both
+def test_the_sampling_of_a_model_can_be_seen_and_changed(kind: str) -> None:
+    model = speaking(kind)
+    paper = model.sampling
+    assert paper == model.defaults
+    shown = repr(paper)
+    assert "\n" not in shown
+    assert all(f"{field.name}={getattr(paper, field.name)!r}" in shown for field in fields(paper))  # pyright: ignore[reportArgumentType]
+    model.sampling = paper.with_steps(3)
+    assert cdlm.generate(model).budget == 3
+    assert cdlm.generate(model, steps=2).budget == 2
+    assert model.sampling == paper.with_steps(3)
+    assert model.defaults == paper
+    explicit = cdlm.generate(model, sampling=paper.with_steps(4), n=2)
+    assert explicit.budget == 4
+    assert explicit.made_by["sampling"] == repr(paper.with_steps(4))
+
+
+@both
+def test_the_sampling_of_the_other_family_is_refused(kind: str) -> None:
+    model, other = speaking(kind), Unmasking() if kind == "continuous" else Diffusion()
+    before = model.sampling
+
+    def assign() -> None:
+        model.sampling = other
+
+    for use in (assign, lambda: cdlm.generate(model, sampling=other), lambda: Session(model, other)):
+        with pytest.raises(
+            CdlmError, match=f"is a {kind} model and is sampled by {type(before).__name__}, got"
+        ) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    assert model.sampling == before
+
+
+def test_a_policy_leaves_the_temperature_as_it_is() -> None:
+    model = masked_with_tokenizer()
+    assert api.open_session(model, policy="Threshold(0.6)").settings["temperature"] == 1.0
+    assert api.open_session(model, policy="Threshold(0.6)", temperature=0.0).settings["temperature"] == 0.0
+
+
+def test_a_function_is_decoded_as_the_model_that_it_is() -> None:
+    toy = Toy()
+    prompts = [[3, 4], [5, None, 6]]
+    one = cdlm.decode(toy, prompts, 6, halt=Full(), n=2)
+    two = cdlm.decode(
+        lambda tokens, valid: Toy().logits(tokens, valid), prompts, 6, constants=toy.constants, halt="Full()", n=2
+    )
+    assert one.tokens.tolist() == two.tokens.tolist()
+    assert one.nfe.tolist() == two.nfe.tolist()
+    with pytest.raises(CdlmError, match="knows its own constants"):
+        cdlm.decode(toy, prompts, 6, constants=toy.constants)
+    with pytest.raises(CdlmError, match="needs its constants"):
+        cdlm.decode(lambda tokens, valid: toy.logits(tokens, valid), prompts, 6)
+    with pytest.raises(CdlmError, match="solver is a setting of continuous models"):
+        cdlm.decode(toy, prompts, 6, solver="Heun()")
