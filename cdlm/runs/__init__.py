@@ -1,0 +1,1 @@
+"""Training runs: their settings, text and folders, and other formats of what they leave."""
