@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toys import SMALL, with_tokenizer
 
+from cdlm.api import generate, load
 from cdlm.continuous.objectives import Variational
 from cdlm.continuous.published.plaid import PlaidLayout
 from cdlm.continuous.published.tensors import Spec, read_safetensors, write_safetensors
@@ -80,12 +81,12 @@ def refused(source: Path, out: Path, *named: str, tokenizer: str | None = None, 
 
 
 def test_a_converted_archive_is_a_model_that_generates(ours: Path) -> None:
-    model = generation.load(ours)
+    model = load(ours)
     z = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0.5, 9.0], dtype=torch.float64)
     made = model.denoise(z, t, Condition(z * 0, torch.ones(2, 12, dtype=torch.bool), z * 0))
     assert made.logits.shape == (2, 12, 64)
-    samples = generation.generate(model, n=2, steps=3, prompts=["w5 w9"])
+    samples = generate(model, n=2, steps=3, prompts=["w5 w9"])
     assert samples.tokens[:, :2].tolist() == [[5, 9]] * 2
     assert model.length == 12
 
@@ -146,7 +147,7 @@ def test_a_model_of_ours_goes_there_once_its_own_position_term_is_in_full(tmp_pa
     convert(LAYOUT, tmp_path / "out", tmp_path / "again")
     z = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
     question = z, torch.tensor([2.0], dtype=torch.float64), Condition(z * 0, torch.ones(1, 5, dtype=torch.bool), z)
-    a, b = (generation.load(tmp_path / name).denoise(*question).logits for name in ("trained", "again"))
+    a, b = (load(tmp_path / name).denoise(*question).logits for name in ("trained", "again"))
     assert torch.equal(a, b)
 
 
@@ -280,7 +281,7 @@ def test_the_tokenizer(archive: Path, tmp_path: Path) -> None:
     shutil.move(archive / "tokenizer.json", tmp_path / "own.json")
     refused(archive, tmp_path / "out", "tokenizer.json")
     convert(LAYOUT, archive, tmp_path / "out", str(tmp_path / "own.json"))
-    assert generation.load(tmp_path / "out").tokenizer.encode("w3 w4") == [3, 4]
+    assert load(tmp_path / "out").tokenizer.encode("w3 w4") == [3, 4]
 
 
 def test_the_folders(archive: Path, ours: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import tokenizer, with_tokenizer
 
+from cdlm.api import generate, load
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing, write_text
@@ -46,12 +47,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_loaded_model_is_the_saved_one(model: EmbeddingDiffusion, folder: Path) -> None:
-    again = generation.load(folder)
+    again = load(folder)
     assert torch.equal(logits(again), logits(model))
     assert again.config == model.config
     assert again.length == model.length
     assert not again.training
-    ours, theirs = (generation.generate(m, n=3, steps=5, prompts=["the"]) for m in (model, again))
+    ours, theirs = (generate(m, n=3, steps=5, prompts=["the"]) for m in (model, again))
     assert (ours.tokens == theirs.tokens).all()
     assert ours.texts == theirs.texts
 
@@ -61,11 +62,11 @@ def test_the_schedule_travels_with_the_model(model: EmbeddingDiffusion, folder: 
     weights["schedule.averaged"] = torch.randn(weights["schedule.averaged"].shape)
     save_file(weights, folder / "model.safetensors")
     u = torch.tensor([0.3], dtype=torch.float64)
-    assert not torch.equal(generation.load(folder).schedule.t_of_u(u), model.schedule.t_of_u(u))
+    assert not torch.equal(load(folder).schedule.t_of_u(u), model.schedule.t_of_u(u))
 
 
 def test_saving_what_was_loaded_changes_no_byte(folder: Path, tmp_path: Path) -> None:
-    generation.load(folder).save_pretrained(tmp_path / "again")
+    load(folder).save_pretrained(tmp_path / "again")
     before, after = contents(folder), contents(tmp_path / "again")
     del before["tokenizer_config.json"], after["tokenizer_config.json"]  # transformers notes where it loaded from
     assert after == before
@@ -185,7 +186,7 @@ def test_a_broken_folder_is_refused_in_one_line(folder: Path, case: str) -> None
     break_it, message = BROKEN[case]
     break_it(folder)
     with pytest.raises(CdlmError) as caught:
-        generation.load(folder)
+        load(folder)
     assert message in str(caught.value)
     said = str(caught.value)
     assert "\n" not in said or "Type-check" in said  # the type checks of these tests speak at length
@@ -193,19 +194,19 @@ def test_a_broken_folder_is_refused_in_one_line(folder: Path, case: str) -> None
 
 def test_an_unknown_precision_is_refused(folder: Path) -> None:
     with pytest.raises((CdlmError, TypeError), match="fp16"):  # the type checks of these tests come first
-        generation.load(folder, precision="fp16")  # pyright: ignore[reportArgumentType]
+        load(folder, precision="fp16")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "runs/nowhere", "a/b/c", "~/nowhere", ""])
 def test_no_folder(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CdlmError, match="expected"):
-        generation.load(name)
+        load(name)
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:
     with pytest.raises(CdlmError, match="not a model folder"):
-        generation.load(folder / "config.json")
+        load(folder / "config.json")
 
 
 def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -215,14 +216,14 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CdlmError, match="could not be fetched from the Hub") as caught:
-        generation.load("nobody/nothing")
+        load("nobody/nothing")
     assert "\n" not in str(caught.value)
 
 
 def test_a_device_that_is_not_there(folder: Path) -> None:
     for device in ("cuda:99", "abacus"):
         with pytest.raises(CdlmError, match="use cpu"):
-            generation.load(folder, device)
+            load(folder, device=device)
 
 
 @pytest.mark.parametrize("config", [{}, {"system": None}, {"system": "cdcd"}, {"system": "cdcd", "vocab": 5, "x": 1}])
@@ -260,7 +261,7 @@ def test_a_full_disk_leaves_the_old_weights(
     finally:
         assert contents(folder)["model.safetensors"] == before["model.safetensors"]
         assert set(contents(folder)) == set(before)
-    assert torch.equal(logits(generation.load(folder)), logits(model))
+    assert torch.equal(logits(load(folder)), logits(model))
 
 
 # --- replacing ---
@@ -331,7 +332,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_survives(folder: Path) -> None:
-    again = generation.load(folder).tokenizer
+    again = load(folder).tokenizer
     assert again is not None
     text = "the cat — añ  <|endoftext|>\n"
     assert again.encode(text) == tokenizer().encode(text)

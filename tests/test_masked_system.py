@@ -15,6 +15,7 @@ from test_training_run import Crash, assert_same_run, crash_at, rows, run, saved
 from torch import Tensor, nn
 from toys import TEXT, VOCAB, lively_masked, masked, masked_with_tokenizer, tokenizer
 
+from cdlm.api import generate, load
 from cdlm.cli.main import main
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.errors import CdlmError
@@ -305,11 +306,11 @@ def test_a_loaded_model_is_the_saved_one(tmp_path: Path, ends: bool) -> None:
     model = masked_with_tokenizer(weight="flat")
     model.ends = ends
     model.save_pretrained(tmp_path / "model")
-    again = generation.load(tmp_path / "model")
+    again = load(tmp_path / "model")
     assert isinstance(again, MaskedDiffusion)
     assert (again.ends, again.length, again.config) == (ends, model.length, model.config)
     assert (again.constants, again.flat, again.training) == (model.constants, True, False)
-    ours, theirs = (generation.generate(m, n=3, prompts=["the"], seed=2) for m in (model, again))
+    ours, theirs = (generate(m, n=3, prompts=["the"], seed=2) for m in (model, again))
     assert (ours.tokens == theirs.tokens).all()
     assert ours.texts == theirs.texts
     again.save_pretrained(tmp_path / "again")
@@ -326,7 +327,7 @@ def test_a_text_ends_at_its_first_end_if_the_model_was_trained_on_whole_document
         model.network.get_parameter("output.weight").zero_()
         bias = model.network.get_parameter("output.bias").fill_(-100.0)
         bias[[eos, word]] = 0.0
-    samples = generation.generate(model, n=6, seed=1)
+    samples = generate(model, n=6, seed=1)
     text_of = {eos: "\n", word: "a"}
     whole = ["".join(text_of[token] for token in row) for row in samples.tokens.tolist()]
     assert samples.texts == ([text.split("\n")[0] for text in whole] if ends else whole)
@@ -429,11 +430,11 @@ def test_a_run_from_text_to_samples(tmp_path: Path, cut: str) -> None:
     assert len((tmp_path / "run" / "samples" / "step_000002.txt").read_text().splitlines()) >= 2
     assert all(float(value) > 0 for value in (rows(tmp_path / "run")[-1][f"nats_u{i}"] for i in (0, 9)) if value)
     assert float(rows(tmp_path / "run")[-1]["valid_nats"]) > 0
-    model = generation.load(tmp_path / "run")
+    model = load(tmp_path / "run")
     assert isinstance(model, MaskedDiffusion)
     assert (model.length, model.ends) == (16, cut == "filled")
     assert model.constants == Constants(mask_id=2, eos_id=0)
-    samples = generation.generate(model, n=2, prompts=["the cat"])
+    samples = generate(model, n=2, prompts=["the cat"])
     assert all(text.startswith("the cat") for text in samples.texts)
     main(["train", "--resume", str(tmp_path / "run"), "--training.steps", "3", "--quiet"])
     assert rows(tmp_path / "run")[-1]["step"] == "3"
