@@ -459,7 +459,7 @@ def test_positions_that_cannot_be_scored() -> None:
             lambda: Measure.of("ODE", nats_of([1.0, math.nan], 0.1), np.ones(2, int), np.ones(2, int)),
             "the ODE of 1 of 2 rows is not a number",
         ),
-        (lambda: LikelihoodSettings(batch_size=0), "batch_size must be >= 1"),
+        (lambda: LikelihoodSettings(batch_size=0), "batch_size >= 1"),
         (lambda: bound(Oracle(), toy_text(vocab=7), levels=0), "levels >= 1"),
         (lambda: nelbo(toys.masked(), toy_text(), levels=0), "levels >= 1"),
         (

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from oracle import Oracle
+from setups import diffusion
 
-from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.core.types import Decision, StepState
 from cdlm.halting import For, Patience, Stateless
 from cdlm.masked.policies.policy import LIGHT, Choice, Policy, View, proposal
@@ -91,9 +92,7 @@ def test_they_halt_at_the_same_steps() -> None:
     asked = [Request(i, torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.bool)) for i in range(5)]
     taken = []
     for rule in (Confident(0.05), Computed(0.05)):
-        steps = [
-            step.state.step[step.done] for step in Run(Oracle(), Sampler(steps=30, criterion=rule), 2).steps(asked)
-        ]
-        taken.append(torch.cat(steps).tolist())
+        loop = DiffusionLoop(Oracle(), *diffusion(steps=30, criterion=rule), 2)
+        taken.append(torch.cat([step.state.step[step.done] for step in loop.steps(asked)]).tolist())
     assert taken[0] == taken[1]
     assert 0 < min(taken[0]) <= max(taken[0]) < 29

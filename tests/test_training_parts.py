@@ -40,7 +40,7 @@ from cdlm.training.validation import losses_by_level, validation_metrics
      ("validate_every", 0), ("checkpoint_every", 0), ("seed", -1)],
 )  # fmt: skip
 def test_options_out_of_range_are_named_with_their_range(name: str, value: Any) -> None:
-    with pytest.raises(CdlmError, match=rf"^{name} must be in \[.*\], got "):
+    with pytest.raises(CdlmError, match=rf"^training needs a .*\b{name}\b.*, got "):
         TrainOptions(**{name: value})
 
 

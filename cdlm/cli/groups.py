@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.evaluation.plots.figure import check_plot_path
 from cdlm.halting.calibration import Goal
@@ -23,8 +24,7 @@ class JudgeOptions:
     """Training steps of the small GPT-2."""
 
     def __post_init__(self) -> None:
-        if self.judge_steps < 1:
-            raise CdlmError(f"judge_steps must be >= 1, got {self.judge_steps}")
+        check_whole("the judge", judge_steps=self.judge_steps)
 
 
 @dataclass(frozen=True)

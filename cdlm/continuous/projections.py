@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cdlm.core.errors import CdlmError
+from cdlm.core.checks import check_number
 from cdlm.core.parsing import Registry
 from cdlm.core.rng import StepNoise
 
@@ -54,7 +54,7 @@ class Drawn(Projection):
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        check_top_p(self.top_p)
+        check_number("Drawn", least=0, most=1, top_p=self.top_p)
 
     def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: StepNoise) -> Float[Tensor, "b n d"]:
         kept = nucleus(logits, self.top_p)
@@ -75,7 +75,7 @@ class MultiHot(Projection):
     top_p: float = 0.2
 
     def __post_init__(self) -> None:
-        check_top_p(self.top_p)
+        check_number("MultiHot", least=0, most=1, top_p=self.top_p)
 
     def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: StepNoise) -> Float[Tensor, "b n d"]:
         return denoiser.mix(nucleus(logits, self.top_p).to(logits.dtype))
@@ -93,18 +93,12 @@ class Uneven(Projection):
     top_p: float = 0.2
 
     def __post_init__(self) -> None:
-        check_top_p(self.top_p)
+        check_number("Uneven", least=0, most=1, top_p=self.top_p)
 
     def __call__(self, denoiser: Denoiser, logits: Float[Tensor, "b n v"], draws: StepNoise) -> Float[Tensor, "b n d"]:
         gap = logits.amax(-1, keepdim=True) - logits
         edge = 2 * denoiser.rho / math.sqrt(denoiser.dim)  # 2 K: from weight 0 to weight 1
         return denoiser.mix((1 - gap / edge).clamp(min=0) * nucleus(logits, self.top_p))
-
-
-def check_top_p(top_p: float) -> None:
-    """Raise unless it is a probability."""
-    if not 0 <= top_p <= 1:
-        raise CdlmError(f"top_p is the mass of a nucleus in [0, 1], got {top_p}")
 
 
 def nucleus(logits: Float[Tensor, "*b n v"], top_p: float) -> Bool[Tensor, "*b n v"]:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cdlm.core.checks import check_number
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.core.rng import StepNoise
@@ -141,10 +142,7 @@ class TorchDiffEq(Solver):
             adams = "adams" in self.method
             why = "starts anew in each interval, where it is rk4" if adams else "is no method of torchdiffeq's for this"
             raise CdlmError(f"{self.method!r} {why}: use one of {', '.join(FIXED + ADAPTIVE)}")
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
-                raise CdlmError(f"TorchDiffEq needs a number {name} > 0, got {value!r}")
+        check_number("TorchDiffEq", above=0, rtol=self.rtol, atol=self.atol)
 
     def advance(self, memory: Memory, interval: Interval, estimate: Estimate) -> tuple[Memory, Advance]:
         z, x0, t, t_next, _ = interval

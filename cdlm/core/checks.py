@@ -11,6 +11,8 @@ from collections.abc import Collection
 
 from cdlm.core.errors import CdlmError
 
+Number = int | float
+
 
 def check_whole(owner: str, /, *, least: int = 1, optional: bool = False, hint: str = "", **settings: object) -> None:
     """Raise unless each setting is an integer of at least `least`; if `optional`, None passes too."""
@@ -22,8 +24,8 @@ def check_whole(owner: str, /, *, least: int = 1, optional: bool = False, hint: 
 
 
 def check_number(
-    owner: str, /, *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf,
-    most: float = math.inf, infinite: bool = False, optional: bool = False, hint: str = "", **settings: object,
+    owner: str, /, *, above: Number = -math.inf, least: Number = -math.inf, below: Number = math.inf,
+    most: Number = math.inf, infinite: bool = False, optional: bool = False, hint: str = "", **settings: object,
 ) -> None:  # fmt: skip
     """Raise unless each setting is a number in a range. NaN is in none.
 
@@ -49,7 +51,7 @@ def check_choice(owner: str, choices: Collection[object], /, *, hint: str = "", 
             raise _error(f"{owner} needs {name} to be one of {', '.join(map(str, choices))}", value, hint)
 
 
-def _inside(value: object, above: float, least: float, below: float, most: float, infinite: bool) -> bool:
+def _inside(value: object, above: Number, least: Number, below: Number, most: Number, infinite: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     low = value > above if above > -math.inf else value >= least
@@ -57,7 +59,7 @@ def _inside(value: object, above: float, least: float, below: float, most: float
     return low and high and (infinite or -math.inf < value < math.inf)
 
 
-def _range(name: str, above: float, least: float, below: float, most: float) -> str:
+def _range(name: str, above: Number, least: Number, below: Number, most: Number) -> str:
     """The name between its ends, such as `nats > 0` or `0 <= warmup < 1`."""
     high = f" < {below:g}" if below < math.inf else f" <= {most:g}" if most < math.inf else ""
     if high:

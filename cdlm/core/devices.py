@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.progress import announce
 
@@ -70,7 +71,5 @@ class MachineOptions(DeviceOptions):
     """Samples or rows that are worked on at a time."""
 
     def __post_init__(self) -> None:
-        for name in ("devices", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise CdlmError(f"{name} must be >= 1, got {value}")
+        check_whole("the machine", devices=self.devices)
+        check_whole("the machine", optional=True, batch_size=self.batch_size)

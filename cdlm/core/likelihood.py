@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cdlm.core.checks import check_choice, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.trees import join, take
 
@@ -92,16 +93,13 @@ class Ode:
     state: torch.dtype = torch.float64
 
     def __post_init__(self) -> None:
-        for name in ("steps", "probes"):
-            if getattr(self, name) < 1:
-                raise CdlmError(f"the ODE needs {name} >= 1, got {getattr(self, name)}")
+        check_whole("the ODE", steps=self.steps, probes=self.probes)
         if self.method not in METHODS:
             raise CdlmError(
                 f"the ODE likelihood has no method {self.method!r}: use one of {', '.join(METHODS)}; the others mix"
                 " the rows, or need steps of one size"
             )
-        if self.law not in ("rademacher", "gaussian"):
-            raise CdlmError(f"law must be rademacher or gaussian, got {self.law!r}")
+        check_choice("the ODE", ("rademacher", "gaussian"), law=self.law)
         if self.state not in (torch.float64, torch.float32):
             raise CdlmError(
                 f"the state of the ODE must be float64 or float32, got {self.state}: the log density is a small"
@@ -128,10 +126,7 @@ class LikelihoodSettings:
     read_out: float | None = None
 
     def __post_init__(self) -> None:
-        if self.levels < 1:
-            raise CdlmError(f"the bound needs levels >= 1, got {self.levels}")
-        if self.batch_size < 1:
-            raise CdlmError(f"batch_size must be >= 1, got {self.batch_size}")
+        check_whole("the bound", levels=self.levels, batch_size=self.batch_size)
 
 
 def in_batches(

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cdlm.core.checks import check_number, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.data.tokenizer import encode_batch
@@ -80,10 +81,8 @@ class Span(Masking):
     unconditional: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.max_spans < 1:
-            raise CdlmError(f"Span: max_spans must be at least 1, got {self.max_spans}; give a positive integer")
-        if not 0 <= self.unconditional <= 1:
-            raise CdlmError(f"Span: unconditional is a probability in [0, 1], got {self.unconditional}")
+        check_whole("Span", max_spans=self.max_spans)
+        check_number("Span", least=0, most=1, unconditional=self.unconditional)
 
     def __call__(
         self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], generator: torch.Generator
@@ -123,10 +122,8 @@ class Block(Masking):
     beginning: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise CdlmError(f"Block: expected a size of 1 or more, got {self.size}; give a positive integer")
-        if not 0 <= self.beginning <= 1:
-            raise CdlmError(f"Block: beginning is a share of rows in [0, 1], got {self.beginning}")
+        check_whole("Block", size=self.size)
+        check_number("Block", least=0, most=1, beginning=self.beginning)
 
     @property
     def blocks(self) -> frozenset[int]:

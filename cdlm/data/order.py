@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int64, UInt64
 from torch.utils.data import DataLoader, Subset
 
+from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Batch
 from cdlm.data.store import Row, TextRows
@@ -81,10 +82,9 @@ class RowLoader:
     def __init__(
         self, rows: TextRows, batch_size: int, seed: int, rank: int = 0, world: int = 1, workers: int = 0
     ) -> None:
-        if batch_size < 1:
-            raise CdlmError(f"batch size must be at least 1, got {batch_size}")
+        check_whole("a loader", batch_size=batch_size, world=world)
         if not 0 <= rank < world:
-            raise CdlmError(f"rank must lie in [0, world), got rank {rank} of world {world}")
+            raise CdlmError(f"a loader needs a rank in [0, world), got rank {rank} of world {world}")
         self.rows, self.batch_size, self.rank, self.world, self.workers = rows, batch_size, rank, world, workers
         self.order = Order(len(rows), seed)
         self._batches = 0
@@ -120,8 +120,8 @@ class RowLoader:
 
 def fixed_batches(rows: TextRows, batch_size: int, limit: int | None = None) -> DataLoader:
     """The first `limit` rows (all if None) in order, each once, for validation; the last batch may be smaller."""
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise CdlmError(f"batch size and limit must be at least 1, got {batch_size} and {limit}")
+    check_whole("a loader", batch_size=batch_size)
+    check_whole("a loader", optional=True, limit=limit)
     chosen = range(len(rows) if limit is None else min(limit, len(rows)))
     return DataLoader(Subset(rows, chosen), batch_size, collate_fn=collate, generator=torch.Generator())
 

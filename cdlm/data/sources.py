@@ -18,6 +18,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
+from cdlm.core.checks import check_number
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.data import arithmetic
@@ -57,7 +58,7 @@ class Stdlib(Source):
     valid_fraction: float = 0.05
 
     def __post_init__(self) -> None:
-        _check_fraction(self.valid_fraction)
+        _check_fraction(type(self).__name__, self.valid_fraction)
 
     def documents(self, split: Split) -> Iterator[str]:
         """Help topics first, then docstrings by path and place in the file."""
@@ -155,7 +156,7 @@ class Files(Source):
     valid_fraction: float = 0.05
 
     def __post_init__(self) -> None:
-        _check_fraction(self.valid_fraction)
+        _check_fraction(type(self).__name__, self.valid_fraction)
         if not self.paths:
             raise CdlmError("Files: expected at least one path, got none")
 
@@ -212,7 +213,7 @@ class Hub(Source):
     valid_fraction: float = 0.05
 
     def __post_init__(self) -> None:
-        _check_fraction(self.valid_fraction)
+        _check_fraction(type(self).__name__, self.valid_fraction)
 
     def documents(self, split: Split) -> Iterator[str]:
         """The column's texts in the order of the data set, blank ones dropped."""
@@ -259,9 +260,8 @@ class Hub(Source):
             ) from error
 
 
-def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction <= 0.5:
-        raise CdlmError(f"valid_fraction must lie in (0, 0.5], got {fraction}; 0.05 holds out every 20th document")
+def _check_fraction(source: str, fraction: float) -> None:
+    check_number(source, above=0, most=0.5, hint="0.05 holds out every 20th document", valid_fraction=fraction)
 
 
 def _digest(*parts: Any) -> str:

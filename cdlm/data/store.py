@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, Shaped
 from torch.utils.data import Dataset
 
+from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.data.sources import Source, Split
 from cdlm.data.tokenizer import encode_batch, tokenizer_hash
@@ -126,7 +127,7 @@ class PackedRows(TextRows):
     """
 
     def __init__(self, store: TokenStore, length: int) -> None:
-        _check_length(length)
+        check_whole("a row", length=length)
         total = len(store.tokens) + len(store)
         if total < length:
             raise CdlmError(
@@ -164,7 +165,7 @@ class DocumentRows(TextRows):
     """One document a row: its tokens and EOS, cut to `length`, padded on the right (valid is False there)."""
 
     def __init__(self, store: TokenStore, length: int) -> None:
-        _check_length(length)
+        check_whole("a row", length=length)
         self.store, self.length = store, length
         self.key = f"documents-{length}-{store.key}"
 
@@ -277,8 +278,3 @@ def _cannot_write(cache_dir: Path, error: OSError, written: int) -> CdlmError:
         )
     reason = error.strerror or error
     return CdlmError(f"cannot write the token store in {cache_dir} ({reason}); choose another cache folder")
-
-
-def _check_length(length: int) -> None:
-    if length < 1:
-        raise CdlmError(f"the length of a row must be at least 1, got {length}")

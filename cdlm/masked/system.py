@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from cdlm.core.checks import check_choice, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.types import Batch
@@ -92,9 +93,8 @@ class Masked(SystemConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_least(1, "dim")
-        if self.weight not in ("elbo", "flat"):
-            raise CdlmError(f"weight must be elbo or flat, got {self.weight!r}")
+        check_whole("Masked", dim=self.dim)
+        check_choice("Masked", ("elbo", "flat"), weight=self.weight)
 
     def build(self, vocab: int, special: Special | None = None) -> MaskedDiffusion:
         mask = None if special is None else special.mask_id

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Batch
 from cdlm.models.hub import Pretrained
@@ -130,19 +131,10 @@ class SystemConfig(ABC):
         """A freshly initialised system over `vocab` tokens. Draws from torch's global generator: seed it first."""
 
     def __post_init__(self) -> None:
-        self._check_least(1, "width", "depth", "heads", "mlp_ratio")
+        sizes = {name: getattr(self, name) for name in ("width", "depth", "heads", "mlp_ratio")}
+        check_whole(type(self).__name__, **sizes)
         if self.width % (2 * self.heads):
             raise CdlmError(
                 f"width must be a multiple of 2 * heads, got width={self.width} and heads={self.heads}:"
                 f" try width={max(1, self.width // (2 * self.heads)) * 2 * self.heads}"
             )
-
-    def _check_least(self, least: int, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < least:
-                raise CdlmError(f"{name} must be >= {least}, got {getattr(self, name)}")
-
-    def _check_shares(self, *names: str) -> None:
-        for name in names:
-            if not 0 <= getattr(self, name) <= 1:
-                raise CdlmError(f"{name} is a share of rows in [0, 1], got {getattr(self, name)}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cdlm.continuous.systems import SYSTEMS as CONTINUOUS
 from cdlm.continuous.systems.cdcd import CDCD
+from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.data.masking import MASKINGS
@@ -66,12 +67,8 @@ class RunConfig:
     training: TrainOptions = field(default_factory=TrainOptions)
 
     def __post_init__(self) -> None:
-        for name in ("length", "batch_size", "validation_rows"):
-            if getattr(self, name) < 1:
-                raise CdlmError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("preview", "workers"):
-            if getattr(self, name) < 0:
-                raise CdlmError(f"{name} must be >= 0, got {getattr(self, name)}")
+        check_whole("a run", length=self.length, batch_size=self.batch_size, validation_rows=self.validation_rows)
+        check_whole("a run", least=0, preview=self.preview, workers=self.workers)
         law, block = MASKINGS.parse(self.masking), getattr(self.system, "block", None)
         if block is None:
             return

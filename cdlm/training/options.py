@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
+from cdlm.core.checks import check_number, check_whole
 from cdlm.core.errors import CdlmError
 
 
@@ -61,19 +61,13 @@ class TrainOptions:
     """Fixes noise and masks, and in `cdlm train` the first weights and the order of rows."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "devices", "validate_every", "checkpoint_every", "log_every"):
-            self._check(name, 1.0, math.inf)
-        for name in ("warmup", "weight_decay", "seed"):
-            self._check(name, 0.0, math.inf)
-        for name in ("lr", "schedule_lr", "muon_lr"):
-            self._check(name, 0.0, 10.0)
-        self._check("final_lr_ratio", 0.0, 1.0)
-        self._check("ema", 0.0, 0.999999)
-        self._check("clip", 1e-6, math.inf)
+        counts = ("steps", "accumulate", "devices", "validate_every", "checkpoint_every", "log_every")
+        check_whole("training", **{name: getattr(self, name) for name in counts})
+        check_whole("training", least=0, warmup=self.warmup, seed=self.seed)
+        check_number("training", least=0, most=10, lr=self.lr, schedule_lr=self.schedule_lr, muon_lr=self.muon_lr)
+        check_number("training", least=0, weight_decay=self.weight_decay)
+        check_number("training", least=0, most=1, final_lr_ratio=self.final_lr_ratio)
+        check_number("training", least=0, most=0.999999, ema=self.ema)
+        check_number("training", least=1e-6, infinite=True, clip=self.clip)
         if self.strategy == "fsdp" and self.optimizer == "muon":
             raise CdlmError("strategy='fsdp' needs optimizer='adamw', got 'muon': set it, or take strategy='ddp'")
-
-    def _check(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        if not low <= value <= high:  # false for NaN too
-            raise CdlmError(f"{name} must be in [{low:g}, {high:g}], got {value}")

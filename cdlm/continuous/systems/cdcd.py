@@ -8,6 +8,7 @@ from typing import Literal
 from cdlm.continuous.embedding import OutputPrior, TokenEmbedding
 from cdlm.continuous.schedules import TimeWarp, check_range
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
+from cdlm.core.checks import check_number, check_whole
 from cdlm.models.transformer import Transformer
 from cdlm.sampling.texts import Special
 
@@ -39,9 +40,10 @@ class CDCD(ContinuousConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_least(1, "dim")
+        check_whole("CDCD", dim=self.dim)
         check_range(self.t_min, self.t_max)
-        self._check_shares("self_conditioning", "guidance_dropout")
+        check_number("CDCD", least=0, most=1, self_conditioning=self.self_conditioning)
+        check_number("CDCD", least=0, most=1, guidance_dropout=self.guidance_dropout)
 
     def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion:
         embedding = TokenEmbedding(vocab, self.dim)

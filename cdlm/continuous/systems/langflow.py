@@ -17,6 +17,7 @@ from cdlm.continuous.objectives import CrossEntropy, Seeded
 from cdlm.continuous.published.langflow import MLP_RATIO, DiT, LangFlowLayout, PreconditionedInput
 from cdlm.continuous.schedules import Schedule, gamma_of, t_of_gamma
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
+from cdlm.core.checks import check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.models.hub import read_tokenizer, ready
 from cdlm.models.transformer import Transformer
@@ -114,18 +115,16 @@ class LangFlow(ContinuousConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_least(1, "dim", "cond")
-        self._check_least(0, "output_prior_warmup", "fit_delay")
-        self._check_shares("self_conditioning", "guidance_dropout")
-        if not 0 < self.cutoff < 0.5:
-            raise CdlmError(f"cutoff is a share of levels in (0, 1/2), got {self.cutoff}")
+        check_whole("LangFlow", dim=self.dim, cond=self.cond)
+        check_whole("LangFlow", least=0, output_prior_warmup=self.output_prior_warmup, fit_delay=self.fit_delay)
+        check_number("LangFlow", least=0, most=1, self_conditioning=self.self_conditioning)
+        check_number("LangFlow", least=0, most=1, guidance_dropout=self.guidance_dropout)
+        check_number("LangFlow", above=0, below=0.5, cutoff=self.cutoff)
         self._check_network()
 
     def _check_network(self) -> None:
-        if self.network not in ("shared", "released"):
-            raise CdlmError(f"network must be shared or released, got {self.network!r}")
-        if not 0 <= self.dropout < 1:
-            raise CdlmError(f"dropout is a share in [0, 1), got {self.dropout}")
+        check_choice("LangFlow", ("shared", "released"), network=self.network)
+        check_number("LangFlow", least=0, below=1, dropout=self.dropout)
         if self.network == "shared" and self.dropout:
             raise CdlmError(f"the shared network has no dropout, got {self.dropout}: set it to 0, or network=released")
         if self.network == "released" and (self.dim, self.mlp_ratio, self.gates) != (self.width, MLP_RATIO, True):

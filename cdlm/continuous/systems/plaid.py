@@ -20,6 +20,7 @@ from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.schedules import Schedule, t_of_gamma
 from cdlm.continuous.solvers import Ancestral
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
+from cdlm.core.checks import check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.models.transformer import Transformer
 from cdlm.sampling.texts import Special
@@ -124,13 +125,13 @@ class Plaid(ContinuousConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.network not in ("shared", "released"):
-            raise CdlmError(f"network is shared or released, got {self.network!r}")
-        self._check_least(1, "dim", "base_width")
-        if not self.gamma_min < self.gamma_max:
-            raise CdlmError(f"gamma_min must be below gamma_max, got {self.gamma_min} and {self.gamma_max}")
-        self._check_least(0, "output_prior_warmup")
-        self._check_shares("self_conditioning", "guidance_dropout")
+        check_choice("Plaid", ("shared", "released"), network=self.network)
+        check_whole("Plaid", dim=self.dim, base_width=self.base_width)
+        check_number("Plaid", gamma_min=self.gamma_min)
+        check_number("Plaid", above=self.gamma_min, gamma_max=self.gamma_max)
+        check_whole("Plaid", least=0, output_prior_warmup=self.output_prior_warmup)
+        check_number("Plaid", least=0, most=1, self_conditioning=self.self_conditioning)
+        check_number("Plaid", least=0, most=1, guidance_dropout=self.guidance_dropout)
         if self.network == "released" and not self.gates:
             raise CdlmError("gates are of the shared network, the released one has none: leave the setting out")
         if self.network == "shared" and self.base_width != BASE_WIDTH:

@@ -21,6 +21,7 @@ from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.schedules import Schedule, alpha_of
 from cdlm.continuous.solvers import Renoise
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
+from cdlm.core.checks import check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Condition
 from cdlm.models.transformer import Transformer
@@ -167,18 +168,15 @@ class SSD(ContinuousConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_least(1, "dim", "block", "positions")
-        if not 0 < self.k < math.inf:
-            raise CdlmError(f"k must be > 0, got {self.k}: the paper's is 5")
-        if not 0 <= self.dropout < 1:
-            raise CdlmError(f"dropout is a share in [0, 1), got {self.dropout}")
+        check_whole("SSD", dim=self.dim, block=self.block, positions=self.positions)
+        check_number("SSD", above=0, k=self.k, hint="the paper's is 5")
+        check_number("SSD", least=0, below=1, dropout=self.dropout)
         MultiHot(self.top_p)
         self._check_network()
 
     def _check_network(self) -> None:
         own = {"shared": ("dim", "gates"), "roberta": ("start", "positions", "dropout")}
-        if self.network not in own:
-            raise CdlmError(f"network must be shared or roberta, got {self.network!r}")
+        check_choice("SSD", list(own), network=self.network)
         for network, fields in own.items():
             for name in fields:
                 if network != self.network and getattr(self, name) != getattr(SSD, name):
