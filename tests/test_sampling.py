@@ -1,6 +1,7 @@
 """Laws of the sampling loop, on the oracle denoiser in float64, bit for bit."""
 
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from cdlm.halting import AngleConvergence, Criterion, FixedSteps, For, FromStep,
 from cdlm.sampling.requests import Request
 
 N = 6
-SOLVERS = (Euler(), Heun(), TorchDiffEq("midpoint", double=True), TorchDiffEq("dopri5", double=True))
+SOLVERS = (Euler(), Heun(), TorchDiffEq("midpoint", double=True), TorchDiffEq("dopri5", 0.05, 0.05, double=True))
 CRITERIA = (
     Never(),
     Patience(3),
@@ -57,16 +58,20 @@ def draw(sampler: Setup, asked: list[Request], batch_size: int) -> dict[int, tup
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_a_batch_equals_its_members_alone(solver: Solver, criterion: Criterion) -> None:
     sampler = diffusion(steps=9, solver=solver, criterion=criterion, record=frozenset({"switches", "score_cosine"}))
-    together = draw(sampler, requests(range(5)), batch_size=3)
-    alone = {i: draw(sampler, requests([i]), batch_size=1)[i] for i in range(5)}
+    together = draw(sampler, requests(range(4)), batch_size=3)
+    alone = {i: draw(sampler, requests([i]), batch_size=1)[i] for i in range(4)}
     assert together == alone
 
 
-@settings(max_examples=20)
+@cache
+def in_order() -> dict[int, tuple]:
+    return draw(diffusion(steps=12, criterion=Patience(3)), requests(range(6)), 6)
+
+
+@settings(max_examples=12)
 @given(order=st.permutations(range(6)), batch_size=st.integers(1, 8))
 def test_order_and_batch_size_do_not_matter(order: list[int], batch_size: int) -> None:
-    sampler = diffusion(steps=12, criterion=Patience(3))
-    assert draw(sampler, requests(order), batch_size) == draw(sampler, requests(range(6)), 6)
+    assert draw(diffusion(steps=12, criterion=Patience(3)), requests(order), batch_size) == in_order()
 
 
 @pytest.mark.parametrize("solver", [Euler(), Heun()], ids=repr)
@@ -85,7 +90,7 @@ def test_a_halted_row_is_a_prefix_of_the_full_run(solver: Solver) -> None:
         assert all(torch.equal(a, b) for a, b in zip(halted[i], full[i], strict=False))
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(strict=st.floats(0.001, 0.9), factor=st.floats(1, 5), patience=st.integers(1, 8), more=st.integers(0, 5))
 def test_a_looser_threshold_never_halts_later(strict: float, factor: float, patience: int, more: int) -> None:
     pairs: list[tuple[Criterion, Criterion]] = [
@@ -95,8 +100,7 @@ def test_a_looser_threshold_never_halts_later(strict: float, factor: float, pati
         (For(NormConvergence(strict), patience + more), For(NormConvergence(strict), patience)),
     ]
     for tight, loose in pairs:
-        late = draw(diffusion(steps=15, criterion=tight), requests(range(3)), 3)
-        early = draw(diffusion(steps=15, criterion=loose), requests(range(3)), 3)
+        late, early = (draw(diffusion(steps=15, criterion=rule), requests(range(3)), 3) for rule in (tight, loose))
         assert all(early[i][2] <= late[i][2] for i in late)
 
 
