@@ -72,9 +72,9 @@ def measure(seconds: float, threads: int) -> float:
     torch.manual_seed(0)
     options, system = TrainOptions(), CDCD(gates=True).build(VOCAB).train()
     optimizer = build_optimizer(system.parameter_groups(), options)
-    noise, step, began, first = torch.Generator().manual_seed(0), 0, 0.0, 3
+    noise, step, began, first = torch.Generator().manual_seed(0), 0, 0.0, 1
     while step <= first or time.perf_counter() - began < seconds:
-        if step == first:  # the steps before it warm up
+        if step == first:  # the step before it warms up
             began = time.perf_counter()
         tokens = torch.randint(VOCAB, (ROWS, LENGTH), generator=noise)
         optimizer.zero_grad()
@@ -100,6 +100,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for setting in SETTINGS:
             speeds[setting].append(speed(setting, args))
+            print(f"{setting}: {speeds[setting][-1]:,.0f} tokens/s", file=sys.stderr)
     load = os.getloadavg()[0]
     print(f"{args.threads} threads, {os.cpu_count()} cores, {args.busy} busy beside, load at the end {load:.1f}")
     print("machine  policy    tokens/s   of quiet default   range")
