@@ -2,13 +2,21 @@
 
 import inspect
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import cdlm
+from cdlm.cli import completion
+from cdlm.cli.commands import COMMANDS
 from cdlm.cli.main import main
 from cdlm.continuous.grids import GRIDS
 from cdlm.continuous.projections import PROJECTIONS
@@ -24,6 +32,9 @@ SUBJECTS = ("the cat", "the dog", "a bird", "a mouse", "the old man", "my sister
 PLACES = ("on the mat", "by the river", "in the garden", "under a tree", "near the house", "on the roof")
 TEXT = "".join(f"{s} sat {p} and {q} saw it.\n" for s in SUBJECTS for p in PLACES for q in SUBJECTS)
 VOCAB, LENGTH = 270, 16
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "numpy", "transformers", "jsonargparse", "lightning", "yaml"}
+"""What takes long to import."""
 QUIET = ("--training.accelerator", "cpu", "--quiet")
 SMALL = (
     "--system.width", "16", "--system.depth", "1", "--system.heads", "2", "--system.dim", "8",
@@ -258,7 +269,143 @@ def test_training_says_on_which_device_it_runs_unless_it_is_quiet(
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(arguments)
-    assert "usage: cdlm COMMAND" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "usage: cdlm COMMAND" in shown
+    for command in COMMANDS:
+        assert f"  {command.name} " in shown
+        assert command.help in shown
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"cdlm {cdlm.__version__}\n"
+    assert cdlm.__version__ == version("cdlm")
+
+
+def python(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the folder of the project, with environment variables that are unset where they are empty."""
+    environment = {key: value for key, value in {**os.environ, **variables}.items() if value}
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("module", ["cdlm", "cdlm.cli"])
+def test_the_package_is_a_program(module: str) -> None:
+    done = python("-m", module, "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"cdlm {cdlm.__version__}\n", "")
+    done = python("-m", module, "smaple")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("cdlm: there is no command 'smaple' (did you mean sample?)")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
+def test_the_command_line_is_light_until_it_knows_its_command(arguments: list[str]) -> None:
+    program = (
+        f"from cdlm.cli.main import main; main({arguments}); import sys; print(*sorted({HEAVY} & set(sys.modules)))"
+    )
+    assert python("-c", program).stdout.splitlines()[-1] == ""
+
+
+@pytest.mark.parametrize(("given", "expected"), [("", "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_threads_wait_passively_before_torch_is_there(script: str, given: str, expected: str) -> None:
+    """Where a command's module is imported, the variable is set and torch is not there yet, for either script."""
+    program = (
+        "import importlib, os, runpy, sys\n"
+        "def look(module):\n"
+        "    print(module, os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
+        "    raise SystemExit(0)\n"
+        "import cdlm.cli.main\n"
+        "cdlm.cli.main.import_module = look\n"
+        f"runpy.run_path({script!r}, run_name='__main__')\n"
+    )
+    name = {"train.py": "cdlm.cli.train", "sample.py": "cdlm.cli.commands.sample"}[script]
+    assert python("-c", program, OMP_WAIT_POLICY=given).stdout == f"{name} {expected} False\n"
+
+
+def test_an_interrupt_is_one_line_and_its_own_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cdlm.cli.commands.replay.read_folder", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main(["replay", "x", "--halt", "Full()"])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "cdlm: interrupted\n"
+
+
+def test_quiet_prints_nothing_and_writes_everything(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    kept, out = tmp_path / "kept", tmp_path / "quiet.jsonl"
+    place.sample("--n", "2", "--quiet")
+    place.sample("--n", "2", "--quiet", "--out", str(out), "--record", str(kept), "--plot", str(tmp_path / "plot.png"))
+    main(["replay", str(kept), "--halt", "Patience(2)", "--out", str(tmp_path / "replayed"), "--quiet"])
+    assert capsys.readouterr() == ("", "")
+    assert len(list((tmp_path / "replayed").iterdir())) == 1
+    assert (tmp_path / "plot.png").exists()
+    place.sample("--n", "2", "--quiet", "false", "--out", str(tmp_path / "loud.jsonl"))
+    assert out.read_bytes() == (tmp_path / "loud.jsonl").read_bytes()
+
+
+def test_the_device_is_named_before_the_progress(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    place.sample("--n", "2", "--device", "cpu")
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "device: cpu"
+    assert second.startswith("samples: 2 of 2, ")
+
+
+def test_places_that_cannot_be_written_are_found_before_any_work(
+    place: Place, refused: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdlm.api.open_session", lambda *_, **__: pytest.fail("at work"))
+    (tmp_path / "file").write_text("x")
+    for option, name in (("--out", "a.jsonl"), ("--plot", "a.png"), ("--record", "a")):
+        below = tmp_path / "file" / name
+        assert f"cannot write {below}" in refused(place.sample, option, str(below))
+
+
+# --- shell completion ---
+
+
+@pytest.fixture(scope="module")
+def scripts() -> dict[str, str]:
+    """The script for each shell."""
+    return {shell: completion.script(shell) for shell in completion.SHELLS}
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_completion_knows_every_command_and_setting(shell: str, scripts: dict[str, str]) -> None:
+    for command in COMMANDS:
+        assert command.name in scripts[shell]
+    for words in ("--batch-size", "--quiet", "norm-causality", "fp32", "--training.validate-every"):
+        assert words in scripts[shell] or shell == "tcsh"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("cdlm sam", "sample"),
+        ("cdlm sample --batch", "--batch-size"),
+        ("cdlm sample --precision b", "bf16"),
+        ("cdlm study norm-", "norm-causality"),
+        ("cdlm completion z", "zsh"),
+        ("cdlm train --training.validate", "--training.validate-every"),
+        ("cdlm sample --out pypr", "pyproject.toml"),
+    ],
+)
+def test_bash_completes(words: str, expected: str, scripts: dict[str, str]) -> None:
+    last = len(words.split()) - 1
+    program = f'{scripts["bash"]}\nCOMP_WORDS=({words}); COMP_CWORD={last}; _shtab_cdlm; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == ([expected], "")
 
 
 def test_the_help_of_training_lists_its_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,8 @@ class CommandParser(argparse.ArgumentParser):
         description, self._parameters = parameters(call)
         self._preset = dict(defaults or {})
         self._options: dict[str, str] = {}  # with the opposite of those that are flags
-        self._settings: dict[str, Parameter] = {}
+        self.members: dict[str, Parameter] = {}
+        """Every setting by its name, those of groups too."""
         words = [prog, *(p.name if p.default is MISSING else f"[{p.name}]" for p in self._parameters if p.positional)]
         super().__init__(
             prog=prog, usage=" ".join([*words, "[settings]"]), description=_escaped(description), allow_abbrev=False,
@@ -77,7 +78,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def add(self, parameter: Parameter, place: Any = None) -> None:
         """One more setting, in a group of argparse's or among the first."""
-        self._settings[parameter.name] = parameter
+        self.members[parameter.name] = parameter
         place = self if place is None else place
         default = self._preset.get(parameter.name, parameter.default)
         settings = {**reading(parameter.hint), "help": _help(parameter.text, default)}
@@ -102,7 +103,7 @@ class CommandParser(argparse.ArgumentParser):
         found, rest = self.parse_known_intermixed_args(list(self._plain(argv)))
         if rest:
             self.error(f"one word too many: {rest[0]!r}")
-        return {name: v for name, v in vars(found).items() if v is not None or not self._settings[name].positional}
+        return {name: v for name, v in vars(found).items() if v is not None or not self.members[name].positional}
 
     def read(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a mapping, such as that of a YAML file: numbers, texts, lists and None."""
@@ -117,7 +118,7 @@ class CommandParser(argparse.ArgumentParser):
     def arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What to call the function with, of settings over the defaults."""
         given = {**self._preset, **settings}
-        missing = [_option(p.name) for p in self._settings.values() if p.default is MISSING and p.name not in given]
+        missing = [_option(p.name) for p in self.members.values() if p.default is MISSING and p.name not in given]
         if missing:
             self.error(f"{', '.join(missing)} must be given")
         return {p.name: value for p in self._parameters if (value := self._value(p, given)) is not MISSING}
@@ -134,9 +135,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def _check_empty(self, name: str, value: Any) -> None:
         option = _option(name)
-        if name not in self._settings:
+        if name not in self.members:
             raise self._unknown(option)
-        if value is None and types.NoneType not in get_args(self._settings[name].hint):
+        if value is None and types.NoneType not in get_args(self.members[name].hint):
             self.error(f"{option} needs a value")
 
     def _unknown(self, option: str) -> CdlmError:

@@ -15,14 +15,19 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 def run(argv: list[str]) -> None:
     """Print the script for a shell."""
-    import shtab
-
     if argv[:1] in (["-h"], ["--help"]):
         print(f"usage: cdlm completion SHELL, SHELL is one of {', '.join(SHELLS)}")
         return
     if len(argv) != 1 or argv[0] not in SHELLS:
         raise CdlmError(f"completion needs a shell, one of {', '.join(SHELLS)}, got {' '.join(argv) or 'none'}")
-    print(shtab.complete(everything(), argv[0]))
+    print(script(argv[0]))
+
+
+def script(shell: str) -> str:
+    """The script for a shell."""
+    import shtab
+
+    return shtab.complete(everything(), shell)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -88,6 +88,8 @@ def parser() -> Any:
     """All settings, for the help and for completion."""
     made = _add_own(run_parser(PROG))
     made.epilog = ABOUT
+    for action in made._actions:  # as in all other commands; `_full` reads both
+        action.option_strings = [option.replace("_", "-") for option in action.option_strings]
     return made
 
 

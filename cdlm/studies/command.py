@@ -15,7 +15,6 @@ from cdlm.core.devices import resolve_device
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.parsing import nearest
 from cdlm.core.progress import announce
-from cdlm.studies.study import Study
 
 
 def run(argv: list[str]) -> None:
@@ -27,11 +26,10 @@ def run(argv: list[str]) -> None:
     if not argv or argv[0] not in names:
         wrong = f"there is no study {argv[0]!r}{nearest(argv[0], names)}" if argv else "study needs a name"
         raise CdlmError(f"{wrong}: use one of {', '.join(names)}")
-    kind, defaults = studies.find(argv[0])
-    reader = _reader(argv[0], kind, defaults)
-    given = reader.settings(argv[1:])
+    made = reader(argv[0])
+    given = made.settings(argv[1:])
     file = given.pop("config", None)
-    study = call(kind, reader.arguments({**(reader.read(_yaml(file)) if file else {}), **given}))
+    study = call(studies.find(argv[0])[0], made.arguments({**(made.read(_yaml(file)) if file else {}), **given}))
     if not study.quiet:
         announce(f"device: {resolve_device(study.device)}")
     table = study.run(argv[0])
@@ -44,14 +42,16 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cdlm study")
     commands = parser.add_subparsers()
     for name in studies.names():
-        commands.add_parser(name, parents=[_reader(name, *studies.find(name))], add_help=False)
+        commands.add_parser(name, parents=[reader(name)], add_help=False)
     return parser
 
 
-def _reader(name: str, kind: type[Study], defaults: Path) -> CommandParser:
-    reader = CommandParser(kind, f"cdlm study {name}", _yaml(defaults))
-    reader.add(Parameter("config", Path | None, None, "YAML file of these settings"))
-    return reader
+def reader(name: str) -> CommandParser:
+    """Reads the settings of a study, with its defaults."""
+    kind, defaults = studies.find(name)
+    made = CommandParser(kind, f"cdlm study {name}", _yaml(defaults))
+    made.add(Parameter("config", Path | None, None, "YAML file of these settings"))
+    return made
 
 
 def _yaml(file: Path) -> dict[str, Any]:

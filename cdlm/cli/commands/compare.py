@@ -90,7 +90,7 @@ def compare(
         rules: names to sweep, such as Patience or "KL(..., warmup=0.3)", or whole rules; by default all.
         out: folder for compare.csv, compare.md and compare.png.
     """
-    check_places(out)
+    check_places(out / "compare.csv")
     if rival.mauve:
         check_mauve(full.n)
     with ExitStack() as stack:

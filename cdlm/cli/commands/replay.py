@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.files import check_places
 from cdlm.core.types import HaltReason
 from cdlm.halting import parse_criterion
 from cdlm.halting.replay import check_replayable
@@ -27,6 +28,7 @@ def replay(recordings: Path, *, halt: list[str] | None = None, out: Path | None 
     if not halt:
         raise CdlmError('replay needs rules to try: --halt "Patience(20)" "Entropy(0.05)"')
     rules = [parse_criterion(rule) for rule in halt]
+    check_places(None if out is None else out / "rules")
     runs = read_folder(recordings)
     tokenizer = hub.read_tokenizer(recordings)
     for recording, rule in product(runs.values(), rules):
