@@ -54,10 +54,10 @@ def main() -> None:
     size = sum(p.numel() for p in made.network.parameters()) / 1e6
     print(f"{size:.1f} M parameters, prompt {args.prompt}, length {args.length}, {args.steps} steps,"
           f" blocks of {args.block}, {args.threads} thread")  # fmt: skip
-    made.logits(torch.tensor([prompt]))  # warm up
+    cdlm.decode(made, [prompt], args.block, policy="LLaDA(1)")  # warm up
     base, plain = timed(made, prompt, args, None)
     function = cdlm.decode(
-        lambda tokens, valid: made.logits(tokens, valid), [prompt], args.length, mask_id=args.vocab - 1, eos_id=0,
+        lambda tokens, valid: made.logits(tokens, valid), [prompt], args.length, constants=made.constants,
         policy=f"LLaDA({args.steps}, block={args.block})",
     )  # fmt: skip
     assert (function.tokens == plain.tokens).all()

@@ -13,19 +13,18 @@ from statistics import median
 from typing import Any
 
 import torch
-from step_overhead import Timed, clock_of, loop
+from step_overhead import Timed, clock_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from untrained import parameters, untrained
 
-from cdlm.continuous.sampler import Sampler
-from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.types import Prediction
 from cdlm.halting import RULES, Criterion
 from cdlm.halting.criterion import Pair
 from cdlm.halting.signals import EmbeddingState, StepStatistics, first_past, observe
-from cdlm.sampling.samples import NEEDED
+from cdlm.sampling.session import Session
 
 TARGET = 0.02
 TINY, HUGE, LATE = 1e-30, 1e30, 10**6
@@ -94,16 +93,13 @@ def largest(needs: frozenset[str], length: int) -> float:
     return made.bytes / steps[0].logits.nbytes
 
 
-def seconds(
-    system: EmbeddingDiffusion, samplers: dict[str, Sampler], args: argparse.Namespace, rows: int
-) -> tuple[float, dict[str, float]]:
-    """Seconds of a step inside the denoiser, and outside it for each sampler: medians over steps and repeats."""
-    timed = Timed(system, clock_of(args.device))
+def seconds(timed: Timed, sessions: dict[str, Session], rows: int, repeats: int) -> tuple[float, dict[str, float]]:
+    """Seconds of a step inside the denoiser, and outside it for each session: medians over steps and repeats."""
     inside: list[float] = []
-    outside: dict[str, list[float]] = {name: [] for name in samplers}
-    for _ in range(args.repeats):  # in turns, so that a change of the machine's speed meets all of them
-        for name, sampler in samplers.items():
-            loop(system, timed, sampler, rows, args.device, bool(sampler.record))
+    outside: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(repeats):  # in turns, so that a change of the machine's speed meets all of them
+        for name, session in sessions.items():
+            session.run(session.requests(n=rows))
             calls, timed.calls = timed.calls, []
             inside += [end - start for start, end in calls]
             outside[name] += [b[0] - a[1] for a, b in pairwise(calls[1:])]
@@ -113,19 +109,21 @@ def seconds(
 def measure(name: str, args: argparse.Namespace) -> None:
     settings, vocab, rows = MODELS[name]
     system = untrained(settings, vocab, args.length).to(args.device)
-    samplers = {"no rule": Sampler(args.steps)}
-    samplers |= {name: Sampler(args.steps, rule) for name, rule in rules().items()}
-    samplers["everything recorded"] = Sampler(args.steps, record=NEEDED)
-    inside, outside = seconds(system, samplers, args, rows)
+    timed = Timed(system, clock_of(args.device))
+    session = Session(timed, Diffusion(args.steps), batch_size=rows)
+    sessions = {"no rule": session}
+    sessions |= {name: session.with_criterion(rule) for name, rule in rules().items()}
+    sessions["everything recorded"] = session.recorded()
+    inside, outside = seconds(timed, sessions, rows, args.repeats)
     plain = outside.pop("no rule")
     print(f"{parameters(system)}, vocabulary {vocab}, {rows} rows of {args.length}: a step is {inside + plain:.3f} s,")
     print(f"of which the loop without a rule {1e3 * plain:.1f} ms")
     print(f"{'':20} {'ms a step':>10} {'of the step':>12} {'largest tensor':>16}")
     for name, took in outside.items():
-        sampler = samplers[name]
-        made = largest(sampler.record | sampler.criterion.needs, args.length)
+        options = sessions[name].options
+        made = largest(options.needs, args.length)
         share = (took - plain) / (inside + took)
-        verdict = f"  above the target of {TARGET:.0%}" if share > TARGET and not sampler.record else ""
+        verdict = f"  above the target of {TARGET:.0%}" if share > TARGET and not options.record else ""
         print(f"{name:20} {1e3 * (took - plain):10.2f} {share:12.2%} {made:16.2%}{verdict}", flush=True)
 
 

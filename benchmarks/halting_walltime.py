@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from untrained import parameters, untrained
 
-from cdlm.continuous.system import EmbeddingDiffusion
+import cdlm
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.types import Decision, StepState
 from cdlm.halting import Criterion, Stateless
@@ -28,12 +28,10 @@ TARGET = 1.1
 class Scattered(Stateless):
     """Row i halts at a pseudo-random share of its steps in [low, high), the same in every run."""
 
+    needs = frozenset({"switches"})  # what the common rules read, so that its cost is in the measurement
+
     low: float = 0.4
     high: float = 1.0
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"switches"})  # what the common rules ask for, so that its cost is in the measurement
 
     def decide(self, state: StepState) -> Decision:
         share = (state.row * 2654435761 % 2**32).double() / 2**32  # multiplicative hashing
@@ -47,10 +45,10 @@ class Cost:
     calls: float
 
 
-def cost(system: EmbeddingDiffusion, args: argparse.Namespace, halt: str | Criterion | None) -> Cost:
+def cost(model: cdlm.Model, args: argparse.Namespace, halt: str | Criterion | None) -> Cost:
     """One run, decoded texts included: wall seconds, processor seconds and mean calls of a sample."""
     wall, cpu = time.perf_counter(), time.process_time()
-    samples = generation.generate(system, args.n, steps=args.steps, halt=halt, seed=0, batch_size=args.batch_size)
+    samples = cdlm.generate(model, n=args.n, steps=args.steps, halt=halt, seed=0, batch_size=args.batch_size)
     return Cost(time.perf_counter() - wall, time.process_time() - cpu, float(samples.nfe.mean()))
 
 
@@ -67,17 +65,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.run:
-        system, halt = generation.load(args.run, args.device), args.halt
+        model, halt = cdlm.load(args.run, device=args.device), args.halt
     else:
         settings = CDCD(width=args.width, depth=args.depth, heads=args.heads)
-        system, halt = untrained(settings, args.vocab, args.length).to(args.device), Scattered()
-    print(f"{parameters(system)}, {args.n} samples, {args.batch_size} in flight, {args.steps} steps, {halt}")
+        model, halt = untrained(settings, args.vocab, args.length).to(args.device), Scattered()
+    print(f"{parameters(model)}, {args.n} samples, {args.batch_size} in flight, {args.steps} steps, {halt}")
 
-    generation.generate(system, args.batch_size, steps=3)  # warm up
+    cdlm.generate(model, n=args.batch_size, steps=3)  # warm up
     print("pair  full, s halted, s wall ratio CPU ratio calls ratio wall/calls")
     rows = []
     for pair in range(args.repeats):
-        full, halted = cost(system, args, None), cost(system, args, halt)
+        full, halted = cost(model, args, None), cost(model, args, halt)
         wall, cpu, calls = halted.seconds / full.seconds, halted.cpu / full.cpu, halted.calls / full.calls
         rows.append((full.seconds, halted.seconds, wall, cpu, calls, wall / calls))
         _print(str(pair + 1), rows[-1])

@@ -19,13 +19,12 @@ from torch import Tensor
 from untrained import parameters, untrained
 
 from cdlm.continuous.denoiser import Denoiser
-from cdlm.continuous.sampler import Run, Sampler
+from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.types import Condition, Prediction
 from cdlm.halting import Patience
-from cdlm.sampling.requests import requests
-from cdlm.sampling.samples import NEEDED, collect
+from cdlm.sampling.session import Session
 
 TARGET = 0.05
 Clock = Callable[[], float]
@@ -43,11 +42,16 @@ def clock_of(device: str) -> Clock:
 
 
 class Timed(Denoiser):
-    """The same denoiser with a note of when each call began and ended."""
+    """The same model with a note of when each call began and ended."""
 
-    def __init__(self, inner: Denoiser, clock: Clock):
+    def __init__(self, inner: EmbeddingDiffusion, clock: Clock):
         self.inner, self.clock, self.calls = inner, clock, list[tuple[float, float]]()
         self.rho, self.dim, self.schedule = inner.rho, inner.dim, inner.schedule
+        self.length, self.tokenizer = inner.length, inner.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
 
     def denoise(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition) -> Prediction:
         start = self.clock()
@@ -72,20 +76,13 @@ class Timed(Denoiser):
         return median(inside), median(between)
 
 
-def loop(system: EmbeddingDiffusion, timed: Timed, sampler: Sampler, batch: int, device: str, record: bool) -> None:
-    """The loop as users run it, with the collection of samples and records."""
-    assert system.tokenizer is not None
-    asked = requests(None, batch, system.length, system.tokenizer)
-    steps = Run(timed, sampler, batch, device).steps(asked)
-    collect(steps, asked, system.tokenizer, budget=sampler.steps, seed=0, record=record)
-
-
 @torch.no_grad()
-def bare(timed: Timed, sampler: Sampler, batch: int, length: int, device: str) -> None:
+def bare(timed: Timed, sampling: Diffusion, batch: int) -> None:
     """Forward and Euler step, self-conditioned, and nothing else."""
-    levels = sampler.grid.levels(timed.schedule, sampler.steps).to(device)
-    z = levels[0].float() * torch.randn(batch, length, timed.dim, device=device)
-    target = torch.ones(batch, length, dtype=torch.bool, device=device)
+    device = timed.device
+    levels = sampling.grid.levels(timed.schedule, sampling.steps).to(device)
+    z = levels[0].float() * torch.randn(batch, timed.length, timed.dim, device=device)
+    target = torch.ones(batch, timed.length, dtype=torch.bool, device=device)
     condition = Condition(torch.zeros_like(z), target, torch.zeros_like(z))
     for t, t_next in zip(levels, [*levels[1:].tolist(), float(levels[-1])], strict=True):
         x0 = timed.denoise(z, t.expand(batch), condition).x0
@@ -105,19 +102,18 @@ def main() -> None:
     system = untrained(settings, args.vocab, args.length).to(args.device)
     timed = Timed(system, clock_of(args.device))
     never = args.steps + 1  # a rule that looks at every step and never fires, so that all steps are alike
-    samplers = {
-        "no rule": Sampler(args.steps),
-        "Patience": Sampler(args.steps, Patience(never)),
-        "everything recorded": Sampler(args.steps, Patience(never), record=NEEDED),
-    }
+    sampling = Diffusion(args.steps)
+    plain = Session(timed, sampling, batch_size=args.batch)
+    ruled = plain.with_criterion(Patience(never))
+    sessions = {"no rule": plain, "Patience": ruled, "everything recorded": ruled.recorded()}
     print(f"{parameters(system)}, vocabulary {args.vocab}, {args.batch} rows of {args.length}, {args.steps} steps")
 
-    costs: dict[str, list[tuple[float, float]]] = {name: [] for name in ("bare loop", *samplers)}
+    costs: dict[str, list[tuple[float, float]]] = {name: [] for name in ("bare loop", *sessions)}
     for _ in range(args.repeats):  # in turns, so that a change of the machine's speed meets all of them
-        bare(timed, samplers["no rule"], args.batch, args.length, args.device)
+        bare(timed, sampling, args.batch)
         costs["bare loop"].append(timed.costs())
-        for name, sampler in samplers.items():
-            loop(system, timed, sampler, args.batch, args.device, bool(sampler.record))
+        for name, session in sessions.items():
+            session.run(session.requests(n=args.batch))
             costs[name].append(timed.costs())
 
     print(f"{'':20} {'model, ms':>10} {'rest, ms':>9} {'rest / step':>11}")

@@ -1,11 +1,14 @@
 """Systems with random weights: what they cost does not depend on what they have learned."""
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.cdcd import CDCD
+from cdlm.sampling.session import Model
 
 
 def untrained(settings: CDCD, vocab: int, length: int, seed: int = 0) -> EmbeddingDiffusion:
@@ -20,6 +23,7 @@ def untrained(settings: CDCD, vocab: int, length: int, seed: int = 0) -> Embeddi
     return system
 
 
-def parameters(system: EmbeddingDiffusion) -> str:
+def parameters(model: Model) -> str:
     """The number of weights, in millions."""
-    return f"{sum(p.numel() for p in system.parameters()) / 1e6:.1f} M parameters"
+    network: Any = model
+    return f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"

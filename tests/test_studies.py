@@ -22,7 +22,7 @@ from cdlm.continuous.sampler import Diffusion, DiffusionLoop
 from cdlm.continuous.solvers import Euler, Renoise, Solver
 from cdlm.core.errors import CdlmError
 from cdlm.evaluation.plots.panels import Line, Panel, draw
-from cdlm.masked.policies import POLICIES, Threshold
+from cdlm.masked.policies import Threshold, parse_policy
 from cdlm.masked.sampler import Unmasking
 from cdlm.models import hub
 from cdlm.recording.file import Recording
@@ -338,7 +338,7 @@ def test_a_continuous_model_has_no_policies_to_study(run: str, masked_run: str) 
 def test_answers_are_decoded_at_temperature_zero(base: str, masked_run: str) -> None:
     study: Any = studies.make("accuracy", models=[masked_run], n=2, new_tokens=4, block=2, steps=[1], base=base)
     exam = study.exam(masked_run)
-    assert exam.session.settings == Unmasking(POLICIES[base](4, block=2), temperature=0.0).settings
+    assert exam.session.settings == Unmasking(parse_policy(f"{base}(4, block=2)"), temperature=0.0).settings
     assert exam.decoded(Threshold(0.5)).session.settings == Unmasking(Threshold(0.5), temperature=0.0).settings
 
 
