@@ -222,9 +222,8 @@ def generate(
     Raises:
         CdlmError: a setting is out of range, unknown or of the other family, or a prompt leaves nothing to generate.
     """
-    session = open_session(
-        model, sampling=sampling, seed=seed, batch_size=batch_size, progress=bool(progress), **settings
-    )
+    session = open_session(model, sampling=sampling, seed=seed, batch_size=batch_size, progress=bool(progress))
+    session = session.with_sampling(configured(session.sampling, settings))
     requests = session.requests(prompts, n, length, new_tokens=new_tokens, chat=chat)
     return with_halt(session, halt, requests).recorded(record).run(requests)
 
@@ -262,6 +261,7 @@ def decode(
             holds the mask.
     """
     model = as_masked_model(logits_fn, constants)
-    session = open_session(model, sampling=sampling, seed=seed, batch_size=batch_size, **settings)
+    session = open_session(model, sampling=sampling, seed=seed, batch_size=batch_size)
+    session = session.with_sampling(configured(session.sampling, settings))
     requests = canvases(prompts, length, n, constraints)
     return with_halt(session, halt, requests).recorded(record).run(requests)

@@ -516,7 +516,7 @@ def test_either_a_new_run_or_an_old_one(place: Place, refused: Callable) -> None
         (["--halt", "__import__('os')"], "halting rule"),
         (["--solver", "Huen()"], "did you mean Heun?"),
         (["--grid", "LogTee()"], "did you mean LogT?"),
-        (["--softmax_temperature", "0"], "softmax_temperature must be > 0"),
+        (["--softmax_temperature", "0"], "softmax_temperature > 0"),
         (["--init_scale", "-1"], "init_scale"),
         (["--plot", "plot.jpg"], "cannot write a plot to plot.jpg: end its name in .pdf, .png, .svg"),
         (["--precision", "fp7"], "precision"),

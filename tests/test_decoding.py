@@ -638,12 +638,12 @@ def test_what_cannot_be_decoded_with_a_cache(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be a number >= 0, got -0.1"),
-        ({"temperature": math.nan}, "temperature must be a number >= 0"),
-        ({"temperature": INF}, "temperature must be a number >= 0"),
-        ({"cfg_scale": -1.0}, "cfg_scale must be a number >= 0"),
-        ({"cfg_scale": math.nan}, "cfg_scale must be a number >= 0"),
-        ({"seed": -1}, "seed is a whole number >= 0"),
+        ({"temperature": -0.1}, "number temperature >= 0, got -0.1"),
+        ({"temperature": math.nan}, "number temperature >= 0"),
+        ({"temperature": INF}, "number temperature >= 0"),
+        ({"cfg_scale": -1.0}, "number cfg_scale >= 0"),
+        ({"cfg_scale": math.nan}, "number cfg_scale >= 0"),
+        ({"seed": -1}, "whole number seed >= 0"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range(settings_: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.projections import Expectation, Projection
+from cdlm.core.checks import check_number, check_object
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import StepNoise
 from cdlm.core.types import Condition, Prediction
@@ -120,9 +121,10 @@ class Guidance:
     control: Control | None = None
 
     def __post_init__(self) -> None:
-        for name in ("softmax_temperature", "score_temperature"):
-            if not getattr(self, name) > 0:
-                raise CdlmError(f"{name} must be > 0, got {getattr(self, name)}: 1 leaves the model as it is")
+        check_object("Guidance", Projection, projection=self.projection)
+        temperatures = {name: getattr(self, name) for name in ("softmax_temperature", "score_temperature")}
+        check_number("Guidance", above=0.0, **temperatures, hint="1 leaves the model as it is")
+        check_number("Guidance", scale=self.scale, hint="1 switches it off")
 
     @property
     def calls(self) -> int:

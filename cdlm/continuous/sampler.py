@@ -16,6 +16,7 @@ from cdlm.continuous.grids import GRIDS, Grid, Warped
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import PROJECTIONS, Projection
 from cdlm.continuous.solvers import SOLVERS, Euler, Interval, Solver
+from cdlm.core.checks import check_number, check_object, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import StepNoise, generator
 from cdlm.core.trees import join, take
@@ -84,12 +85,12 @@ class Diffusion(Sampling):
     block: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise CdlmError(f"sampling needs steps >= 1, got {self.steps}: ask for at least one denoiser call")
-        if not 0 <= self.init_scale < math.inf:
-            raise CdlmError(f"init_scale must be >= 0, got {self.init_scale}: 1 is the model's own noise level")
-        if self.block is not None and self.block < 1:
-            raise CdlmError(f"a block has one position or more, got {self.block}: None generates all at once")
+        for name, kind in (("solver", Solver), ("grid", Grid), ("guidance", Guidance)):
+            check_object("Diffusion", kind, **{name: getattr(self, name)})
+        check_whole("Diffusion", steps=self.steps)
+        check_number("Diffusion", least=0.0, init_scale=self.init_scale, hint="1 is the model's own noise level")
+        hint = "a block has one position or more, and None generates all at once"
+        check_whole("Diffusion", block=self.block, optional=True, hint=hint)
 
     @property
     def settings(self) -> dict[str, Any]:

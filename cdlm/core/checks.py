@@ -51,6 +51,13 @@ def check_choice(owner: str, choices: Collection[object], /, *, hint: str = "", 
             raise _error(f"{owner} needs {name} to be one of {', '.join(map(str, choices))}", value, hint)
 
 
+def check_object(owner: str, kind: type, /, **settings: object) -> None:
+    """Raise unless each setting is an object of that kind, and not its text or its class."""
+    for name, value in settings.items():
+        if not isinstance(value, kind):
+            raise _error(f"{owner} needs {name} to be a {kind.__name__}", value, "make the object itself")
+
+
 def _inside(value: object, above: Number, least: Number, below: Number, most: Number, infinite: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False

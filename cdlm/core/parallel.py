@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -50,19 +51,28 @@ class Workers(Generic[M]):
         done in this process with `here`.
 
         Raises:
-            CdlmError: that of the work, whichever process it comes from.
+            CdlmError: that of the work, whichever process it comes from; or a process has ended.
         """
-        calls = [
-            pool.submit(_serve, self._open, place, self.threads, work, share)
-            for pool, place, share in zip(self._pools, self._places, shares[1:], strict=False)
-        ]
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads if calls and self.threads else before)
         try:
-            first = work(here, shares[0])
+            calls = [
+                pool.submit(_serve, self._open, place, self.threads, work, share)
+                for pool, place, share in zip(self._pools, self._places, shares[1:], strict=False)
+            ]
+            first = self._here(work, here, shares[0], alone=not calls)
+            return [first, *(call.result() for call in calls)]
+        except BrokenProcessPool as error:
+            raise CdlmError(
+                "a process ended before its work was done, perhaps for lack of memory: use fewer devices, or a smaller"
+                " batch_size"
+            ) from error
+
+    def _here(self, work: Callable[[M, S], T], here: M, share: S, alone: bool) -> T:
+        before = torch.get_num_threads()
+        torch.set_num_threads(before if alone or self.threads is None else self.threads)
+        try:
+            return work(here, share)
         finally:
             torch.set_num_threads(before)
-        return [first, *(call.result() for call in calls)]
 
     def close(self) -> None:
         """End the processes."""

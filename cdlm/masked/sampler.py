@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cdlm.core.checks import check_number, check_object
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise
 from cdlm.core.trees import blank
@@ -71,10 +72,9 @@ class Unmasking(Sampling):
     quirks: Quirks = field(default_factory=Quirks)
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "cfg_scale"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise CdlmError(f"{name} must be a number >= 0, got {value}: 0 switches it off")
+        check_object("Unmasking", Policy, policy=self.policy)
+        numbers = {"temperature": self.temperature, "cfg_scale": self.cfg_scale}
+        check_number("Unmasking", least=0.0, **numbers, hint="0 switches it off")
         if self.cache is not None:
             self._check_cache()
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cdlm.runs.config import build_system
 from cdlm.continuous.published.layout import Layout, Official
 from cdlm.continuous.published.tensors import Spec, read_safetensors, write_safetensors
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import read_json, replacing
 from cdlm.data.tokenizer import load_tokenizer
 from cdlm.models import hub
+from cdlm.runs.config import build_system
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

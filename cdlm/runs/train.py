@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from cdlm.runs.config import RunConfig
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
 from cdlm.data.masking import MASKINGS
@@ -22,6 +21,7 @@ from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
 from cdlm.models import hub
 from cdlm.models.hub import Folder
 from cdlm.models.system import System
+from cdlm.runs.config import RunConfig
 from cdlm.sampling.session import Session
 from cdlm.sampling.texts import special_of
 

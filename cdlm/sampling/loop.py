@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.trees import join, take
 from cdlm.core.types import LoopStep
@@ -35,8 +36,7 @@ class RunOptions:
     record: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise CdlmError(f"a seed is a whole number >= 0, got {self.seed}")
+        check_whole("a run", least=0, seed=self.seed)
         check_signals(self.needs)
 
     @property
@@ -60,8 +60,8 @@ class Loop(ABC, Generic[L]):
     """One run, at most `batch_size` rows at a time; subclasses say what a step is."""
 
     def __init__(self, options: RunOptions, batch_size: int, device: torch.device | str = "cpu"):
-        if batch_size < 1:
-            raise CdlmError(f"batch_size must be >= 1, got {batch_size}")
+        if type(batch_size) is not int or batch_size < 1:
+            raise CdlmError(f"batch_size must be >= 1, got {batch_size!r}")
         self.options, self.batch_size, self.device = options, batch_size, torch.device(device)
 
     @abstractmethod

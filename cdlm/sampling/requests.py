@@ -46,10 +46,10 @@ def requests(
     "The [8] sat on the [2].", is generated only there, 8 and 2 tokens, and ends where it ends.
     Blanks before a hole belong to the hole.
     """
-    if n < 1:
-        raise CdlmError(f"n is the number of samples and must be >= 1, got {n}")
-    if length < 1:
-        raise CdlmError(f"length is the number of tokens of a sample and must be >= 1, got {length}")
+    if type(n) is not int or n < 1:
+        raise CdlmError(f"n is the number of samples and must be >= 1, got {n!r}")
+    if type(length) is not int or length < 1:
+        raise CdlmError(f"length is the number of tokens of a sample and must be >= 1, got {length!r}")
     if prompts is not None and not prompts:
         raise CdlmError("there are no prompts: give one or more, or leave them out")
     if prompts is None or tokenizer is None:
@@ -175,8 +175,8 @@ def _check_token(token: object) -> None:
 
 
 def _check_canvases(prompts: Sequence[Sequence[int | None]], length: int, n: int) -> None:
-    if n < 1:
-        raise CdlmError(f"n is the number of samples and must be >= 1, got {n}")
+    if type(n) is not int or n < 1:
+        raise CdlmError(f"n is the number of samples and must be >= 1, got {n!r}")
     if isinstance(length, bool) or not isinstance(length, int):
         raise CdlmError(f"length is a whole number of tokens, got {length!r}")
     if not prompts:

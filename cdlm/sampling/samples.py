@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ SHOWN = 3
 """Texts that the repr of samples shows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One sample of a run."""
 
@@ -51,7 +51,7 @@ class Sample:
     """Parts of the text that came from the prompt."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Samples:
     """A finished run, in the order of the requests: a sequence of samples."""
 
@@ -91,10 +91,10 @@ class Samples:
         return len(self.nfe)
 
     @overload
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: SupportsIndex) -> Sample: ...
     @overload
     def __getitem__(self, index: slice) -> Samples: ...
-    def __getitem__(self, index: int | slice) -> Sample | Samples:
+    def __getitem__(self, index: SupportsIndex | slice) -> Sample | Samples:
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         i = range(len(self))[index]  # counts from the end as well, and raises IndexError
@@ -114,7 +114,10 @@ class Samples:
         return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
-        head = f"{len(self)} samples, {self.nfe.mean():.1f} calls a sample of {self.budget} steps"
+        if not len(self):
+            return "no samples"
+        count = "1 sample" if len(self) == 1 else f"{len(self)} samples"
+        head = f"{count}, {self.nfe.mean():.1f} calls a sample of {self.budget} steps"
         lines = [f"  {sample.nfe:4} calls  {_short(sample)}" for sample in self[:SHOWN]]
         rest = [f"  ... and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
         return "\n".join([head, *lines, *rest])
@@ -164,10 +167,13 @@ class Samples:
         """Write the rows as .jsonl, .csv or .parquet, whole or not at all.
 
         Raises:
-            CdlmError: another extension, or a place that cannot be written.
+            CdlmError: another extension, no samples, or a place that cannot be written.
         """
         path = Path(path)
-        WRITERS[check_extension(path)](self.rows(), path)
+        write = WRITERS[check_extension(path)]
+        if not len(self):
+            raise CdlmError(f"there are no samples to write to {path}")
+        write(self.rows(), path)
         return path
 
 

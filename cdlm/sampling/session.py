@@ -309,11 +309,7 @@ class Session:
             CdlmError: the model was moved since the session was opened, a prompt leaves nothing to generate, or the
                 model's logits are not numbers.
         """
-        if self.model.device != self.device:
-            raise CdlmError(
-                f"the model was moved from {self.device} to {self.model.device} since the session was opened: open"
-                " another session"
-            )
+        self._check_place()
         if self.options.record >= self.sampling.recorded:
             self.check_recordable(requests)
         work = partial(serve, self.sampling, self.options, self.batch_size)
@@ -348,7 +344,15 @@ class Session:
     def _check_signals(self, names: Iterable[str]) -> None:
         check_signals(names, self.signals)
 
+    def _check_place(self) -> None:
+        if self.model.device != self.device:
+            raise CdlmError(
+                f"the model was moved from {self.device} to {self.model.device} since the session was opened: open"
+                " another session"
+            )
+
     def _with(self, **changes: Any) -> Session:
+        self._check_place()
         kept = ("model", "sampling", "options", "batch_size", "workers", "progress")
         return Session(**{name: changes.get(name, getattr(self, name)) for name in kept})
 
