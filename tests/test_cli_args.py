@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdlm import studies
-from cdlm.cli import study as study_command
 from cdlm.cli.args import CommandParser, reading
 from cdlm.cli.commands import COMMANDS
 from cdlm.cli.main import function_of, main, parser_of
 from cdlm.cli.train import parser as train_parser
 from cdlm.core.errors import CdlmError
+from cdlm.studies import command as study_command
 
 
 class Solver:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from cdlm.generation import generate
 from torch import Tensor
 
 from cdlm import runs
+from cdlm.api import generate
 from cdlm.cli import train as command
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.cdcd import CDCD
