@@ -56,10 +56,15 @@ def load(
     """
     path = hub.locate(name)
     config = read_json(path / "config.json", "a finished training run")
-    device = resolve_device(device)
-    for foreign in FOREIGN:
-        if foreign.opens(config):
-            return foreign.open_folder(path, config, device=device, precision=precision, device_map=device_map)
+    opens = next((foreign.open_folder for foreign in FOREIGN if foreign.opens(config)), _open_ours)
+    model = opens(path, config, device=resolve_device(device), precision=precision, device_map=device_map)
+    model.hub_id = None if Path(name).is_dir() else str(name)
+    return model
+
+
+def _open_ours(
+    path: Path, config: dict[str, Any], *, device: str, precision: Precision | None, device_map: object
+) -> Model:
     if device_map is not None:
         raise CdlmError("device_map is for foreign masked models: give a device")
     folder = hub.read(path, config)

@@ -40,6 +40,8 @@ class Model(ABC):
     tokenizer: PreTrainedTokenizerFast | None = None
     folder: Path | None = None
     """Where it was loaded from."""
+    hub_id: str | None = None
+    """Its name on the Hub, if it came from there."""
     fingerprint: str | None = None
     """Of its weights, where it is known without more work; see `need_fingerprint`."""
     batch_size: int = 64
@@ -78,7 +80,7 @@ class Model(ABC):
     @property
     def name(self) -> str:
         """What it is called in tables and files."""
-        return type(self).__name__ if self.folder is None else self.folder.name
+        return self.hub_id or (type(self).__name__ if self.folder is None else self.folder.name)
 
     def nats(self, text: Text, settings: LikelihoodSettings, progress: Progress | None = None) -> dict[str, Nats]:
         """Minus the log-likelihood of each row in nats, by measure: `BOUND`, and `ODE` if the settings have one.
