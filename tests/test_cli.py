@@ -419,7 +419,7 @@ def test_the_help_of_training_lists_its_settings(capsys: pytest.CaptureFixture[s
 def test_the_help_of_training_describes_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split("how to train:")[1].split())
-    described = shown.split(f"--training.{name} ")[1].split("(type:")[0]
+    described = shown.split(f"--training.{name.replace('_', '-')} ")[1].split("(type:")[0]
     assert len(described.split()) > 3, described
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cdlm import runs
 from cdlm.api import generate
 from cdlm.cli import train as command
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.errors import CdlmError
+from cdlm.data.masking import MASKINGS
 from cdlm.data.order import fixed_batches
 from cdlm.data.sources import Files, Stories
 from cdlm.data.tokenizer import tokenizer_hash
@@ -26,6 +26,7 @@ from cdlm.masked.model import MaskedModel
 from cdlm.masked.system import Masked
 from cdlm.models import hub
 from cdlm.models.system import System
+from cdlm.runs import train as runs
 from cdlm.runs.config import RunConfig, read_run
 from cdlm.runs.train import RunText, train
 from cdlm.training.files import AtomicCheckpoints, checkpoint_of
@@ -80,7 +81,7 @@ def validation(config: RunConfig, system: System) -> Tensor:
     """Nats of each noise level on the text of a configuration."""
     text = RunText.of(config, system.tokenizer)
     batches = fixed_batches(text.valid, config.batch_size, config.validation_rows)
-    law = runs.names.masking(config.masking).bind(text.tokenizer)
+    law = MASKINGS.parse(config.masking).bind(text.tokenizer)
     return losses_by_level(system.eval(), batches, law, config.training.seed)[0]
 
 
