@@ -60,7 +60,7 @@ def test_a_choice_is_one_of_them_in_its_own_type() -> None:
     [
         (lambda: check_whole("Patience", steps=0), "Patience needs a whole number steps >= 1, got 0"),
         (lambda: check_number("KL", above=0.0, nats=-1.0), "KL needs a finite number nats > 0, got -1.0"),
-        (lambda: check_number("KL", least=0.0, below=1.0, w="a"), "KL needs a finite number 0 <= w < 1, got 'a'"),
+        (lambda: check_number("KL", least=0.0, below=1.0, w="a"), "KL needs a number 0 <= w < 1, got 'a'"),
         (lambda: check_number("f", infinite=True, tau=None), "f needs a number tau, got None"),
         (lambda: check_number("f", most=3.0, hint="try 2", a=1.0, b=4), "f needs a finite number b <= 3, got 4: try 2"),
         (lambda: check_choice("f", ("a", "b"), kind="c"), "f needs kind to be one of a, b, got 'c'"),

@@ -222,7 +222,7 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def test_a_device_that_is_not_there(folder: Path) -> None:
     for device in ("cuda:99", "abacus"):
-        with pytest.raises(CdlmError, match="use cpu"):
+        with pytest.raises(CdlmError, match="use auto, or cpu"):
             api.load(folder, device=device)
 
 

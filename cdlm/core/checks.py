@@ -40,8 +40,9 @@ def check_number(
         if optional and value is None:
             continue
         if not _inside(value, *ends, infinite):
-            kind = "number" if infinite else "finite number"
-            raise _error(f"{owner} needs a {kind} {_range(name, *ends)}", value, hint)
+            expected = _range(name, *ends)
+            finite = "" if infinite or expected.count("<") == 2 else "finite "
+            raise _error(f"{owner} needs a {finite}number {expected}", value, hint)
 
 
 def check_choice(owner: str, choices: Collection[object], /, *, hint: str = "", **settings: object) -> None:

@@ -35,7 +35,7 @@ AttributeOrProperty = T | Computed[T]
 
 
 class Prediction(NamedTuple):
-    """All that a denoiser says about one state."""
+    """A denoiser's prediction for one state."""
 
     logits: Float[Tensor, "b n v"]
     """Unnormalised log-probabilities of the clean token, float32 or float64."""
@@ -44,7 +44,7 @@ class Prediction(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What a denoiser is told besides the noisy state."""
+    """What a denoiser is given besides the noisy state."""
 
     clean: Float[Tensor, "b n d"]
     """Embeddings at given positions, zero elsewhere (zero everywhere for the unconditional branch of guidance)."""
@@ -114,7 +114,7 @@ class NewRows(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What a criterion says about one step."""
+    """A criterion's decision at one step."""
 
     halt: Bool[Tensor, " b"]
     """True: return the row with this step's tokens."""
@@ -127,7 +127,7 @@ class Decision(NamedTuple):
 class Signals:
     """Types of the signals, the optional parts of a step: there while a criterion or a recorder needs them.
 
-    `cdlm.halting.signals.SIGNALS` computes each; docs/write-a-criterion.md says what each is.
+    `cdlm.halting.signals.SIGNALS` computes each; docs/write-a-criterion.md explains each.
     """
 
     logits: Float[Tensor, "b n v"]
@@ -153,7 +153,7 @@ class Signals:
 class StepState(Signals):
     """One step of the rows in flight, after the denoiser was called and before the criterion looked.
 
-    Signals that were asked for are attributes as well: `state.switches`. Nobody pays for the others.
+    The signals in a rule's `needs` are attributes as well: `state.switches`. The others are not computed.
     """
 
     row: Int[Tensor, " b"]

@@ -66,8 +66,8 @@ class Goal:
 
     def samples_for(self, loss: Bootstrap, samples: int) -> int | None:
         """Samples with which a trial of this mean loss would pass; None if it loses too much anyway."""
-        room, spread = self.max_loss - loss.value, loss.upper(self.confidence) - loss.value
-        return None if room <= 0 else math.ceil(samples * (spread / room) ** 2)
+        room, margin = self.max_loss - loss.value, loss.upper(self.confidence) - loss.value
+        return None if room <= 0 else math.ceil(samples * (margin / room) ** 2)
 
 
 def search(

@@ -53,7 +53,7 @@ class Criterion(SignalReader, ABC):
 
 
 class Stateless(Criterion):
-    """A rule of the present step alone: subclasses say what it decides."""
+    """A rule without memory: subclasses decide from the present step alone."""
 
     def start(self, rows: NewRows) -> Memory:
         return ()
@@ -67,7 +67,7 @@ class Stateless(Criterion):
 
 @dataclass(frozen=True)
 class Pair(Criterion):
-    """Two rules that both look at every step; subclasses join what they say."""
+    """Two rules that both look at every step; subclasses join their decisions."""
 
     first: Criterion
     second: Criterion
@@ -95,7 +95,7 @@ class Pair(Criterion):
 
     @abstractmethod
     def join(self, first: Bool[Tensor, "*b"], second: Bool[Tensor, "*b"]) -> Bool[Tensor, "*b"]:
-        """What both together do, of what each does: which rows halt, which positions freeze."""
+        """Joins two masks: the rows that each rule halts, or the positions that each freezes."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,7 @@ class Or(Pair):
 
 @dataclass(frozen=True)
 class For(Criterion):
-    """Does what `rule` has said for `steps` >= 1 consecutive steps: patience, for any rule, row by row or (of a rule
-    that freezes) position by position."""
+    """Halts a row that `rule` has halted at `steps` >= 1 consecutive steps, and likewise freezes positions."""
 
     rule: Criterion
     steps: int
@@ -160,7 +159,7 @@ class For(Criterion):
 
 @dataclass(frozen=True)
 class FromStep(Criterion):
-    """`rule`, from the `steps`-th step on (counted from 1); it looks at earlier steps too, but does nothing there."""
+    """`rule`, from the `steps`-th step on (counted from 1). It looks at earlier steps too, but does nothing there."""
 
     rule: Criterion
     steps: int

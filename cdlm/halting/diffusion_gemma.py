@@ -17,7 +17,7 @@ from cdlm.halting.criterion import Criterion, Memory, check_rule
 from cdlm.halting.signals import SIGNALS, SPATIAL, Past, StepStatistics, check_signals, first_past, observe
 
 HOOK = "_prepare_diffusion_stopping_criteria"
-"""The method that transformers' `generate` asks for its stopping object, which it does not take as an argument."""
+"""The method from which transformers' `generate` gets its stopping object; it does not take one as an argument."""
 
 
 def for_transformers(rule: Criterion, budget: int | None = None) -> Stopping:
@@ -26,7 +26,7 @@ def for_transformers(rule: Criterion, budget: int | None = None) -> Stopping:
     Args:
         rule: any rule of the logits that halts whole rows. It sees what transformers' own rule sees: the logits after
             the temperature. Each canvas is a run of its own, in which all positions are open.
-        budget: denoising steps of a canvas; `on` knows it without being told.
+        budget: denoising steps of a canvas; `on` reads them from the configuration of `generate`.
 
     Raises:
         CdlmError: the rule reads embeddings, or freezes positions, for which transformers' loop has no means.
@@ -50,10 +50,10 @@ class Canvas(NamedTuple):
 
 
 class Stopping:
-    """Says which rows of a batch of canvases are done: transformers' protocol of adaptive stopping.
+    """Decides which rows of a batch of canvases are done: transformers' protocol of adaptive stopping.
 
-    Its loop calls `reset` when a canvas begins, then the object once a step; it latches what it is told, keeps the
-    canvas of a row that is done, and goes on until all are.
+    Transformers' loop calls `reset` when a canvas begins, then this object once a step. A row that is done stays done,
+    with its canvas, and the loop goes on until all rows are.
     """
 
     def __init__(self, rule: Criterion, budget: int | None):
@@ -68,7 +68,7 @@ class Stopping:
     def __call__(
         self, argmax_canvas: Int[Tensor, "b n"], logits: Float[Tensor, "b n v"], **_: Any
     ) -> Bool[Tensor, " b"]:
-        """Rows that halt at this step. What it says of a row that has halted before has no meaning.
+        """Rows that halt at this step. Ignore the values of rows that have halted before.
 
         Raises:
             CdlmError: the budget is not known.

@@ -224,7 +224,7 @@ def _score_cosine(statistics: StepStatistics) -> Float[Tensor, " b"]:
 
 
 class Signal(NamedTuple):
-    """How a signal is computed, and where it can be had. Its shape is that of `cdlm.core.types.Signals`."""
+    """How a signal is computed, and which models and recordings have it. `cdlm.core.types.Signals` has its shape."""
 
     compute: Callable[[StepStatistics], Tensor]
     spatial: bool = False
@@ -254,7 +254,7 @@ SIGNALS: Mapping[str, Signal] = MappingProxyType(
         "score_cosine": Signal(_score_cosine, spatial=True, recorded=True),
     }
 )
-"""The signals that a criterion may list in its `needs`; docs/write-a-criterion.md says what each is."""
+"""The signals that a criterion may list in its `needs`; docs/write-a-criterion.md explains each."""
 
 SPATIAL = frozenset(name for name, signal in SIGNALS.items() if signal.spatial)
 RECORDED = tuple(name for name, signal in SIGNALS.items() if signal.recorded)

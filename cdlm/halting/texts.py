@@ -24,7 +24,7 @@ def parse_criterion(rule: str | Criterion | None) -> Criterion:
 def sweep(text: str, budget: int) -> list[Criterion]:
     """Settings of a rule to try on runs of `budget` steps, from strict to loose.
 
-    `Patience` and `Patience(...)` are the settings of the rule itself. What else the text says stays as it is: other
+    `Patience` and `Patience(...)` are the settings of the rule itself. The rest of the text stays as it is: other
     parameters, `KL(..., warmup=0.3)`, and rules around it, `FromStep(Patience(...), 40)`. A text without `...` is one
     rule.
 

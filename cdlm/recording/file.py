@@ -54,9 +54,8 @@ class Recording:
 
     def __post_init__(self) -> None:
         left = (self.record.nfe == 0).any(0)
-        if (
-            self.record.commits is not None and not self._broken()
-        ):  # a row of a masked model is at its end when all is committed
+        # A row of a masked model is at its end when all its positions are committed.
+        if self.record.commits is not None and not self._broken():
             done = np.zeros(self.tokens.shape, bool)
             done[self.record.commits.sample, self.record.commits.position] = True
             left &= ~(done | self.given).all(1)

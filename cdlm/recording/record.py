@@ -1,4 +1,4 @@
-"""What a run leaves behind step by step, small enough to keep: row statistics, and tokens as the switches they are."""
+"""The record of a run, step by step: row signals, and tokens as a list of switches, which is small."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Rules born on masked models that read the margin between the two best logits, on any model.
+"""Rules that read the margin between the two best logits. Their papers are about masked models; here any model has one.
 
-"Masked" there is "open" here: a position that may still change. What a continuous model has frozen counts as decoded.
+For their "masked" positions read "open": those that may still change. Frozen positions count as decoded.
 """
 
 from __future__ import annotations

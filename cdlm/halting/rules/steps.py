@@ -1,4 +1,4 @@
-"""Halting rules of the continuous literature, and of one masked model: all read the whole row."""
+"""Rules that read nothing of the prediction: only the step, or whether the row is full."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cdlm.halting.criterion import Criterion, Stateless
 
 @dataclass(frozen=True)
 class FixedSteps(Stateless):
-    """Halt at the `steps`-th step (from 1), whatever the model says: the control every adaptive rule has to beat."""
+    """Halt at the `steps`-th step (from 1), whatever is predicted: the control that adaptive rules have to beat."""
 
     steps: int
 
@@ -34,10 +34,10 @@ class FixedSteps(Stateless):
 
 @dataclass(frozen=True)
 class Full(Stateless):
-    """End when nothing may change any more, and otherwise never: the free rule that every other one includes.
+    """End a row when nothing in it may change any more, and never before. Every other rule does this too.
 
-    On a masked model it skips the steps for which a schedule has nothing left, and gives the same tokens. It costs no
-    call to see that a row is full. On a continuous model only a rule that freezes can fill a row.
+    On a masked model it skips the steps for which a schedule has nothing left, and gives the same tokens. On a
+    continuous model a row is full only if a rule freezes its positions.
     """
 
     def decide(self, state: StepState) -> Decision:
@@ -46,6 +46,6 @@ class Full(Stateless):
 
 @dataclass(frozen=True)
 class Never(Full):
-    """Never halt: the plain sampler with all its steps, also those in which nothing may change."""
+    """Never halt: the plain sampler with all its steps, also those in which nothing can change."""
 
     waits = True

@@ -176,7 +176,7 @@ class DreamThreshold(Policy):
         tokens, confidence = proposal(view)
         owed, over = view.plan.own, view.step >= self.steps
         quota = torch.where(over, 0, view.plan.masks // self.steps) + owed
-        asked = best(confidence, view.candidates, quota)
+        considered = best(confidence, view.candidates, quota)
         first = best(confidence, view.candidates, torch.ones_like(quota))
-        commit = first | (asked & (confidence >= self.tau))
-        return Choice(commit, tokens, (asked & ~commit).sum(1))
+        commit = first | (considered & (confidence >= self.tau))
+        return Choice(commit, tokens, (considered & ~commit).sum(1))

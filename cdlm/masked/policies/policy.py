@@ -70,7 +70,7 @@ class Choice(NamedTuple):
 
     commit: Bool[Tensor, "b q"]
     tokens: Int[Tensor, "b q"]
-    """Proposals; used where committed, and to fill what is left where a quirk says so."""
+    """Proposals; used where committed, and with some quirks to fill what is left."""
     own: Any = ()
     """The policy's next memory."""
 
