@@ -371,7 +371,7 @@ def test_calibrate_then_sample_with_auto(place: Path, capsys: pytest.CaptureFixt
     run = place / "toy"
     settings_ = ("--steps", 12, "--quiet", "true")
     say("calibrate", run, "--rule", "FixedSteps", "--max-loss", "90%", "--confidence", 0.9, "--measure", "agreement",
-        "--n", 20, *settings_)  # fmt: skip
+        "--n", 20, "--judge", place / "judge", *settings_)  # fmt: skip
     shown = capsys.readouterr()
     assert "is now --halt auto" in shown.err
     rule = json.loads((run / "halting.json").read_text())["calibrations"][0]["rule"]

@@ -414,16 +414,16 @@ def script(folder: Path, text: str) -> list[str]:
 
 def test_kill_minus_nine_at_random_points_loses_nothing(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run(whole, steps=60)
-    points = sorted(torch.randperm(56)[:3].add(2).tolist())
+    run(whole, steps=30)
+    points = sorted(torch.randperm(26)[:3].add(2).tolist())
     command = script(tmp_path, """
         folder = Path(sys.argv[1])
         for point in map(int, sys.argv[2:]):
             child = os.fork()  # this process has imported everything and used nothing
             if child == 0:
-                run(folder, act=signal_at(point, signal.SIGKILL), steps=60, resume=folder.exists())
+                run(folder, act=signal_at(point, signal.SIGKILL), steps=30, resume=folder.exists())
                 os._exit(0)
-            assert os.waitpid(child, 0)[1] == (signal.SIGKILL if point < 60 else 0), point
+            assert os.waitpid(child, 0)[1] == (signal.SIGKILL if point < 30 else 0), point
     """)  # fmt: skip
     subprocess.run([*command, str(cut), *map(str, points), "999"], check=True)
     assert_same_run(whole, cut)
