@@ -123,7 +123,9 @@ def test_samples_are_json_lines(place: Place, tmp_path: Path) -> None:
     lines = read(out)
     assert len(lines) == 3
     for index, line in enumerate(lines):
-        assert set(line) == {"text", "tokens", "nfe", "steps", "budget", "reason", "seed", "index", "given"}
+        made_by = {"prompt", "model", "weights", "sampling", "halt", "version"}
+        assert set(line) == {"text", "tokens", "nfe", "steps", "budget", "reason", "seed", "index", "given"} | made_by
+        assert (line["prompt"], line["halt"], line["version"]) == ("the cat", "FixedSteps(steps=2)", cdlm.__version__)
         assert line["text"].startswith("the cat")
         assert (line["nfe"], line["steps"], line["budget"], line["reason"]) == (2, 2, 6, "criterion")
         assert (line["seed"], line["index"]) == (5, index)
@@ -134,8 +136,8 @@ def test_samples_are_json_lines(place: Place, tmp_path: Path) -> None:
 
 def test_samples_do_not_depend_on_the_batch(place: Place, tmp_path: Path) -> None:
     for size in ("1", "3"):
-        place.sample("--n", "4", "--batch_size", size, "--out", str(tmp_path / size))
-    assert [x["tokens"] for x in read(tmp_path / "1")] == [x["tokens"] for x in read(tmp_path / "3")]
+        place.sample("--n", "4", "--batch_size", size, "--out", str(tmp_path / f"{size}.jsonl"))
+    assert [x["tokens"] for x in read(tmp_path / "1.jsonl")] == [x["tokens"] for x in read(tmp_path / "3.jsonl")]
 
 
 def test_prompts_from_a_file_and_texts_on_the_terminal(
@@ -152,7 +154,7 @@ def test_a_masked_model_is_sampled_with_policies(masked: Place, tmp_path: Path) 
     positions = LENGTH - len(read_tokenizer(masked.run).encode("the cat"))
     expected = {"": positions, "LLaDA(3)": 3, "Threshold(2.0)": positions, "Threshold(0.0)": 1}
     for number, (policy, steps) in enumerate(expected.items()):
-        out, more = tmp_path / str(number), ["--policy", policy] if policy else []
+        out, more = tmp_path / f"{number}.jsonl", ["--policy", policy] if policy else []
         main(["sample", str(masked.run), "--n", "2", "--prompt", "the cat", "--out", str(out), "--seed", "3", *more])
         for index, line in enumerate(read(out)):
             assert line["text"].startswith("the cat")
@@ -164,8 +166,8 @@ def test_a_masked_model_is_sampled_with_policies(masked: Place, tmp_path: Path) 
 
 def test_samples_of_a_masked_model_do_not_depend_on_the_batch(masked: Place, tmp_path: Path) -> None:
     for size in ("1", "3"):
-        main(["sample", str(masked.run), "--n", "4", "--batch_size", size, "--out", str(tmp_path / size)])
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
+        main(["sample", str(masked.run), "--n", "4", "--batch_size", size, "--out", str(tmp_path / f"{size}.jsonl")])
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "3.jsonl").read_bytes()
 
 
 def test_recordings_of_a_masked_model_are_replayed(
@@ -176,17 +178,19 @@ def test_recordings_of_a_masked_model_are_replayed(
     capsys.readouterr()
     main(["replay", str(tmp_path / "kept"), "--halt", rule, "--out", str(tmp_path / "replayed")])
     assert rule in capsys.readouterr().out
-    main(["sample", run, "--n", "3", "--halt", rule, "--out", str(tmp_path / "live")])
+    main(["sample", run, "--n", "3", "--halt", rule, "--out", str(tmp_path / "live.jsonl")])
     (replayed,) = (tmp_path / "replayed").iterdir()
-    assert read(replayed) == read(tmp_path / "live")
+    assert read(replayed) == read(tmp_path / "live.jsonl")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", ["1", "5"])
 def test_two_processes_write_what_one_writes(place: Place, tmp_path: Path, n: str) -> None:
     for devices in ("1", "2"):
-        place.sample("--n", n, "--devices", devices, "--halt", "Patience(2)", "--out", str(tmp_path / devices))
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+        place.sample(
+            "--n", n, "--devices", devices, "--halt", "Patience(2)", "--out", str(tmp_path / f"{devices}.jsonl")
+        )
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(("suffix", "head"), [(".png", b"\x89PNG\r\n"), (".pdf", b"%PDF-"), (".svg", b"<?xml")])
@@ -558,8 +562,8 @@ def test_bad_samples(
         (["--policy", "Threshold(-1.0)"], "tau >= 0"),
         (["--policy", "LLaDA(4)", "--steps", "4"], "a policy has its own steps"),
         (["--policy", "LLaDA(16, block=5)"], "block"),
-        (["--temperature", "-1"], "temperature must be"),
-        (["--cfg_scale", "-1"], "cfg_scale must be"),
+        (["--temperature", "-1"], "temperature >= 0, got -1"),
+        (["--cfg_scale", "-1"], "cfg_scale >= 0, got -1"),
         (["--cache", "dual"], "keeps no keys and values"),
         (["--new_tokens", "0"], "must be >= 1"),
         (["--new_tokens", "4", "--length", "9"], "no length"),

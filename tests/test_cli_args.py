@@ -18,7 +18,7 @@ from cdlm.cli.commands import COMMANDS
 from cdlm.cli.main import function_of, main, parser_of
 from cdlm.cli.train import parser as train_parser
 from cdlm.core.errors import CdlmError
-from cdlm.studies import command as study_command
+from cdlm.studies.command import reader
 
 
 class Solver:
@@ -256,7 +256,7 @@ PLAIN_COMMANDS = [command for command in COMMANDS if not command.own]
 def every_parser() -> list[CommandParser]:
     """Of every command whose settings are those of a function, and of every study."""
     made = [parser_of(command, function_of(command)) for command in PLAIN_COMMANDS]
-    return made + [study_command.reader(name) for name in studies.names()]
+    return made + [reader(name) for name in studies.names()]
 
 
 @pytest.mark.parametrize("parser", every_parser(), ids=lambda parser: parser.prog)

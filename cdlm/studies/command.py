@@ -11,10 +11,8 @@ import yaml
 from cdlm import studies
 from cdlm.cli.args import CommandParser, Parameter
 from cdlm.cli.main import call
-from cdlm.core.devices import resolve_device
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.parsing import nearest
-from cdlm.core.progress import announce
 
 
 def run(argv: list[str]) -> None:
@@ -29,9 +27,8 @@ def run(argv: list[str]) -> None:
     made = reader(argv[0])
     given = made.settings(argv[1:])
     file = given.pop("config", None)
-    study = call(studies.find(argv[0])[0], made.arguments({**(made.read(_yaml(file)) if file else {}), **given}))
-    if not study.quiet:
-        announce(f"device: {resolve_device(study.device)}")
+    settings = made.arguments({**(made.read(_yaml(file)) if file else {}), **given})
+    study = call(studies.find(argv[0])[0], settings).ready()
     table = study.run(argv[0])
     if not study.quiet:
         print(table)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from cdlm.api import configured, open_bench, open_session
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.grids import GRIDS
-from cdlm.core.devices import Precision
+from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_rows, write_text
 from cdlm.core.stats import Bootstrap
@@ -52,18 +52,13 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(ABC):
+class Study(MachineOptions, ABC):
     """A small experiment; its settings without a value here have theirs in the study's YAML file.
 
     Args:
         models: run folders, one or more.
         n: samples of each run.
         out: folder for the CSV, the table and the picture.
-        batch_size: samples in flight.
-        precision: arithmetic of the network.
-        device: cpu, cuda, cuda:1, ...; auto is a GPU if there is one.
-        devices: processes to divide the samples among.
-        quiet: print errors only: no progress and no table; files are written as ever.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
@@ -73,10 +68,6 @@ class Study(ABC):
     n: int
     out: Path = Path("studies")
     batch_size: int = Model.batch_size
-    precision: Precision = "fp32"
-    device: str = "auto"
-    devices: int = 1
-    quiet: bool = False
 
     @abstractmethod
     def find(self) -> Finding:
