@@ -908,9 +908,9 @@ def test_a_saved_system_draws_the_same_samples(name: str, runs) -> None:
 
 def samples(model: EmbeddingDiffusion) -> list[Tensor]:
     """Logits of every step of the system's own sampler, with a prompt in one of the rows."""
-    options = RunOptions(record=frozenset({"logits"}))
+    options, sampling = RunOptions(record=frozenset({"logits"})), model.defaults.with_steps(6)
     asked = [Request(i, torch.arange(N), torch.arange(N) < i) for i in range(3)]
-    return [step.state.logits for step in DiffusionLoop(model, model.sampling.with_steps(6), options, 2).steps(asked)]
+    return [step.state.logits for step in DiffusionLoop(model, sampling, options, 2).steps(asked)]
 
 
 def test_what_training_counts_is_in_the_average_and_in_the_checkpoint(runs) -> None:

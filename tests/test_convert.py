@@ -281,7 +281,7 @@ def test_the_tokenizer(archive: Path, tmp_path: Path) -> None:
     shutil.move(archive / "tokenizer.json", tmp_path / "own.json")
     refused(archive, tmp_path / "out", "tokenizer.json")
     convert(LAYOUT, archive, tmp_path / "out", str(tmp_path / "own.json"))
-    assert loaded(tmp_path / "out").tokenizer.encode("w3 w4") == [3, 4]
+    assert loaded(tmp_path / "out").need_tokenizer().encode("w3 w4") == [3, 4]
 
 
 def test_the_folders(archive: Path, ours: Path, tmp_path: Path) -> None:

@@ -289,10 +289,9 @@ def test_every_flat_setting_is_one_of_generate(kind: str) -> None:
             with pytest.raises(CdlmError, match="keeps no keys and values"):
                 cdlm.generate(model, cache=value)
             continue
-        steps = {} if name == "policy" else {"steps": 3}
-        samples = cdlm.generate(model, **{name: value}, **steps)
-        assert samples.made_by["sampling"] != cdlm.generate(model, **steps).made_by["sampling"], name
-        cdlm.generate(model, **{name: None}, **steps)  # as in the model's paper
+        steps: dict[str, Any] = {} if name == "policy" else {"steps": 3}
+        other, plain = ({name: chosen, **steps} for chosen in (value, None))  # None: as in the model's paper
+        assert cdlm.generate(model, **other).made_by["sampling"] != cdlm.generate(model, **plain).made_by["sampling"]
 
 
 def test_settings_may_be_texts_and_objects() -> None:
@@ -301,7 +300,7 @@ def test_settings_may_be_texts_and_objects() -> None:
         ("Heun()", "LogT()", "Greedy()"), (Heun(), LogT(), Greedy()))]  # fmt: skip
     assert made[0] == made[1] == Diffusion(200, Heun(), LogT(), Guidance(projection=Greedy(), scale=2.0))
     policies = [api.open_session(masked, policy=policy).sampling for policy in ("Threshold(0.6)", Threshold(0.6))]
-    assert policies[0] == policies[1] == replace(masked.sampling, policy=Threshold(0.6))
+    assert policies[0] == policies[1] == Unmasking(Threshold(0.6), temperature=1.0)
 
 
 @pytest.mark.parametrize(
@@ -399,8 +398,8 @@ def test_settings_of_a_wrong_kind_are_refused_in_one_line(answers: list[list[str
 
 def test_a_model_is_sampled_as_in_its_paper() -> None:
     assert system().sampling == Diffusion(200, grid=Warped())
-    assert plaid().sampling.solver == Ancestral()
-    simplex = ssd(k=4.0, top_p=0.3).sampling
+    assert plaid().defaults.solver == Ancestral()
+    simplex = ssd(k=4.0, top_p=0.3).defaults
     assert (simplex.solver, simplex.grid, simplex.guidance.projection) == (Renoise(), UpperEnds(), MultiHot(0.3))
     assert simplex.block == 3
     assert isinstance(langflow().sampling, Diffusion)

@@ -122,8 +122,9 @@ class Guidance:
 
     def __post_init__(self) -> None:
         check_object("Guidance", Projection, projection=self.projection)
-        temperatures = {name: getattr(self, name) for name in ("softmax_temperature", "score_temperature")}
-        check_number("Guidance", above=0.0, **temperatures, hint="1 leaves the model as it is")
+        softmax, score = self.softmax_temperature, self.score_temperature
+        hint = "1 leaves the model as it is"
+        check_number("Guidance", above=0.0, softmax_temperature=softmax, score_temperature=score, hint=hint)
         check_number("Guidance", scale=self.scale, hint="1 switches it off")
 
     @property

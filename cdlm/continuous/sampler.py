@@ -85,8 +85,9 @@ class Diffusion(Sampling):
     block: int | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("solver", Solver), ("grid", Grid), ("guidance", Guidance)):
-            check_object("Diffusion", kind, **{name: getattr(self, name)})
+        check_object("Diffusion", Solver, solver=self.solver)
+        check_object("Diffusion", Grid, grid=self.grid)
+        check_object("Diffusion", Guidance, guidance=self.guidance)
         check_whole("Diffusion", steps=self.steps)
         check_number("Diffusion", least=0.0, init_scale=self.init_scale, hint="1 is the model's own noise level")
         hint = "a block has one position or more, and None generates all at once"

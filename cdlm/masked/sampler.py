@@ -73,8 +73,8 @@ class Unmasking(Sampling):
 
     def __post_init__(self) -> None:
         check_object("Unmasking", Policy, policy=self.policy)
-        numbers = {"temperature": self.temperature, "cfg_scale": self.cfg_scale}
-        check_number("Unmasking", least=0.0, **numbers, hint="0 switches it off")
+        off = "0 switches it off"
+        check_number("Unmasking", least=0.0, temperature=self.temperature, cfg_scale=self.cfg_scale, hint=off)
         if self.cache is not None:
             self._check_cache()
 

@@ -11,14 +11,14 @@ Columns (m samples, n positions, `steps` grid points, e switches):
     commit.step, .sample, .position, .token [e],             of a masked model: every token committed, the same kinds,
     budget [m] int64                                         and the steps each sample may take
 
-The header holds the format's version, the seed, and what is known of the model and the sampler.
+The header holds the format's version, the seed, the prompts, and what is known of the model and the sampler.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ class Recording:
     """Fingerprint of its weights."""
     settings: Mapping[str, Any]
     """Everything of the sampler but rule and seed."""
+    prompts: Sequence[str | None] = ()
+    """The text of each sample's prompt; empty where none was recorded."""
+    made_by: Mapping[str, str] = field(default_factory=dict)
+    """What made the samples, as `Samples` say it; empty in recordings of earlier programs."""
 
     def __post_init__(self) -> None:
         left = (self.record.nfe == 0).any(0)
@@ -83,7 +87,7 @@ class Recording:
     def first(self, n: int) -> Recording:
         """The first n samples."""
         cut = {name: getattr(self, name)[:n] for name in _REQUESTS}
-        return replace(self, record=self.record.select(np.arange(n)), **cut)
+        return replace(self, record=self.record.select(np.arange(n)), prompts=self.prompts[:n], **cut)
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -100,7 +104,8 @@ class Recording:
             **({} if self.record.budget is None else {"budget": self.record.budget}),
         }
         header = {"cdlm_recording": str(VERSION), "seed": str(self.seed), "model": self.model, "weights": self.weights,
-                  "settings": json.dumps(self.settings)}  # fmt: skip
+                  "settings": json.dumps(self.settings), "prompts": json.dumps(list(self.prompts)),
+                  "made_by": json.dumps(dict(self.made_by))}  # fmt: skip
         with replacing(path) as temporary:
             save_file({name: np.ascontiguousarray(values) for name, values in columns.items()}, temporary, header)
 
@@ -137,6 +142,8 @@ class Recording:
             model=header["model"],
             weights=header["weights"],
             settings=dict(json.loads(header["settings"])),
+            prompts=list(json.loads(header.get("prompts", "[]"))),
+            made_by=dict(json.loads(header.get("made_by", "{}"))),
         )
 
     def _check(self) -> None:
@@ -145,7 +152,7 @@ class Recording:
         shapes = {"given": (m, n), "valid": (m, n), "index": (m,)}
         wrong = [name for name, shape in shapes.items() if getattr(self, name).shape != shape]
         wrong += [name for name, column in record.signals.items() if column.shape != (steps, m)]
-        wrong += self._broken()
+        wrong += self._broken() + ([] if len(self.prompts) in (0, m) else ["prompts"])
         if wrong or record.nfe.shape != (steps, m):
             raise ValueError(f"columns of different runs: {', '.join(wrong) or 'nfe or switches'}")
 

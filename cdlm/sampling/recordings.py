@@ -41,7 +41,8 @@ def recording_of(samples: Samples, session: Session) -> Recording:
         )
     return Recording(
         samples.record, samples.tokens, samples.given, samples.valid, samples.index, samples.seed, session.model.name,
-        session.model.need_fingerprint(), recorded_settings(session, samples.tokens.shape[1]),
+        session.model.need_fingerprint(), recorded_settings(session, samples.tokens.shape[1]), samples.prompts,
+        samples.made_by,
     )  # fmt: skip
 
 
@@ -113,13 +114,16 @@ def replayed(recording: Recording, criterion: Criterion, tokenizer: PreTrainedTo
             ends_of(run.tokens, recording.given & recording.valid, ends), recording.given, run.steps - 1
         ),
         spans=spans_of(tokenizer, run.tokens, recording.given, shown),
-        made_by={
-            "model": recording.model,
-            "weights": recording.weights,
-            "sampling": dict(recording.settings),
-            "halt": repr(criterion),
-        },
+        prompts=list(recording.prompts),
+        made_by={**_made_by(recording), "halt": repr(criterion)},
     )
+
+
+def _made_by(recording: Recording) -> dict[str, str]:
+    """What made the full run, of older recordings as far as they say."""
+    settings = json.dumps(recording.settings)
+    known = {"model": recording.model, "weights": recording.weights, "sampling": settings, "halt": "", "version": ""}
+    return {**known, **recording.made_by}
 
 
 def agreement(tokens: Int[np.ndarray, "m n"], recording: Recording) -> Float[np.ndarray, " m"]:

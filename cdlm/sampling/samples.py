@@ -82,7 +82,7 @@ class Samples:
     """Characters of each text that came from its prompt."""
     prompts: list[str | None] = field(default_factory=list)
     """The prompt of each sample."""
-    made_by: Mapping[str, Any] = field(default_factory=dict)
+    made_by: Mapping[str, str] = field(default_factory=dict)
     """Model, fingerprint of its weights, sampling, rule and version."""
     record: Record | None = None
     """Statistics of every step; None unless asked for."""
@@ -146,13 +146,12 @@ class Samples:
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain mapping a sample: its text, what it cost, and what made it."""
-        made_by = {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.made_by.items()}
         return [
             {
                 "text": sample.text, "tokens": sample.tokens.tolist(), "nfe": sample.nfe, "steps": sample.steps,
                 "budget": self.budget, "reason": sample.reason.name.lower(), "seed": sample.seed,
                 "index": sample.index, "prompt": sample.prompt, "given": [list(span) for span in sample.given],
-                **made_by,
+                **self.made_by,
             }
             for sample in self
         ]  # fmt: skip

@@ -323,7 +323,7 @@ class Session:
         return replace(samples, made_by=self.description)
 
     @property
-    def description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, str]:
         """What makes the samples, for the record: model, sampling, rule and version."""
         from importlib.metadata import version
 
