@@ -50,7 +50,7 @@ def load(
 
     Args:
         device: "auto" is a GPU if there is one.
-        precision: of our own models, the arithmetic of the network ("fp32" unless said otherwise); of foreign ones,
+        precision: of our own models, the arithmetic of the network ("fp32" by default); of foreign ones,
             what the weights are held in (as in their files).
         device_map: of foreign ones, how to divide them among devices, such as "auto".
     """

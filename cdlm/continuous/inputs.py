@@ -17,7 +17,7 @@ class NetworkInput(nn.Module, ABC):
     """(z, t, condition) -> what the network reads."""
 
     sees_given: bool = True
-    """Whether given tokens are told apart from noisy ones. A network that does not know the difference sees a given
+    """Whether given tokens are marked apart from noisy ones. A network that does not know the difference sees a given
     token as its embedding under as much noise as all others."""
 
     @abstractmethod

@@ -42,7 +42,7 @@ class Variational(Objective):
     Three terms: how far the noisiest state is from the prior, the squared error of the clean estimate over all levels,
     and the cross-entropy at the least noise. In training a share of the rows makes the last term, the other rows make
     the error; the shares follow the deviations of both, averaged with `decay` and over processes. In evaluation, and
-    where levels are asked for, every row makes both.
+    where levels are given, every row makes both.
 
     The schedule's ends are trained on the bound. Its shape, which the bound does not depend on, is trained on the
     variance of the estimate: the gradient of each row is multiplied by twice its loss (section 4.3).

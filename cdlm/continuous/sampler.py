@@ -68,7 +68,7 @@ class Diffusion(Sampling):
         steps: grid points, >= 1. One prediction each; the last, at t_min, is read out, so Euler spends `steps` calls.
         solver, grid, guidance: see there.
         init_scale: the start is `init_scale` times the prior; CDCD finds that a little below 1 sharpens.
-        block: positions that are generated at a time: `steps` for each block, and the rule is asked for each anew.
+        block: positions that are generated at a time: `steps` for each block, and the rule begins anew in each.
             None generates all at once.
     """
 

@@ -58,7 +58,7 @@ class Schedule(nn.Module, ABC):
         """(t, dt/du) for an objective whose gradient may reach the schedule; here it does not.
 
         Args:
-            scale: asked in the backward pass, by what each row's gradient of the schedule's shape is multiplied.
+            scale: called in the backward pass: by what each row's gradient of the schedule's shape is multiplied.
         """
         return self.t_of_u(u).detach(), self.slope(u).detach()
 

@@ -127,7 +127,7 @@ class EmbeddingDiffusion(System, Denoiser):
     def noisy(
         self, clean: Float[Tensor, "b n d"], t: Float[Tensor, " b"], batch: Batch
     ) -> tuple[Float[Tensor, "b n d"], Condition]:
-        """A noisy state of each row, and what the network is told beside it: the first rows get a first pass."""
+        """A noisy state of each row, and the condition beside it: the first rows get a first pass."""
         device, rows = clean.device, len(t)
         eps = torch.randn(clean.shape, generator=batch.generator, device=device)
         z = clean + t.to(clean.dtype)[:, None, None] * eps

@@ -27,7 +27,7 @@ SEPARATOR = "\n"
 MARK = "####"
 """Stands before the answer, as in GSM8K."""
 LARGEST = 99
-"""Numbers of generated problems lie in 1..LARGEST, unless they are asked to be smaller."""
+"""Numbers of generated problems lie in 1..LARGEST, unless the caller wants smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +156,13 @@ def _is_held_out(reasoning: str) -> bool:
 def _problem(rng: np.random.Generator, steps: int, largest: int) -> Problem:
     """Draw one problem, of either split."""
     name, thing, have = _pick(rng, tuple(_PRONOUN)), _pick(rng, _THINGS), _draw(rng, "start", largest)
-    told, equations = [f"{name} has {have} {thing}."], []
+    sentences, equations = [f"{name} has {have} {thing}."], []
     while len(equations) < steps:
         predicate, more, have = _happen(rng, have, steps - len(equations), largest)
-        told.append(f"{_PRONOUN[name]} {predicate}.")
+        sentences.append(f"{_PRONOUN[name]} {predicate}.")
         equations += more
-    told.append(f"How many {thing} has {name} now?")
-    return Problem(" ".join(told), " ".join(equations), str(have))
+    sentences.append(f"How many {thing} has {name} now?")
+    return Problem(" ".join(sentences), " ".join(equations), str(have))
 
 
 def _happen(rng: np.random.Generator, have: int, most: int, largest: int) -> tuple[str, list[str], int]:

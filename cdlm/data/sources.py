@@ -161,7 +161,7 @@ class Files(Source):
             raise CdlmError("Files: expected at least one path, got none")
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Documents in the order of the files, read as they are asked for (one whole file for sample_by document)."""
+        """Documents in the order of the files, read when they are needed (one whole file for sample_by document)."""
         if self.valid_paths:
             return self._read(self.paths if split == "train" else self.valid_paths)
         advice = "give valid_paths, or split the text with sample_by line or paragraph"

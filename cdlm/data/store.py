@@ -186,7 +186,7 @@ class DocumentRows(TextRows):
 
 class FilledRows(DocumentRows):
     """One document a row, filled up with EOS, which counts as text: so a model learns where to end (LLaDA, 2502.09992,
-    section 2.3). It can then be asked for more positions than an answer needs."""
+    section 2.3). A sample may then have more positions than its answer needs."""
 
     def __init__(self, store: TokenStore, length: int) -> None:
         super().__init__(store, length)

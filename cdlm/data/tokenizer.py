@@ -43,7 +43,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTok
     backend.train_from_iterator(documents, trainer)
     if (supported := backend.get_vocab_size()) < vocab_size:
         raise CdlmError(
-            f"the text supports a vocabulary of {supported} tokens, {vocab_size} were asked for; "
+            f"the text supports a vocabulary of {supported} tokens, {vocab_size} is too many: "
             f"set vocab_size to {supported} or less, or give more text"
         )
     return _wrap(backend)

@@ -205,7 +205,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         self.model, self.sampling = model, sampling
         self.noise = PositionNoise(options.seed) if noise is None else noise
         self.needs = options.needs | (sampling.policy.needs & {"mean_kl"})
-        """Signals of a step: those asked for, and those whose past the policy needs."""
+        """Signals of a step: those that are read, and those whose past the policy needs."""
         mask = () if sampling.quirks.propose_mask else (model.constants.mask_id,)
         self.suppressed = (*mask, *sampling.policy.suppressed(model.constants))
 

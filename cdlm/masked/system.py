@@ -30,7 +30,7 @@ EPS = 1e-3
 class MaskedDiffusion(System, MaskedModel):
     """Tokens are masked, each with probability t, and recovered by a network that sees all positions at once.
 
-    The network is not told t: it can count masks (MDLM, arXiv 2406.07524, section 3.5; LLaDA, arXiv 2502.09992). The
+    The network does not see t: it can count masks (MDLM, arXiv 2406.07524, section 3.5; LLaDA, arXiv 2502.09992). The
     mask itself is never predicted. Trained with the bound on the negative log likelihood, E_t[1/t sum CE over masked
     positions], which `weight="flat"` replaces in training by the mean over masked positions; evaluation is the bound.
     """

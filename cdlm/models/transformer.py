@@ -83,7 +83,7 @@ class Transformer(nn.Module):
 
     Args:
         inputs, outputs: features per position.
-        width, depth, heads, mlp_ratio: the usual; width must be a multiple of 2 * heads.
+        width, depth, heads, mlp_ratio: sizes of the transformer; width must be a multiple of 2 * heads.
         cond: width of the level embedding.
         gates: AdaLN-Zero branch gates; without them the network is the one of CDCD, section 4.
     """

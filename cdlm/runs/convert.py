@@ -54,11 +54,11 @@ def _is_ours(source: Path) -> bool:
 def _to_ours(layout: Layout, source: Path, out: Path, tokenizer: str | None) -> None:
     official = layout.read(source)
     model, specs = _check(official, source)
-    spoken = _tokenizer(tokenizer, source, model["vocab"])
+    made = _tokenizer(tokenizer, source, model["vocab"])
     config = {"cdlm_format": hub.FORMAT, "length": official.length, "ends": False, "model": model}
     with replacing(out) as temporary:
         temporary.mkdir()
-        hub.save_tokenizer(spoken, temporary)
+        hub.save_tokenizer(made, temporary)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         card = hub.model_card(config, {"Origin": inspect.getdoc(type(layout)) or type(layout).__name__})
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -70,10 +70,10 @@ def _to_official(layout: Layout, source: Path, out: Path, tokenizer: str | None)
     config = hub.read_config(source)
     official = Official(config["model"], int(config["length"]), read_safetensors(source / "model.safetensors"))
     _check(official, source)
-    spoken = _tokenizer(tokenizer, source, official.config["vocab"])
+    made = _tokenizer(tokenizer, source, official.config["vocab"])
     with replacing(out) as temporary:
         temporary.mkdir()
-        hub.save_tokenizer(spoken, temporary)
+        hub.save_tokenizer(made, temporary)
         layout.write(official, temporary)
 
 
@@ -89,13 +89,13 @@ def _check(official: Official, source: Path) -> tuple[dict[str, Any], dict[str, 
 def _tokenizer(name: str | None, source: Path, vocab: int) -> PreTrainedTokenizerFast:
     if name is None and not (source / "tokenizer.json").exists():
         raise CdlmError(f"{source} has no tokenizer.json: give the tokenizer that the model was trained with")
-    spoken = _open_tokenizer(str(source) if name is None else name)
-    if len(spoken) != vocab:
+    made = _open_tokenizer(str(source) if name is None else name)
+    if len(made) != vocab:
         raise CdlmError(
-            f"the weights are of {vocab} tokens, the tokenizer {name or source} has {len(spoken)}: give the tokenizer"
+            f"the weights are of {vocab} tokens, the tokenizer {name or source} has {len(made)}: give the tokenizer"
             " that the model was trained with"
         )
-    return spoken
+    return made
 
 
 def _open_tokenizer(name: str) -> PreTrainedTokenizerFast:

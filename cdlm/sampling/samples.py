@@ -85,7 +85,7 @@ class Samples:
     made_by: Mapping[str, str] = field(default_factory=dict)
     """Model, fingerprint of its weights, sampling, rule and version."""
     record: Record | None = None
-    """Statistics of every step; None unless asked for."""
+    """Statistics of every step; None unless the run was recorded."""
 
     def __len__(self) -> int:
         return len(self.nfe)

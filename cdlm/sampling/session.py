@@ -34,7 +34,7 @@ class Model(ABC):
     length: int = 0
     """Positions that it was trained on; of a foreign model its context."""
     whole_rows: bool = True
-    """Whether samples fill rows of `length` positions; if not, a prompt is continued by as many tokens as are asked."""
+    """Whether samples fill rows of `length` positions; if not, a prompt is continued by a given number of tokens."""
     ends: bool = False
     """Whether a text ends at its first end-of-text token, as in a model of whole documents."""
     tokenizer: PreTrainedTokenizerFast | None = None

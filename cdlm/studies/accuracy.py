@@ -81,7 +81,7 @@ class Accuracy(Study):
 
     @cached_property
     def tasks(self) -> list[Problem]:
-        """What is asked."""
+        """The problems."""
         if self.problems is not None:
             return read_problems(self.problems)[: self.n]
         return list(problems(self.n, self.seed, "valid", tuple(self.steps), self.largest))

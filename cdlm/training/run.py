@@ -27,7 +27,7 @@ from cdlm.training.progress import reporter
 from cdlm.training.stop import Interrupted, StopRequest
 
 HARMLESS = (
-    r"GPU available but not used",  # asked for
+    r"GPU available but not used",  # on purpose
     r"Found \d+ module\(s\) in eval mode",  # the EMA
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's use of torch
 )

@@ -49,8 +49,8 @@ def calibrate(
         seed: of the calibration samples; use others than those you will report.
         recordings: folder of cdlm sample --record with the full runs; by default they are drawn.
     """
-    asked = goal.goal
-    asked.check(n)
+    bound = goal.goal
+    bound.check(n)
     settings = flat_settings(diffusion, unmasking, steps=steps)
     with api.open_session(
         run, seed=seed, batch_size=machine.batch_size, device=machine.device, devices=machine.devices,
@@ -65,7 +65,7 @@ def calibrate(
         bench = api.open_bench(
             session, n, length=length, judge=judge.judge, judge_steps=judge.judge_steps, recordings=recordings
         )
-        found = calibrated(bench, candidates, asked, measure)
+        found = calibrated(bench, candidates, bound, measure)
     if not machine.quiet:
         for trial in found.trials:
             verdict = "" if trial.passed else "  too much"

@@ -130,7 +130,7 @@ class DiT(nn.Module):
     The release has no attention mask; without `valid` this is the same function.
 
     Args:
-        vocab, width, depth, heads: the usual; width must be a multiple of 2 * heads.
+        vocab, width, depth, heads: sizes of the transformer; width must be a multiple of 2 * heads.
         cond: width of the level embedding.
         dropout: share of each branch's numbers that training drops, in [0, 1).
     """
@@ -195,12 +195,12 @@ class LangFlowLayout(Layout):
     """
 
     def read(self, folder: Path) -> Official:
-        said = _read_config(folder)
-        config, ours = _settings(said, folder), said.get("cdlm", {"settings": {}, "counts": {STEPS: 0}})
+        released = _read_config(folder)
+        config, ours = _settings(released, folder), released.get("cdlm", {"settings": {}, "counts": {STEPS: 0}})
         try:
             config = config | ours["settings"]
             counts = {name: int(ours["counts"][name]) for name in _counts(config)}
-            shapes, length = _shapes(config), int(said["model_length"])
+            shapes, length = _shapes(config), int(released["model_length"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             raise CdlmError(f"{folder / 'config.json'} has settings that cannot be read ({error!r})") from error
         found = read_safetensors(folder / WEIGHTS)
@@ -217,11 +217,11 @@ class LangFlowLayout(Layout):
         counts = {name: int(tensors[name][1]()) for name in _counts(config)}
         if counts.get(WARM, config["output_prior_warmup"]) < config["output_prior_warmup"]:
             raise CdlmError("the released format has no own-position term in part: train beyond output_prior_warmup")
-        said = _said(official)
-        ours = {"settings": _differences(_settings(said, folder), config), "counts": counts}
+        released = _released_config(official)
+        ours = {"settings": _differences(_settings(released, folder), config), "counts": counts}
         if ours != {"settings": {}, "counts": {STEPS: 0}}:
-            said["cdlm"] = ours
-        write_text(folder / "config.json", json.dumps(said, indent=2) + "\n")
+            released["cdlm"] = ours
+        write_text(folder / "config.json", json.dumps(released, indent=2) + "\n")
         specs = {_released(name): Spec(shape, torch.float32) for name, shape in shapes.items()}
         write_safetensors(folder / WEIGHTS, specs, {_released(name): tensors[name][1] for name in shapes})
 
@@ -253,28 +253,28 @@ def _constant(value: int) -> Lazy:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    said = read_json(folder / "config.json", "a LangFlow checkpoint")
-    if said.get("model_type") != FIXED["model_type"]:
+    released = read_json(folder / "config.json", "a LangFlow checkpoint")
+    if released.get("model_type") != FIXED["model_type"]:
         raise CdlmError(f"{folder / 'config.json'} is not that of a LangFlow checkpoint: expected model_type LangFlow")
-    return said
+    return released
 
 
-def _settings(said: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _settings(released: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What the released config.json says, as settings of our system."""
     for name, value in FIXED.items():
-        if said.get(name) != value:
-            raise CdlmError(f"{folder / 'config.json'} has {name} {said.get(name)!r}, expected {value!r}")
+        if released.get(name) != value:
+            raise CdlmError(f"{folder / 'config.json'} has {name} {released.get(name)!r}, expected {value!r}")
     for name in (*FIELDS, "model_length", "self_conditioning"):
-        if name not in said:
+        if name not in released:
             raise CdlmError(f"{folder / 'config.json'} has no {name}: copy it again")
     return {
-        "system": "langflow", **{ours: said[theirs] for theirs, ours in FIELDS.items()}, "dim": said["hidden_size"],
-        "mlp_ratio": MLP_RATIO, "gates": True, "output_prior_warmup": 0, "fit_delay": 0, "guidance_dropout": 0.0,
-        "self_conditioning": 0.25 if said["self_conditioning"] else 0.0, "network": "released",
+        "system": "langflow", **{ours: released[theirs] for theirs, ours in FIELDS.items()},
+        "dim": released["hidden_size"], "mlp_ratio": MLP_RATIO, "gates": True, "output_prior_warmup": 0, "fit_delay": 0, "guidance_dropout": 0.0,
+        "self_conditioning": 0.25 if released["self_conditioning"] else 0.0, "network": "released",
     }  # fmt: skip
 
 
-def _said(official: Official) -> dict[str, Any]:
+def _released_config(official: Official) -> dict[str, Any]:
     """The released config.json of our settings; the schedule's first values are those it has now."""
     config, scalars = official.config, {}
     for theirs, ours in (("gumbel_loc", "mu"), ("gumbel_scale", "beta"), ("gumbel_entropy", "entropy")):

@@ -30,7 +30,7 @@ class SummedInput(NetworkInput):
     """The state at unit variance and the previous estimate, each through a matrix of its own, added up: `width`
     features. The level is gamma, float64.
 
-    Given tokens are not told apart: the network was trained without prompts.
+    Given tokens are not distinguished: the network was trained without prompts.
 
     Args:
         dim: of the embeddings, whose norm is 1.
@@ -82,7 +82,7 @@ class ReleasedTransformer(nn.Module):
     """Features of `width` numbers a position and gamma of each row in, logits out; no causal mask.
 
     Args:
-        vocab, width, depth, heads, mlp_ratio: the usual; width must be a multiple of 2 * heads.
+        vocab, width, depth, heads, mlp_ratio: sizes of the transformer; width must be a multiple of 2 * heads.
         base_width: the output is computed of `base_width / width` times the last state.
     """
 
@@ -191,12 +191,12 @@ class PlaidLayout(Layout):
         tensors = {ours: _ours(found[file][name], name in UNITS) for ours, (file, name) in places.items()}
         ends = [found["gamma_bounds"][end][1] for end in ENDS]
         tensors["schedule.gamma"] = (2,), lambda: torch.stack([end().reshape(()) for end in ends])
-        told = (
+        ours = (
             read_json(folder / OURS, "what we wrote") if (folder / OURS).exists() else {**FRESH, "length": self.length}
         )
         try:
-            config, length = {**told["settings"], **_config(folder, found, depth)}, int(told["length"])
-            tensors |= {name: _constant(value) for name, value in told["tensors"].items()}
+            config, length = {**ours["settings"], **_config(folder, found, depth)}, int(ours["length"])
+            tensors |= {name: _constant(value) for name, value in ours["tensors"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CdlmError(f"{folder / OURS} cannot be read ({error!r}); copy it again, or delete it") from error
         return Official(config, length, tensors)
@@ -214,8 +214,8 @@ class PlaidLayout(Layout):
             with (folder / f"{file}.pt").open("wb") as opened:
                 torch.save(state, opened)
         settings = {name: value for name, value in config.items() if name not in SAID}
-        told = {name: tensors[name][1]().tolist() for name in TRAINING if name in tensors}
-        ours = {"length": official.length, "settings": settings, "tensors": told}
+        training = {name: tensors[name][1]().tolist() for name in TRAINING if name in tensors}
+        ours = {"length": official.length, "settings": settings, "tensors": training}
         write_text(folder / OURS, json.dumps(ours, indent=2) + "\n")
 
 

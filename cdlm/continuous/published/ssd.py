@@ -144,8 +144,8 @@ def _load_start(network: Roberta, settings: SSD, vocab: int) -> None:
     config = read_config(folder)
     found, wanted = sizes(config, folder), {name: getattr(settings, name) for name in SIZES}
     if found != wanted:
-        told = ", ".join(f"{name}={value}" for name, value in found.items())
-        raise CdlmError(f"{settings.start} is a RoBERTa of another size than these settings: set {told}")
+        wanted = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise CdlmError(f"{settings.start} is a RoBERTa of another size than these settings: set {wanted}")
     if config["vocab_size"] != vocab:
         raise CdlmError(
             f"{settings.start} has {config['vocab_size']} tokens and the tokenizer {vocab}: train with its tokenizer"
@@ -180,7 +180,7 @@ class SSDLayout(Layout):
         if config.pop("system", None) != "ssd" or config.get("network") != "roberta":
             raise CdlmError("this system has no files of SSD-LM's published format: only one with network=roberta has")
         vocab, settings = config.pop("vocab"), SSD(**config)
-        told = {
+        content = {
             "model_type": "roberta",
             "architectures": ["RobertaForMaskedLM"],
             "bos_token_id": 0,
@@ -188,7 +188,7 @@ class SSDLayout(Layout):
             **roberta_config(settings, vocab),
             "cdlm": {"length": official.length, **{name: getattr(settings, name) for name in OWN}},
         }
-        write_text(folder / "config.json", json.dumps(told, indent=2) + "\n")
+        write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
         network = _part(official, "network.")
         network |= {copy: network[name] for copy, name in TIED.items()}
         specs = {name: Spec(shape, torch.float32) for name, (shape, _) in network.items()}

@@ -96,7 +96,7 @@ class LangFlow(ContinuousConfig):
         fit_delay: optimiser steps before the schedule is fitted.
         self_conditioning: share of training rows with a first pass.
         guidance_dropout: share of training rows whose prompt is hidden; the released network does not see it anyway.
-        network: "shared" is the toolkit's own. "released" is LangFlow's, which adds what it is told to the state
+        network: "shared" is the toolkit's own. "released" is LangFlow's, which adds the condition to the state
             instead of reading it beside the state, takes given tokens for noisy ones, and asks for dim = width.
         dropout: share of each branch that training drops, in [0, 1); of the released network only (in the paper 0.1).
     """
@@ -136,7 +136,7 @@ class LangFlow(ContinuousConfig):
     def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion:
         released = self.network == "released"
         embedding = TokenEmbedding(vocab, self.dim, init_std=(3 * self.dim) ** -0.5 if released else 1e-3)
-        # At 0.4 embedding norms half the tokens of a large vocabulary can be told from their noisy state alone.
+        # At 0.4 embedding norms half the tokens of a large vocabulary can be read off their noisy state alone.
         mode = 2 * math.log(0.4 * embedding.rho)
         return EmbeddingDiffusion(
             embedding,

@@ -149,7 +149,7 @@ class SSD(ContinuousConfig):
         block: tokens that are generated at a time; train it with the masking law Block(block).
         k: K, the size of the simplex.
         gates: AdaLN-Zero gates on the branches of the shared network.
-        top_p: nucleus of the projection that sampling uses unless said otherwise; 0 is greedy.
+        top_p: nucleus of the projection that sampling uses by default; 0 is greedy.
         network: "shared", the backbone of all systems, or "roberta", the published one.
         start: folder or Hub id of a RoBERTa checkpoint of this size to start from, such as "FacebookAI/roberta-large".
         positions: the most positions that RoBERTa can have in a row.
