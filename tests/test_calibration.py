@@ -327,7 +327,11 @@ def test_the_table_of_a_comparison(bench: Bench) -> None:
     assert by["JoT"][0].samples == 8
     assert not by["Never"][0].chosen  # it saves nothing
     text = markdown(points, goal)
-    assert f"| JoT | 8 | - | a bound needs {goal.fewest} samples |" in text
+    assert not by["JoT"][0].bounded
+    assert all(p.bounded for p in points if p.samples == 30)
+    marked = [replace(p, chosen=True) if p.family == "JoT" else p for p in points]
+    assert f"| {by['JoT'][0].setting} † |" in markdown(marked, goal)
+    assert f"† Fewer than {goal.fewest} samples: the loss is a mean, without a bound." in markdown(marked, goal)
     assert "| Never | 30 | - | saves no call within the goal |" in text
 
 
@@ -369,7 +373,7 @@ def say(*words: object) -> None:
 
 def test_calibrate_then_sample_with_auto(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = place / "toy"
-    settings_ = ("--steps", 12, "--quiet", "true")
+    settings_ = ("--steps", 12, "--device", "cpu")
     say("calibrate", run, "--rule", "FixedSteps", "--max-loss", "90%", "--confidence", 0.9, "--measure", "agreement",
         "--n", 20, "--judge", place / "judge", *settings_)  # fmt: skip
     shown = capsys.readouterr()
@@ -389,7 +393,7 @@ def test_calibrate_then_sample_with_auto(place: Path, capsys: pytest.CaptureFixt
 def test_compare_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     say("compare", place / "toy", "--rules", "Patience", "FromStep(Entropy(...), 3)", "--steps", 6, 8, "--n", 10,
         "--fewer", 2, 4, "--max-loss", "50%", "--judge", place / "judge", "--live", 4, "--out", tmp_path,
-        "--quiet", "true")  # fmt: skip
+        "--device", "cpu")  # fmt: skip
     assert capsys.readouterr().out.startswith("| model |")
     with (tmp_path / "compare.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -407,7 +411,7 @@ def test_compare_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[
         (("calibrate", "--rule", "Patiense"), "cannot read|Patiense|did you mean"),
         (("compare", "--rules", "Patience", "Zzz(...)"), "no halting rule 'Zzz'"),
         (("compare", "--rules", "Patience", "Patiense"), r"no halting rule 'Patiense' \(did you mean Patience\?\)"),
-        (("compare", "--recordings", "nowhere"), "no recordings"),
+        (("compare", "--recordings", "nowhere", "--live", 0), "no recordings"),
         (("compare", "--rules", "Prophet(..., region=(0, 5))"), "no recording keeps"),
         (("calibrate", "--rule", "Prophet(..., region=(0, 5))"), "no recording keeps"),
         (("compare", "--mauve", "true", "--n", 10), "at least 20 texts"),
@@ -429,50 +433,35 @@ def test_mistakes_end_with_one_line(place: Path, words: tuple, advice: str, caps
 
 
 @pytest.mark.parametrize(
-    ("model", "words", "said"),
+    ("model", "words", "warning"),
     [
-        ("blocks", (), "at least 299: raise --live, or ask for less"),
-        ("blocks", ("--n", 100), "on 32 samples of --live, .* at least 299: raise --live and --n, or ask for less"),
-        ("blocks", ("--live", 298), "on 298 samples of --live"),
+        ("blocks", (), "32 samples, and .* needs 299, .*: raise --live, or ask for less$"),
+        ("blocks", ("--n", 100), "100 samples, and .* needs 299, .*: raise --n, or ask for less$"),
+        ("blocks", ("--live", 298), "298 samples"),
         ("blocks", ("--live", 299), None),
         ("blocks", ("--max-loss", "10%"), None),
         ("blocks", ("--live", 0), None),
         ("toy", ("--rules", "Patience", "Entropy"), None),
-        ("toy", ("--rules", "JoT(3.0)"), "^cdlm: JoT.3.0. must be run on .*, on 32 samples of --live"),
+        ("toy", ("--rules", "JoT(3.0)"), r"^cdlm: JoT\(3.0\) on .*: 32 samples"),
+        ("toy", (), "^cdlm: JoT on .*: 32 samples"),
     ],
 )
-def test_too_few_live_samples_are_told_before_any_work(
-    place: Path, model: str, words: tuple, said: str | None, capsys, monkeypatch: pytest.MonkeyPatch
+def test_too_few_samples_for_a_bound_are_named_before_any_work(
+    place: Path, model: str, words: tuple, warning: str | None, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import re
 
     def work(*_: object, **__: object) -> None:
         raise CdlmError("at work")
 
-    from cdlm.cli import commands
-
-    monkeypatch.setattr(commands, "open_bench", work)
+    monkeypatch.setattr(api, "open_bench", work)
     with pytest.raises(SystemExit) as caught:
-        say("compare", place / model, *words)
-    shown = capsys.readouterr().err
+        say("compare", place / model, "--device", "cpu", *words)
+    *lines, end = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("device:")]
     assert caught.value.code == 2
-    assert shown.count("\n") == 1
-    assert re.search("at work" if said is None else said, shown), shown
-
-
-def test_a_rule_that_is_run_on_too_few_samples_beside_others_is_only_told(place: Path, capsys, monkeypatch) -> None:
-    def work(*_: object) -> None:
-        raise CdlmError("at work")
-
-    from cdlm.cli import commands
-
-    monkeypatch.setattr(commands, "open_bench", lambda *_, **__: None)
-    monkeypatch.setattr(commands, "Comparison", work)
-    with pytest.raises(SystemExit):
-        say("compare", place / "toy")
-    told, end = capsys.readouterr().err.splitlines()
-    assert told.startswith("cdlm: JoT must be run on")
     assert end == "cdlm: at work"
+    assert len(lines) == (warning is not None)
+    assert all(re.search(warning or "", line) for line in lines), lines
 
 
 def test_drawn_samples_keep_their_order(bench: Bench) -> None:

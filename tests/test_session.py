@@ -151,6 +151,12 @@ def test_a_session_whose_model_was_moved_is_refused_in_one_line(kind: str) -> No
         assert "\n" not in str(caught.value)
 
 
+@both
+def test_a_run_of_nothing_is_refused(kind: str) -> None:
+    with pytest.raises(CdlmError, match="needs requests, got none"):
+        session_of(kind).recorded().run([])
+
+
 def test_rules_that_a_family_has_no_use_for_are_named() -> None:
     assert session_of("continuous").refuses(NormConvergence(0.1)) == ""
     reason = session_of("masked").refuses(NormConvergence(0.1))
@@ -210,6 +216,7 @@ def test_two_processes_draw_what_one_does(pool: Pool, rule: Criterion, count: in
     session = session_of(pool.kind, rule, workers=pool.workers, batch_size=3).recorded()
     requests = requests_of(pool.kind, count)
     same(session.run(requests), session.alone().run(requests))
+    same(session.run(requests[::-1]), session.alone().run(requests[::-1]))
     assert len(pool.opened) <= 1
 
 

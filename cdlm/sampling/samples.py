@@ -133,9 +133,15 @@ class Samples:
         return replace(self, **values, record=None if self.record is None else self.record.select(samples))
 
     @staticmethod
-    def merge(parts: Sequence[Samples]) -> Samples:
-        """The samples of several processes as one run, in the order of their index."""
+    def merge(parts: Sequence[Samples], index: Sequence[int] | None = None) -> Samples:
+        """The samples of several processes as one run.
+
+        Args:
+            index: the order of the samples, by their index; by default rising.
+        """
         order = np.argsort(np.concatenate([part.index for part in parts]), kind="stable")
+        if index is not None:
+            order = order[np.argsort(np.argsort(index))]
         values = {name: _joined([getattr(part, name) for part in parts]) for name in PER_SAMPLE}
         records = [part.record for part in parts if part.record is not None]
         whole = replace(

@@ -308,10 +308,12 @@ class Session:
         """Serve the requests.
 
         Raises:
-            CdlmError: the model was moved since the session was opened, a prompt leaves nothing to generate, or the
-                model's logits are not numbers.
+            CdlmError: there are no requests, the model was moved since the session was opened, a prompt leaves nothing
+                to generate, or the model's logits are not numbers.
         """
         self._check_place()
+        if not requests:
+            raise CdlmError("a run needs requests, got none: make some with session.requests")
         if self.options.record >= self.sampling.recorded:
             self.check_recordable(requests)
         work = partial(serve, self.sampling, self.options, self.batch_size)
@@ -319,7 +321,8 @@ class Session:
             samples = work(self.model, requests, progress=self.progress)
         else:
             shares = deal(requests, len(self.workers))
-            samples = Samples.merge(self.workers.map(work, self.model, shares))
+            order = [request.index for request in requests]
+            samples = Samples.merge(self.workers.map(work, self.model, shares), order)
         return replace(samples, made_by=self.description)
 
     @property
