@@ -140,7 +140,7 @@ def test_every_fraction_has_a_finite_level_and_every_level_a_fraction(
 def test_the_cosine_has_a_level_next_to_its_end() -> None:
     """A fresh clone once drew this u, whose level is 2e15 and comes back as another."""
     schedule, u = Cosine(1.0), torch.tensor([1 - 2.0**-53], dtype=torch.float64)
-    assert 1e15 < schedule.t_of_u(u).item() < schedule.t_max < math.inf
+    assert 1e15 < schedule.t_of_u(u).item() <= schedule.t_max < math.inf  # it may round to the end itself
     close(schedule.u_of_t(schedule.t_of_u(u)), u, 1e-7)
     assert schedule.invertible[1] < u.item()
 
