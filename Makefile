@@ -12,7 +12,9 @@ PIP    := $(PY) -m pip install --disable-pip-version-check --quiet -c constraint
 export PIP_CONSTRAINT       := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --jaxtyping-packages=cdlm,beartype.beartype
+# One process a core, four at most.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal \
+          --jaxtyping-packages=cdlm,beartype.beartype
 TESTS  := tests
 
 DEMO   := runs/demo
