@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from types import SimpleNamespace
 
@@ -122,6 +123,18 @@ def test_a_terminal_gets_a_bar_that_vanishes(monkeypatch: pytest.MonkeyPatch) ->
     assert "0/3" in shown
     last = sys.stderr.getvalue().split("\r")[-1]  # pyright: ignore[reportAttributeAccessIssue]
     assert last.strip() == ""
+
+
+@pytest.mark.parametrize(("columns", "kind"), [(80, Bar), (0, Lines)])
+def test_a_terminal_without_a_width_gets_lines(
+    columns: int, kind: type[Meter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(terminal, "fileno", lambda: 2)
+    monkeypatch.setattr("os.get_terminal_size", lambda *_: os.terminal_size((columns, 24)))
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with meter(1, "rows") as made:
+        assert isinstance(made, kind)
 
 
 @pytest.mark.parametrize(("config", "kind"), [({"IPKernelApp": {}}, Bar), ({}, Lines)])

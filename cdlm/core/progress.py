@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -95,7 +96,7 @@ def meter(total: int, label: str, shown: bool = True) -> Meter:
     if not shown:
         return Meter()
     show_announced()
-    return Bar(total, label) if sys.stderr.isatty() or _in_notebook() else Lines(total, label)
+    return Bar(total, label) if _on_terminal() or _in_notebook() else Lines(total, label)
 
 
 class Parts:
@@ -171,6 +172,15 @@ def _to_stderr(line: str) -> None:
 
 def _text(fields: Mapping[str, object]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
+
+
+def _on_terminal() -> bool:
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0: no bar would be seen
+    except OSError:  # a stream without a file, which knows no width
+        return True
 
 
 def _in_notebook() -> bool:
