@@ -17,6 +17,8 @@ from cdlm.runs.config import SYSTEMS, RunConfig, class_values, parse_run, read_r
 from cdlm.training.options import TrainOptions
 
 PROG = "cdlm train"
+OWN = ("out", "resume", "start", "text", "quiet")
+"""Options of the command that are no settings of the run."""
 ALIASES = {"device": "training.accelerator"}
 """Short names that are not the last word of the setting."""
 ABOUT = """
@@ -106,7 +108,7 @@ def _full(word: str) -> str:
     paths = _paths()
     path = paths.get(name, name)
     if path.split(".")[-1] != "help" and path.replace("init_args.", "").rstrip("+") not in paths.values():
-        raise _unknown(name, paths)
+        raise _unknown(name, paths | {own: own for own in OWN})
     return f"--{path}{equals}{value}"
 
 
