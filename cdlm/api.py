@@ -27,6 +27,7 @@ from cdlm.runs import config as names
 from cdlm.runs.config import RunConfig
 from cdlm.runs.train import RunText
 from cdlm.sampling.loop import RunOptions
+from cdlm.sampling.recordings import find_recording
 from cdlm.sampling.requests import Request, canvases
 from cdlm.sampling.samples import Samples
 from cdlm.sampling.session import Model, Sampling, Session
@@ -161,11 +162,12 @@ def open_bench(
     model = session.model
     if model.folder is None:
         raise CdlmError(f"{model.name} has no run folder, whose settings would name the text that it is judged beside")
-    config = names.read_run(model.folder)
+    config, requests = names.read_run(model.folder), session.requests(n=n, length=length)
+    recording = None if recordings is None else find_recording(recordings, session, requests)
     text = RunText.of(config, model.tokenizer)
     small = small_judge(config, text, judge_steps)
     judged_by = open_judge(judge, small, str(session.device), session.progress)
-    return Bench.of(session, session.requests(n=n, length=length), judged_by, text.valid, recordings)
+    return Bench.of(session, requests, judged_by, text.valid, recording)
 
 
 def small_judge(config: RunConfig, text: RunText, steps: int) -> SmallJudge:

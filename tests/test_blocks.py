@@ -428,8 +428,9 @@ def test_a_run_in_blocks_is_neither_recorded_nor_plotted_and_the_error_names_wha
     system.tokenizer, system.length = tokenizer(), 12
     system.save_pretrained(tmp_path / "run")
     for option, done in (("--plot", "plotted"), ("--record", "recorded")):
+        words = ("--n", "2", "--steps", "4", "--quiet", option, str(tmp_path / "x.png"))
         with pytest.raises(SystemExit) as caught:
-            main(["sample", str(tmp_path / "run"), "--n", "2", "--steps", "4", "--quiet", option, str(tmp_path / "x.png")])
+            main(["sample", str(tmp_path / "run"), *words])
         assert caught.value.code == 2
         assert f"a run of 3 blocks cannot be {done}" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()

@@ -350,7 +350,7 @@ def test_rules_that_freeze_are_left_out_when_nothing_may_run(bench: Bench) -> No
     assert {p.family for p in points} == {FULL, REAL, PLAIN, "Patience"}
 
 
-def test_recordings_serve_a_bench(place: Path, bench: Bench) -> None:
+def test_recordings_serve_a_bench(place: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = place / "kept"
     write_recording(bench.steps_taken, bench.session, folder)
     session, judge = bench.session, str(place / "judge")
@@ -360,6 +360,7 @@ def test_recordings_serve_a_bench(place: Path, bench: Bench) -> None:
     for other in (session.with_steps(13), replace(session, options=RunOptions(seed=1))):
         with pytest.raises(CdlmError, match="no recording of 20 samples"):
             api.open_bench(other, 20, recordings=folder, judge=judge)
+    monkeypatch.setattr(api, "open_judge", lambda *_, **__: pytest.fail("a judge was opened before the recording"))
     with pytest.raises(CdlmError, match="no recording of 31 samples"):
         api.open_bench(session, 31, recordings=folder, judge=judge)
 
@@ -424,10 +425,10 @@ def test_mistakes_end_with_one_line(place: Path, words: tuple, advice: str, caps
 
     command, *rest = words
     with pytest.raises(SystemExit) as caught:
-        say(command, place / "toy", *rest)
+        say(command, place / "toy", "--device", "cpu", *rest)
     shown = capsys.readouterr()
     assert caught.value.code == 2
-    assert shown.err.count("\n") == 1
+    assert shown.err.replace("device: cpu\n", "").count("\n") == 1
     assert re.search(advice, shown.err), shown.err
     assert not shown.out
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from cdlm.halting import calibration as halting
 from cdlm.halting.calibration import Calibration, Goal
 from cdlm.halting.replay import replay
 from cdlm.recording.file import Recording
-from cdlm.sampling.recordings import find_recording, recording_of
+from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import Request
 from cdlm.sampling.samples import Samples
 from cdlm.sampling.session import Session
@@ -118,17 +117,11 @@ class Bench:
 
     @staticmethod
     def of(
-        session: Session, requests: Sequence[Request], judge: Judge, held_out: TextRows, recordings: Path | None = None
-    ) -> Bench:
-        """Draw the full run of the requests, or take it from a folder of recordings.
-
-        Raises:
-            CdlmError: the recordings are of another model, or none has these settings, this seed and n samples.
-        """
-        recording = None
-        if recordings is not None:
-            recording = find_recording(recordings, session, requests)
-        elif session.replayable(requests):
+        session: Session, requests: Sequence[Request], judge: Judge, held_out: TextRows,
+        recording: Recording | None = None,
+    ) -> Bench:  # fmt: skip
+        """A bench of the recorded full run of the requests; without a recording the run is drawn."""
+        if recording is None and session.replayable(requests):
             recording = recording_of(session.recorded().run(requests), session)
         if recording is None:
             run = session.run(requests)
