@@ -1,12 +1,15 @@
 """The pages tell the truth: their examples run, and their tables name what exists."""
 
 import re
+import shlex
 import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from cdlm.cli.main import find, function_of, parser_of
+from cdlm.cli.train import _own
 from cdlm.continuous.grids import GRIDS
 from cdlm.continuous.projections import PROJECTIONS
 from cdlm.continuous.solvers import SOLVERS
@@ -14,12 +17,19 @@ from cdlm.data.masking import MASKINGS
 from cdlm.halting import RULES
 from cdlm.halting.signals import SIGNALS
 from cdlm.masked.policies import POLICIES
+from cdlm.studies import STUDIES
+from cdlm.studies.command import reader
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md", "docs/write-a-criterion.md", "docs/bring-your-model.md", "docs/masked.md", "docs/add-a-system.md",
     "docs/likelihood.md",
 )  # fmt: skip
+SHOWING = (
+    "README.md", "docs/masked.md", "docs/halting.md", "docs/likelihood.md", "docs/results.md",
+    *(f"docs/studies/{name}.md" for name in STUDIES),
+)  # fmt: skip
+"""Pages that show commands."""
 FILES = re.compile(r"`?((?:cdlm|tests|benchmarks|configs)/[\w/.-]+\.(?:py|yaml))")
 EXAMPLES = ("cdlm/studies/NAME.yaml", "cdlm/studies/my_study.py")
 """Files that stand for any of their kind."""
@@ -127,3 +137,27 @@ def resolve(name: str) -> object:
         except ModuleNotFoundError:
             found = getattr(found, part, None)
     return found
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """The words of every `cdlm` command in the code blocks of a page, without comments and "..."; S is any seed."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shown = "\n".join(re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+    parts = (part for line in shown.splitlines() for part in line.split("&&") if part.strip().startswith("cdlm "))
+    words = ([word for word in shlex.split(part, comments=True)[1:] if word != "..."] for part in parts)
+    return [["0" if word == "S" else word for word in one] for one in words]
+
+
+@pytest.mark.parametrize("page", SHOWING)
+def test_every_command_that_a_page_shows_is_understood(page: str) -> None:
+    """Its options exist, and their values are of the right kind; nothing is run."""
+    found = commands_of(page)
+    assert found
+    for name, *argv in found:
+        command = find(name)
+        if name == "train":
+            _own(argv)
+        elif name == "study":
+            reader(argv[0]).settings(argv[1:])
+        elif not command.own:
+            parser_of(command, function_of(command)).values(argv)
