@@ -559,7 +559,7 @@ def test_bad_settings_are_refused(bad: dict) -> None:
 def test_a_network_that_there_is_not_is_refused() -> None:
     config = copy.copy(SHARED)
     object.__setattr__(config, "network", "bert")  # as a config.json may say
-    with pytest.raises(CdlmError, match="shared or roberta, got 'bert'"):
+    with pytest.raises(CdlmError, match="one of shared, roberta, got 'bert'"):
         config._check_network()
 
 
