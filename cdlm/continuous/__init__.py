@@ -1,1 +1,1 @@
-"""Diffusion in embedding space: noise levels, embedding table, warping, denoisers, solvers and systems."""
+"""Diffusion in embedding space: schedules, grids, embeddings, denoisers, solvers and systems."""

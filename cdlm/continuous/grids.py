@@ -1,8 +1,4 @@
-"""Views of the noise level `t = sigma / alpha` and the grids that sampling walks along, all float64.
-
-With alpha**2 + sigma**2 = 1: alpha = 1/sqrt(1+t**2), sigma = t/sqrt(1+t**2), gamma = ln(sigma**2/alpha**2) = 2 ln t.
-All of gamma, sigma and t grow with the noise; alpha falls.
-"""
+"""Grids: the noise levels `t = sigma / alpha` that sampling walks along, float64."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Control of a sample by the gradient of what the model itself says of its tokens, without training (Plaid, arXiv
-2305.18619, section 6.3)."""
+"""How a prediction drives the state: temperatures, classifier-free guidance, and control by the gradient of the model's
+own log-probabilities, without training (Plaid, arXiv 2305.18619, section 6.3)."""
 
 from __future__ import annotations
 
