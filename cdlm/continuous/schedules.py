@@ -1,7 +1,8 @@
 """Which noise levels to train on: a learned map between u in [0, 1] and t in [t_min, t_max].
 
 Beside it the views of the noise level `t = sigma / alpha`. With alpha**2 + sigma**2 = 1: alpha = 1/sqrt(1+t**2),
-sigma = t/sqrt(1+t**2), gamma = ln(sigma**2/alpha**2) = 2 ln t. All of gamma, sigma and t grow with the noise; alpha falls.
+sigma = t/sqrt(1+t**2), gamma = ln(sigma**2/alpha**2) = 2 ln t. All of gamma, sigma and t grow with the noise and
+alpha falls.
 """
 
 from __future__ import annotations
