@@ -128,7 +128,7 @@ class Diffusion(Sampling):
         if new_tokens is not None or chat:
             name = "chat" if new_tokens is None else "new_tokens"
             raise CdlmError(f"{name} is a setting of masked models, and this one is continuous: leave it out")
-        return row_requests(prompts, n, model.length if length is None else length, model.need_tokenizer())
+        return row_requests(prompts, n, model.length if length is None else length, model.tokenizer_for(prompts))
 
     def loop(self, model: Any, options: RunOptions, batch_size: int) -> DiffusionLoop:
         return DiffusionLoop(model, self, options, batch_size, model.device)

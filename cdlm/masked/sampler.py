@@ -133,12 +133,11 @@ class Unmasking(Sampling):
     def requests(
         self, model: Model, prompts: list[str] | None, n: int, length: int | None, new_tokens: int | None, chat: bool
     ) -> list[Request]:
-        tokenizer = model.need_tokenizer()
         if model.whole_rows and new_tokens is None and not chat:
-            return row_requests(prompts, n, model.length if length is None else length, tokenizer)
+            return row_requests(prompts, n, model.length if length is None else length, model.tokenizer_for(prompts))
         if length is not None or new_tokens is None:
             raise CdlmError("new_tokens is the number of positions after each prompt: give it, and no length beside it")
-        texts = [""] if prompts is None else prompts
+        texts, tokenizer = [""] if prompts is None else prompts, model.need_tokenizer()
         made = canvases([encode_prompt(tokenizer, text, chat) for text in texts], new_tokens, n)
         return [replace(request, prompt=texts[i // n]) for i, request in enumerate(made)]
 
