@@ -212,6 +212,11 @@ def locate(name: str | Path) -> Path:
     Raises:
         CdlmError: there is neither, or the Hub cannot be reached.
     """
+    if not isinstance(name, str | Path):
+        raise CdlmError(
+            f"a model is one from cdlm.load, or its folder or Hub id, got a {type(name).__name__}; a function is"
+            " sampled by cdlm.decode"
+        )
     path = Path(name)
     if path.is_dir():
         return path
