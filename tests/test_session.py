@@ -518,3 +518,20 @@ def test_a_function_is_decoded_as_the_model_that_it_is() -> None:
         cdlm.decode(lambda tokens, valid: toy.logits(tokens, valid), prompts, 6)
     with pytest.raises(CdlmError, match="solver is a setting of continuous models"):
         cdlm.decode(toy, prompts, 6, solver="Heun()")
+
+
+@pytest.mark.parametrize("length", [0, -4, True, None])
+def test_a_folder_needs_a_length_of_one_position_or_more(tmp_path: Path, length: object) -> None:
+    with_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "length": length}))
+    with pytest.raises(CdlmError, match="lacks the settings 'model' or the number 'length' >= 1"):
+        cdlm.load(tmp_path)
+
+
+@pytest.mark.parametrize("weights", [None, 3, [], {}])
+def test_a_calibration_of_weights_without_a_name_is_refused(tmp_path: Path, weights: object) -> None:
+    with_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "halting.json").write_text(json.dumps({"cdlm_halting": 1, "weights": weights, "calibrations": []}))
+    with pytest.raises(CdlmError):
+        cdlm.generate(cdlm.load(tmp_path, device="cpu"), halt="auto")

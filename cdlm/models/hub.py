@@ -249,11 +249,15 @@ def checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     file = path / "config.json"
     if config.get("cdlm_format") not in (1, FORMAT):
         raise CdlmError(f"{file} is not a model of this toolkit (cdlm_format {FORMAT}): train or convert one")
-    if not isinstance(config.get("model"), dict) or not isinstance(config.get("length"), int):
-        raise CdlmError(f"{file} lacks the settings 'model' or the number 'length': copy it again")
+    if not isinstance(config.get("model"), dict) or not _is_length(config.get("length")):
+        raise CdlmError(f"{file} lacks the settings 'model' or the number 'length' >= 1: copy it again")
     if config["cdlm_format"] == 1:
         config["model"] = {RENAMED.get(name, name): value for name, value in config["model"].items()}
     return config
+
+
+def _is_length(value: object) -> bool:
+    return type(value) is int and value >= 1
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
