@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems import langflow
@@ -30,7 +30,7 @@ from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.recordings import find_recording
 from cdlm.sampling.requests import Request, canvases
 from cdlm.sampling.samples import Samples
-from cdlm.sampling.session import Model, Sampling, Session
+from cdlm.sampling.session import Model, Sampling, Session, check_family
 
 FAMILIES: tuple[type[Sampling], ...] = (Diffusion, Unmasking)
 """The families of models, by how they are sampled."""
@@ -94,13 +94,22 @@ def open_session(
     """
     place = resolve_device(device)
     loaded = model if isinstance(model, Model) else load(model, device=place, precision=precision)
-    chosen = configured(loaded.sampling if sampling is None else sampling, settings)
+    base = loaded.sampling if sampling is None else sampling
+    check_family(base, loaded)
+    chosen = configured(base, settings)
     workers = None
     if devices != 1:
         if loaded.folder is None:
             raise CdlmError(f"several devices need a model that can be loaded again, and {loaded.name} has no folder")
-        workers = Workers(partial(_load_on, str(loaded.folder), precision), devices, loaded.device.type)
+        workers = Workers(
+            partial(_load_on, str(loaded.folder), _precision_of(loaded, precision)), devices, loaded.device.type
+        )
     return Session(loaded, chosen, RunOptions(seed=seed), batch_size, workers, progress)
+
+
+def _precision_of(model: Model, wanted: Precision | None) -> Precision | None:
+    """What further processes load the model in, so that they compute as it does."""
+    return next((known for known in get_args(Precision) if known == model.precision), wanted)
 
 
 def _load_on(folder: str, precision: Precision | None, device: str) -> Model:
@@ -193,7 +202,7 @@ def with_halt(session: Session, halt: str | Criterion | None, requests: list[Req
 
 def generate(
     model: Model,
-    prompts: list[str] | None = None,
+    prompts: Iterable[str] | None = None,
     *,
     n: int = 1,
     length: int | None = None,

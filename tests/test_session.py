@@ -24,6 +24,7 @@ from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import Greedy, MultiHot
 from cdlm.continuous.sampler import Diffusion, DiffusionSettings
 from cdlm.continuous.solvers import Ancestral, Heun, Renoise
+from cdlm.core.devices import Precision
 from cdlm.core.errors import CdlmError
 from cdlm.core.parallel import Workers
 from cdlm.halting import Criterion, FixedSteps, Full, Never, NormConvergence, Patience
@@ -256,6 +257,43 @@ def test_several_devices_need_a_folder_and_a_number(tmp_path: Path) -> None:
         api.open_session(tmp_path / "model", devices=0)
 
 
+def test_closed_processes_serve_no_more_and_rules_that_cannot_travel_are_named() -> None:
+    class Local(Never):
+        """Of no module, so that no other process can find it."""
+
+    with Workers(str, 2) as workers:
+        with pytest.raises(CdlmError, match="other processes cannot be given this work") as caught:
+            workers.map(partial(place_of_rule, Local()), "here", [0, 1])
+        assert "\n" not in str(caught.value)
+    with pytest.raises(CdlmError, match="the session was closed"):
+        workers.map(place_of, "here", [0, 1])
+
+
+def place_of_rule(rule: Criterion, opened: object, share: int) -> str:
+    return f"{rule} {opened} {share}"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_further_processes_load_the_model_in_its_own_precision(tmp_path: Path, precision: Precision) -> None:
+    with_tokenizer().save_pretrained(tmp_path / "model")
+    model = cdlm.load(tmp_path / "model", device="cpu", precision=precision)
+    with api.open_session(model, steps=2, devices=2) as session:
+        assert session.workers is not None
+        loaded = session.workers.map(precision_of, model, [0, 1])
+    assert loaded == [precision, precision]
+
+
+def precision_of(model: Model, _: int) -> str:
+    return model.precision
+
+
+def test_prompts_may_come_from_anything_that_lists_texts() -> None:
+    for kind in ("continuous", "masked"):
+        session, texts = api.open_session(speaking(kind)), ["the", "a cat"]
+        for prompts in (texts, tuple(texts), (text for text in texts), np.array(texts)):
+            assert [request.prompt for request in session.requests(prompts)] == texts
+
+
 @pytest.mark.slow
 def test_a_folder_is_sampled_by_two_processes(tmp_path: Path) -> None:
     with_tokenizer().save_pretrained(tmp_path / "model")
@@ -349,6 +387,7 @@ def test_settings_that_cannot_be_are_refused_in_one_line(kind: str, settings: di
 
 
 ILL_TYPED: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("nothing", {}, "a model is one from cdlm.load, or its folder or Hub id, got a NoneType"),
     ("continuous", {"steps": 2.5}, "number steps >= 1, got 2.5"),
     ("continuous", {"steps": "many"}, "number steps >= 1, got 'many'"),
     ("continuous", {"init_scale": "much"}, "number init_scale >= 0, got 'much'"),
@@ -364,12 +403,20 @@ ILL_TYPED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("masked", {"cfg_scale": "much"}, "number cfg_scale >= 0, got 'much'"),
     ("masked", {"cache": "some"}, "prefix, dual or None, got 'some'"),
     ("masked", {"halt": 3}, "3 is no halting rule"),
+    ("continuous", {"prompts": 3}, "prompts is a list of texts, got 3"),
+    ("masked", {"prompts": ["the", 3]}, "a prompt is a text, got 3"),
+    ("continuous", {"prompts": [None]}, "a prompt is a text, got None"),
+    ("masked", {"prompts": ["\udcff"]}, "is not valid Unicode"),
+    ("continuous", {"sampling": "Diffusion()"}, "is a continuous model and is sampled by Diffusion, got 'Diffusion()'"),
+    ("masked", {"sampling": 3, "steps": 2}, "is a masked model and is sampled by Unmasking, got 3"),
+    ("continuous", {"guidance": 10**30}, "finite number scale, got 1000"),
+    ("masked", {"temperature": 10**30}, "finite number temperature >= 0, got 1000"),
 )
 PROGRAM = """
 import json, sys
 from toys import masked_with_tokenizer, with_tokenizer
 import cdlm
-models = {"continuous": with_tokenizer(), "masked": masked_with_tokenizer()}
+models = {"continuous": with_tokenizer(), "masked": masked_with_tokenizer(), "nothing": None}
 for kind, settings, _ in json.load(sys.stdin):
     try:
         cdlm.generate(models[kind], **settings)
@@ -471,3 +518,20 @@ def test_a_function_is_decoded_as_the_model_that_it_is() -> None:
         cdlm.decode(lambda tokens, valid: toy.logits(tokens, valid), prompts, 6)
     with pytest.raises(CdlmError, match="solver is a setting of continuous models"):
         cdlm.decode(toy, prompts, 6, solver="Heun()")
+
+
+@pytest.mark.parametrize("length", [0, -4, True, None])
+def test_a_folder_needs_a_length_of_one_position_or_more(tmp_path: Path, length: object) -> None:
+    with_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "length": length}))
+    with pytest.raises(CdlmError, match="lacks the settings 'model' or the number 'length' >= 1"):
+        cdlm.load(tmp_path)
+
+
+@pytest.mark.parametrize("weights", [None, 3, [], {}])
+def test_a_calibration_of_weights_without_a_name_is_refused(tmp_path: Path, weights: object) -> None:
+    with_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "halting.json").write_text(json.dumps({"cdlm_halting": 1, "weights": weights, "calibrations": []}))
+    with pytest.raises(CdlmError):
+        cdlm.generate(cdlm.load(tmp_path, device="cpu"), halt="auto")

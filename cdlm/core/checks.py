@@ -62,6 +62,8 @@ def check_object(owner: str, kind: type, /, **settings: object) -> None:
 def _inside(value: object, above: Number, least: Number, below: Number, most: Number, infinite: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
+    if isinstance(value, int) and abs(value) >= 2**63:  # no tensor takes it
+        return False
     low = value > above if above > -math.inf else value >= least
     high = value < below if below < math.inf else value <= most
     return low and high and (infinite or -math.inf < value < math.inf)

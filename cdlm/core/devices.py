@@ -25,7 +25,7 @@ def resolve_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         wanted = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise _unusable(device, first_line(error)) from error
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise _unusable(device, f"CUDA devices here: {torch.cuda.device_count()}")

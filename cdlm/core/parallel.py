@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
+from pickle import PicklingError
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Shaped
 
-from cdlm.core.errors import CdlmError
+from cdlm.core.errors import CdlmError, first_line
 
 M = TypeVar("M")
 S = TypeVar("S")
@@ -33,8 +35,8 @@ class Workers(Generic[M]):
     """
 
     def __init__(self, open_: Callable[[str], M], devices: int, device: str = "cpu"):
-        if devices < 1:
-            raise CdlmError(f"devices is a number of processes and must be >= 1, got {devices}")
+        if type(devices) is not int or devices < 1:
+            raise CdlmError(f"devices is a number of processes and must be >= 1, got {devices!r}")
         if devices > 1 and ":" in device:
             raise CdlmError(f"several devices need a kind of device, got {device!r}: say {device.split(':')[0]!r}")
         context = multiprocessing.get_context("spawn")
@@ -42,6 +44,7 @@ class Workers(Generic[M]):
         self._open = open_
         self._places = [f"{device}:{rank}" if device == "cuda" else device for rank in range(1, devices)]
         self._pools = [ProcessPoolExecutor(1, context) for _ in self._places]
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._pools) + 1
@@ -51,8 +54,12 @@ class Workers(Generic[M]):
         done in this process with `here`.
 
         Raises:
-            CdlmError: that of the work, whichever process it comes from; or a process has ended.
+            CdlmError: that of the work, whichever process it comes from; it cannot travel; or a process has ended.
         """
+        if self._closed:
+            raise CdlmError("the session was closed and its processes have ended: open another")
+        if len(shares) > 1:
+            _check_travels(work)
         try:
             calls = [
                 pool.submit(_serve, self._open, place, self.threads, work, share)
@@ -63,7 +70,7 @@ class Workers(Generic[M]):
         except BrokenProcessPool as error:
             raise CdlmError(
                 "a process ended before its work was done, perhaps for lack of memory: use fewer devices, or a smaller"
-                " batch_size"
+                " batch_size; a script starts its work under if __name__ == '__main__'"
             ) from error
 
     def _here(self, work: Callable[[M, S], T], here: M, share: S, alone: bool) -> T:
@@ -76,6 +83,7 @@ class Workers(Generic[M]):
 
     def close(self) -> None:
         """End the processes."""
+        self._closed = bool(self._pools)
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
@@ -84,6 +92,17 @@ class Workers(Generic[M]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_travels(work: object) -> None:
+    """Raise unless other processes can be given the work."""
+    try:
+        ForkingPickler.dumps(work)
+    except (PicklingError, AttributeError, TypeError) as error:
+        raise CdlmError(
+            f"other processes cannot be given this work ({first_line(error)}): define rules at the top of a"
+            " module, or use one device"
+        ) from error
 
 
 _opened: dict[Any, Any] = {}

@@ -193,7 +193,7 @@ def _read(folder: Path) -> dict[str, Any]:
         for item in items:
             if not (isinstance(item["settings"], dict) and isinstance(item["rule"], str)):
                 raise ValueError("settings and rule of a calibration")
-        return {"weights": content["weights"], "calibrations": items}
+        return {"weights": str(content["weights"]), "calibrations": items}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CdlmError(f"{file} cannot be read ({error!r}): delete it and run cdlm calibrate again") from error
 

@@ -73,6 +73,7 @@ class Unmasking(Sampling):
 
     def __post_init__(self) -> None:
         check_object("Unmasking", Policy, policy=self.policy)
+        check_object("Unmasking", Quirks, quirks=self.quirks)
         off = "0 switches it off"
         check_number("Unmasking", least=0.0, temperature=self.temperature, cfg_scale=self.cfg_scale, hint=off)
         if self.cache is not None:
@@ -108,7 +109,9 @@ class Unmasking(Sampling):
 
     def with_steps(self, steps: int) -> Unmasking:
         if not self._has_steps:
-            raise CdlmError(f"{self.policy!r} has no number of steps: of the policies, LLaDA and Dream have one")
+            raise CdlmError(
+                f"{self.policy!r} has no number of steps: of the policies, LLaDA, Dream and DreamThreshold have one"
+            )
         return replace(self, policy=replace(self.policy, **{"steps": steps}))
 
     @property

@@ -212,6 +212,11 @@ def locate(name: str | Path) -> Path:
     Raises:
         CdlmError: there is neither, or the Hub cannot be reached.
     """
+    if not isinstance(name, str | Path):
+        raise CdlmError(
+            f"a model is one from cdlm.load, or its folder or Hub id, got a {type(name).__name__}; a function is"
+            " sampled by cdlm.decode"
+        )
     path = Path(name)
     if path.is_dir():
         return path
@@ -244,11 +249,15 @@ def checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     file = path / "config.json"
     if config.get("cdlm_format") not in (1, FORMAT):
         raise CdlmError(f"{file} is not a model of this toolkit (cdlm_format {FORMAT}): train or convert one")
-    if not isinstance(config.get("model"), dict) or not isinstance(config.get("length"), int):
-        raise CdlmError(f"{file} lacks the settings 'model' or the number 'length': copy it again")
+    if not isinstance(config.get("model"), dict) or not _is_length(config.get("length")):
+        raise CdlmError(f"{file} lacks the settings 'model' or the number 'length' >= 1: copy it again")
     if config["cdlm_format"] == 1:
         config["model"] = {RENAMED.get(name, name): value for name, value in config["model"].items()}
     return config
+
+
+def _is_length(value: object) -> bool:
+    return type(value) is int and value >= 1
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

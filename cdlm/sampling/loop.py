@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from cdlm.core.checks import check_whole
+from cdlm.core.checks import check_object, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.trees import join, take
 from cdlm.core.types import LoopStep
@@ -37,6 +37,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_whole("a run", least=0, seed=self.seed)
+        check_object("a run", Criterion, criterion=self.criterion)
         check_signals(self.needs)
 
     @property

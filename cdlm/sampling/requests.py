@@ -62,6 +62,27 @@ def requests(
     return [Request(first + i, *padded[i // n], prompt=texts[i // n]) for i in range(n * len(padded))]
 
 
+def prompt_texts(prompts: Iterable[str] | None) -> list[str] | None:
+    """The prompts as a list of texts.
+
+    Raises:
+        CdlmError: they are one text and no list, or one of them is no text, or no Unicode.
+    """
+    if prompts is None:
+        return None
+    if isinstance(prompts, str):
+        raise CdlmError(f"prompts is a list of texts, got the text {prompts[:40]!r}: put it into a list")
+    if not isinstance(prompts, Iterable):
+        raise CdlmError(f"prompts is a list of texts, got {prompts!r}")
+    texts = list(prompts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise CdlmError(f"a prompt is a text, got {text!r}; to continue tokens use cdlm.decode")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise CdlmError(f"the prompt {text[:40]!r} is not valid Unicode: write it in UTF-8")
+    return texts
+
+
 def _fill(prompt: str, length: int, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[bool]]:
     """Tokens of the prompt's text, 0 in its holes, and which of them are text."""
     parts = _HOLE.split(prompt)  # text, number, text, number, ..., text

@@ -97,7 +97,10 @@ class Samples:
     def __getitem__(self, index: SupportsIndex | slice) -> Sample | Samples:
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
-        i = range(len(self))[index]  # counts from the end as well, and raises IndexError
+        try:
+            i = range(len(self))[index]  # counts from the end as well
+        except IndexError:
+            raise IndexError(f"there is no sample {index}: the run has {len(self)}") from None
         return Sample(
             text=self.texts[i] if self.texts else "",
             tokens=self.tokens[i][self.shown[i]],

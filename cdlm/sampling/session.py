@@ -19,7 +19,7 @@ from cdlm.halting import Criterion
 from cdlm.halting.signals import check_signals
 from cdlm.sampling.loop import Loop, RunOptions
 from cdlm.sampling.progress import with_progress
-from cdlm.sampling.requests import Request
+from cdlm.sampling.requests import Request, prompt_texts
 from cdlm.sampling.samples import Samples, collect
 
 if TYPE_CHECKING:
@@ -271,13 +271,11 @@ class Session:
         return self._with(workers=None, progress=False)
 
     def requests(
-        self, prompts: list[str] | None = None, n: int = 1, length: int | None = None, *,
+        self, prompts: Iterable[str] | None = None, n: int = 1, length: int | None = None, *,
         new_tokens: int | None = None, chat: bool = False,
     ) -> list[Request]:  # fmt: skip
         """`n` samples of each prompt, or in all where there are none; see `cdlm.generate`."""
-        if isinstance(prompts, str):
-            raise CdlmError(f"prompts is a list of texts, got the text {prompts[:40]!r}: put it into a list")
-        return self.sampling.requests(self.model, prompts, n, length, new_tokens, chat)
+        return self.sampling.requests(self.model, prompt_texts(prompts), n, length, new_tokens, chat)
 
     def steps_of(self, request: Request) -> int:
         """Most steps of a request, or of each of its blocks."""
