@@ -109,7 +109,8 @@ def open_session(
 
 def _precision_of(model: Model, wanted: Precision | None) -> Precision | None:
     """What further processes load the model in, so that they compute as it does."""
-    return next((known for known in get_args(Precision) if known == model.precision), wanted)
+    known: tuple[Precision, ...] = get_args(Precision)
+    return next((name for name in known if name == model.precision), wanted)
 
 
 def _load_on(folder: str, precision: Precision | None, device: str) -> Model:
