@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems import langflow
@@ -109,8 +109,8 @@ def open_session(
 
 def _precision_of(model: Model, wanted: Precision | None) -> Precision | None:
     """What further processes load the model in, so that they compute as it does."""
-    known: tuple[Precision, ...] = get_args(Precision)
-    return next((name for name in known if name == model.precision), wanted)
+    of_ours: dict[str, Precision] = {"fp32": "fp32", "bf16": "bf16"}
+    return of_ours.get(model.precision, wanted)
 
 
 def _load_on(folder: str, precision: Precision | None, device: str) -> Model:

@@ -266,7 +266,7 @@ def test_closed_processes_serve_no_more_and_rules_that_cannot_travel_are_named()
             workers.map(partial(place_of_rule, Local()), "here", [0, 1])
         assert "\n" not in str(caught.value)
     with pytest.raises(CdlmError, match="the session was closed"):
-        workers.map(place_of, "here", [0, 1])
+        workers.map(partial(place_of_rule, Never()), "here", [0, 1])
 
 
 def place_of_rule(rule: Criterion, opened: object, share: int) -> str:
