@@ -109,8 +109,9 @@ def open_session(
 
 def _precision_of(model: Model, wanted: Precision | None) -> Precision | None:
     """What further processes load the model in, so that they compute as it does."""
-    of_ours: dict[str, Precision] = {"fp32": "fp32", "bf16": "bf16"}
-    return of_ours.get(model.precision, wanted)
+    if model.precision == "fp32":
+        return "fp32"
+    return "bf16" if model.precision == "bf16" else wanted
 
 
 def _load_on(folder: str, precision: Precision | None, device: str) -> Model:
