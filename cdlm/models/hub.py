@@ -247,7 +247,10 @@ def read_config(path: Path) -> dict[str, Any]:
 def checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The content of a config.json of ours, in the form of today."""
     file = path / "config.json"
-    if config.get("cdlm_format") not in (1, FORMAT):
+    written = config.get("cdlm_format")
+    if isinstance(written, int) and written > FORMAT:
+        raise CdlmError(f"{file} has cdlm_format {written}, this version reads up to cdlm_format {FORMAT}: update cdlm")
+    if written not in (1, FORMAT):
         raise CdlmError(f"{file} is not a model of this toolkit (cdlm_format {FORMAT}): train or convert one")
     if not isinstance(config.get("model"), dict) or not _is_length(config.get("length")):
         raise CdlmError(f"{file} lacks the settings 'model' or the number 'length' >= 1: copy it again")

@@ -233,7 +233,7 @@ def check_extension(path: Path) -> str:
         CdlmError: no writer has it.
     """
     if path.suffix not in WRITERS:
-        raise CdlmError(f"samples are written as {', '.join(WRITERS)}, got {path.name!r}: give the file one of these")
+        raise CdlmError(f"samples are written as {', '.join(WRITERS)}, got {str(path)!r}: give the file one of these")
     return path.suffix
 
 
