@@ -6,11 +6,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cdlm.api import open_session
 from cdlm.core.checks import check_whole
+from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.evaluation.plots.figure import check_plot_path
 from cdlm.halting.calibration import Goal
 from cdlm.sampling.samples import check_extension
+from cdlm.sampling.session import Session
 
 
 @dataclass(frozen=True)
@@ -113,3 +116,15 @@ def flat_settings(*groups: Any, **more: Any) -> dict[str, Any]:
     """The settings of groups as one mapping, without those that are not given."""
     values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)} | more
     return {name: value for name, value in values.items() if value is not None}
+
+
+def session_on(machine: MachineOptions, run: str, seed: int = 0, **settings: Any) -> Session:
+    """A session of a model on the machine of the command line.
+
+    Args:
+        settings: flat settings of the model's family, and `steps`.
+    """
+    return open_session(
+        run, seed=seed, batch_size=machine.batch_size, device=machine.device, devices=machine.devices,
+        precision=machine.precision, progress=not machine.quiet, **settings,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from cdlm import api
-from cdlm.cli.groups import GoalOptions, JudgeOptions, flat_settings
+from cdlm.cli.groups import GoalOptions, JudgeOptions, flat_settings, session_on
 from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
@@ -52,10 +52,7 @@ def calibrate(
     bound = goal.goal
     bound.check(n)
     settings = flat_settings(diffusion, unmasking, steps=steps)
-    with api.open_session(
-        run, seed=seed, batch_size=machine.batch_size, device=machine.device, devices=machine.devices,
-        precision=machine.precision, progress=not machine.quiet, **settings,
-    ) as session:  # fmt: skip
+    with session_on(machine, run, seed, **settings) as session:
         folder = session.model.folder
         if folder is None:
             raise CdlmError(f"{run} has no folder to write the choice to: calibrate a model of your own")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cdlm import api
-from cdlm.cli.groups import GoalOptions, JudgeOptions, flat_settings
+from cdlm.cli.groups import GoalOptions, JudgeOptions, flat_settings, session_on
 from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
@@ -95,14 +95,8 @@ def compare(
         check_mauve(full.n)
     with ExitStack() as stack:
         sessions = {
-            model: stack.enter_context(
-                api.open_session(
-                    model, seed=full.seed, batch_size=machine.batch_size, device=machine.device,
-                    devices=machine.devices, precision=machine.precision, progress=not machine.quiet,
-                )
-            )
-            for model in dict.fromkeys(models)
-        }  # fmt: skip
+            model: stack.enter_context(session_on(machine, model, full.seed)) for model in dict.fromkeys(models)
+        }
         settings = flat_settings(diffusion, unmasking)
         plans = [
             _plan(model, session, {**settings, **({} if steps is None else {"steps": steps})}, rules, full.length)

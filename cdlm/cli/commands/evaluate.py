@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from cdlm import api
-from cdlm.cli.groups import JudgeOptions
+from cdlm.cli.groups import JudgeOptions, session_on
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
@@ -109,10 +109,7 @@ def evaluate(
     text = RunText.of(config, hub.read_tokenizer(Path(run)))
     held_out = HeldOut(text.valid, text.tokenizer, config.source)
     if likelihood.likelihood:
-        with api.open_session(
-            run, device=machine.device, devices=machine.devices, precision=machine.precision,
-            progress=not machine.quiet,
-        ) as session:  # fmt: skip
+        with session_on(machine, run) as session:
             _report(likelihood_of(session, held_out, likelihood.rows, settings), place, machine)
     if files:
         count = min([len(texts) for texts in files.values()] + ([] if n is None else [n]))

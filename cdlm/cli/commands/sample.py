@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from cdlm import api
-from cdlm.cli.groups import OutputOptions, PromptOptions, flat_settings
+from cdlm.cli.groups import OutputOptions, PromptOptions, flat_settings, session_on
 from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
@@ -47,10 +47,7 @@ def sample(
     texts = prompts.texts()
     check_places(output.out, output.plot, output.record)
     settings = flat_settings(diffusion, unmasking, steps=steps)
-    with api.open_session(
-        run, seed=prompts.seed, batch_size=machine.batch_size, device=machine.device, devices=machine.devices,
-        precision=machine.precision, progress=not machine.quiet, **settings,
-    ) as session:  # fmt: skip
+    with session_on(machine, run, prompts.seed, **settings) as session:
         requests = session.requests(texts, prompts.n, prompts.length, new_tokens=prompts.new_tokens, chat=prompts.chat)
         session = api.with_halt(session, halt, requests)
         if output.record is not None:
