@@ -177,8 +177,9 @@ def open_bench(
     recording = None if recordings is None else find_recording(recordings, session, requests)
     text = RunText.of(config, model.tokenizer)
     small = small_judge(config, text, judge_steps)
-    judged_by = open_judge(judge, small, str(session.device), session.progress)
-    return Bench.of(session, requests, judged_by, text.valid, recording)
+    opens = partial(open_judge, judge, small, str(session.device), session.progress)
+    # A wrong name is refused before any work; the small judge is trained when it is needed.
+    return Bench.of(session, requests, opens() if judge else opens, text.valid, recording)
 
 
 def small_judge(config: RunConfig, text: RunText, steps: int) -> SmallJudge:

@@ -469,3 +469,13 @@ def test_drawn_samples_keep_their_order(bench: Bench) -> None:
     drawn = bench.under(FixedSteps(12), live=0)
     assert isinstance(drawn, Outcome)
     assert np.array_equal(drawn.tokens, bench.full_run.tokens)
+
+
+def test_agreement_needs_no_judge(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(*_: object) -> None:
+        raise AssertionError("a judge was opened")
+
+    monkeypatch.setattr(api, "open_judge", trained)
+    say("calibrate", place / "toy", "--rule", "FixedSteps", "--max-loss", "90%", "--confidence", 0.9, "--measure",
+        "agreement", "--n", 20, "--steps", 7, "--device", "cpu", "--quiet")  # fmt: skip
+    assert json.loads((place / "toy" / "halting.json").read_text())["calibrations"][-1]["judge"] is None

@@ -74,11 +74,22 @@ class FullRun:
 
 
 class Scorer:
-    """AR-NLL of samples under a judge; each distinct text is judged once."""
+    """AR-NLL of samples under a judge; each distinct text is judged once.
 
-    def __init__(self, judge: Judge, tokenizer: PreTrainedTokenizerFast, eos_id: int | None = None):
-        self.judge, self.tokenizer, self.eos_id = judge, tokenizer, eos_id
+    Args:
+        judge: or a function that opens it, called when the first text is judged: a judge may have to be trained.
+    """
+
+    def __init__(
+        self, judge: Judge | Callable[[], Judge], tokenizer: PreTrainedTokenizerFast, eos_id: int | None = None
+    ):
+        self._judge, self.tokenizer, self.eos_id = judge, tokenizer, eos_id
         self.known: dict[tuple[bytes, bytes], tuple[float, float]] = {}
+
+    @cached_property
+    def judge(self) -> Judge:
+        """The judge, opened."""
+        return self._judge if isinstance(self._judge, Judge) else self._judge()
 
     def __call__(
         self, tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"]
@@ -117,7 +128,7 @@ class Bench:
 
     @staticmethod
     def of(
-        session: Session, requests: Sequence[Request], judge: Judge, held_out: TextRows,
+        session: Session, requests: Sequence[Request], judge: Judge | Callable[[], Judge], held_out: TextRows,
         recording: Recording | None = None,
     ) -> Bench:  # fmt: skip
         """A bench of the recorded full run of the requests; without a recording the run is drawn."""
