@@ -25,12 +25,16 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         _dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
     except CdlmError as error:
         _fail(str(error), error.exit_code)
     except argparse.ArgumentError as error:
         _fail(f"{error} (cdlm train --help lists the settings)", 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        raise SystemExit(141) from None
     finally:
         drop_announced()
 

@@ -45,6 +45,9 @@ class Pretrained(nn.Module, Model):
     def end_id(self) -> int | None:
         return special_of(self.tokenizer).eos_id if self.ends and self.tokenizer is not None else None
 
+    def tokenizer_for(self, prompts: list[str] | None) -> PreTrainedTokenizerFast:
+        return self.need_tokenizer()  # it was trained on text
+
     def need_fingerprint(self) -> str:
         return self.fingerprint or fingerprint_of(self.state_dict())
 

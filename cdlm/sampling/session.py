@@ -115,12 +115,12 @@ class Model(ABC):
         return fingerprint == self.need_fingerprint()
 
     def tokenizer_for(self, prompts: list[str] | None) -> PreTrainedTokenizerFast | None:
-        """What reads the prompts and makes the texts; None of a model built by hand that has none and gets no prompts.
+        """What reads the prompts and makes the texts; None of a model that has none and gets no prompts.
 
         Raises:
-            CdlmError: there is no tokenizer, and there are prompts, or the model's folder should hold one.
+            CdlmError: there are prompts, or the model is one of texts, and it has no tokenizer.
         """
-        return self.tokenizer if prompts is None and self.folder is None else self.need_tokenizer()
+        return self.tokenizer if prompts is None else self.need_tokenizer()
 
     def need_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer.

@@ -59,6 +59,9 @@ class ForeignModel(CachedModel):
     def precision(self) -> str:  # type: ignore[override]
         return str(self.network.dtype).removeprefix("torch.")
 
+    def tokenizer_for(self, prompts: list[str] | None) -> PreTrainedTokenizerFast:
+        return self.need_tokenizer()  # it was trained on text
+
     def need_fingerprint(self) -> str:
         return fingerprint_of(self.network.state_dict())
 
