@@ -429,16 +429,16 @@ def test_the_moments_are_running_means_of_what_was_seen() -> None:
     close(objective.moments.double(), expected, 1e-5)
 
 
-def remembered(rank: int, world: int, device: str) -> list[float]:
+def remembered(rank: int) -> list[float]:
     objective = Variational()
     objective._remember(torch.tensor([1.0 + rank, 3.0]), torch.tensor([5.0 - rank]))
     return objective.moments.flatten().tolist()
 
 
-def remembered_together(store: str, rank: int, world: int, device: str) -> list[float]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+def remembered_together(store: str, device: str, rank: int) -> list[float]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
-        return remembered(rank, world, device)
+        return remembered(rank)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -449,15 +449,15 @@ def test_two_processes_remember_the_mean_of_both(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys\nsys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]\n"
-        "from functools import partial\nfrom cdlm.core.parallel import on_devices\n"
+        "from functools import partial\nfrom cdlm.core.parallel import Workers\n"
         "from test_continuous_family import remembered_together\n"
         f"together = partial(remembered_together, {str(tmp_path / 'store')!r})\n"
-        "if __name__ == '__main__':\n    print(on_devices(together, 2))\n"
+        "if __name__ == '__main__':\n    print(Workers(str, 2).map(together, 'cpu', (0, 1)))\n"
     )
     told = subprocess.run([sys.executable, str(script)], check=True, capture_output=True, text=True, timeout=200)
     first, second = ast.literal_eval(told.stdout.splitlines()[-1])
     assert first == second
-    alone = torch.tensor([remembered(rank, 2, "cpu") for rank in (0, 1)])
+    alone = torch.tensor([remembered(rank) for rank in (0, 1)])
     assert first == pytest.approx(alone.mean(0).tolist(), rel=1e-6)
 
 

@@ -6,7 +6,6 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pickle import PicklingError
 from typing import Any, Generic, TypeVar
@@ -115,20 +114,6 @@ def _serve(open_: Callable[[str], Any], device: str, threads: int | None, work: 
             torch.set_num_threads(threads)
         _opened["it"] = open_(device)
     return work(_opened["it"], share)
-
-
-def on_devices(work: Callable[[int, int, str], T], devices: int, device: str = "cpu") -> list[T]:
-    """Results of `work(rank, world, device)` from `devices` processes, in the order of the ranks.
-
-    Args:
-        device: "cpu", or "cuda" for one GPU per process.
-    """
-    with Workers(str, devices, device) as workers:
-        return workers.map(partial(_ranked, work, devices), device, range(devices))
-
-
-def _ranked(work: Callable[[int, int, str], T], world: int, device: str, rank: int) -> T:
-    return work(rank, world, device)
 
 
 def deal(items: Sequence[T], hands: int) -> list[Sequence[T]]:
