@@ -123,7 +123,7 @@ def _paths() -> dict[str, str]:
 
 
 def _unknown(name: str, paths: dict[str, str]) -> CdlmError:
-    close = [near for text in (name, name.split(".")[-1]) for near in difflib.get_close_matches(text, paths, 1, 0.5)]
+    close = [near for text in (name, name.split(".")[-1]) for near in difflib.get_close_matches(text, paths, 1, 0.6)]
     path = paths[close[0]] if close else ""
     hint = f": did you mean --{close[0]}{'' if path == close[0] else f' (--{path})'}?" if close else ""
     return CdlmError(f"there is no option --{name}{hint} ({PROG} --help lists all)")
