@@ -66,7 +66,7 @@ class MaskedModel(Model):
         return Unmasking(Dream() if self.constants.shift else LLaDA())
 
     @property
-    def mask_id(self) -> int:  # type: ignore[override]
+    def mask_id(self) -> int:  # type: ignore[override]  # every masked model has one; here it follows from constants
         return self.constants.mask_id
 
     @property

@@ -56,7 +56,7 @@ class ForeignModel(CachedModel):
         """Rows of the logits; the tokenizer may use fewer."""
 
     @property
-    def precision(self) -> str:  # type: ignore[override]
+    def precision(self) -> str:  # type: ignore[override]  # read off the weights, and not to be set
         return str(self.network.dtype).removeprefix("torch.")
 
     def tokenizer_for(self, prompts: list[str] | None) -> PreTrainedTokenizerFast:
