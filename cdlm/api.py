@@ -185,7 +185,7 @@ def open_bench(
 def small_judge(config: RunConfig, text: RunText, steps: int) -> SmallJudge:
     """How the small judge of a run's text is trained; it is kept in the cache of the run."""
     cache = Path(config.cache).expanduser() / "judges"
-    return SmallJudge(text.train, text.tokenizer, config.batch_size, cache, steps)
+    return SmallJudge(text.judge, text.tokenizer, config.batch_size, cache, steps)
 
 
 def with_halt(session: Session, halt: str | Criterion | None, requests: list[Request]) -> Session:

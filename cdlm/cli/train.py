@@ -7,13 +7,21 @@ import difflib
 import json
 from collections.abc import Iterator
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 from cdlm.core.errors import CdlmError
 from cdlm.data.sources import SOURCES
 from cdlm.models import hub
-from cdlm.runs.config import SYSTEMS, RunConfig, class_values, parse_run, read_run, run_parser, system_config
+from cdlm.runs.config import (
+    SYSTEMS,
+    RunConfig,
+    class_values,
+    parse_run,
+    read_run,
+    run_arguments,
+    run_parser,
+    system_config,
+)
 from cdlm.training.options import TrainOptions
 
 PROG = "cdlm train"
@@ -54,7 +62,7 @@ def run(argv: list[str]) -> None:
 def _defaults(own: argparse.Namespace) -> Iterator[str]:
     """What the run's settings are before the command line changes them."""
     if own.resume:
-        yield from ("--config", str(Path(own.resume) / "config.yaml"))
+        yield from run_arguments(own.resume)
     if own.start:
         config = hub.read_config(hub.locate(own.start))
         settings = {"length": config["length"], "system": class_values(system_config(config["model"]))}

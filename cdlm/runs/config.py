@@ -15,6 +15,7 @@ from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
+from cdlm.data.division import Division
 from cdlm.data.masking import MASKINGS
 from cdlm.data.sources import SOURCES, Source, Stories
 from cdlm.masked.system import SYSTEMS as MASKED
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 SYSTEMS: Registry[SystemConfig] = Registry("system", SystemConfig, **CONTINUOUS, **MASKED)
 
+SHARES = ("judge_share", "unread_share")
+"""Settings of `RunConfig` that divide the training text."""
 DEFAULT_MASKING = "Mixture(((0.4, Prefix()), (0.4, RandomSubset()), (0.2, Unconditional())))"
 
 
@@ -44,6 +47,10 @@ class RunConfig:
         rows: pack joins documents and cuts rows from them; document gives each its own row, filled too, with the
             end-of-text token as text up to the row's end, so that the model learns where to end.
         masking: which positions are to be generated, as a constructor text.
+        judge_share: share of the training documents that the small judge of `cdlm evaluate` gets to itself, in [0, 1),
+            so that copying its training text earns a model nothing; with 0 the judge reads the model's own.
+        unread_share: share of the training documents that neither of them reads, in [0, 1): real text like the training
+            text, to measure samples beside.
         batch_size: rows of a batch, per process.
         validation_rows: held-out rows that are scored at each validation.
         preview: samples that are written at each validation.
@@ -59,6 +66,8 @@ class RunConfig:
     length: int = 64
     rows: Literal["pack", "document", "filled"] = "pack"
     masking: str = DEFAULT_MASKING
+    judge_share: float = 1 / 3
+    unread_share: float = 0.1
     batch_size: int = 64
     validation_rows: int = 256
     preview: int = 4
@@ -69,6 +78,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_whole("a run", length=self.length, batch_size=self.batch_size, validation_rows=self.validation_rows)
         check_whole("a run", least=0, preview=self.preview, workers=self.workers)
+        _ = self.division  # checks the shares
         law, block = MASKINGS.parse(self.masking), getattr(self.system, "block", None)
         if block is None:
             return
@@ -79,6 +89,11 @@ class RunConfig:
                 f"a system that generates blocks of {block} learns it with that law, masking Block({block}), and got"
                 f" {self.masking}"
             )
+
+    @property
+    def division(self) -> Division:
+        """How the training documents are divided."""
+        return Division(float(self.judge_share), float(self.unread_share))
 
     def to_yaml(self) -> str:
         """The settings as a YAML file, which `read_run` and `--config` read back."""
@@ -192,10 +207,26 @@ def read_run(folder: str | Path) -> RunConfig:
     Raises:
         CdlmError: the folder is not that of a training run, or its settings are not known.
     """
+    return parse_run(run_arguments(folder))
+
+
+def run_arguments(folder: str | Path) -> list[str]:
+    """The settings of a run folder as arguments of `parse_run`. Runs of earlier versions divided no text.
+
+    Raises:
+        CdlmError: the folder is not that of a training run.
+    """
+    import yaml
+
     file = Path(folder) / "config.yaml"
     if not file.exists():
         raise CdlmError(f"{folder} has no config.yaml: expected the folder of a training run")
-    return parse_run(["--config", str(file)])
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        values = None  # the parser says what is wrong with it
+    missing = [name for name in SHARES if isinstance(values, dict) and name not in values]
+    return ["--config", str(file), *(f"--{name}=0" for name in missing)]
 
 
 def build_system(config: Mapping[str, Any]) -> System:

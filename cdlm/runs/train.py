@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
+from cdlm.data.division import Division, Part, Share
 from cdlm.data.masking import MASKINGS
 from cdlm.data.order import RowLoader, fixed_batches
 from cdlm.data.store import DocumentRows, FilledRows, PackedRows, TextRows, build_store
@@ -35,8 +36,10 @@ PREVIEW_STEPS = 64
 class RunText:
     """The tokenised text of a run."""
 
+    config: RunConfig
     tokenizer: PreTrainedTokenizerFast
     train: TextRows
+    """What the generator reads."""
     valid: TextRows
 
     @staticmethod
@@ -50,10 +53,29 @@ class RunText:
             tokenizer = load_tokenizer(config.tokenizer)
         if tokenizer is None:
             tokenizer = train_tokenizer(config.source.documents("train"), config.vocab_size)
-        cache = Path(config.cache).expanduser() / "tokens"
-        cut = {"pack": PackedRows, "document": DocumentRows, "filled": FilledRows}[config.rows]
-        train = cut(build_store(config.source, "train", tokenizer, cache), config.length)
-        return RunText(tokenizer, train, cut(build_store(config.source, "valid", tokenizer, cache), config.length))
+        train = rows_of(config, tokenizer, "generator")
+        return RunText(config, tokenizer, train, rows_of(config, tokenizer, "valid"))
+
+    @cached_property
+    def judge(self) -> TextRows:
+        """What the small judge reads: a part of the training text to itself, or the generator's if it has none."""
+        return rows_of(self.config, self.tokenizer, "judge") if self.config.division.has("judge") else self.train
+
+    @cached_property
+    def unread(self) -> TextRows | None:
+        """The part of the training text that neither generator nor judge reads; None if nothing was set aside."""
+        return rows_of(self.config, self.tokenizer, "unread") if self.config.division.has("unread") else None
+
+
+def rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerFast, part: Part | Literal["valid"]) -> TextRows:
+    """Rows of one part of a run's text; what is tokenised is cached."""
+    if part == "valid" or config.division == Division():
+        source = config.source
+    else:
+        source = Share(config.source, config.division, part)
+    cache = Path(config.cache).expanduser() / "tokens"
+    store = build_store(source, "valid" if part == "valid" else "train", tokenizer, cache)
+    return {"pack": PackedRows, "document": DocumentRows, "filled": FilledRows}[config.rows](store, config.length)
 
 
 def train(
@@ -152,7 +174,7 @@ def _check_same_system(system: System, origin: Folder) -> None:
 def _context(config: RunConfig, text: RunText, system: System) -> dict[str, str | int]:
     """What must not change when the run is resumed; see `cdlm.training.context`."""
     return {
-        "data": f"{config.source!r} in rows of {config.length} ({config.rows})",
+        "data": f"{config.source!r} in rows of {config.length} ({config.rows}), shares {config.division}",
         "data.digest": text.train.key,
         "tokenizer": config.tokenizer or f"one trained to {config.vocab_size} tokens",
         **{f"system.{name}": str(value) for name, value in system.config.items()},
