@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cdlm.api import open_session
 from cdlm.core.checks import check_whole
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
+from cdlm.evaluation.bench import WITHOUT_A_JUDGE
 from cdlm.evaluation.plots.figure import check_plot_path
 from cdlm.halting.calibration import Goal
 from cdlm.sampling.samples import check_extension
@@ -94,22 +95,44 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class GoalOptions:
-    """What may be lost."""
+    """What a rule may change."""
 
-    max_loss: str = "1%"
-    """Share of quality that a rule may lose at most, such as 1% or 0.01."""
+    measure: Literal["gap", "nats", "ar-nll", "agreement", "texts"] = "gap"
+    """What is measured against the full run: the change of AR-NLL as a share of the gap between the full run and real
+    text (gap), in nats per token (nats) or as a share of the full run's (ar-nll); the share of tokens (agreement) or of
+    whole samples (texts) that differ."""
+    max_change: str | None = None
+    """The most that the measure may change in either direction, such as 5% or 0.05: text that becomes easier to predict
+    is sharper, not better. By default 5% of gap and texts, 1% of ar-nll and agreement, 0.01 nats."""
+    max_loss: str | None = None
+    """In its place, the most that may be lost, whatever is gained."""
+    min_agreement: str = "99%"
+    """Least share of the tokens that are those of the full run; 0 asks for none."""
     confidence: float = 0.95
     """How surely."""
+
+    def __post_init__(self) -> None:
+        if self.max_change is not None and self.max_loss is not None:
+            raise CdlmError("give max_change, a limit of gains and losses, or max_loss, a limit of losses: not both")
 
     @property
     def goal(self) -> Goal:
         """The same as numbers."""
-        text = self.max_loss
-        try:
-            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError as error:
-            raise CdlmError(f"expected a share such as 1% or 0.01, got {text!r}") from error
-        return Goal(share, self.confidence)
+        limit = self.max_loss or self.max_change or LIMITS[self.measure]
+        agreement = 0.0 if self.measure in WITHOUT_A_JUDGE else share(self.min_agreement)
+        return Goal(share(limit), self.confidence, two_sided=self.max_loss is None, agreement=agreement)
+
+
+LIMITS = {"gap": "5%", "nats": "0.01", "ar-nll": "1%", "agreement": "1%", "texts": "5%"}
+"""What a measure may change unless it is said."""
+
+
+def share(text: str) -> float:
+    """A share from a text such as 5% or 0.05."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
+        raise CdlmError(f"expected a share such as 1% or 0.01, got {text!r}") from error
 
 
 def flat_settings(*groups: Any, **more: Any) -> dict[str, Any]:

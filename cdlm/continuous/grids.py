@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cdlm.core.checks import check_number, check_object
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 
@@ -66,4 +67,26 @@ class UpperEnds(Grid):
         return schedule.t_of_u(torch.arange(steps, 0, -1, dtype=torch.float64) / steps).detach().cpu()
 
 
-GRIDS: Registry[Grid] = Registry("grid", Grid, Warped, UniformT, LogT, UpperEnds)
+@dataclass(frozen=True)
+class Truncated(Grid):
+    """The beginning of another grid: its levels at so many more steps, without the last of them.
+
+    Where tokens no longer change near the end of a grid, the same number of steps is better spent before.
+
+    Args:
+        grid: the whole.
+        share: of its points that are walked, in (0, 1].
+    """
+
+    grid: Grid
+    share: float
+
+    def __post_init__(self) -> None:
+        check_object("Truncated", Grid, grid=self.grid)
+        check_number("Truncated", above=0, most=1, share=self.share, hint="0.6 leaves out the last 40 %")
+
+    def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
+        return self.grid.levels(schedule, max(steps, round(steps / self.share)))[:steps]
+
+
+GRIDS: Registry[Grid] = Registry("grid", Grid, Warped, UniformT, LogT, UpperEnds, Truncated)

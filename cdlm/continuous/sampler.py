@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.continuous.denoiser import Denoiser
-from cdlm.continuous.grids import GRIDS, Grid, Warped
+from cdlm.continuous.grids import GRIDS, Grid, LogT, Truncated, Warped
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import PROJECTIONS, Projection
-from cdlm.continuous.solvers import SOLVERS, Euler, Interval, Solver
+from cdlm.continuous.solvers import SOLVERS, Ancestral, Euler, Interval, Solver
 from cdlm.core.checks import check_number, check_object, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import StepNoise, generator
@@ -43,7 +43,7 @@ class DiffusionSettings:
 
     Args:
         solver: Euler(), Heun(), TorchDiffEq("rk4"), TorchDiffEq("dopri5"), ..., Ancestral() or Renoise().
-        grid: Warped(), LogT(), UniformT() or UpperEnds().
+        grid: Warped(), LogT(), UniformT(), UpperEnds(), or the beginning of one, such as Truncated(LogT(), 0.6).
         projection: how logits drive the state: Expectation(), Greedy(), Drawn(0.9), MultiHot(0.2) or Uneven(0.2).
         softmax_temperature: divides the logits; below 1 sharpens.
         score_temperature: divides the score; below 1 sharpens.
@@ -119,6 +119,16 @@ class Diffusion(Sampling):
     def blocks_of(self, request: Request) -> int:
         return 1 if self.block is None else math.ceil(int((~request.given).sum()) / self.block)
 
+    def with_temperature_times(self, factor: float) -> Diffusion:
+        score = self.guidance.score_temperature * factor
+        return replace(self, guidance=replace(self.guidance, score_temperature=score))
+
+    def rivals(self) -> Mapping[str, Sequence[Diffusion]]:
+        """Its own solver, and ancestral steps, each on its own grid, the shipped ones and their beginnings."""
+        grids = dict.fromkeys((self.grid, Warped(), LogT(), *(Truncated(LogT(), share) for share in BEGINNINGS)))
+        own = [replace(self, grid=grid) for grid in grids]
+        return {"fewer steps": own, "ancestral": [replace(one, solver=Ancestral()) for one in own]}
+
     def length_of(self, requests: Sequence[Request]) -> int:
         return len(requests[0].tokens)
 
@@ -140,6 +150,8 @@ PARTS: Mapping[str, Callable[[Any], Any]] = {
     "projection": PROJECTIONS.parse,
 }
 """Flat settings that are objects, and what reads their text."""
+BEGINNINGS = (0.75, 0.6, 0.5)
+"""Shares of the grid `LogT` that the plain sampler is also tried on: below some level nothing changes any more."""
 GUIDANCE = {
     "projection": "projection", "softmax_temperature": "softmax_temperature", "score_temperature": "score_temperature",
     "guidance": "scale",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +12,21 @@ from jaxtyping import Bool, Float, Int
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.progress import progress
-from cdlm.core.stats import Bootstrap, Scores, bootstrap
-from cdlm.data.store import TextRows
-from cdlm.evaluation.judge import Judge, features
+from cdlm.core.stats import APART, Bootstrap, Scores
+from cdlm.evaluation.judge import Judge
 from cdlm.evaluation.metrics.ar_nll import ar_nll
+from cdlm.evaluation.texts import Corpus, Part, RealText
 from cdlm.halting import Criterion
 from cdlm.halting import calibration as halting
-from cdlm.halting.calibration import Calibration, Goal
+from cdlm.halting.calibration import Calibration, Goal, Tried
+from cdlm.halting.losses import Binary, Bounded, Change, Loss
 from cdlm.halting.replay import replay
 from cdlm.recording.file import Recording
 from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import Request
 from cdlm.sampling.samples import Samples
 from cdlm.sampling.session import Session
-from cdlm.sampling.texts import given_spans, shown_of, text_ids, text_of, texts_of
+from cdlm.sampling.texts import given_spans, shown_of, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -65,6 +66,10 @@ class FullRun:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def part(self, rows: slice) -> FullRun:
+        """Some of its samples."""
+        return FullRun(self.tokens[rows], self.given[rows], self.valid[rows], self.nfe[rows], self.steps)
 
     @staticmethod
     def of(recording: Recording) -> FullRun:
@@ -123,12 +128,11 @@ class Bench:
     recording: Recording | None
     """Its steps, to try rules on; None of a run in blocks, where to halt one changes the next."""
     scorer: Scorer
-    held_out: TextRows
-    """Rows of held-out text."""
+    text: RealText
 
     @staticmethod
     def of(
-        session: Session, requests: Sequence[Request], judge: Judge | Callable[[], Judge], held_out: TextRows,
+        session: Session, requests: Sequence[Request], judge: Judge | Callable[[], Judge], text: RealText,
         recording: Recording | None = None,
     ) -> Bench:  # fmt: skip
         """A bench of the recorded full run of the requests; without a recording the run is drawn."""
@@ -140,7 +144,25 @@ class Bench:
         else:
             full = FullRun.of(recording)
         model = session.model
-        return Bench(session, requests, full, recording, Scorer(judge, model.need_tokenizer(), model.end_id), held_out)
+        return Bench(session, requests, full, recording, Scorer(judge, model.need_tokenizer(), model.end_id), text)
+
+    def halves(self) -> tuple[Bench, Bench]:
+        """Two benches of half the samples each: settings are chosen on one and reported on the other.
+
+        Raises:
+            CdlmError: there are fewer than two samples.
+        """
+        half = len(self.full_run) // 2
+        if half == 0:
+            raise CdlmError(
+                "settings are chosen on one half of the samples and reported on the other: take two or more"
+            )
+        return self.part(slice(half)), self.part(slice(half, 2 * half))
+
+    def part(self, rows: slice) -> Bench:
+        """A bench of some of the samples, with the same judge."""
+        recording = None if self.recording is None else self.recording.select(rows)
+        return replace(self, requests=self.requests[rows], full_run=self.full_run.part(rows), recording=recording)
 
     @property
     def name(self) -> str:
@@ -162,27 +184,31 @@ class Bench:
         """Calls of the full run."""
         return self.full_run.nfe.astype(np.float64)
 
-    @cached_property
-    def real_tokens(self) -> list[list[int]]:
-        """Held-out text: as many rows as the full run has samples, or as there are."""
-        rows = [self.held_out[i] for i in range(min(len(self.full_run), len(self.held_out)))]
-        return [text_ids(row.tokens[row.valid].tolist(), self.scorer.eos_id) for row in rows]
-
-    @property
-    def real_texts(self) -> list[str]:
-        """The same as texts."""
-        return [text_of(self.tokenizer, ids) for ids in self.real_tokens]
+    def real(self, part: Part) -> RealSample:
+        """Real text, as many rows as the full run has samples, or as there are, under the same judge."""
+        corpus = self.text.corpus(part, min(len(self.full_run), len(self.text.rows(part))))
+        scored = ar_nll(self.scorer.judge, corpus.texts)
+        return RealSample(corpus, Scores(scored.text_nats, scored.text_tokens.astype(np.float64), corpus.serial))
 
     @cached_property
-    def real(self) -> Scores:
-        """AR-NLL of held-out text."""
-        scored = ar_nll(self.scorer.judge, self.real_texts)
-        return Scores(scored.text_nats, scored.text_tokens.astype(np.float64))
+    def reference(self) -> RealSample:
+        """The real text that samples are compared with: like the training text, or held out where there is none."""
+        return self.real(self.text.reference_part)
 
     @cached_property
-    def real_features(self) -> Float[np.ndarray, "m w"]:
-        """What MAUVE compares samples with."""
-        return features(self.scorer.judge, self.real_texts)
+    def gap(self) -> Bootstrap:
+        """AR-NLL of the full run less that of real text, in nats per token: what a model has left to learn."""
+        return self.full.bootstrap() - self.reference.scores.bootstrap(APART)
+
+    def check_gap(self) -> None:
+        """Raise if the gap is within its noise, so that no share of it can be measured."""
+        low, high = self.gap.interval95
+        if not (low > 0 or high < 0):
+            raise CdlmError(
+                f"the AR-NLL of {self.name} and of {self.reference.corpus.name} differ by {self.gap.value:+.3f}"
+                f" [{low:+.3f}, {high:+.3f}] nats: no share of a gap that is within noise can be measured; use the measure"
+                " nats or agreement, or more samples"
+            )
 
     @property
     def steps(self) -> int:
@@ -202,6 +228,10 @@ class Bench:
         """Positions that are text."""
         m, full = len(outcome.tokens), self.full_run
         return shown_of(outcome.tokens, full.given[:m], full.valid[:m], self.scorer.eos_id)
+
+    def lines(self, outcome: Outcome) -> list[list[int]]:
+        """Tokens of the samples, of each up to its end."""
+        return [row[text].tolist() for row, text in zip(outcome.tokens, self.shown(outcome), strict=True)]
 
     def score(self, tokens: Int[np.ndarray, "m n"]) -> Scores:
         """AR-NLL of the first samples of the bench, with these tokens."""
@@ -236,54 +266,109 @@ class Bench:
             raise CdlmError(f"{self.name} is sampled in blocks, whose steps are not recorded: take another model")
         return self.recording
 
-    def loss(self, outcome: Outcome, measure: str = "ar-nll") -> Bootstrap:
-        """What was lost against the full run: relative AR-NLL, or the share of tokens that differ."""
-        return MEASURES[measure](self, outcome)
+    def change(self, outcome: Outcome) -> Bootstrap:
+        """AR-NLL less that of the full run, in nats per token, on the same samples."""
+        return self.score(outcome.tokens).bootstrap() - self.full.first(len(outcome.tokens)).bootstrap()
+
+    def relative(self, outcome: Outcome) -> Bootstrap:
+        """AR-NLL over that of the full run, less 1, on the same samples."""
+        return self.score(outcome.tokens).relative_to(self.full.first(len(outcome.tokens)))
+
+    def share_of_gap(self, outcome: Outcome) -> Bootstrap:
+        """The change as a share of the gap to real text; above 0 it is further away, if the gap is above 0."""
+        return self.change(outcome) / self.gap
+
+    def differ(self, outcome: Outcome) -> Float[np.ndarray, " m"]:
+        """Share of each sample's generated tokens that are not those of the full run."""
+        m, full = len(outcome.tokens), self.full_run
+        open_ = ~full.given[:m]
+        return ((outcome.tokens != full.tokens[:m]) & open_).sum(1) / open_.sum(1)
 
     def agreement(self, outcome: Outcome) -> float:
         """Share of generated tokens that are those of the full run."""
-        return 1 - _disagreement(self, outcome).value
+        return 1 - float(self.differ(outcome).mean())
+
+    def loss(self, outcome: Outcome, measure: str, two_sided: bool) -> Loss:
+        """What was lost against the full run, as a measure has it; see `MEASURES`."""
+        return MEASURES[measure](self, outcome, two_sided)
 
 
-def _relative_nll(bench: Bench, outcome: Outcome) -> Bootstrap:
-    m = len(outcome.tokens)
-    full = Scores(bench.full.total[:m], bench.full.weight[:m])
-    return bench.score(outcome.tokens).relative_to(full)
+@dataclass(frozen=True)
+class RealSample:
+    """Real text and its AR-NLL."""
+
+    corpus: Corpus
+    scores: Scores
 
 
-def _disagreement(bench: Bench, outcome: Outcome) -> Bootstrap:
-    m, full = len(outcome.tokens), bench.full_run
-    open_ = ~full.given[:m]
-    wrong = ((outcome.tokens != full.tokens[:m]) & open_).sum(1).astype(np.float64)
-    return bootstrap(Scores(wrong, open_.sum(1).astype(np.float64)), m)
+def _gap(bench: Bench, outcome: Outcome, two_sided: bool) -> Loss:
+    share = bench.share_of_gap(outcome)
+    if bench.gap.value < 0:  # easier than real text: to become easier still is the loss
+        share = Bootstrap(-share.value, -share.draws)
+    return Change(share, two_sided, len(outcome.tokens))
 
 
-MEASURES: dict[str, Callable[[Bench, Outcome], Bootstrap]] = {"ar-nll": _relative_nll, "agreement": _disagreement}
-"""What a rule loses, by name."""
+def _nats(bench: Bench, outcome: Outcome, two_sided: bool) -> Loss:
+    return Change(bench.change(outcome), two_sided, len(outcome.tokens))
+
+
+def _relative(bench: Bench, outcome: Outcome, two_sided: bool) -> Loss:
+    return Change(bench.relative(outcome), two_sided, len(outcome.tokens))
+
+
+def _tokens(bench: Bench, outcome: Outcome, two_sided: bool) -> Loss:
+    return Bounded(bench.differ(outcome))
+
+
+def _texts(bench: Bench, outcome: Outcome, two_sided: bool) -> Loss:
+    return Binary((bench.differ(outcome) > 0).astype(np.float64))
+
+
+MEASURES: dict[str, Callable[[Bench, Outcome, bool], Loss]] = {
+    "gap": _gap,
+    "nats": _nats,
+    "ar-nll": _relative,
+    "agreement": _tokens,
+    "texts": _texts,
+}
+"""What a rule loses, by name: AR-NLL as a share of the gap to real text, in nats, relative to the full run's; the share
+of tokens that differ; the share of samples that differ at all."""
+
+
+def tried(bench: Bench, outcome: Outcome, goal: Goal, measure: str) -> Tried:
+    """What a setting spent and lost on the samples of the bench."""
+    before = bench.full_calls[: len(outcome.nfe)]
+    differ = Bounded(bench.differ(outcome)) if goal.agreement else None
+    loss = bench.loss(outcome, measure, goal.two_sided)
+    return Tried(float(outcome.nfe.mean()), float(1 - outcome.nfe.sum() / before.sum()), loss, differ)
 
 
 def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure: str) -> Calibration:
     """The loosest of `candidates`, which run from strict to loose, that stays within the goal.
 
     Raises:
-        CdlmError: too few samples for the goal, or no candidate that halts reaches it.
+        CdlmError: too few samples for the goal, a gap to real text that is within noise, or no candidate that halts
+            reaches the goal.
     """
     n = len(bench.full_run)
-
-    def trial(criterion: Criterion) -> tuple[float, float, Bootstrap]:
-        outcome = bench.under(criterion, live=n)
-        saved = float(1 - outcome.nfe.sum() / bench.full_calls.sum())
-        return float(outcome.nfe.mean()), saved, bench.loss(outcome, measure)
-
-    tried = progress(candidates, total=len(candidates), label="settings tried", shown=bench.session.progress)
-    trials = halting.search(tried, trial, goal, n)
+    goal.check(n)
+    if measure == "gap":
+        bench.check_gap()
+    shown = progress(candidates, total=len(candidates), label="settings tried", shown=bench.session.progress)
+    trials = halting.search(shown, lambda rule: tried(bench, bench.under(rule, live=n), goal, measure), goal, n)
+    judged = measure not in WITHOUT_A_JUDGE
     return Calibration(
         settings=bench.settings,
         rule=halting.loosest(trials).rule,
         measure=measure,
+        bound=bench.loss(Outcome(bench.full_run.tokens, bench.full_run.nfe), measure, goal.two_sided).bound,
         goal=goal,
         samples=n,
         seed=bench.session.seed,
-        judge=bench.scorer.judge.describe() if measure == "ar-nll" else None,
+        judge=bench.scorer.judge.describe() if judged else None,
         trials=trials,
     )
+
+
+WITHOUT_A_JUDGE = ("agreement", "texts")
+"""Measures that need none."""

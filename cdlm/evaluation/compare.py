@@ -1,28 +1,31 @@
-"""Rules against each other, and against the plain sampler with fewer steps: quality over calls, whole sweeps."""
+"""Halting rules against each other and against their rivals: quality over calls, whole sweeps.
+
+Settings are chosen on one half of the samples and reported on the other: the best of many settings on the samples that
+chose it flatters itself.
+"""
 
 from __future__ import annotations
 
-import math
+import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import write_rows
+from cdlm.core.files import write_rows, write_text
 from cdlm.core.progress import progress
-from cdlm.core.stats import Scores, bootstrap
-from cdlm.evaluation.bench import Bench, Outcome
-from cdlm.evaluation.judge import features
+from cdlm.core.stats import Bootstrap, Scores
+from cdlm.evaluation.bench import Bench, Outcome, tried
 from cdlm.evaluation.metrics.diversity import sample_entropy, unigram_entropy
-from cdlm.evaluation.metrics.mauve import mauve
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel
+from cdlm.evaluation.rivals import Duel, Rivals, hardest
+from cdlm.evaluation.texts import REAL, Part
 from cdlm.halting import Criterion, FixedSteps, Never
 from cdlm.halting.calibration import Goal
 
@@ -30,21 +33,25 @@ SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 """Budgets of the plain sampler, as shares of the full one, unless they are given."""
 UNBOUNDED = "†"
 """Marks a row without a bound."""
-PLAIN, FULL, REAL = "plain sampler, fewer steps", "full run", "real text"
+PLAIN, FULL = "plain sampler, fewer steps", "full run"
 GAMMA = 4
 """Weight of quality in QPS (SchED, arXiv 2512.02892)."""
+REFERENCES = (FULL, *REAL.values())
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of one rule on one model: a row of the table. Intervals are 95 %, bootstrap over samples."""
+    """One setting of one rule on one model: a row of the table. Intervals are 95 %, bootstrap over samples.
+
+    All numbers are of the reporting half of the samples but `chosen`, which is of the other.
+    """
 
     model: str
     """Its folder, as it was given."""
     steps: int
     """Of the full run."""
     family: str
-    """What the setting belongs to: a rule's name, or `PLAIN`, `FULL`, `REAL`."""
+    """What the setting belongs to: a rule's name, a plain sampler, the full run, or real text."""
     setting: str
     samples: int
     ar_nll: float
@@ -61,64 +68,51 @@ class Point:
     """Calls of the full run over calls: a ratio of means."""
     step_speedup_each: float | None = None
     """The mean over samples of that ratio."""
+    change: float | None = None
+    """AR-NLL less that of the full run, in nats per token, on the same samples."""
+    change_low: float | None = None
+    change_high: float | None = None
+    gap_share: float | None = None
+    """The change as a share of the gap between the full run and real text; None where the gap is within noise."""
+    gap_share_low: float | None = None
+    gap_share_high: float | None = None
     loss: float | None = None
-    """AR-NLL over that of the full run, less 1; on the same samples."""
+    """AR-NLL over that of the full run, less 1."""
     loss_low: float | None = None
     loss_high: float | None = None
-    loss_upper: float | None = None
-    """One-sided bound at the goal's confidence."""
+    upper: float | None = None
+    """Bound of the goal's loss, at the goal's confidence."""
     agreement: float | None = None
     """Share of generated tokens that are those of the full run."""
+    entropy_change: float | None = None
+    """Of the entropy inside a sample."""
+    frechet: float | None = None
+    """Frechet distance to real text, mean over splits of the real text."""
+    frechet_change: float | None = None
+    """Less that of the full run, on the same splits."""
+    frechet_change_sd: float | None = None
+    """Standard deviation over the splits."""
     qps: float | None = None
     """Step speed-up times (AR-NLL of the full run over AR-NLL) ** 4: quality-penalised speed."""
-    against_plain: float | None = None
-    """AR-NLL less that of the plain sampler with as many calls: below 0 the rule is the better way to spend them."""
-    against_low: float | None = None
-    against_high: float | None = None
     chosen: bool = False
-    """The family's loosest setting within the goal."""
+    """The family's loosest setting within the goal, on the choosing half."""
     bounded: bool = True
     """Whether the samples are as many as the bound of the loss needs."""
     wall_speedup: float | None = None
     """Time of the full run over time, of live runs in one process."""
-    mauve: float | None = None
-    mauve_sd: float | None = None
+    duels: tuple[Duel, ...] = field(default=())
+    """A chosen setting beside its rivals with as many calls."""
 
     @property
-    def verdict(self) -> str:
-        """Beside the plain sampler with as many calls."""
-        if self.against_low is None or self.against_high is None:
-            return ""
-        return "better" if self.against_high < 0 else "worse" if self.against_low > 0 else "unclear"
+    def hardest(self) -> Duel | None:
+        """The rival that is hardest to beat."""
+        return hardest(self.duels)
 
-
-@dataclass(frozen=True)
-class Plain:
-    """The plain sampler with ever more steps, the full run last: the rival of every rule."""
-
-    steps: Sequence[int]
-    drawn: Sequence[Outcome]
-    scores: Sequence[Scores]
-
-    @staticmethod
-    def of(bench: Bench, budgets: Sequence[int]) -> Plain:
-        """Draw it with these numbers of steps, from the same noise as the full run."""
-        most, n, session = bench.steps, len(bench.full_run), bench.session
-        budgets = session.sampling.fewer_steps(budgets, bench.requests[0])
-        steps = sorted({budget for budget in budgets if budget < most})
-        drawn = [bench.run(session.with_steps(budget), n) for budget in steps]
-        drawn.append(Outcome(bench.full_run.tokens, bench.full_run.nfe))
-        return Plain([*steps, most], drawn, [bench.score(d.tokens) for d in drawn])
-
-    def at(self, calls: float, m: int) -> Callable[[Float[np.ndarray, "r m"]], Float[np.ndarray, " r"]] | None:
-        """Its AR-NLL on the first m samples at so many mean calls, linear between its budgets; None outside them."""
-        spent = [float(d.nfe.mean()) for d in self.drawn]
-        cut = [Scores(s.total[:m], s.weight[:m]) for s in self.scores]
-        for (low, before), (high, after) in pairwise(zip(spent, cut, strict=True)):
-            if low <= calls <= high and low < high:
-                share = (calls - low) / (high - low)
-                return lambda times, a=before, b=after, w=share: (1 - w) * a(times) + w * b(times)
-        return None
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        found = self.hardest
+        verdict = None if found is None else {"rival": found.rival, "verdict": found.verdict, **asdict(found)}
+        return {**asdict(self), "duels": [asdict(duel) for duel in self.duels], "hardest": verdict}
 
 
 @dataclass(frozen=True)
@@ -126,107 +120,96 @@ class Comparison:
     """One model at one number of steps.
 
     Args:
+        bench: the full run; one half of its samples chooses, the other reports.
+        goal: of each rule the loosest setting within it is shown.
+        measure: of the goal, see `cdlm.evaluation.bench.MEASURES`.
         label: what the model is called in the table.
         live: samples of what has to be run: rules that freeze, and wall time (0 leaves both out).
-        mauve_seeds: k-means seeds of MAUVE, for the full run and each family's choice; 0 leaves it out.
         fewer: steps of the plain sampler; by default `SHARES` of the full run's.
+        with_rivals: whether chosen settings are compared with their rivals, which takes as long as all else.
     """
 
     bench: Bench
     goal: Goal
+    measure: str
     label: str
     live: int = 32
-    mauve_seeds: int = 0
     fewer: Sequence[int] = ()
-
-    def table(self, families: Mapping[str, Sequence[Criterion]]) -> list[Point]:
-        """The full run, real text, the plain sampler, and every setting of every family, from strict to loose."""
-        bench, plain = self.bench, self.plain
-        points = [self._add_mauve(self.point(FULL, "Never()", plain.drawn[-1]), plain.drawn[-1]), self.real()]
-        points += [self.point(PLAIN, f"{s} steps", d) for s, d in zip(plain.steps[:-1], plain.drawn, strict=False)]
-        shown = bench.session.progress
-        for family, rules in progress(families.items(), total=len(families), label="rules compared", shown=shown):
-            tried = [r for r in rules if (self.live or not bench.must_run(r)) and not bench.session.refuses(r)]
-            drawn = [bench.under(rule, self.live) for rule in tried]
-            found = [self.point(family, repr(rule), d) for rule, d in zip(tried, drawn, strict=True)]
-            best = self.choice(found)
-            if best is not None:
-                wall = self.full_seconds / self.seconds(tried[best]) if self.live else None
-                found[best] = self._add_mauve(replace(found[best], chosen=True, wall_speedup=wall), drawn[best])
-            points += found
-        return points
+    with_rivals: bool = True
 
     def __post_init__(self) -> None:
         if self.live < 0 or min(self.fewer, default=1) < 1:
             raise CdlmError(f"a comparison needs live >= 0 and fewer >= 1, got {self.live} and {list(self.fewer)}")
 
     @cached_property
+    def rivals(self) -> Rivals:
+        """The benches of both halves, and the rivals."""
+        return Rivals(*self.bench.halves())
+
+    @property
+    def choosing(self) -> Bench:
+        """The samples that settings are chosen on."""
+        return self.rivals.choosing
+
+    @property
+    def reporting(self) -> Bench:
+        """The samples that all numbers are of."""
+        return self.rivals.reporting
+
+    def table(self, families: Mapping[str, Sequence[Criterion]]) -> list[Point]:
+        """The full run, real text, the plain samplers, and every setting of every family, from strict to loose.
+
+        Raises:
+            CdlmError: the goal is a share of the gap to real text, and the gap is within noise.
+        """
+        if self.measure == "gap":
+            self.choosing.check_gap()
+        full = self.reporting.full_run
+        points = [self.point(FULL, "Never()", Outcome(full.tokens, full.nfe)), *self.real()]
+        points += self.plain()
+        shown = self.bench.session.progress
+        for family, rules in progress(families.items(), total=len(families), label="rules compared", shown=shown):
+            points += self.family(family, rules)
+        return points
+
+    def family(self, name: str, rules: Sequence[Criterion]) -> list[Point]:
+        """Every setting of a rule; the one that the choosing half chose is marked and meets its rivals."""
+        bench = self.reporting
+        possible = [r for r in rules if (self.live or not bench.must_run(r)) and not bench.session.refuses(r)]
+        drawn = [bench.under(rule, self.live) for rule in possible]
+        found = [self.point(name, repr(rule), outcome) for rule, outcome in zip(possible, drawn, strict=True)]
+        best = self.choice(possible)
+        if best is not None:
+            wall = self.full_seconds / self.seconds(possible[best]) if self.live else None
+            duels = tuple(self.rivals.duels(drawn[best])) if self.with_rivals else ()
+            found[best] = replace(found[best], chosen=True, wall_speedup=wall, duels=duels)
+        return found
+
+    def choice(self, rules: Sequence[Criterion]) -> int | None:
+        """On the choosing half, the last setting before the first that fails the goal; None if it saves no call."""
+        bench, passed = self.choosing, list[float]()
+        for saved in takewhile(lambda saved: saved is not None, (self._saved(bench, rule) for rule in rules)):
+            passed.append(saved or 0.0)
+        return len(passed) - 1 if passed and passed[-1] > 0 else None
+
+    def _saved(self, bench: Bench, rule: Criterion) -> float | None:
+        """The share of calls that a setting saves within the goal; None if it is not within it.
+
+        What counts is the bound of the loss; of too few samples for a bound, its mean.
+        """
+        outcome = bench.under(rule, self.live)
+        spent = tried(bench, outcome, self.goal, self.measure)
+        if len(outcome.tokens) >= self.goal.fewest:
+            return spent.saved if spent.under(self.goal, rule).passed else None
+        size = abs(spent.loss.value) if self.goal.two_sided else spent.loss.value
+        differ = 0.0 if spent.differ is None else spent.differ.value
+        return spent.saved if size <= self.goal.limit and differ <= 1 - self.goal.agreement else None
+
+    @cached_property
     def full_seconds(self) -> float:
         """Wall time of the full run, after a few steps to warm up."""
         self.seconds(FixedSteps(2))
         return self.seconds(Never())
-
-    @cached_property
-    def plain(self) -> Plain:
-        """The rival."""
-        most = self.bench.steps
-        return Plain.of(self.bench, self.fewer or [max(1, round(share * most)) for share in SHARES])
-
-    def point(self, family: str, setting: str, drawn: Outcome) -> Point:
-        """All that one set of samples says."""
-        bench, m = self.bench, len(drawn.tokens)
-        calls, before = drawn.nfe.astype(np.float64), bench.full_calls[:m]
-        scores, loss = bench.score(drawn.tokens), bench.loss(drawn)
-        spent = Scores(calls, np.ones(m)).bootstrap()
-        speedup = float(before.sum() / calls.sum())
-        values: dict[str, Any] = {
-            **_interval("calls", spent.value, spent.interval95),
-            "saved": 1 - 1 / speedup,
-            "step_speedup": speedup,
-            "step_speedup_each": float((before / calls).mean()),
-            **_interval("loss", loss.value, loss.interval95),
-            "loss_upper": loss.upper(self.goal.confidence),
-            "bounded": m >= self.goal.fewest,
-            "agreement": bench.agreement(drawn),
-            "qps": speedup * (1 + loss.value) ** -GAMMA,
-        }
-        rival = self.plain.at(float(calls.mean()), m)
-        if rival is not None:
-            gap = bootstrap(lambda times: scores(times) - rival(times), m)
-            low, high = gap.interval95
-            values |= {"against_plain": gap.value, "against_low": low, "against_high": high}
-        rows = [row[text].tolist() for row, text in zip(drawn.tokens, bench.shown(drawn), strict=True)]
-        return Point(**self._text(family, setting, rows, scores), **values)
-
-    def real(self) -> Point:
-        """Held-out text under the same judge."""
-        return Point(**self._text(REAL, "", self.bench.real_tokens, self.bench.real))
-
-    def _text(self, family: str, setting: str, rows: Sequence[list[int]], scores: Scores) -> dict[str, Any]:
-        nll = scores.bootstrap()
-        return {
-            "model": self.label,
-            "steps": self.bench.steps,
-            "family": family,
-            "setting": setting,
-            "samples": len(rows),
-            **_interval("ar_nll", nll.value, nll.interval95),
-            "entropy_sample": sample_entropy(rows),
-            "entropy_corpus": unigram_entropy(rows),
-        }
-
-    def choice(self, points: Sequence[Point]) -> int | None:
-        """The last setting before the first that fails the goal; None if it saves no call.
-
-        The loss that counts is its upper bound; of too few samples for a bound, its mean.
-        """
-        passed = list(takewhile(lambda p: self.measured_loss(p) <= self.goal.max_loss, points))
-        return len(passed) - 1 if passed and passed[-1].saved else None
-
-    def measured_loss(self, point: Point) -> float:
-        """The bound of the loss, or its mean where the samples are too few for a bound."""
-        loss = point.loss_upper if point.samples >= self.goal.fewest else point.loss
-        return math.inf if loss is None else loss
 
     def seconds(self, rule: Criterion) -> float:
         """Wall time of the first `live` samples under a rule, in one process."""
@@ -235,86 +218,187 @@ class Comparison:
         self.bench.run(session, self.live)
         return time.perf_counter() - start
 
-    def _add_mauve(self, point: Point, drawn: Outcome) -> Point:
-        if not self.mauve_seeds:
-            return point
-        real, seeds = self.bench.real_features, tuple(range(1, self.mauve_seeds + 1))
-        texts = self.bench.texts(drawn)[: len(real)]
-        result = mauve(features(self.bench.scorer.judge, texts), real[: len(texts)], seeds)
-        return replace(point, mauve=result.mean, mauve_sd=result.sd)
+    def plain(self) -> list[Point]:
+        """The plain sampler with fewer steps: as the full run is sampled, and in each rival's best way."""
+        session, bench = self.reporting.session, self.reporting
+        ways = {PLAIN: session}
+        if self.with_rivals:
+            ways |= {f"plain sampler, {rival.name}": rival.session for rival in self.rivals.plain}
+        points = []
+        for family, way in ways.items():
+            if family == PLAIN or way.sampling != session.sampling:
+                points += [self.point(family, self._way(way, steps), drawn) for steps, drawn in self._fewer(bench, way)]
+        return points
+
+    def _fewer(self, bench: Bench, way: Any) -> Iterable[tuple[int, Outcome]]:
+        budgets = self.fewer or [max(1, round(share * bench.steps)) for share in SHARES]
+        for steps in way.sampling.fewer_steps([b for b in budgets if b < bench.steps], bench.requests[0]):
+            yield steps, bench.run(way.with_steps(steps), len(bench.full_run))
+
+    def _way(self, session: Any, steps: int) -> str:
+        if session.sampling == self.bench.session.sampling:
+            return f"{steps} steps"
+        return f"{steps} steps, {session.settings.get('grid')}, {session.settings.get('solver')}"
+
+    def point(self, family: str, setting: str, drawn: Outcome) -> Point:
+        """All that one set of samples says."""
+        bench, m = self.reporting, len(drawn.tokens)
+        calls, before = drawn.nfe.astype(np.float64), bench.full_calls[:m]
+        spent, relative = Scores(calls, np.ones(m)).bootstrap(), bench.relative(drawn)
+        speedup = float(before.sum() / calls.sum())
+        rows, full = bench.lines(drawn), bench.lines(Outcome(bench.full_run.tokens[:m], bench.full_run.nfe[:m]))
+        gap = {} if self._gap_in_noise else _interval("gap_share", bench.share_of_gap(drawn))
+        values: dict[str, Any] = {
+            **_interval("calls", spent), **_interval("change", bench.change(drawn)), **_interval("loss", relative), **gap,
+            "saved": 1 - 1 / speedup,
+            "step_speedup": speedup,
+            "step_speedup_each": float((before / calls).mean()),
+            "upper": bench.loss(drawn, self.measure, self.goal.two_sided).at_most(self.goal.confidence),
+            "bounded": m >= self.goal.fewest,
+            "agreement": bench.agreement(drawn),
+            "entropy_change": sample_entropy(rows) - sample_entropy(full),
+            "qps": speedup * (1 + relative.value) ** -GAMMA,
+        }  # fmt: skip
+        return Point(**self._text(family, setting, rows, bench.score(drawn.tokens)), **values)
+
+    @cached_property
+    def _gap_in_noise(self) -> bool:
+        low, high = self.reporting.gap.interval95
+        return low <= 0 <= high
+
+    def real(self) -> list[Point]:
+        """Real text under the same judge: held out, and like the training text where there is some."""
+        parts: tuple[Part, ...] = ("held out", "like training")
+        there = parts if self.bench.text.unread is not None else parts[:1]
+        found = [self.reporting.real(part) for part in there]
+        return [Point(**self._text(one.corpus.name, "", one.corpus.tokens, one.scores)) for one in found]
+
+    def _text(self, family: str, setting: str, rows: Sequence[list[int]], scores: Scores) -> dict[str, Any]:
+        return {
+            "model": self.label,
+            "steps": self.bench.steps,
+            "family": family,
+            "setting": setting,
+            "samples": len(rows),
+            **_interval("ar_nll", scores.bootstrap()),
+            "entropy_sample": sample_entropy(rows),
+            "entropy_corpus": unigram_entropy(rows),
+        }
 
 
 def too_few(
     model: str, families: Mapping[str, Sequence[Criterion]], in_blocks: bool, live: int, n: int, goal: Goal
 ) -> str:
-    """Which families are measured on fewer samples than a bound of their loss needs, as a warning; empty if none is."""
+    """Which families are measured on fewer samples than a bound of their loss needs, as a warning; empty if none is.
+
+    Args:
+        n: samples of each half.
+    """
     must = [name for name, rules in families.items() if in_blocks or any(rule.freezes for rule in rules)]
     short = list(families) if n < goal.fewest else must if 0 < live < goal.fewest else []
     if not short:
         return ""
     samples = n if n < goal.fewest else live
     return (
-        f"{', '.join(short)} on {model}: {samples} samples, and a loss of at most {goal.max_loss:.2%} with"
-        f" {goal.confidence:.0%} confidence needs {goal.fewest}, so these rows have no bound: raise"
+        f"{', '.join(short)} on {model}: {samples} samples in each half, and {goal} with {goal.confidence:.0%}"
+        f" confidence needs {goal.fewest}, so these rows have no bound: raise"
         f" {'--n' if n < goal.fewest else '--live'}, or ask for less"
     )
 
 
-def _interval(name: str, value: float, ends: tuple[float, float]) -> dict[str, float]:
-    return {name: value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+def _interval(name: str, found: Bootstrap) -> dict[str, float]:
+    low, high = found.interval95
+    return {name: found.value, f"{name}_low": low, f"{name}_high": high}
 
 
 def write_csv(points: Sequence[Point], path: Path) -> None:
-    """Every point and every column."""
-    write_rows(path, [{**asdict(point), "verdict": point.verdict} for point in points])
+    """Every point, and of a chosen one its hardest rival."""
+    rows = []
+    for point in points:
+        found = point.to_dict()
+        best = found.pop("hardest") or {}
+        del found["duels"]
+        rows.append({**found, **{f"rival_{name}": best.get(name) for name in DUEL}})
+    write_rows(path, rows)
+
+
+DUEL = ("rival", "setting", "calls", "ar_nll", "entropy", "difference", "low", "high", "matched", "verdict")
+
+
+def write_json(points: Sequence[Point], goal: Goal, measure: str, path: Path) -> None:
+    """Every point with all its rivals, and what the choice was made by."""
+    content = {"goal": asdict(goal), "measure": measure, "rows": [point.to_dict() for point in points]}
+    write_text(path, json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for what is no number."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 COLUMNS = (
-    "model", "steps", "rule", "n", "calls", "saved", "AR-NLL", "loss", "agreement", "H sample", "QPS", "step speed-up",
-    "wall speed-up", "MAUVE", "beside fewer steps",
+    "model", "steps", "rule", "n", "calls", "saved", "AR-NLL", "change, nats", "share of the gap", "agreement", "H sample",
+    "Fréchet", "its change", "QPS", "wall", "beside its hardest rival",
 )  # fmt: skip
 
 
-def markdown(points: Sequence[Point], goal: Goal) -> str:
-    """The table to read: the ends, the plain sampler, and of each rule the setting within the goal."""
-    shown = [p for p in points if p.chosen or p.family in (FULL, REAL, PLAIN)]
+def markdown(points: Sequence[Point], goal: Goal, measure: str) -> str:
+    """The table to read: the ends, the plain samplers, and of each rule the setting within the goal."""
+    rules = dict.fromkeys(p.family for p in points if not _is_reference(p))
     lines = [_line(COLUMNS), _line("--:" if i not in (0, 2) else ":--" for i in range(len(COLUMNS)))]
-    lines += [_line(_cells(point)) for point in shown]
-    families = dict.fromkeys(p.family for p in points if p.family not in (FULL, REAL, PLAIN))
+    lines += [_line(_cells(point)) for point in points if point.chosen or _is_reference(point)]
     for model, steps in dict.fromkeys((p.model, p.steps) for p in points):
         there = [p for p in points if (p.model, p.steps) == (model, steps)]
-        for family in families:
+        for family in rules:
             own = [p for p in there if p.family == family]
             if own and not any(p.chosen for p in own):
                 why = "saves no call within the goal"
                 lines.append(_line([model, steps, family, own[0].samples, "-", why] + [""] * (len(COLUMNS) - 6)))
-    note = (
-        f"\n\nOf each rule the loosest setting whose loss of AR-NLL is at most {goal.max_loss:.2%} with"
-        f" {goal.confidence:.0%} confidence. Intervals are 95 %, bootstrap over samples. QPS is the step speed-up times"
-        f" (AR-NLL of the full run / AR-NLL) ** {GAMMA}. The last column is AR-NLL less that of the plain sampler with"
-        " as many calls.\n"
-    )
     unbounded = any(p.chosen and not p.bounded for p in points)
     mark = (
-        f"\n{UNBOUNDED} Fewer than {goal.fewest} samples: the loss is a mean, without a bound.\n" if unbounded else ""
+        f"\n{UNBOUNDED} Fewer than {goal.fewest} samples: the change is a mean, without a bound.\n" if unbounded else ""
     )
-    return "\n".join(lines) + note + mark
+    return "\n".join(lines) + "\n\n" + _note(goal, measure) + mark
+
+
+def _note(goal: Goal, measure: str) -> str:
+    return (
+        f"Of each rule the loosest setting within {goal} ({measure}, {goal.confidence:.0%} confidence), chosen on one"
+        " half of the samples; all numbers are of the other half. Intervals are 95 %, bootstrap over samples. The gap"
+        " is from the full run to real text. QPS is the step speed-up times (AR-NLL of the full run / AR-NLL) **"
+        f" {GAMMA}. The last column is AR-NLL less that of a rival with as many calls, on the same samples: of the rival"
+        " that leaves the rule the least.\n"
+    )
+
+
+def _is_reference(point: Point) -> bool:
+    return point.family in REFERENCES or point.family.startswith("plain sampler")
 
 
 def _cells(p: Point) -> list[str]:
-    name = p.family if p.family in (FULL, REAL) else p.setting
-    name += "" if p.bounded or p.family in (FULL, REAL, PLAIN) else f" {UNBOUNDED}"
-    loss = "-" if p.loss is None else f"{p.loss:+.2%} [{p.loss_low:+.2%}, {p.loss_high:+.2%}]"
-    against = "-"
-    if p.against_plain is not None and p.family not in (PLAIN, FULL):
-        against = f"{p.verdict}: {p.against_plain:+.3f} [{p.against_low:+.3f}, {p.against_high:+.3f}]"
+    name = p.family if p.family in REFERENCES else p.setting
+    name += "" if p.bounded or _is_reference(p) else f" {UNBOUNDED}"
+    rival, against = p.hardest, "-"
+    if rival is not None:
+        same = ", equal entropy" if rival.matched else ""
+        numbers = f"{rival.difference:+.3f} [{rival.low:+.3f}, {rival.high:+.3f}]"
+        against = f"{rival.verdict}: {numbers}, {rival.rival} ({rival.setting}{same})"
+    distance = "-" if p.frechet_change is None else f"{p.frechet_change:+.3f} ± {p.frechet_change_sd:.3f}"
     return [
         p.model, str(p.steps), name, str(p.samples), _number(p.calls, ".1f"), _number(p.saved, ".1%"),
-        f"{p.ar_nll:.3f} [{p.ar_nll_low:.3f}, {p.ar_nll_high:.3f}]", loss, _number(p.agreement, ".2%"),
-        f"{p.entropy_sample:.2f}", _number(p.qps, ".2f"), _number(p.step_speedup, ".2f"),
-        _number(p.wall_speedup, ".2f"),
-        "-" if p.mauve is None else f"{p.mauve:.3f} ± {p.mauve_sd:.3f}", against,
+        _ends(p, "ar_nll", ".3f"), _ends(p, "change", "+.3f"), _ends(p, "gap_share", "+.1%"),
+        _number(p.agreement, ".2%"), f"{p.entropy_sample:.3f}", _number(p.frechet, ".3f"), distance,
+        _number(p.qps, ".2f"), _number(p.wall_speedup, ".2f"), against,
     ]  # fmt: skip
+
+
+def _ends(point: Point, name: str, form: str) -> str:
+    value, low, high = (getattr(point, f"{name}{end}") for end in ("", "_low", "_high"))
+    return "-" if value is None else f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -330,10 +414,10 @@ def panels(points: Sequence[Point]) -> list[CurvePanel]:
     out = []
     for model, steps in dict.fromkeys((p.model, p.steps) for p in points):
         there = [p for p in points if (p.model, p.steps) == (model, steps)]
-        (full,), real = ([p for p in there if p.family == name] for name in (FULL, REAL))
-        families = dict.fromkeys(p.family for p in there if p.family not in (FULL, REAL))
+        (full,) = (p for p in there if p.family == FULL)
+        families = dict.fromkeys(p.family for p in there if p.family not in REFERENCES)
         curves = [_curve(name, [p for p in there if p.family == name], full) for name in families]
-        levels = [("full run", full.ar_nll), *(("real text", p.ar_nll) for p in real)]
+        levels = [(p.family, p.ar_nll) for p in there if p.family in REFERENCES]
         out.append(CurvePanel(f"{model}, {steps} steps", curves, levels))
     return out
 
@@ -348,6 +432,6 @@ def _curve(name: str, own: Sequence[Point], full: Point) -> Curve:
         [p.ar_nll for p in own],
         [p.ar_nll_low for p in own],
         [p.ar_nll_high for p in own],
-        rival=name == PLAIN,
+        rival=_is_reference(own[0]),
         chosen=place,
     )

@@ -18,12 +18,13 @@ from typing import Any
 from cdlm.core.checks import check_number
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
-from cdlm.core.stats import Bootstrap
 from cdlm.halting.criterion import Criterion
+from cdlm.halting.losses import Loss
 
 FILE = "halting.json"
-VERSION = 2
-"""Version 1 wrote the rule `FromStep` as `AfterStep`; it is still read."""
+VERSION = 3
+"""Versions 1 and 2 are still read: 1 wrote the rule `FromStep` as `AfterStep`, and both had one-sided goals alone."""
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -35,51 +36,90 @@ class Trial:
     saved: float
     """Share of the full run's calls."""
     loss: float
+    """Signed: below 0 is a gain, which counts as a loss of the same size where the goal is two-sided."""
     upper: float
     """Bound of the loss, at the confidence of the goal."""
     passed: bool
+    differ: float | None = None
+    """Share of the tokens that are not those of the full run, where the goal limits it."""
+    differ_upper: float | None = None
 
 
 @dataclass(frozen=True)
 class Goal:
-    """The loss is at most `max_loss`, with probability `confidence`; both in (0, 1)."""
+    """The loss is at most `limit`, with probability `confidence`; both in (0, 1).
 
-    max_loss: float
+    Args:
+        two_sided: a gain counts as a loss of the same size.
+        agreement: least share of the tokens that are those of the full run, in [0, 1), with the same confidence; 0 asks
+            for none.
+    """
+
+    limit: float
     confidence: float = 0.95
+    two_sided: bool = True
+    agreement: float = 0.0
 
     def __post_init__(self) -> None:
         hint = "0.01 or 1% is one per cent"
-        check_number("a goal", above=0.0, below=1.0, hint=hint, max_loss=self.max_loss, confidence=self.confidence)
+        check_number("a goal", above=0.0, below=1.0, hint=hint, limit=self.limit, confidence=self.confidence)
+        check_number("a goal", least=0.0, below=1.0, hint="0.99 or 99%, and 0 for none", agreement=self.agreement)
 
     @property
     def fewest(self) -> int:
         """Least number of samples: of fewer, none may be ruined by chance, more often than `confidence` allows."""
-        return math.ceil(math.log1p(-self.confidence) / math.log1p(-self.max_loss))
+        share = min(self.limit, 1 - self.agreement) if self.agreement else self.limit
+        return math.ceil(math.log1p(-self.confidence) / math.log1p(-share))
 
     def check(self, samples: int) -> None:
         """Raise unless so many samples can show that the goal is met."""
         if samples < self.fewest:
             raise CdlmError(
-                f"a loss of at most {self.max_loss:.2%} with {self.confidence:.0%} confidence needs at least"
-                f" {self.fewest} samples, got {samples}: raise n, or ask for less"
+                f"{self} with {self.confidence:.0%} confidence needs at least {self.fewest} samples, got {samples}:"
+                " raise n, or ask for less"
             )
 
-    def samples_for(self, loss: Bootstrap, samples: int) -> int | None:
-        """Samples with which a trial of this mean loss would pass; None if it loses too much anyway."""
-        room, margin = self.max_loss - loss.value, loss.upper(self.confidence) - loss.value
-        return None if room <= 0 else math.ceil(samples * (margin / room) ** 2)
+    def __str__(self) -> str:
+        limit = f"a {'change' if self.two_sided else 'loss'} of at most {self.limit:.4g}"
+        return f"{limit} at an agreement of at least {self.agreement:.2%}" if self.agreement else limit
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a setting spends and loses.
+
+    Args:
+        calls: mean calls of a sample.
+        saved: share of the full run's calls.
+        loss: as the goal measures it.
+        differ: share of each sample's tokens that are not those of the full run; None where nobody asks.
+    """
+
+    calls: float
+    saved: float
+    loss: Loss
+    differ: Loss | None = None
+
+    def under(self, goal: Goal, rule: Criterion) -> Trial:
+        """The verdict."""
+        upper = self.loss.at_most(goal.confidence)
+        passed, differ, most = upper <= goal.limit, None, None
+        if self.differ is not None:
+            differ, most = self.differ.value, self.differ.at_most(goal.confidence)
+            passed = passed and (not goal.agreement or most <= 1 - goal.agreement + ROUNDING)
+        return Trial(repr(rule), self.calls, self.saved, self.loss.value, upper, passed, differ, most)
 
 
 def search(
-    candidates: Iterable[Criterion],
-    measure: Callable[[Criterion], tuple[float, float, Bootstrap]],
-    goal: Goal,
-    samples: int,
+    candidates: Iterable[Criterion], measure: Callable[[Criterion], Tried], goal: Goal, samples: int
 ) -> list[Trial]:
     """Trials of settings, from strict to loose, up to the first that fails; see `loosest` for the choice.
 
+    Where the goal also limits how many tokens differ, a setting has to meet both, each at the whole confidence: it
+    passes wrongly no more often than the confidence allows (intersection-union test, Berger, 1982).
+
     Args:
-        measure: mean calls, share of calls saved, and loss of a setting.
+        measure: tries a setting on the samples.
         samples: number of samples that the loss is measured on.
 
     Raises:
@@ -88,27 +128,29 @@ def search(
     goal.check(samples)
     trials: list[Trial] = []
     for rule in candidates:
-        calls, saved, loss = measure(rule)
-        upper = loss.upper(goal.confidence)
-        if not math.isfinite(loss.value):
+        found = measure(rule)
+        if not math.isfinite(found.loss.value):
             raise CdlmError(f"the loss of {rule!r} cannot be computed: the samples have nothing that can be judged")
-        trials.append(Trial(repr(rule), calls, saved, loss.value, upper, upper <= goal.max_loss))
+        trials.append(found.under(goal, rule))
         if not trials[-1].passed:
             if not any(trial.passed and trial.saved > 0 for trial in trials):
-                raise CdlmError(_nothing_passed(trials[-1], goal, goal.samples_for(loss, samples), samples))
+                raise CdlmError(_nothing_passed(trials[-1], found, goal, samples))
             return trials
     if not any(trial.saved > 0 for trial in trials):
         raise CdlmError("no setting that was tried saves a call: try another rule, or more steps")
     return trials
 
 
-def _nothing_passed(trial: Trial, goal: Goal, needed: int | None, samples: int) -> str:
-    finding = f"{trial.rule} loses {trial.loss:.2%}, at most {trial.upper:.2%} with {goal.confidence:.0%} confidence"
-    if needed is None:
-        return f"no setting keeps the loss within {goal.max_loss:.2%}: the strictest that halts, {finding}; allow more"
-    return (
-        f"{samples} samples cannot show a loss of at most {goal.max_loss:.2%}: {finding}; about {needed} samples would"
-    )
+def _nothing_passed(trial: Trial, found: Tried, goal: Goal, samples: int) -> str:
+    finding = f"{trial.rule} changes {trial.loss:+.4g}, at most {trial.upper:.4g} with {goal.confidence:.0%} confidence"
+    needed = [found.loss.samples_for(goal.limit, goal.confidence)]
+    if found.differ is not None and goal.agreement:
+        finding += f", and {trial.differ:.2%} of the tokens, at most {trial.differ_upper:.2%}"
+        needed.append(found.differ.samples_for(1 - goal.agreement, goal.confidence))
+    if None in needed:
+        return f"no setting keeps within {goal}: the strictest that halts, {finding}; allow more"
+    most = max(count for count in needed if count is not None)
+    return f"{samples} samples cannot show {goal}: {finding}; about {most} samples would"
 
 
 def loosest(trials: list[Trial]) -> Trial:
@@ -123,6 +165,8 @@ class Calibration:
     settings: Mapping[str, Any]
     rule: str
     measure: str
+    bound: str
+    """Method that bounds the loss."""
     goal: Goal
     samples: int
     seed: int
@@ -187,7 +231,7 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content["cdlm_halting"]
-        if version not in (1, VERSION):
+        if version not in range(1, VERSION + 1):
             raise CdlmError(f"{file} is of version {version}, and this program reads up to {VERSION}: update cdlm")
         items = [_current(item) if version == 1 else item for item in content["calibrations"]]
         for item in items:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
@@ -129,6 +129,12 @@ class Unmasking(Sampling):
         open_ = int((~request.given).sum())
         blocks = max(1, -(-open_ // (self.policy.size or open_)))
         return sorted({max(blocks, steps // blocks * blocks) for steps in wanted})
+
+    def with_temperature_times(self, factor: float) -> Unmasking:
+        return replace(self, temperature=self.temperature * factor)
+
+    def rivals(self) -> Mapping[str, Sequence[Unmasking]]:
+        return {"fewer steps": [self]} if self._has_steps else {}
 
     def length_of(self, requests: Sequence[Request]) -> int:
         return max(int((~request.given).sum()) for request in requests)

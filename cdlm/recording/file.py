@@ -86,8 +86,13 @@ class Recording:
 
     def first(self, n: int) -> Recording:
         """The first n samples."""
-        cut = {name: getattr(self, name)[:n] for name in _REQUESTS}
-        return replace(self, record=self.record.select(np.arange(n)), prompts=self.prompts[:n], **cut)
+        return self.select(slice(n))
+
+    def select(self, rows: slice) -> Recording:
+        """Some of the samples."""
+        cut = {name: getattr(self, name)[rows] for name in _REQUESTS}
+        record = self.record.select(np.arange(len(self))[rows])
+        return replace(self, record=record, prompts=self.prompts[rows], **cut)
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -174,6 +174,14 @@ class Sampling(ABC):
     def blocks_of(self, request: Request) -> int:
         """Runs in a row that a sample takes, each from fresh noise."""
         return 1
+
+    @abstractmethod
+    def with_temperature_times(self: S, factor: float) -> S:
+        """The same with its temperature multiplied: below 1 sharpens. A temperature of 0 stays."""
+
+    def rivals(self: S) -> Mapping[str, Sequence[S]]:
+        """Plain ways to spend fewer steps on the same model, by the name of the rival; of each the best is taken."""
+        return {}
 
     @abstractmethod
     def length_of(self, requests: Sequence[Request]) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
-from cdlm.core.stats import bootstrap
+from cdlm.core.stats import Scores, bootstrap
 from cdlm.evaluation.bench import Bench, Outcome
-from cdlm.evaluation.compare import Plain
 from cdlm.evaluation.plots.panels import Panel
 from cdlm.halting import sweep
 from cdlm.halting.replay import check_recorded
@@ -25,6 +26,25 @@ NOTE = (
     " to the vanilla budgets are shown, and the one that does best beside vanilla."
 )
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Vanilla:
+    """The sampler that runs all its steps, with ever more of them."""
+
+    steps: Sequence[int]
+    drawn: Sequence[Outcome]
+    scores: Sequence[Scores]
+
+    def at(self, calls: float, m: int) -> Callable[[Float[np.ndarray, "r m"]], Float[np.ndarray, " r"]] | None:
+        """Its AR-NLL on the first m samples at so many mean calls, linear between its budgets; None outside them."""
+        spent = [float(d.nfe.mean()) for d in self.drawn]
+        cut = [scores.first(m) for scores in self.scores]
+        for (low, before), (high, after) in pairwise(zip(spent, cut, strict=True)):
+            if low <= calls <= high and low < high:
+                share = (calls - low) / (high - low)
+                return lambda times, a=before, b=after, w=share: (1 - w) * a(times) + w * b(times)
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +80,16 @@ class MoreSteps(JudgedContinuous):
             rows += [_row(bench, repr(r), bench.steps, bench.under(r, self.n), plain) for r in rules]
         return [{"model": label(model), **row} for row in rows]
 
-    def _plain(self, benches: Sequence[Bench]) -> Plain:
+    def _plain(self, benches: Sequence[Bench]) -> Vanilla:
         """The vanilla sampler: its own budgets, and the full runs."""
         full = {b.steps: Outcome(b.full_run.tokens, b.full_run.nfe) for b in benches}
         first = benches[0]
         budgets = sorted({*self.vanilla, *full})
         drawn = [full.get(b) or first.run(first.session.with_steps(b), self.n) for b in budgets]
-        return Plain(budgets, drawn, [first.score(d.tokens) for d in drawn])
+        return Vanilla(budgets, drawn, [first.score(d.tokens) for d in drawn])
 
 
-def _row(bench: Bench, rule: str, steps: int, drawn: Outcome, plain: Plain) -> Row:
+def _row(bench: Bench, rule: str, steps: int, drawn: Outcome, plain: Vanilla) -> Row:
     scores, calls, m = bench.score(drawn.tokens), float(drawn.nfe.mean()), len(drawn.tokens)
     rival = None if rule == VANILLA else plain.at(calls, m)
     if rival is None:

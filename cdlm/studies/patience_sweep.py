@@ -24,24 +24,24 @@ class PatienceSweep(JudgedContinuous):
     Args:
         steps: grid points of the full runs, one or more.
         patience: numbers of quiet steps to try.
-        max_loss: share of AR-NLL that may be lost: the boundary.
+        max_change: share of AR-NLL that may change, in either direction: the boundary.
         confidence: how surely.
     """
 
     steps: list[int]
     patience: list[int]
-    max_loss: float
+    max_change: float
     confidence: float
 
     def find(self) -> Finding:
-        goal = Goal(self.max_loss, self.confidence)
+        goal = Goal(self.max_change, self.confidence)
         goal.check(self.n)
         sweeps = [self._sweep(model, steps) for model, steps in product(self.models, self.steps)]
         rows = [row for sweep in sweeps for row in sweep]
         note = (
             f"Loss: AR-NLL over that of the full run, less 1, on the same {self.n} samples, with 95 % interval"
-            " (bootstrap). Boundary: the least patience from which on every tried one loses at most"
-            f" {self.max_loss:.1%} with {self.confidence:.0%} confidence."
+            " (bootstrap). Boundary: the least patience from which on every tried one changes it by"
+            f" at most {self.max_change:.1%} with {self.confidence:.0%} confidence."
         )
         return Finding(rows, [line for sweep in sweeps for line in self._lines(sweep)], note, self._panels(sweeps))
 
@@ -51,18 +51,18 @@ class PatienceSweep(JudgedContinuous):
 
     def _try(self, bench: Bench, patience: int) -> dict[str, Any]:
         drawn = bench.under(Patience(patience), self.n)
-        loss = bench.loss(drawn)
+        loss = bench.relative(drawn)
         return {
             "steps": bench.steps, "samples": len(drawn.tokens), "patience": patience,
             "calls": float(drawn.nfe.mean()), "saved": 1 - float(drawn.nfe.sum() / bench.full_calls.sum()),
             "agreement": bench.agreement(drawn), **ends("loss", loss),
-            "loss_upper": loss.upper(self.confidence), "ar_nll": float(bench.score(drawn.tokens).bootstrap().value),
+            "loss_upper": loss.most(self.confidence), "ar_nll": float(bench.score(drawn.tokens).bootstrap().value),
             "ar_nll_full": float(bench.full.bootstrap().value),
         }  # fmt: skip
 
     def boundary(self, sweep: Sequence[Mapping[str, Any]]) -> int | None:
-        """The least patience from which on nothing loses too much; None if the most patient does."""
-        kept = list(takewhile(lambda row: row["loss_upper"] <= self.max_loss, reversed(sweep)))
+        """The least patience from which on nothing changes too much; None if the most patient does."""
+        kept = list(takewhile(lambda row: row["loss_upper"] <= self.max_change, reversed(sweep)))
         return kept[-1]["patience"] if kept else None
 
     def _lines(self, sweep: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -83,13 +83,13 @@ class PatienceSweep(JudgedContinuous):
         def lines(x: str, y: str) -> list[Line]:
             return [curve(f"{rows[0]['model']}, {rows[0]['steps']} steps", rows, x, y) for rows in sweeps]
 
-        limit = [(f"loss of {self.max_loss:.1%}", self.max_loss)]
+        limit = [(f"{self.max_change:.1%}", self.max_change)]
         return [
             Panel("Quality", "patience, steps", "relative loss of AR-NLL", lines("patience", "loss"), "log", "symlog",
-                  self.max_loss, limit),
+                  self.max_change, limit),
             Panel("Cost", "patience, steps", "calls saved", lines("patience", "saved"), "log"),
             Panel("Exchange", "calls saved", "relative loss of AR-NLL", lines("saved", "loss"), "linear", "symlog",
-                  self.max_loss, limit),
+                  self.max_change, limit),
         ]  # fmt: skip
 
 

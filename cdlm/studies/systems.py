@@ -27,13 +27,13 @@ class Systems(Judged):
         steps: grid points of the full runs of continuous models, shared by the blocks of a row; masked models take one
             step for each position.
         rules: names to sweep, from strict to loose, until the first setting that loses too much.
-        max_loss: share of AR-NLL that may be lost.
+        max_change: share of AR-NLL that may change, in either direction.
         confidence: how surely.
     """
 
     steps: int
     rules: list[str]
-    max_loss: float
+    max_change: float
     confidence: float
 
     def check(self) -> None:
@@ -41,11 +41,11 @@ class Systems(Judged):
         check_recorded(rule for name in self.rules for rule in sweep(name, self.steps))
 
     def find(self) -> Finding:
-        goal = Goal(self.max_loss, self.confidence)
+        goal = Goal(self.max_change, self.confidence)
         goal.check(self.n)
         rows = [row for model in self.models for row in self._of(model, goal)]
         note = (
-            f"Calls saved by the loosest setting of each rule that loses at most {self.max_loss:.1%} of AR-NLL with"
+            f"Calls saved by the loosest setting of each rule that changes AR-NLL by at most {self.max_change:.1%} with"
             f" {self.confidence:.0%} confidence, with 95 % interval (bootstrap over {self.n} samples). A dash: no tried"
             " setting does. A cross: the rule reads what the model has not. Rules that freeze tokens, and rows of"
             " several blocks, are run; the others are replayed."
@@ -81,9 +81,9 @@ class Systems(Judged):
             lines = [
                 curve(name, list(tried), "saved", "loss") for name, tried in groupby(of_model, key=lambda r: r["rule"])
             ]
-            limit = [(f"loss of {self.max_loss:.1%}", self.max_loss)]
+            limit = [(f"{self.max_change:.1%}", self.max_change)]
             panels.append(
-                Panel(model, "calls saved", "relative loss of AR-NLL", lines, "linear", "symlog", self.max_loss, limit)
+                Panel(model, "calls saved", "relative change of AR-NLL", lines, "linear", "symlog", self.max_change, limit)
             )
         return panels
 
@@ -97,14 +97,14 @@ def _row(bench: Bench, name: str, rule: Criterion, goal: Goal) -> dict[str, Any]
     if not found["fits"]:
         return {**found, "within": False}
     drawn = bench.under(rule, len(bench.full_run))
-    before, loss = bench.full_calls[: len(drawn.nfe)], bench.loss(drawn)
+    before, loss = bench.full_calls[: len(drawn.nfe)], bench.relative(drawn)
     left = Scores(drawn.nfe.astype(np.float64), before).bootstrap()
     low, high = left.interval95
-    upper = loss.upper(goal.confidence)
+    upper = loss.most(goal.confidence)
     return found | {
         "calls": float(drawn.nfe.mean()), "saved": 1 - left.value, "saved_low": 1 - high, "saved_high": 1 - low,
         "ar_nll_full": float(bench.full.bootstrap().value), "agreement": bench.agreement(drawn),
-        **ends("loss", loss), "loss_upper": upper, "within": upper <= goal.max_loss,
+        **ends("loss", loss), "loss_upper": upper, "within": upper <= goal.limit,
     }  # fmt: skip
 
 

@@ -1,10 +1,9 @@
-"""Choose a rule's setting by the quality it may lose."""
+"""Choose a rule's setting by how much it may change."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
 
 from cdlm import api
 from cdlm.cli.groups import GoalOptions, JudgeOptions, flat_settings, session_on
@@ -25,7 +24,6 @@ def calibrate(
     run: str,
     *,
     rule: str = "Patience",
-    measure: Literal["ar-nll", "agreement"] = "ar-nll",
     n: int = 512,
     length: int | None = None,
     steps: int | None = None,
@@ -37,12 +35,11 @@ def calibrate(
     judge: JudgeOptions = JUDGE,
     machine: MachineOptions = MACHINE,
 ) -> None:
-    """Choose a rule's setting by the quality it may lose, and write it beside the weights for --halt auto.
+    """Choose a rule's setting by how much it may change, and write it beside the weights for --halt auto.
 
     Args:
         run: run folder of the model; halting.json is written there.
         rule: the rule to set, such as Patience, "KL(..., warmup=0.3)" or "FromStep(Patience(...), 40)".
-        measure: what is lost: relative AR-NLL, or the share of tokens that differ from the full run.
         n: samples to draw.
         length: tokens of a sample; by default as in training.
         steps: of the full run; see cdlm sample.
@@ -62,12 +59,13 @@ def calibrate(
         bench = api.open_bench(
             session, n, length=length, judge=judge.judge, judge_steps=judge.judge_steps, recordings=recordings
         )
-        found = calibrated(bench, candidates, bound, measure)
+        found = calibrated(bench, candidates, bound, goal.measure)
     if not machine.quiet:
         for trial in found.trials:
             verdict = "" if trial.passed else "  too much"
-            print(f"{trial.calls:8.1f} calls, saved {trial.saved:6.1%}, loss {trial.loss:7.2%}, "
-                  f"at most {trial.upper:7.2%}  {trial.rule}{verdict}")  # fmt: skip
+            differ = "" if trial.differ is None else f", tokens {trial.differ:.2%}, at most {trial.differ_upper:.2%}"
+            print(f"{trial.calls:8.1f} calls, saved {trial.saved:6.1%}, {goal.measure} {trial.loss:+8.4f}, "
+                  f"at most {trial.upper:7.4f}{differ}  {trial.rule}{verdict}")  # fmt: skip
     model = session.model
     file = write_calibration(folder, model.need_fingerprint(), model.has_weights, found)
     if not machine.quiet:

@@ -16,8 +16,7 @@ from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places, write_text
-from cdlm.evaluation.compare import Comparison, Point, markdown, panels, too_few, write_csv
-from cdlm.evaluation.metrics.mauve import check as check_mauve
+from cdlm.evaluation.compare import Comparison, Point, markdown, panels, too_few, write_csv, write_json
 from cdlm.evaluation.plots.pareto import plot_pareto
 from cdlm.halting import Criterion, sweep
 from cdlm.halting.calibration import Goal
@@ -37,8 +36,8 @@ class FullRunOptions:
 
     steps: list[int] | None = None
     """Steps of the full runs, one or more; by default 200, of a masked model one for each position."""
-    n: int = 512
-    """Samples of each full run."""
+    n: int = 1024
+    """Samples of each full run: settings are chosen on one half of them and reported on the other."""
     length: int | None = None
     """Tokens of a sample; by default as in training."""
     seed: int = 0
@@ -52,14 +51,14 @@ class RivalOptions:
     """What rules are measured on, and against."""
 
     live: int = 32
-    """Samples of what must be run for each rule: those that freeze tokens, every rule on a model that generates in
-    blocks, and wall time; 0 leaves these out. Fewer than the bound needs (299 by default) give rows without a bound."""
+    """Samples of each half of what must be run for each rule: those that freeze tokens, every rule on a model that
+    generates in blocks, and wall time; 0 leaves these out. Fewer than the bound needs (299 by default) give rows
+    without a bound."""
     fewer: list[int] | None = None
     """Steps of the plain sampler that the rules are compared with; by default shares of the full run's."""
-    mauve: bool = False
-    """MAUVE of the full run and of each rule's setting; needs the mauve-text package."""
-    mauve_seeds: int = 5
-    """Seeds of its k-means."""
+    rivals: bool = True
+    """Compare each chosen setting with its rivals: a fixed step, and the plain sampler with fewer steps on the best
+    grid, with its own solver and with ancestral steps. It takes about as long as all else."""
 
     def __post_init__(self) -> None:
         if self.live < 0 or min(self.fewer or [1]) < 1:
@@ -88,11 +87,9 @@ def compare(
     Args:
         models: run folders, of continuous and of masked models; settings of the other family do not matter to a model.
         rules: names to sweep, such as Patience or "KL(..., warmup=0.3)", or whole rules; by default all.
-        out: folder for compare.csv, compare.md and compare.png.
+        out: folder for compare.json, compare.csv, compare.md and compare.png.
     """
     check_places(out / "compare.csv")
-    if rival.mauve:
-        check_mauve(full.n)
     with ExitStack() as stack:
         sessions = {
             model: stack.enter_context(session_on(machine, model, full.seed)) for model in dict.fromkeys(models)
@@ -103,7 +100,7 @@ def compare(
             for (model, session), steps in product(sessions.items(), dict.fromkeys(full.steps or [None]))
         ]
         for plan in plans:
-            if (warning := plan.warning(rival.live, full.n, goal.goal)) and not machine.quiet:
+            if (warning := plan.warning(rival.live, full.n // 2, goal.goal)) and not machine.quiet:
                 print(f"cdlm: {warning}", file=sys.stderr)
         points: list[Point] = []
         for plan in plans:
@@ -112,12 +109,13 @@ def compare(
                 plan.session, full.n, length=full.length, judge=judge.judge, judge_steps=judge.judge_steps,
                 recordings=recordings,
             )  # fmt: skip
-            seeds = rival.mauve_seeds if rival.mauve else 0
-            points += Comparison(bench, goal.goal, plan.model, rival.live, seeds, rival.fewer or ()).table(
-                plan.families
+            comparison = Comparison(
+                bench, goal.goal, goal.measure, plan.model, rival.live, rival.fewer or (), rival.rivals
             )
+            points += comparison.table(plan.families)
             write_csv(points, out / "compare.csv")  # after each model: long work is not lost
-    text = markdown(points, goal.goal)
+            write_json(points, goal.goal, goal.measure, out / "compare.json")
+    text = markdown(points, goal.goal, goal.measure)
     write_text(out / "compare.md", text)
     plot_pareto(panels(points), out / "compare.png")
     if not machine.quiet:

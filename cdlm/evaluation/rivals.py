@@ -1,0 +1,182 @@
+"""The rivals of a halting rule: other ways to spend as many calls on the same model, for the same samples.
+
+A rule that beats the full run's own grid with fewer steps may beat a bad grid. So the plain sampler is given the best
+of the grids that there are, ancestral steps too, and a fixed step to stop at. A rule that only sharpens is shown by
+giving its rivals the same entropy: a lower temperature buys that as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from cdlm.core.stats import Scores
+from cdlm.evaluation.bench import Bench, Outcome
+from cdlm.evaluation.metrics.diversity import sample_entropy
+from cdlm.halting import FixedSteps
+from cdlm.sampling.session import Session
+
+FIXED = "fixed step"
+SAME_ENTROPY = 0.01
+"""Nats within which the entropies of two sets of samples count as equal."""
+MOST_TRIES = 5
+"""Temperatures that are tried to reach an entropy."""
+
+
+@dataclass(frozen=True)
+class Duel:
+    """A rule beside one rival, on the same samples."""
+
+    rival: str
+    setting: str
+    """How the rival was sampled."""
+    calls: float
+    ar_nll: float
+    entropy: float
+    """Inside a sample, in nats."""
+    difference: float
+    """AR-NLL of the rule less that of the rival: below 0 the rule is better."""
+    low: float
+    high: float
+    """95 % interval, paired."""
+    matched: bool = False
+    """Whether the rival's temperature was set so that its entropy is the rule's."""
+
+    @property
+    def verdict(self) -> str:
+        """Of the rule."""
+        return "better" if self.high < 0 else "worse" if self.low > 0 else "unclear"
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The plain sampler in one way, which can be given any number of calls."""
+
+    name: str
+    session: Session
+    """In that way, without a rule."""
+    calls_a_step: float
+
+    def at(self, calls: float, bench: Bench) -> Session:
+        """The session with the number of steps that is nearest to so many calls."""
+        wanted = max(1, round(calls / self.calls_a_step))
+        fitting = self.session.sampling.fewer_steps([wanted], bench.requests[0])
+        return self.session.with_steps(fitting[0] if fitting else wanted)
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """All rivals of the rules on one model.
+
+    Args:
+        choosing: samples on which the best of each rival's ways is chosen.
+        reporting: samples on which rules and rivals are compared.
+    """
+
+    choosing: Bench
+    reporting: Bench
+
+    @cached_property
+    def plain(self) -> list[Plain]:
+        """Each kind of plain sampler in its best way: the least AR-NLL, mean over half and a quarter of the steps."""
+        return [self._best(name, ways) for name, ways in self.choosing.session.sampling.rivals().items()]
+
+    def duels(self, outcome: Outcome) -> list[Duel]:
+        """The samples of a rule beside each rival with as many calls, as they are and at the rule's entropy."""
+        return [duel for name, rival in self._at(outcome) for duel in self._against(name, rival, outcome)]
+
+    def _best(self, name: str, ways: Sequence[object]) -> Plain:
+        bench = self.choosing
+        sessions = [bench.session.with_sampling(way) for way in ways]  # type: ignore[arg-type]
+        if len(sessions) == 1:
+            return Plain(name, sessions[0], self._calls_a_step(sessions[0]))
+        return Plain(name, min(sessions, key=self._quality), self._calls_a_step(sessions[0]))
+
+    def _budgets(self) -> list[int]:
+        bench = self.choosing
+        return bench.session.sampling.fewer_steps([bench.steps // 2, bench.steps // 4], bench.requests[0])
+
+    def _quality(self, session: Session) -> float:
+        bench = self.choosing
+        drawn = [bench.run(session.with_steps(steps), len(bench.full_run)) for steps in self._budgets()]
+        return float(np.mean([_value(bench.score(one.tokens)) for one in drawn]))
+
+    def _calls_a_step(self, session: Session) -> float:
+        few = self._budgets()[0]
+        return float(self.choosing.run(session.with_steps(few), 1).nfe.mean()) / few
+
+    def _at(self, outcome: Outcome) -> Iterator[tuple[str, Session]]:
+        """The rivals with as many calls as the samples took."""
+        calls, bench = float(outcome.nfe.mean()), self.reporting
+        step = max(1, round(calls * bench.steps / float(bench.full_calls.mean())))
+        if not bench.session.refuses(FixedSteps(step)):
+            yield FIXED, bench.session.with_criterion(FixedSteps(step))
+        for plain in self.plain:
+            yield plain.name, plain.at(calls, bench)
+
+    def _against(self, name: str, rival: Session, outcome: Outcome) -> Iterator[Duel]:
+        bench = self.reporting
+        drawn = self._drawn(rival, len(outcome.tokens))
+        yield self._duel(name, rival, drawn, outcome)
+        target = sample_entropy(bench.lines(outcome))
+        if abs(sample_entropy(bench.lines(drawn)) - target) > SAME_ENTROPY:
+            matched = self._matched(rival, drawn, target)
+            if matched is not None:
+                yield replace(self._duel(name, *matched, outcome), matched=True)
+
+    def _drawn(self, rival: Session, m: int) -> Outcome:
+        """Its samples; a fixed step of the full run is replayed."""
+        bench = self.reporting
+        same = rival.sampling == bench.session.sampling and not bench.must_run(rival.criterion)
+        drawn = bench.under(rival.criterion, m) if same else bench.run(rival, m)
+        return Outcome(drawn.tokens[:m], drawn.nfe[:m])
+
+    def _matched(self, rival: Session, drawn: Outcome, target: float) -> tuple[Session, Outcome] | None:
+        """The rival at the temperature where its entropy is `target`, by the secant method; None if it is not found."""
+        bench, m = self.reporting, len(drawn.tokens)
+        factors, entropies = [1.0], [sample_entropy(bench.lines(drawn))]
+        factor = 0.97 if entropies[0] > target else 1.03
+        for _ in range(MOST_TRIES):
+            session = rival.with_sampling(rival.sampling.with_temperature_times(factor))
+            found = self._drawn(session, m)
+            factors, entropies = [*factors, factor], [*entropies, sample_entropy(bench.lines(found))]
+            if abs(entropies[-1] - target) <= SAME_ENTROPY:
+                return session, found
+            slope = (entropies[-1] - entropies[-2]) / (factors[-1] - factors[-2])
+            if slope <= 0:
+                return None
+            factor = min(2.0, max(0.3, factors[-1] + (target - entropies[-1]) / slope))
+            if factor == factors[-1]:
+                return None
+        return None
+
+    def _duel(self, name: str, rival: Session, drawn: Outcome, outcome: Outcome) -> Duel:
+        bench = self.reporting
+        scores = bench.score(drawn.tokens)
+        difference = bench.score(outcome.tokens).bootstrap() - scores.bootstrap()
+        low, high = difference.interval95
+        return Duel(
+            name, _setting(rival), float(drawn.nfe.mean()), _value(scores), sample_entropy(bench.lines(drawn)),
+            difference.value, low, high,
+        )  # fmt: skip
+
+
+def hardest(duels: Sequence[Duel]) -> Duel | None:
+    """The rival that leaves the rule the least; where it was run at equal entropy too, that run counts alone."""
+    matched = {duel.rival for duel in duels if duel.matched}
+    fair = [duel for duel in duels if duel.matched or duel.rival not in matched]
+    return max(fair, key=lambda duel: duel.difference, default=None)
+
+
+def _value(scores: Scores) -> float:
+    return float(scores(np.ones((1, len(scores.total))))[0])
+
+
+def _setting(session: Session) -> str:
+    rule = "" if repr(session.criterion) == "Never()" else f", {session.criterion!r}"
+    settings = session.settings
+    named = ("steps", "grid", "solver", "policy", "score_temperature", "temperature")
+    return ", ".join(str(settings[name]) for name in named if name in settings) + rule
