@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from cdlm.core.errors import CdlmError
 from cdlm.data.sources import Files, Stories
-from cdlm.data.store import DocumentRows, PackedRows, TokenStore, build_store
+from cdlm.data.store import DocumentRows, PackedRows, TextRows, TokenStore, build_store
 from cdlm.data.tokenizer import encode_batch
 from cdlm.evaluation.evaluate import evaluate_files
 from cdlm.evaluation.judge import Judge
 from cdlm.evaluation.small_judge import SmallJudge
-from cdlm.evaluation.texts import REAL, Entry, RealText, _draw, read_texts
+from cdlm.evaluation.texts import REAL, Entry, Part, RealText, _draw, read_texts
 from cdlm.sampling.texts import text_ids
 
 TEXTS = ["the cat sat.", "a dog, and a cat", "mice"]
@@ -155,7 +155,8 @@ def test_what_any_text_does_not_know_is_blank(tmp_path: Path) -> None:
 
 def test_a_corpus_is_the_text_of_its_rows(tmp_path: Path) -> None:
     real = held_out(tmp_path, unread=True)
-    for part, rows in (("held out", real.held_out), ("like training", real.reference)):
+    parts: dict[Part, TextRows] = {"held out": real.held_out, "like training": real.reference}
+    for part, rows in parts.items():
         corpus = real.corpus(part, 3, seed=1)
         numbers = real.sample(rows, 3, seed=1)
         assert corpus.tokens == [rows[number].tokens.tolist() for number in numbers]
