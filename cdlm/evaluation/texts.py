@@ -329,8 +329,8 @@ def _draw(rows: TextRows, counts: Sequence[int], seed: int | tuple[int, ...]) ->
     sets = list[list[int]]()
     for count in counts:
         used = int(np.searchsorted(np.cumsum((ends - starts)[order]), count)) + 1
-        taken = np.concatenate([np.arange(starts[i], ends[i]) for i in order[:used]])
-        sets.append(sorted(taken[:count].tolist()))
+        taken = [row for i in order[:used] for row in range(int(starts[i]), int(ends[i]))]
+        sets.append(sorted(taken[:count]))
         order = order[used:]
     return sets
 

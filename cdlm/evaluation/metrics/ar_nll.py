@@ -69,8 +69,13 @@ class ArNll:
 
     @property
     def interval95(self) -> tuple[float, float]:
-        """Of `nats_per_token`, bootstrap over texts; NaN without tokens."""
-        return Scores(self.text_nats, self.text_tokens.astype(np.float64)).bootstrap().interval95
+        """Of `nats_per_token`, bootstrap over texts, or over blocks of them; NaN without tokens."""
+        return self.scores.bootstrap().interval95
+
+    @property
+    def scores(self) -> Scores:
+        """`nats_per_token` as a ratio of sums over texts."""
+        return Scores(self.text_nats, self.text_tokens.astype(np.float64), self.serial)
 
     @staticmethod
     def merge(shares: Sequence[ArNll]) -> ArNll:
