@@ -661,7 +661,7 @@ def test_more_samples_than_held_out_text(place: Place, refused: Callable, tmp_pa
     line = (tmp_path / "mine.jsonl").read_text()
     (tmp_path / "many.jsonl").write_text(line * 500)
     call = ["evaluate", str(place.run), str(tmp_path / "many.jsonl"), "--mauve", "false", "--judge_steps", "3"]
-    assert "rows of held-out text" in refused(main, call)
+    assert "rows of real text" in refused(main, call)
 
 
 # --- bad input: resuming ---

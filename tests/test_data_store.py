@@ -56,6 +56,8 @@ def test_packed_rows_cut_the_joined_documents(documents, length):
         assert rows[i].tokens.tolist() == joined[i * length : (i + 1) * length]
         assert rows[i].valid.all()
     assert rows[-1].tokens.tolist() == rows[len(rows) - 1].tokens.tolist()
+    owners = [number for number, document in enumerate(documents) for _ in [*document, 0]]
+    assert rows.documents().tolist() == owners[::length][: len(rows)]
     with pytest.raises(IndexError):
         rows[len(rows)]
 
@@ -64,6 +66,7 @@ def test_packed_rows_cut_the_joined_documents(documents, length):
 def test_document_rows_end_with_eos_and_padding(documents, length):
     rows = DocumentRows(made(documents), length)
     assert len(rows) == len(documents)
+    assert rows.documents().tolist() == list(range(len(documents)))
     for row, document in zip((rows[i] for i in range(len(rows))), documents, strict=True):
         expected = [*document, 0][:length]
         assert row.tokens[row.valid].tolist() == expected

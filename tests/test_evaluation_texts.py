@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import toys
 from evaluation_toys import judge_on
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cdlm.core.errors import CdlmError
 from cdlm.data.sources import Files, Stories
-from cdlm.data.store import DocumentRows, PackedRows, build_store
+from cdlm.data.store import DocumentRows, PackedRows, TextRows, TokenStore, build_store
 from cdlm.data.tokenizer import encode_batch
 from cdlm.evaluation.evaluate import evaluate_files
 from cdlm.evaluation.judge import Judge
 from cdlm.evaluation.small_judge import SmallJudge
-from cdlm.evaluation.texts import Entry, HeldOut, read_texts
+from cdlm.evaluation.texts import REAL, Entry, Part, RealText, _draw, read_texts
 from cdlm.sampling.texts import text_ids
 
 TEXTS = ["the cat sat.", "a dog, and a cat", "mice"]
@@ -108,19 +110,34 @@ def test_text_that_is_not_utf8_is_refused(kind: str, tmp_path: Path) -> None:
         read_texts(tmp_path / f"a{kind}")
 
 
-# --- beside held-out text ---
+# --- beside real text ---
 
 
-def held_out(folder: Path, packed: bool = True) -> HeldOut:
+def held_out(folder: Path, packed: bool = True, unread: bool = False) -> RealText:
+    """Real text of a small file; its training text may be what nobody read."""
     (folder / "text.txt").write_text("\n".join(toys.TEXT) + "\n")
     source = Files((str(folder / "text.txt"),), valid_fraction=0.5)
-    store = build_store(source, "valid", toys.tokenizer(), folder / "tokens")
-    return HeldOut((PackedRows if packed else DocumentRows)(store, 16), toys.tokenizer(), source)
+    valid, train = (
+        (PackedRows if packed else DocumentRows)(build_store(source, split, toys.tokenizer(), folder / "tokens"), 16)
+        for split in ("valid", "train")
+    )
+    return RealText(valid, train if unread else None, toys.tokenizer(), source)
+
+
+def rows_of(sizes: list[int], length: int = 4) -> PackedRows:
+    """Packed rows of documents with so many tokens, EOS included."""
+    offsets = np.cumsum([0, *(size - 1 for size in sizes)])
+    tokens = np.full(offsets[-1], 3, dtype=np.uint16)
+    return PackedRows(TokenStore(Path("nowhere"), tokens, offsets, eos_id=0, pad_id=1, key="key"), length)
+
+
+def real_of(rows: PackedRows) -> RealText:
+    return RealText(rows, None, toys.tokenizer(), Files(("nowhere",)))
 
 
 def test_texts_without_tokens_get_those_of_the_tokenizer(tmp_path: Path) -> None:
     entries = [Entry("the cat"), Entry("a dog", [1, 2, 3]), Entry("the mat")]
-    corpus = held_out(tmp_path).corpus("mixed", entries)
+    corpus = held_out(tmp_path).samples("mixed", entries)
     expected = encode_batch(toys.tokenizer(), ["the cat", "the mat"])
     assert corpus.tokens == [expected[0], [1, 2, 3], expected[1]]
     assert corpus.texts == ["the cat", "a dog", "the mat"]
@@ -129,28 +146,109 @@ def test_texts_without_tokens_get_those_of_the_tokenizer(tmp_path: Path) -> None
 def test_what_any_text_does_not_know_is_blank(tmp_path: Path) -> None:
     known = Entry("a", [1], [(0, 1)], 4, 10, "criterion")
     held = held_out(tmp_path)
-    full = held.corpus("full", [known, Entry("b", [2], [], 8, 12, "budget")])
+    full = held.samples("full", [known, Entry("b", [2], [], 8, 12, "budget")])
     assert (full.nfe, dict(full.extra)) == ([4, 8], {"steps": 12, "halted": 0.5})
-    partly = held.corpus("partly", [known, Entry("b")])
+    partly = held.samples("partly", [known, Entry("b")])
     assert (partly.nfe, dict(partly.extra)) == (None, {"steps": None, "halted": None})
     assert partly.given == [[(0, 1)], []]
 
 
-def test_held_out_text_is_two_sets_of_rows(tmp_path: Path) -> None:
-    held = held_out(tmp_path)
-    real, more = held.corpora(2)
-    assert [len(ids) for ids in real.tokens + more.tokens] == [16] * 4
-    rows = np.stack([held.rows[i].tokens for i in range(4)])
-    assert np.array_equal(rows, np.array(real.tokens + more.tokens))
-    assert real.texts == [held.decode(ids) for ids in real.tokens]
-    with pytest.raises(CdlmError, match=f"needs 2000 rows of held-out text, there are {len(held.rows)}"):
-        held.corpora(1000)
+def test_a_corpus_is_the_text_of_its_rows(tmp_path: Path) -> None:
+    real = held_out(tmp_path, unread=True)
+    parts: dict[Part, TextRows] = {"held out": real.held_out, "like training": real.reference}
+    for part, rows in parts.items():
+        corpus = real.corpus(part, 3, seed=1)
+        numbers = real.sample(rows, 3, seed=1)
+        assert corpus.tokens == [rows[number].tokens.tolist() for number in numbers]
+        assert corpus.texts == [real.decode(ids) for ids in corpus.tokens]
+        assert corpus.serial
+        assert not real.samples("s", [Entry("a")]).serial
+        assert corpus.name == REAL[part]
+
+
+def test_samples_are_compared_with_text_like_the_training_text_if_there_is_any(tmp_path: Path) -> None:
+    both, one = held_out(tmp_path, unread=True), held_out(tmp_path)
+    assert both.reference is both.unread
+    assert one.reference is one.held_out
+    assert (both.reference_part, one.reference_part) == ("like training", "held out")
+    with pytest.raises(CdlmError, match="unread_share above 0"):
+        one.corpus("like training", 1)
+
+
+SIZES = st.lists(st.integers(1, 20), min_size=30, max_size=80)
+
+
+@given(SIZES, st.integers(0, 3), st.data())
+def test_a_sample_holds_documents_whole(sizes: list[int], seed: int, data: st.DataObject) -> None:
+    rows = rows_of([*sizes, 4])
+    count = data.draw(st.integers(1, len(rows)))
+    taken = real_of(rows).sample(rows, count, seed)
+    assert taken == sorted(set(taken))
+    assert len(taken) == count
+    assert 0 <= taken[0] <= taken[-1] < len(rows)
+    assert taken == real_of(rows).sample(rows, count, seed)
+    documents, longest = rows.documents(), max(1, len(rows) // 20)
+    cut = [d for d in set(documents[taken]) if not set(np.flatnonzero(documents == d)) <= set(taken)]
+    assert sum((documents == d).sum() <= longest for d in cut) <= 1
+    assert set(real_of(rows).sample(rows, max(1, count // 2), seed)) <= set(taken)
+
+
+@given(SIZES, st.integers(0, 3))
+def test_the_sides_of_a_split_share_no_document(sizes: list[int], seed: int) -> None:
+    rows = rows_of([*sizes, 4])
+    real, longest = real_of(rows), max(1, len(rows) // 20)
+    documents = rows.documents()
+    for left, right in (_draw(rows, (real.most, real.most), (seed, number)) for number in (1, 2)):
+        assert len(left) == len(right) == real.most
+        assert not set(left) & set(right)
+        shared = set(documents[left]) & set(documents[right])
+        assert all((documents == document).sum() > longest for document in shared)
+    assert len(rows) // 2 - longest <= real.most <= len(rows) // 2
+
+
+def test_a_sorted_file_is_sampled_from_everywhere() -> None:
+    """Rows 0..99 of 1,000 stand for the first tenth alone; a sample of 100 has about ten of each tenth."""
+    rows = rows_of([4] * 1000)
+    drawn = np.array([np.bincount(np.array(real_of(rows).sample(rows, 100, seed)) // 100) for seed in range(20)])
+    assert np.abs(drawn.mean(0) - 10).max() < 3
+    assert len({tuple(line) for line in drawn}) > 1
+
+
+def test_one_long_document_counts_as_several() -> None:
+    rows = rows_of([4000])
+    real = real_of(rows)
+    taken = real.sample(rows, 200, seed=0)
+    assert len({number // 50 for number in taken}) == 4
+    assert np.array_equal(np.flatnonzero(np.diff(taken) > 1) % 50, [49] * int((np.diff(taken) > 1).sum()))
+    assert real.most == (1000 - 50 + 1) // 2
+
+
+def test_splits_of_real_text_are_of_equal_sides(tmp_path: Path) -> None:
+    real = held_out(tmp_path, packed=False, unread=True)
+    splits = real.splits(real.most, times=3, seed=1)
+    assert len({tuple(left.texts) for left, _ in splits}) == 3
+    for left, right in splits:
+        assert (left.name, right.name) == (REAL["like training"],) * 2
+        assert len(left.texts) == len(right.texts) == real.most == len(real.reference) // 2
+        assert left.serial
+        assert right.serial
+    again = real.splits(real.most, times=2, seed=1)
+    assert [left.texts for left, _ in again] == [left.texts for left, _ in splits[:2]]
+
+
+@pytest.mark.parametrize("count", [0, 1000])
+def test_more_rows_than_there_are_are_refused(count: int, tmp_path: Path) -> None:
+    real = held_out(tmp_path)
+    with pytest.raises(CdlmError, match=f"expected 1 to {len(real.held_out)} rows of real text.*got {count}"):
+        real.corpus("held out", count)
+    with pytest.raises(CdlmError, match=f"two sides of {count} rows.*enough for {real.most} a side"):
+        real.splits(count)
 
 
 def test_rows_of_documents_end_before_their_end_of_text_token(tmp_path: Path) -> None:
     held = held_out(tmp_path, packed=False)
     assert held.eos_id == toys.tokenizer().eos_token_id
-    real, _ = held.corpora(2)
+    real = held.corpus("held out", 2)
     assert all(held.eos_id not in ids for ids in real.tokens)
     assert all(text in toys.TEXT or len(ids) == 16 for text, ids in zip(real.texts, real.tokens, strict=True))
 
@@ -176,7 +274,7 @@ def test_a_judge_is_opened_only_when_the_sizes_fit(tmp_path: Path) -> None:
         return judge_on(device)
 
     held = held_out(tmp_path)
-    with pytest.raises(CdlmError, match="rows of held-out text"):
+    with pytest.raises(CdlmError, match="rows of real text"):
         evaluate_files({"many": [Entry("a")] * 999}, held, judge, mauve_seeds=0)
     assert not opened
     table = evaluate_files({"plain": [Entry("the cat"), Entry("a dog")]}, held, judge, mauve_seeds=0)
@@ -192,7 +290,7 @@ def test_a_judge_is_opened_only_when_the_sizes_fit(tmp_path: Path) -> None:
 def test_the_small_judge_reads_line_breaks_where_documents_end(tmp_path: Path) -> None:
     held = held_out(tmp_path)
     (newline,) = encode_batch(toys.tokenizer(), ["\n"])
-    rows = SmallJudge(held.rows, held.tokenizer, 3, tmp_path).batches()
+    rows = SmallJudge(held.held_out, held.tokenizer, 3, tmp_path).batches()
     batches = [next(rows) for _ in range(20)]  # more than the text holds: it has no end
     assert all(batch.shape == (3, 16) for batch in batches)
     seen = {token for batch in batches for token in batch.flatten().tolist()}

@@ -116,6 +116,10 @@ class TextRows(ABC, Dataset[Row]):
     def __getitem__(self, index: int) -> Row:
         """One row of `length` positions."""
 
+    def documents(self) -> Int64[np.ndarray, " rows"]:
+        """For each row the number of the document that it begins in; by default each row is a document."""
+        return np.arange(len(self))
+
 
 class PackedRows(TextRows):
     """Documents joined end to end, an EOS after each, and cut into rows; the rest after the last whole row is dropped.
@@ -154,6 +158,11 @@ class PackedRows(TextRows):
         begin = start - first  # every earlier document put one EOS before this point
         tokens[~is_eos] = self.store.tokens[begin : begin + self.length - int(is_eos.sum())]
         return Row(tokens, np.ones(self.length, dtype=np.bool_))
+
+    def documents(self) -> Int64[np.ndarray, " rows"]:
+        """For each row the number of the document that it begins in: no number is below the one before."""
+        starts = self.store.offsets[:-1] + np.arange(len(self.store))
+        return np.searchsorted(starts, np.arange(self._count) * self.length, side="right") - 1
 
     def _document(self, position: int) -> int:
         """The document that holds a position of the joined stream."""

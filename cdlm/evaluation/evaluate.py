@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from cdlm.evaluation.metrics import mauve as mauve_metric
 from cdlm.evaluation.metrics.ar_nll import ArNll, ar_nll
 from cdlm.evaluation.metrics.registry import METRICS, JudgedTexts
 from cdlm.evaluation.table import Evaluation, Row
-from cdlm.evaluation.texts import Corpus, Entry, HeldOut, Value
+from cdlm.evaluation.texts import Corpus, Entry, RealText, Value
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ FEATURE_TOKENS = 256
 
 def evaluate_files(
     files: Mapping[str, Sequence[Entry]],
-    held_out: HeldOut,
+    text: RealText,
     open_judge: Callable[[str], Judge],
     *,
     mauve_seeds: int = 5,
@@ -46,7 +46,7 @@ def evaluate_files(
 
     Args:
         files: equally many texts each, from `read_texts`.
-        held_out: of the run that the texts are compared with.
+        text: of the run that the texts are compared with.
         open_judge: gives the judge on a device, once in each process, and only when all that can be checked without it
             is checked.
         mauve_seeds: k-means seeds; 0 leaves MAUVE out.
@@ -55,13 +55,16 @@ def evaluate_files(
     Raises:
         CdlmError: there is too little held-out text, or the package of MAUVE is missing.
     """
-    samples = [held_out.corpus(name, entries) for name, entries in files.items()]
-    real, more = held_out.corpora(len(samples[0].texts))
-    reference = more if mauve_seeds else None
+    samples = [text.samples(name, entries) for name, entries in files.items()]
+    count = len(samples[0].texts)
+    real, reference = text.corpus("held out", count), None
+    if mauve_seeds:
+        left, reference = text.splits(count, 1)[0]
+        real = real if text.unread else replace(left, name=real.name, extra=real.extra)
     check_sizes(samples, real, reference)
     with Workers(open_judge, devices, device) as workers:
         return evaluate(
-            samples, real, open_judge(device), decode=held_out.decode, mauve_reference=reference,
+            samples, real, open_judge(device), decode=text.decode, mauve_reference=reference,
             mauve_seeds=mauve_seeds, workers=workers,
         )  # fmt: skip
 
@@ -206,7 +209,8 @@ class _Readers:
 
     def ar_nll(self, corpus: Corpus) -> ArNll:
         given = corpus.given or [[] for _ in corpus.texts]
-        return ArNll.merge(self._map(_ar_nll, list(zip(corpus.texts, given, strict=True))))
+        merged = ArNll.merge(self._map(_ar_nll, list(zip(corpus.texts, given, strict=True))))
+        return replace(merged, serial=corpus.serial)
 
     def features(self, corpus: Corpus) -> Float[np.ndarray, "m w"]:
         return interleaved(self._map(features, corpus.texts))

@@ -15,7 +15,7 @@ from cdlm.core.parallel import deal, interleaved
 from cdlm.core.progress import Parts
 from cdlm.core.trees import take
 from cdlm.evaluation.metrics.likelihood import Likelihood
-from cdlm.evaluation.texts import HeldOut
+from cdlm.evaluation.texts import RealText
 from cdlm.sampling.session import Model, Session
 from cdlm.sampling.texts import text_ids
 
@@ -24,9 +24,9 @@ Arrays = dict[str, np.ndarray]
 
 
 def likelihood(
-    session: Session, held_out: HeldOut, rows: int = 128, settings: LikelihoodSettings | None = None
+    session: Session, real: RealText, rows: int = 128, settings: LikelihoodSettings | None = None
 ) -> Likelihood:
-    """The likelihood of the first `rows` rows of held-out text, each from nothing, padding apart.
+    """The likelihood of a sample of `rows` rows of held-out text, each from nothing, padding apart.
 
     Where rows end at a text's end, that end is a token of the text and what fills the row after it is not; it is still
     part of what the model has to predict.
@@ -41,7 +41,7 @@ def likelihood(
     if rows < 1:
         raise CdlmError(f"a likelihood is of rows >= 1, got {rows}")
     settings = settings or LikelihoodSettings()
-    held = [held_out.rows[i] for i in range(min(rows, len(held_out.rows)))]
+    held = [real.held_out[i] for i in real.sample(real.held_out, min(rows, len(real.held_out)))]
     valid = torch.from_numpy(np.stack([row.valid for row in held]))
     text = Text(
         torch.from_numpy(np.stack([row.tokens for row in held])),
@@ -49,8 +49,8 @@ def likelihood(
         None if bool(valid.all()) else valid,
         torch.arange(len(held))[:, None],
     )
-    ids = [text_ids(row.tokens[row.valid].tolist(), held_out.eos_id, with_end=True) for row in held]
-    tokens, chars = (np.array([len(part) for part in parts]) for parts in (ids, map(held_out.decode, ids)))
+    ids = [text_ids(row.tokens[row.valid].tolist(), real.eos_id, with_end=True) for row in held]
+    tokens, chars = (np.array([len(part) for part in parts]) for parts in (ids, map(real.decode, ids)))
     return Likelihood.of(_nats(session, text, settings), tokens, chars, _shown(settings, session.model.precision))
 
 

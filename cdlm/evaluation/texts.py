@@ -1,4 +1,4 @@
-"""Texts to measure: read from files of any origin, and a run's held-out text to set beside them."""
+"""Texts to measure: read from files of any origin, and a run's real text to set beside them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from jaxtyping import Int64
 
 from cdlm.core.errors import CdlmError
 from cdlm.data.sources import Source, csv_rows, jsonl_rows, parquet_rows, text_of, txt_documents
@@ -36,6 +37,7 @@ class Corpus:
         given: character spans of each text that came from a prompt and are not scored; None for no prompts.
         nfe: model calls spent on each text; None where nothing was generated, or the calls are not known.
         extra: more columns of this row, by name (grammar rate, steps, ...).
+        serial: texts stand in the order of a file, where neighbours may belong together: intervals draw blocks of them.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Corpus:
     given: Spans | None = None
     nfe: list[int] | None = None
     extra: Mapping[str, Value] = field(default_factory=dict)
+    serial: bool = False
 
     def __post_init__(self) -> None:
         for what in ("tokens", "given", "nfe"):
@@ -66,7 +69,8 @@ class Corpus:
         """The same tokens in random order inside each text; scored whole, since no prompt stays in its place."""
         draw = np.random.default_rng(seed)
         tokens = [draw.permutation(np.array(line, dtype=np.int64)).tolist() for line in self.tokens]
-        return Corpus(f"{self.name}, tokens shuffled", tokens, [decode(line) for line in tokens])
+        name = f"{self.name}, tokens shuffled"
+        return Corpus(name, tokens, [decode(line) for line in tokens], serial=self.serial)
 
 
 # --- files of texts ---------------------------------------------------------------------------------------------------
@@ -180,50 +184,121 @@ def _entry(row: Any, place: str) -> Entry:
     return Entry(text, **known)
 
 
-# --- held-out text ----------------------------------------------------------------------------------------------------
+# --- real text -------------------------------------------------------------------------------------------------------
+
+Part = Literal["held out", "like training"]
+REAL: dict[Part, str] = {"held out": "real text, held out", "like training": "real text, like the training text"}
+"""Names of the rows of real text."""
+
+MOST_OF_A_TEXT = 20
+"""No document counts as one whole if it has more than one in so many of the rows: it is cut into shorter stretches."""
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """The held-out text of a run, by which samples and models are measured.
+class RealText:
+    """The real text of a run, by which samples and models are measured.
+
+    A file is often sorted, so rows that stand beside each other are alike. Rows are therefore drawn at random, and the
+    rows of a document are drawn together. A document that is longer than a twentieth of its text counts as several.
 
     Args:
-        rows: tokens as the model is trained on them.
+        held_out: the validation split, in rows as the model is trained on them.
+        unread: documents of the training split that neither the generator nor the small judge reads, in the same rows;
+            None if there are none.
         tokenizer: of the run.
         source: where the text is from; it may have a measure of its own.
     """
 
-    rows: TextRows
+    held_out: TextRows
+    unread: TextRows | None
     tokenizer: PreTrainedTokenizerFast
     source: Source
 
     @property
     def eos_id(self) -> int | None:
         """The token that ends the text of a row; None where rows are cut from joined documents."""
-        return None if isinstance(self.rows, PackedRows) else special_of(self.tokenizer).eos_id
+        return None if isinstance(self.held_out, PackedRows) else special_of(self.tokenizer).eos_id
 
     def decode(self, ids: list[int]) -> str:
         """The text of tokens; the end-of-text token is a line break."""
         return decoding.text_of(self.tokenizer, ids)
 
-    def corpora(self, count: int) -> tuple[Corpus, Corpus]:
-        """Two disjoint sets of `count` rows: one to judge, one for MAUVE to compare with.
+    def rows(self, part: Part) -> TextRows:
+        """All rows of a part.
 
         Raises:
-            CdlmError: there is less text.
+            CdlmError: the run has no such part.
         """
-        if len(self.rows) < 2 * count:
+        if part == "held out":
+            return self.held_out
+        if self.unread is None:
             raise CdlmError(
-                f"evaluating {count} samples needs {2 * count} rows of held-out text, there are {len(self.rows)}:"
-                " take fewer samples, or hold out more text"
+                "this run has no text like its training text that nobody read: train one with unread_share above 0"
             )
-        rows = [self.rows[i] for i in range(2 * count)]  # neighbours stay together: one document may be in both sets
-        tokens = [text_ids(row.tokens[row.valid].tolist(), self.eos_id) for row in rows]
-        texts = [self.decode(ids) for ids in tokens]
-        first = Corpus("real text", tokens[:count], texts[:count], extra=self.source.measures(texts[:count]))
-        return first, Corpus("more real text", tokens[count:], texts[count:])
+        return self.unread
 
-    def corpus(self, name: str, entries: Sequence[Entry]) -> Corpus:
+    @property
+    def reference_part(self) -> Part:
+        """What sets of samples are compared with: text like the training text if there is any."""
+        return "held out" if self.unread is None else "like training"
+
+    @property
+    def reference(self) -> TextRows:
+        """The rows of `reference_part`."""
+        return self.rows(self.reference_part)
+
+    @property
+    def most(self) -> int:
+        """Rows on each side of a split of the reference, at most."""
+        starts = _starts(self.reference)
+        longest = int(np.diff(starts, append=len(self.reference)).max())
+        return (len(self.reference) - longest + 1) // 2  # in the worst order, the first side cuts the longest
+
+    def sample(self, rows: TextRows, count: int, seed: int = 0) -> list[int]:
+        """The numbers of `count` rows, in the order of the text; those of fewer rows are among those of more.
+
+        Raises:
+            CdlmError: there are fewer.
+        """
+        if not 0 < count <= len(rows):
+            raise CdlmError(
+                f"expected 1 to {len(rows)} rows of real text, for that is what there is, got {count}: take fewer"
+                " samples, or set more text aside"
+            )
+        return _draw(rows, (count,), seed)[0]
+
+    def corpus(self, part: Part, count: int, seed: int = 0) -> Corpus:
+        """A sample of `count` rows of a part, as texts.
+
+        Raises:
+            CdlmError: the run has no such part, or it has fewer rows.
+        """
+        rows = self.rows(part)
+        corpus = self._texts(REAL[part], rows, self.sample(rows, count, seed))
+        return replace(corpus, extra=self.source.measures(corpus.texts))
+
+    def splits(self, count: int, times: int = 5, seed: int = 0) -> list[tuple[Corpus, Corpus]]:
+        """Random splits of the reference into two sides of `count` rows each, with no document on both.
+
+        Raises:
+            CdlmError: there are fewer than `count` rows a side, see `most`.
+        """
+        rows, most = self.reference, self.most
+        if not 0 < count <= most:
+            raise CdlmError(
+                f"two sides of {count} rows need more real text than there is: it has {len(rows)} rows, enough for"
+                f" {most} a side; take fewer samples, or set more text aside"
+            )
+        name = REAL[self.reference_part]
+        sides = [_draw(rows, (count, count), (seed, number)) for number in range(1, times + 1)]
+        return [(self._texts(name, rows, left), self._texts(name, rows, right)) for left, right in sides]
+
+    def _texts(self, name: str, rows: TextRows, numbers: Sequence[int]) -> Corpus:
+        found = [rows[number] for number in numbers]
+        tokens = [text_ids(row.tokens[row.valid].tolist(), self.eos_id) for row in found]
+        return Corpus(name, tokens, [self.decode(ids) for ids in tokens], serial=True)
+
+    def samples(self, name: str, entries: Sequence[Entry]) -> Corpus:
         """Texts of a file as a row of the table. What some of them do not know is left blank.
 
         Texts without tokens get those of the run's tokenizer.
@@ -244,3 +319,24 @@ class HeldOut:
                 **self.source.measures(texts),
             },
         )
+
+
+def _draw(rows: TextRows, counts: Sequence[int], seed: int | tuple[int, ...]) -> list[list[int]]:
+    """Disjoint sets of so many rows: documents in random order, and of the last one of each set what is needed."""
+    starts = _starts(rows)
+    ends = np.append(starts[1:], len(rows))
+    order = np.random.default_rng(seed).permutation(len(starts))
+    sets = list[list[int]]()
+    for count in counts:
+        used = int(np.searchsorted(np.cumsum((ends - starts)[order]), count)) + 1
+        taken = [row for i in order[:used] for row in range(int(starts[i]), int(ends[i]))]
+        sets.append(sorted(taken[:count]))
+        order = order[used:]
+    return sets
+
+
+def _starts(rows: TextRows) -> Int64[np.ndarray, " k"]:
+    """The first row of each document, or of each stretch of a long one."""
+    changes = np.flatnonzero(np.diff(rows.documents(), prepend=-1))
+    inside = np.arange(len(rows)) - np.repeat(changes, np.diff(changes, append=len(rows)))
+    return np.flatnonzero(inside % max(1, len(rows) // MOST_OF_A_TEXT) == 0)

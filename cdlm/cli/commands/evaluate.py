@@ -17,7 +17,7 @@ from cdlm.evaluation.likelihood import likelihood as likelihood_of
 from cdlm.evaluation.metrics.likelihood import Likelihood
 from cdlm.evaluation.small_judge import open_judge
 from cdlm.evaluation.table import Evaluation
-from cdlm.evaluation.texts import HeldOut, read_texts
+from cdlm.evaluation.texts import RealText, read_texts
 from cdlm.models import hub
 from cdlm.runs.config import read_run
 from cdlm.runs.train import RunText
@@ -107,15 +107,15 @@ def evaluate(
     place, config = out or Path(run), read_run(run)
     check_places(place / "evaluation.json")
     text = RunText.of(config, hub.read_tokenizer(Path(run)))
-    held_out = HeldOut(text.valid, text.tokenizer, config.source)
+    real = RealText(text.valid, text.unread, text.tokenizer, config.source)
     if likelihood.likelihood:
         with session_on(machine, run) as session:
-            _report(likelihood_of(session, held_out, likelihood.rows, settings), place, machine)
+            _report(likelihood_of(session, real, likelihood.rows, settings), place, machine)
     if files:
         count = min([len(texts) for texts in files.values()] + ([] if n is None else [n]))
         small = api.small_judge(config, text, judge.judge_steps)
         found = evaluate_files(
-            {name: texts[:count] for name, texts in files.items()}, held_out,
+            {name: texts[:count] for name, texts in files.items()}, real,
             partial(open_judge, judge.judge, small, progress=not machine.quiet),
             mauve_seeds=mauve.mauve_seeds if mauve.mauve else 0, device=machine.device, devices=machine.devices,
         )  # fmt: skip

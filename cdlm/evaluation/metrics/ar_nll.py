@@ -33,12 +33,14 @@ class ArNll:
         text_chars: number of characters of the scored tokens of each text.
         empty: number of texts that are empty or white space; they have no tokens to score, so look at this count too.
         unscored: number of texts without any scored token, the empty ones among them.
+        serial: texts are in the order of a file, and the interval draws blocks of neighbours.
     """
 
     text_nats: Float[np.ndarray, " m"]
     text_tokens: Int[np.ndarray, " m"]
     text_chars: Int[np.ndarray, " m"]
     empty: int
+    serial: bool = False
 
     @property
     def tokens(self) -> int:
@@ -67,8 +69,13 @@ class ArNll:
 
     @property
     def interval95(self) -> tuple[float, float]:
-        """Of `nats_per_token`, bootstrap over texts; NaN without tokens."""
-        return Scores(self.text_nats, self.text_tokens.astype(np.float64)).bootstrap().interval95
+        """Of `nats_per_token`, bootstrap over texts, or over blocks of them; NaN without tokens."""
+        return self.scores.bootstrap().interval95
+
+    @property
+    def scores(self) -> Scores:
+        """`nats_per_token` as a ratio of sums over texts."""
+        return Scores(self.text_nats, self.text_tokens.astype(np.float64), self.serial)
 
     @staticmethod
     def merge(shares: Sequence[ArNll]) -> ArNll:
@@ -78,7 +85,7 @@ class ArNll:
             interleaved([getattr(share, name) for share in shares])
             for name in ("text_nats", "text_tokens", "text_chars")
         )
-        return ArNll(nats, tokens, chars, sum(share.empty for share in shares))
+        return ArNll(nats, tokens, chars, sum(share.empty for share in shares), all(share.serial for share in shares))
 
 
 def ar_nll(judge: Judge, texts: list[str], given: Spans | None = None, batch_size: int = 32) -> ArNll:
