@@ -17,6 +17,7 @@ from cdlm.core.parallel import Workers
 from cdlm.core.parsing import nearest
 from cdlm.evaluation.bench import Bench
 from cdlm.evaluation.small_judge import SmallJudge, open_judge
+from cdlm.evaluation.texts import RealText
 from cdlm.halting import Criterion, parse_criterion
 from cdlm.halting.calibration import calibrated_rule
 from cdlm.masked import checkpoints
@@ -179,7 +180,8 @@ def open_bench(
     small = small_judge(config, text, judge_steps)
     opens = partial(open_judge, judge, small, str(session.device), session.progress)
     # A wrong name is refused before any work; the small judge is trained when it is needed.
-    return Bench.of(session, requests, opens() if judge else opens, text.valid, recording)
+    real = RealText(text.valid, text.unread, text.tokenizer, config.source)
+    return Bench.of(session, requests, opens() if judge else opens, real, recording)
 
 
 def small_judge(config: RunConfig, text: RunText, steps: int) -> SmallJudge:

@@ -1,8 +1,14 @@
-"""The signs of a comparison: which way of spending calls is the better one."""
+"""The signs of a comparison: what a rule changes, which half chooses, and which way of spending calls is better."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +17,18 @@ from jaxtyping import Bool, Int
 from toys import with_tokenizer
 
 from cdlm.api import open_session
-from cdlm.core.stats import Scores
-from cdlm.data.store import PackedRows
+from cdlm.core.errors import CdlmError
+from cdlm.core.stats import Bootstrap, Scores
 from cdlm.evaluation.bench import Bench, FullRun, Outcome, Scorer
-from cdlm.evaluation.compare import PLAIN, Comparison, Plain, Point, markdown
-from cdlm.halting import Patience
+from cdlm.evaluation.compare import PLAIN, Comparison, Point, markdown, write_csv, write_json
+from cdlm.evaluation.rivals import Duel, Rivals, hardest
+from cdlm.evaluation.texts import RealText
+from cdlm.halting import Criterion, FixedSteps, Patience
 from cdlm.halting.calibration import Goal
+from cdlm.sampling.session import Session
 
 M, N = 400, 12
+GOAL = Goal(0.05)
 
 
 class Valued(Scorer):
@@ -37,74 +47,220 @@ def outcome(nats: int, calls: int, m: int = M, other: int | None = None) -> Outc
     return Outcome(tokens, np.full(m, calls))
 
 
-def comparison(goal: Goal | None = None, m: int = M) -> Comparison:
-    """A full run of 20 calls that scores 2, and a plain sampler of 10 calls that scores 4."""
+@dataclass(frozen=True)
+class Toy(Bench):
+    """A full run of 20 calls that scores 2, where real text scores 1.
+
+    Args:
+        rules: what rules make of it.
+        gap_noise: half the width of the gap's interval.
+    """
+
+    rules: Any = None
+    gap_noise: float = 0.1
+
+    @cached_property
+    def gap(self) -> Bootstrap:
+        return Bootstrap(1.0, np.linspace(1 - self.gap_noise, 1 + self.gap_noise, 2000))
+
+    def under(self, criterion: Criterion, live: int) -> Outcome:
+        return self.rules[repr(criterion)]
+
+    def part(self, rows: slice) -> Bench:
+        found = super().part(rows)
+        second = rows.start is not None
+        return replace(
+            found, rules={k: v[second] if isinstance(v, tuple) else v for k, v in (self.rules or {}).items()}
+        )
+
+
+def bench(rules: Mapping[str, object] | None = None, m: int = M, gap_noise: float = 0.1) -> Toy:
+    """Two halves of m samples."""
     session = open_session(with_tokenizer(length=N), device="cpu")
-    no = np.zeros((m, N), bool)
-    full = outcome(2, 20, m)
+    no = np.zeros((2 * m, N), bool)
+    full = outcome(2, 20, 2 * m)
     run = FullRun(full.tokens, no, ~no, full.nfe, 20)
     scorer = Valued(random_judge(), session.model.need_tokenizer())
-    bench = Bench(session, session.requests(n=m), run, None, scorer, PackedRows.__new__(PackedRows))
+    return Toy(session, session.requests(n=2 * m), run, None, scorer, RealText.__new__(RealText), rules, gap_noise)
 
-    class Known(Comparison):
-        @property
-        def plain(self) -> Plain:  # pyright: ignore[reportIncompatibleVariableOverride]
-            drawn = [outcome(4, 10, m), full]
-            return Plain([10, 20], drawn, [bench.score(d.tokens) for d in drawn])
 
-    return Known(bench, goal or Goal(0.01), "toy")
+def comparison(goal: Goal = GOAL, m: int = M, measure: str = "nats", **more: Any) -> Comparison:
+    return Comparison(bench(m=m, **more), goal, measure, "toy", live=m, with_rivals=False)
 
 
 def point(nats: int, calls: int, other: int | None = None) -> Point:
     return comparison().point("Patience", "Patience(3)", outcome(nats, calls, other=other))
 
 
-def test_a_rule_that_scores_lower_at_equal_calls_is_better_and_the_gap_is_negative() -> None:
-    found = point(2, 15)  # where the plain sampler scores 3
-    assert found.against_plain == pytest.approx(-1)
-    assert found.verdict == "better"
-    assert "better: -1.000" in markdown([replace(found, chosen=True)], Goal(0.01))
+# --- a point ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_rule_that_scores_higher_at_equal_calls_is_worse_and_the_gap_is_positive() -> None:
-    found = point(5, 15)
-    assert found.against_plain == pytest.approx(2)
-    assert found.verdict == "worse"
+def test_changes_and_savings_have_their_signs() -> None:
+    found = point(3, 5)
+    assert found.change == found.change_low == pytest.approx(1)  # three nats in place of two
+    assert found.loss == pytest.approx(0.5)
+    assert found.gap_share == pytest.approx(1)  # as far again as real text is away
+    assert found.saved == pytest.approx(0.75)
+    assert found.step_speedup == pytest.approx(4)
+    assert found.agreement == 0
+    assert point(1, 5).gap_share == pytest.approx(-1)
+    assert point(2, 5, other=3).agreement == pytest.approx(0.5)
 
 
-def test_a_rule_that_scores_the_same_within_the_noise_is_neither() -> None:
-    found = point(2, 15, other=4)  # 3 in the mean
-    assert found.against_plain == pytest.approx(0)
-    assert found.against_low is not None
-    assert found.against_high is not None
-    assert found.against_low < 0 < found.against_high
+def test_a_gap_within_noise_gives_no_share_and_no_choice_by_it() -> None:
+    made = comparison(measure="gap", gap_noise=1.5)
+    assert replace(made, measure="nats").point("Patience", "Patience(3)", outcome(3, 5)).gap_share is None
+    with pytest.raises(CdlmError, match="no share of a gap that is within noise") as caught:
+        made.table({})
+    assert "\n" not in str(caught.value)
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+LOOSE, STRICT = Patience(2), Patience(9)
+
+
+def chosen(first: Outcome, second: Outcome, goal: Goal = GOAL, measure: str = "nats") -> int | None:
+    """Which of two settings is chosen: the strict one changes nothing, the loose one makes these halves."""
+    rules = {repr(STRICT): outcome(2, 18), repr(LOOSE): (first, second)}
+    made = Comparison(bench(rules), goal, measure, "toy", live=M, with_rivals=False)
+    return made.choice([STRICT, LOOSE])
+
+
+def test_one_half_chooses_and_the_other_reports() -> None:
+    assert chosen(outcome(2, 5), outcome(9, 5)) == 1
+    assert chosen(outcome(9, 5), outcome(2, 5)) == 0
+
+
+def test_a_gain_is_no_saving_unless_the_limit_is_of_losses() -> None:
+    better = outcome(1, 5)
+    assert chosen(better, better) == 0
+    assert chosen(better, better, Goal(0.05, two_sided=False)) == 1
+
+
+def test_tokens_that_differ_are_limited_too() -> None:
+    """Half of the rows score one more and half one less: the same AR-NLL, other texts."""
+    same_score = outcome(1, 5, other=3)
+    assert chosen(same_score, same_score, Goal(0.3)) == 1
+    assert chosen(same_score, same_score, Goal(0.3, agreement=0.99)) == 0
+
+
+def test_too_few_samples_are_chosen_by_the_mean_and_marked() -> None:
+    few = 20
+    rules = {repr(STRICT): outcome(2, 18, few), repr(LOOSE): outcome(3, 5, few)}
+    made = Comparison(bench(rules, few), GOAL, "nats", "toy", live=few, with_rivals=False)
+    assert few < GOAL.fewest
+    assert made.choice([STRICT]) == 0
+    assert made.choice([STRICT, LOOSE]) == 0
+    found = made.point("Patience", "Patience(9)", outcome(2, 18, few))
+    assert not found.bounded
+    text = markdown([replace(found, chosen=True), replace(found, family=PLAIN)], GOAL, "nats")
+    assert "Patience(9) †" in text
+    assert f"† Fewer than {GOAL.fewest} samples" in text
+    enough = comparison().point("Patience", "Patience(9)", outcome(2, 18))
+    assert enough.bounded
+    assert "†" not in markdown([replace(enough, chosen=True)], GOAL, "nats")
+
+
+def test_a_rule_that_saves_nothing_is_not_chosen() -> None:
+    made = Comparison(bench({repr(STRICT): outcome(2, 20)}), GOAL, "nats", "toy", live=M, with_rivals=False)
+    assert made.choice([STRICT]) is None
+
+
+# --- rivals -----------------------------------------------------------------------------------------------------------
+
+
+class Known(Rivals):
+    """Rivals whose samples are known: by name, and by the factor of their temperature."""
+
+    drawn: Mapping[str, Any] = {}
+
+    def _at(self, outcome: Outcome) -> Iterator[tuple[str, Session]]:
+        for name in self.drawn:
+            yield name, self.reporting.session.with_criterion(FixedSteps(1 + list(self.drawn).index(name)))
+
+    def _drawn(self, rival: Session, m: int) -> Outcome:
+        name = list(self.drawn)[rival.criterion.steps - 1]  # type: ignore[attr-defined]
+        made = self.drawn[name]
+        return made(rival.settings["score_temperature"]) if callable(made) else made
+
+
+def duels(rule: Outcome, **drawn: object) -> list[Duel]:
+    known = Known(*bench().halves())
+    Known.drawn = drawn
+    return known.duels(rule)
+
+
+def test_the_verdict_is_of_the_rival_that_is_hardest_to_beat() -> None:
+    found = duels(outcome(3, 10), weak=outcome(5, 10), strong=outcome(2, 10))
+    assert [(duel.rival, duel.difference, duel.verdict) for duel in found] == [
+        ("weak", -2, "better"), ("strong", 1, "worse"),
+    ]  # fmt: skip
+    worst = hardest(found)
+    assert worst is not None
+    assert worst.rival == "strong"
+    assert hardest([]) is None
+
+
+def test_a_difference_within_the_noise_is_unclear() -> None:
+    (found,) = duels(outcome(2, 10, other=4), rival=outcome(3, 10))
+    assert found.difference == pytest.approx(0)
+    assert found.low < 0 < found.high
     assert found.verdict == "unclear"
 
 
-def test_losses_and_savings_have_their_signs() -> None:
-    found = point(3, 5)
-    assert found.loss == pytest.approx(0.5)  # three nats in place of two
-    assert found.saved == pytest.approx(0.75)
-    assert found.step_speedup == pytest.approx(4)
-    assert found.against_plain is None  # fewer calls than any that the plain sampler was drawn with
+def mixed(nats: int, spread: int) -> Outcome:
+    """Rows whose entropy grows with the number of different tokens, and whose mean is `nats`."""
+    row = nats + np.arange(N) % (2 * spread + 1) - spread
+    row[-1] += nats * N - row.sum()
+    return Outcome(np.tile(row, (M, 1)), np.full(M, 10))
 
 
-def test_too_few_samples_give_a_row_without_a_bound_that_is_marked() -> None:
-    goal, few = Goal(0.01), 20
-    made = comparison(goal, few)
-    assert few < goal.fewest
-    found = made.point("Patience", "Patience(3)", outcome(2, 15, few))
-    assert not found.bounded
-    assert made.choice([found]) == 0
-    assert made.choice([made.point("Patience", "Patience(1)", outcome(3, 15, few))]) is None
-    text = markdown([replace(found, chosen=True), replace(found, family=PLAIN)], goal)
-    assert "Patience(3) †" in text
-    assert f"† Fewer than {goal.fewest} samples" in text
+def test_a_rival_of_another_entropy_is_tried_at_the_rules_own() -> None:
+    """The rule is sharper than the rival, which a lower temperature makes as sharp, and then as good."""
+
+    def rival(temperature: float) -> Outcome:
+        return mixed(5, 2) if temperature > 0.98 else mixed(3, 1)
+
+    found = duels(mixed(4, 1), rival=rival)
+    assert [(duel.matched, duel.difference) for duel in found] == [(False, -1), (True, 1)]
+    worst = hardest(found)
+    assert worst is not None
+    assert worst.matched
+    assert worst.verdict == "worse"
 
 
-def test_enough_samples_are_chosen_by_the_bound_and_not_marked() -> None:
-    made = comparison()
-    found = made.point(repr(Patience(3)), "Patience(3)", outcome(2, 15))
-    assert found.bounded
-    assert made.choice([found]) == 0
-    assert "†" not in markdown([replace(found, chosen=True)], Goal(0.01))
+def test_an_entropy_that_no_temperature_reaches_leaves_the_rival_as_it_is() -> None:
+    found = duels(mixed(4, 1), rival=mixed(5, 2))
+    assert [duel.matched for duel in found] == [False]
+
+
+def test_rivals_of_a_real_model_spend_as_many_calls_on_the_same_samples() -> None:
+    session = open_session(with_tokenizer(length=N), device="cpu", steps=8)
+    requests = session.requests(n=8)
+    made = Bench.of(session, requests, random_judge(), RealText.__new__(RealText))
+    rivals = Rivals(*made.halves())
+    found = rivals.duels(rivals.reporting.under(FixedSteps(4), 0))
+    plain = [duel for duel in found if not duel.matched]
+    assert [duel.rival for duel in plain] == ["fixed step", "fewer steps", "ancestral"]
+    assert all(duel.calls == 4 for duel in found)
+    assert plain[0].difference == 0  # the rule is that rival itself
+    assert "Ancestral()" in plain[2].setting
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_hold_every_point_and_the_hardest_rival(tmp_path: Path) -> None:
+    duel = Duel("ancestral", "10, LogT()", 10.0, 2.5, 2.0, -0.5, -0.6, -0.4)
+    points = [replace(point(2, 15), chosen=True, duels=(duel,)), point(3, 5)]
+    write_csv(points, tmp_path / "compare.csv")
+    write_json(points, GOAL, "nats", tmp_path / "compare.json")
+    with (tmp_path / "compare.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rival_rival"] for row in rows] == ["ancestral", ""]
+    content = json.loads((tmp_path / "compare.json").read_text())
+    assert content["goal"]["limit"] == 0.05
+    assert content["rows"][0]["hardest"]["verdict"] == "better"
+    assert content["rows"][1]["hardest"] is None
+    assert "better: -0.500 [-0.600, -0.400], ancestral (10, LogT())" in markdown(points, GOAL, "nats")

@@ -205,9 +205,9 @@ class Bench:
         low, high = self.gap.interval95
         if not (low > 0 or high < 0):
             raise CdlmError(
-                f"the AR-NLL of {self.name} and of {self.reference.corpus.name} differ by {self.gap.value:+.3f}"
-                f" [{low:+.3f}, {high:+.3f}] nats: no share of a gap that is within noise can be measured; use the measure"
-                " nats or agreement, or more samples"
+                f"the AR-NLL of {self.name} and of real text differ by {self.gap.value:+.3f}"
+                f" [{low:+.3f}, {high:+.3f}] nats: no share of a gap that is within noise can be measured; use the"
+                " measure nats or agreement, or more samples"
             )
 
     @property

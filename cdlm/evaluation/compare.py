@@ -33,7 +33,7 @@ SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 """Budgets of the plain sampler, as shares of the full one, unless they are given."""
 UNBOUNDED = "†"
 """Marks a row without a bound."""
-PLAIN, FULL = "plain sampler, fewer steps", "full run"
+PLAIN, FULL = "plain sampler, the same grid", "full run"
 GAMMA = 4
 """Weight of quality in QPS (SchED, arXiv 2512.02892)."""
 REFERENCES = (FULL, *REAL.values())
@@ -249,7 +249,8 @@ class Comparison:
         rows, full = bench.lines(drawn), bench.lines(Outcome(bench.full_run.tokens[:m], bench.full_run.nfe[:m]))
         gap = {} if self._gap_in_noise else _interval("gap_share", bench.share_of_gap(drawn))
         values: dict[str, Any] = {
-            **_interval("calls", spent), **_interval("change", bench.change(drawn)), **_interval("loss", relative), **gap,
+            **_interval("calls", spent), **_interval("change", bench.change(drawn)), **_interval("loss", relative),
+            **gap,
             "saved": 1 - 1 / speedup,
             "step_speedup": speedup,
             "step_speedup_each": float((before / calls).mean()),
@@ -341,8 +342,8 @@ def _finite(value: Any) -> Any:
 
 
 COLUMNS = (
-    "model", "steps", "rule", "n", "calls", "saved", "AR-NLL", "change, nats", "share of the gap", "agreement", "H sample",
-    "Fréchet", "its change", "QPS", "wall", "beside its hardest rival",
+    "model", "steps", "rule", "n", "calls", "saved", "AR-NLL", "change, nats", "share of the gap", "agreement",
+    "H sample", "Fréchet", "its change", "QPS", "wall", "beside its hardest rival",
 )  # fmt: skip
 
 
@@ -370,8 +371,8 @@ def _note(goal: Goal, measure: str) -> str:
         f"Of each rule the loosest setting within {goal} ({measure}, {goal.confidence:.0%} confidence), chosen on one"
         " half of the samples; all numbers are of the other half. Intervals are 95 %, bootstrap over samples. The gap"
         " is from the full run to real text. QPS is the step speed-up times (AR-NLL of the full run / AR-NLL) **"
-        f" {GAMMA}. The last column is AR-NLL less that of a rival with as many calls, on the same samples: of the rival"
-        " that leaves the rule the least.\n"
+        f" {GAMMA}. The last column is AR-NLL less that of a rival with as many calls, on the same samples: of"
+        " the rival that leaves the rule the least.\n"
     )
 
 

@@ -83,7 +83,9 @@ class Systems(Judged):
             ]
             limit = [(f"{self.max_change:.1%}", self.max_change)]
             panels.append(
-                Panel(model, "calls saved", "relative change of AR-NLL", lines, "linear", "symlog", self.max_change, limit)
+                Panel(
+                    model, "calls saved", "relative change of AR-NLL", lines, "linear", "symlog", self.max_change, limit
+                )
             )
         return panels
 

@@ -68,7 +68,7 @@ class TMax(JudgedContinuous):
             "mismatch": prior_mismatch(level), **_text(bench),
             **ends("zero_switch", Scores(last / self.steps, np.ones(len(last))).bootstrap()),
             "patience": self.patience, "saved": 1 - float(drawn.nfe.sum() / bench.full_calls.sum()),
-            **ends("loss", bench.loss(drawn)), "agreement": bench.agreement(drawn),
+            **ends("loss", bench.relative(drawn)), "agreement": bench.agreement(drawn),
         }, last  # fmt: skip
 
     def _panels(self, found: list[tuple[dict[str, Any], np.ndarray]]) -> list[Panel]:
@@ -92,10 +92,10 @@ def _text(bench: Bench) -> dict[str, Any]:
     rows = bench.full_run.tokens.tolist()
     return {
         **ends("ar_nll", bench.full.bootstrap()),
-        "ar_nll_real": bench.real.bootstrap().value,
+        "ar_nll_real": bench.reference.scores.bootstrap().value,
         "entropy_sample": sample_entropy(rows),
         "entropy_corpus": unigram_entropy(rows),
-        "entropy_corpus_real": unigram_entropy(bench.real_tokens),
+        "entropy_corpus_real": unigram_entropy(bench.reference.corpus.tokens),
     }
 
 
