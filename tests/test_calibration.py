@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from coverage_of_bounds import Pool, differ, failures, nats, pool
 from evaluation_toys import random_judge
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -175,6 +176,26 @@ def test_a_bounded_loss_is_underrated_no_more_often_than_promised(ruined: float)
     assert wrong <= 0.1
     assert wrong_exact <= 0.1 + 3 * (0.09 / 300) ** 0.5
     assert unseen > 0.2 or ruined > 0.01  # why the bound is needed
+
+
+@pytest.fixture(scope="module")
+def oracle_pool() -> Pool:
+    return pool(4096)
+
+
+def test_calibrations_on_the_oracle_fail_no_more_often_than_promised(oracle_pool: Pool) -> None:
+    """Ten per cent are promised, and 60 calibrations are made: a binomial law has more than 12 failures once in 200."""
+    for of, limit, samples in ((oracle_pool, 0.02, 256), (oracle_pool.ruined(1 / 300), 0.003, 1024)):
+        wrong, _ = failures(of, differ, limit, samples, times=60)
+        assert wrong <= 0.2
+    wrong, _ = failures(oracle_pool, nats, 0.02, 256, times=60)
+    assert wrong <= 0.2
+
+
+def test_a_bootstrap_does_not_see_the_ruin_that_its_samples_do_not_hold(oracle_pool: Pool) -> None:
+    """Why nats have no finite-sample bound, and the share of tokens has one."""
+    wrong, _ = failures(oracle_pool.ruined(1 / 300), nats, 0.02, 256, times=60)
+    assert wrong > 0.2
 
 
 def test_too_few_samples_say_how_many_are_needed() -> None:
