@@ -411,6 +411,8 @@ def test_a_session_says_what_it_has_no_use_for() -> None:
     (request,) = session.requests()
     assert session.steps_of(request) == 12
     assert session.sampling.fewer_steps([4], request) == []
+    assert session.sampling.rivals() == {}
+    assert session.sampling.with_temperature_times(0.5) == LeftToRight(0.25)
 
 
 # --- the system ---

@@ -89,6 +89,9 @@ class LeftToRight(Sampling):
     def fewer_steps(self, wanted: Sequence[int], request: Request) -> list[int]:
         return []
 
+    def with_temperature_times(self, factor: float) -> LeftToRight:
+        return replace(self, temperature=self.temperature * factor)
+
     def length_of(self, requests: Sequence[Request]) -> int:
         return len(requests[0].tokens)
 
