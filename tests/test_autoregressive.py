@@ -490,7 +490,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     main([
         "train", "--text", str(place / "text.txt"), "--out", str(place / "run"), "--cache", str(place / "cache"),
         "--system", "Autoregressive", "--system.width", "16", "--system.depth", "1", "--system.heads", "2",
-        "--rows", "document", "--length", "32", "--vocab_size", str(VOCAB), "--batch_size", "4",
+        "--rows", "document", "--judge_share", "0", "--unread_share", "0",
+        "--length", "32", "--vocab_size", str(VOCAB), "--batch_size", "4",
         "--validation_rows", "4", "--preview", "1", "--training.steps", "2", "--training.accelerator", "cpu", "--quiet",
     ])  # fmt: skip
     return place / "run"
