@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cdlm.api import decode, generate, load, open_session
+    from cdlm.autoregressive.sampler import LeftToRight
     from cdlm.continuous.guidance import Guidance
     from cdlm.continuous.sampler import Diffusion
     from cdlm.masked.model import Constants
@@ -22,6 +23,7 @@ _HOMES = {
     "Constants": "cdlm.masked.model",
     "Diffusion": "cdlm.continuous.sampler",
     "Guidance": "cdlm.continuous.guidance",
+    "LeftToRight": "cdlm.autoregressive.sampler",
     "Model": "cdlm.sampling.session",
     "RunConfig": "cdlm.runs.config",
     "Sample": "cdlm.sampling.samples",
@@ -36,8 +38,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "Constants", "Diffusion", "Guidance", "Model", "RunConfig", "Sample", "Samples", "Session", "Unmasking", "decode",
-    "generate", "load", "open_session", "train",
+    "Constants", "Diffusion", "Guidance", "LeftToRight", "Model", "RunConfig", "Sample", "Samples", "Session",
+    "Unmasking", "decode", "generate", "load", "open_session", "train",
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cdlm.autoregressive.sampler import LeftToRight
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems import langflow
 from cdlm.core.devices import Precision, resolve_device
@@ -33,7 +34,7 @@ from cdlm.sampling.requests import Request, canvases
 from cdlm.sampling.samples import Samples
 from cdlm.sampling.session import Model, Sampling, Session, check_family
 
-FAMILIES: tuple[type[Sampling], ...] = (Diffusion, Unmasking)
+FAMILIES: tuple[type[Sampling], ...] = (Diffusion, Unmasking, LeftToRight)
 """The families of models, by how they are sampled."""
 FOREIGN = (langflow, checkpoints)
 """What opens the formats of others: each knows by config.json whether it `opens` a folder."""
@@ -91,7 +92,7 @@ def open_session(
         settings: flat settings of the model's family, and `steps`; see `generate`.
 
     Raises:
-        CdlmError: a setting that there is not, or of the other family; several devices for a model without a folder.
+        CdlmError: a setting that there is not, or of another family; several devices for a model without a folder.
     """
     place = resolve_device(device)
     loaded = model if isinstance(model, Model) else load(model, device=place, precision=precision)
@@ -131,12 +132,12 @@ def configured(sampling: S, settings: Mapping[str, Any], *, lenient: bool = Fals
     given = {name: value for name, value in settings.items() if value is not None}
     known = flat_names(type(sampling))
     for name in sorted(given.keys() - known):
-        other = next((family for family in FAMILIES if name in flat_names(family)), None)
-        if other is None:
+        others = [f"{family.family} models" for family in FAMILIES if name in flat_names(family)]
+        if not others:
             raise CdlmError(f"there is no setting {name!r}{nearest(name, all_flat_names())}: {_list(sampling)}")
         if not lenient:
             raise CdlmError(
-                f"{name} is a setting of {other.family} models, and this one is {sampling.family}: {_list(sampling)}"
+                f"{name} is a setting of {' and '.join(others)}, and this one is {sampling.family}: {_list(sampling)}"
             )
     return sampling.with_flat(**{name: value for name, value in given.items() if name in known})
 
@@ -228,7 +229,7 @@ def generate(
         prompts: prefixes, or templates such as "The [8] sat on the [2]." whose numbers are tokens to generate.
         n: samples of each prompt, or in all when there are none.
         length: positions of a sample; by default those of training.
-        sampling: a `Diffusion` or an `Unmasking`, by default `model.sampling`.
+        sampling: a `Diffusion`, an `Unmasking` or a `LeftToRight`, by default `model.sampling`.
         halt: a halting rule, as an object or as its text; "auto" is the one that cdlm calibrate has chosen.
         seed: with the number of a sample it fixes the sample, whatever the batch.
         batch_size: samples in flight; by default 64 (4 of a foreign model).
@@ -238,10 +239,11 @@ def generate(
         chat: of a masked model, the prompts are a user's messages, put into its chat template.
         settings: what `sampling` is to have otherwise, under the names of the command line: `steps`; of continuous
             models `solver`, `grid`, `projection`, `softmax_temperature`, `score_temperature`, `guidance`,
-            `init_scale`; of masked models `policy`, `temperature`, `cfg_scale`, `cache`. Objects or their texts.
+            `init_scale`; of masked models `policy`, `temperature`, `cfg_scale`, `cache`; of autoregressive ones
+            `temperature`. Objects or their texts.
 
     Raises:
-        CdlmError: a setting is out of range, unknown or of the other family, or a prompt leaves nothing to generate.
+        CdlmError: a setting is out of range, unknown or of another family, or a prompt leaves nothing to generate.
     """
     session = open_session(model, sampling=sampling, seed=seed, batch_size=batch_size, progress=bool(progress))
     session = session.with_sampling(configured(session.sampling, settings))

@@ -359,7 +359,11 @@ def test_settings_may_be_texts_and_objects() -> None:
         ("continuous", {"sovler": "Heun()"}, r"no setting 'sovler' \(did you mean solver\?\)"),
         ("masked", {"polcy": "LLaDA()"}, r"no setting 'polcy' \(did you mean policy\?\)"),
         ("masked", {"about": 1}, "no setting 'about'"),
-        ("continuous", {"temperature": 0.5}, "temperature is a setting of masked models, and this one is continuous"),
+        (
+            "continuous",
+            {"temperature": 0.5},
+            "temperature is a setting of masked models and autoregressive models, and this one is continuous",
+        ),
         ("continuous", {"policy": "LLaDA()"}, "policy is a setting of masked models, and this one is continuous"),
         ("masked", {"guidance": 2.0}, "guidance is a setting of continuous models, and this one is masked"),
         ("masked", {"solver": "Heun()"}, "solver is a setting of continuous models, and this one is masked"),

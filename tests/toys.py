@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from cdlm.autoregressive.system import Autoregressive, AutoregressiveModel
 from cdlm.continuous.embedding import TokenEmbedding
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.cdcd import CDCD
@@ -84,6 +85,25 @@ def masked_with_tokenizer(seed: int = 0, length: int = 12, **settings: Any) -> M
     """A masked system that samples can be drawn from as texts."""
     made = masked(VOCAB, seed, **settings)
     assert special_of(tokenizer()) == Special(made.constants.mask_id, made.constants.eos_id)
+    return _speaking(made, length)
+
+
+def autoregressive(vocab: int = 11, seed: int = 0, **settings: Any) -> AutoregressiveModel:
+    """A fresh float32 autoregressive model, whose texts end with token 0."""
+    made = _built(Autoregressive(**{**SMALL, **settings}), vocab, seed, Special(eos_id=0))
+    assert isinstance(made, AutoregressiveModel)
+    return made
+
+
+def lively_autoregressive(vocab: int = 11, seed: int = 0, **settings: Any) -> AutoregressiveModel:
+    """A float64 autoregressive model in which no weight is zero, as after training."""
+    return alive(autoregressive(vocab, seed, **settings), seed)
+
+
+def autoregressive_with_tokenizer(seed: int = 0, length: int = 12, **settings: Any) -> AutoregressiveModel:
+    """An autoregressive model that samples can be drawn from as texts."""
+    made = autoregressive(VOCAB, seed, **settings)
+    assert special_of(tokenizer()).eos_id == made.eos_id
     return _speaking(made, length)
 
 

@@ -33,8 +33,7 @@ from cdlm.halting.signals import (
 )
 from cdlm.sampling.loop import Loop, RunOptions
 from cdlm.sampling.requests import Request, stack_masks
-from cdlm.sampling.requests import requests as row_requests
-from cdlm.sampling.session import Model, Sampling
+from cdlm.sampling.session import Sampling
 
 
 @dataclass(frozen=True)
@@ -131,14 +130,6 @@ class Diffusion(Sampling):
 
     def length_of(self, requests: Sequence[Request]) -> int:
         return len(requests[0].tokens)
-
-    def requests(
-        self, model: Model, prompts: list[str] | None, n: int, length: int | None, new_tokens: int | None, chat: bool
-    ) -> list[Request]:
-        if new_tokens is not None or chat:
-            name = "chat" if new_tokens is None else "new_tokens"
-            raise CdlmError(f"{name} is a setting of masked models, and this one is continuous: leave it out")
-        return row_requests(prompts, n, model.length if length is None else length, model.tokenizer_for(prompts))
 
     def loop(self, model: Any, options: RunOptions, batch_size: int) -> DiffusionLoop:
         return DiffusionLoop(model, self, options, batch_size, model.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -260,7 +260,7 @@ SPATIAL = frozenset(name for name, signal in SIGNALS.items() if signal.spatial)
 RECORDED = tuple(name for name, signal in SIGNALS.items() if signal.recorded)
 
 
-def check_signals(names: Iterable[str], known: Iterable[str] = SIGNALS) -> frozenset[str]:
+def check_signals(names: Iterable[str], known: Collection[str] = SIGNALS) -> frozenset[str]:
     """The names as a set.
 
     Args:
@@ -270,6 +270,11 @@ def check_signals(names: Iterable[str], known: Iterable[str] = SIGNALS) -> froze
         CdlmError: there is no signal of a name, or none in this family.
     """
     unknown = sorted(set(names) - set(known))
+    if unknown and not known:
+        raise CdlmError(
+            f"there is no signal {unknown[0]!r} here: an autoregressive model decides each token once, and its steps"
+            " have nothing to halt by or to record"
+        )
     if unknown and unknown[0] in SPATIAL:
         raise CdlmError(
             f"{unknown[0]!r} describes a state in embedding space, and a masked model has none: use a rule that reads"

@@ -24,7 +24,6 @@ from cdlm.masked.policies.policy import Choice, Plan, Policy, View, enter, plan_
 from cdlm.masked.published import Quirks
 from cdlm.sampling.loop import Loop, RunOptions
 from cdlm.sampling.requests import Request, canvases, encode_prompt, stack_masks
-from cdlm.sampling.requests import requests as row_requests
 from cdlm.sampling.session import Model, Sampling
 
 
@@ -35,7 +34,7 @@ class UnmaskingSettings:
     Args:
         policy: LLaDA(64, block=32), Dream(64), DreamThreshold(64, 0.9), Threshold(0.9, block=32), Factor(1.0), KLASS()
             or EntropyBound(0.01).
-        temperature: of the proposals; 0 takes the likeliest token.
+        temperature: of what is drawn, by autoregressive models too; 0 takes the likeliest token.
         cfg_scale: classifier-free guidance; 0 is off, others double the calls.
         cache: keep keys and values while a block is decoded (of LLaDA and Dream).
     """
@@ -143,7 +142,7 @@ class Unmasking(Sampling):
         self, model: Model, prompts: list[str] | None, n: int, length: int | None, new_tokens: int | None, chat: bool
     ) -> list[Request]:
         if model.whole_rows and new_tokens is None and not chat:
-            return row_requests(prompts, n, model.length if length is None else length, model.tokenizer_for(prompts))
+            return super().requests(model, prompts, n, length, new_tokens, chat)
         if length is not None or new_tokens is None:
             raise CdlmError("new_tokens is the number of positions after each prompt: give it, and no length beside it")
         texts, tokenizer = [""] if prompts is None else prompts, model.need_tokenizer()

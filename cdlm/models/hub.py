@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class Pretrained(nn.Module, Model):
     """
 
     config: dict[str, Any]
+    kind: ClassVar[str] = "diffusion"
+    """What sort of language model it is, for its card."""
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +72,7 @@ class Pretrained(nn.Module, Model):
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        write_text(folder / "README.md", model_card(config) if card is None else card)
+        write_text(folder / "README.md", model_card(config, kind=self.kind) if card is None else card)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         with replacing(folder / "model.safetensors") as temporary:
             try:
@@ -176,13 +178,15 @@ def same_tensors(place: Path, expected: Shapes, found: Shapes) -> None:
             )
 
 
-def model_card(config: Mapping[str, Any], sections: Mapping[str, str] | None = None) -> str:
+def model_card(
+    config: Mapping[str, Any], sections: Mapping[str, str] | None = None, kind: str = Pretrained.kind
+) -> str:
     """A model card: front matter, how to use it, its configuration, then further sections by heading."""
     lines = [
-        "---", "library_name: cdlm", "pipeline_tag: text-generation", "tags: [diffusion, text-diffusion]", "---", "",
-        "# A diffusion language model in embedding space", "",
+        "---", "library_name: cdlm", "pipeline_tag: text-generation", f"tags: [language-model, {kind}]", "---", "",
+        f"# Language model: {kind}", "",
         "```python", "import cdlm", 'system = cdlm.load("FOLDER_OR_HUB_ID")',
-        'print(cdlm.generate(system, n=4, steps=200, halt="Patience(60)").texts)', "```", "",
+        "print(cdlm.generate(system, n=4).texts)", "```", "",
         "## Configuration", "", "```json", json.dumps(config, indent=2), "```", "",
     ]  # fmt: skip
     for heading, text in (sections or {}).items():

@@ -1,4 +1,4 @@
-"""The bidirectional transformer that every system shares."""
+"""The transformer that every system shares."""
 
 from __future__ import annotations
 
@@ -39,21 +39,26 @@ def attend(
     heads: int,
     rotary: tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]],
     mask: Bool[Tensor, "b 1 1 n"] | None,
+    causal: bool = False,
 ) -> Float[Tensor, "b n w"]:
-    """Attention of all positions to all that `mask` leaves, from queries, keys and values side by side."""
+    """Attention of all positions to all that `mask` leaves, from queries, keys and values side by side.
+
+    Args:
+        causal: of each position to itself and those before it; without a mask.
+    """
     b, n, w = qkv.shape
     q, k, v = qkv.view(b, n, 3, heads, w // 3 // heads).permute(2, 0, 3, 1, 4)
     q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2).reshape(b, n, w // 3)
 
 
 class TransformerBlock(nn.Module):
     """Pre-norm attention and MLP; the level scales and shifts after each norm and, if `gates`, scales each branch."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: int, cond: int, gates: bool):
+    def __init__(self, width: int, heads: int, mlp_ratio: int, cond: int, gates: bool, causal: bool = False):
         super().__init__()
-        self.heads, self.parts = heads, 6 if gates else 4
+        self.heads, self.parts, self.causal = heads, 6 if gates else 4, causal
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -73,30 +78,34 @@ class TransformerBlock(nn.Module):
         shift1, scale1, shift2, scale2, *gates = self.modulation(cond)[:, None].chunk(self.parts, -1)
         gate1, gate2 = gates or (1.0, 1.0)
         h = h + gate1 * self.attention_out(
-            attend(self.qkv(self.norm1(h) * (1 + scale1) + shift1), self.heads, rotary, mask)
+            attend(self.qkv(self.norm1(h) * (1 + scale1) + shift1), self.heads, rotary, mask, self.causal)
         )
         return h + gate2 * self.mlp(self.norm2(h) * (1 + scale2) + shift2)
 
 
 class Transformer(nn.Module):
-    """Features of each position and a level for each row in, `outputs` numbers for each position out; no causal mask.
+    """Features of each position and a level for each row in, `outputs` numbers for each position out.
 
     Args:
         inputs, outputs: features per position.
         width, depth, heads, mlp_ratio: sizes of the transformer; width must be a multiple of 2 * heads.
         cond: width of the level embedding.
         gates: AdaLN-Zero branch gates; without them the network is the one of CDCD, section 4.
+        causal: a position sees itself and those before it; by default it sees all. Padding then comes last, where no
+            other position sees it, and `valid` is not needed.
     """
 
     def __init__(
         self, inputs: int, outputs: int, *, width: int, depth: int, heads: int, mlp_ratio: int = 4, cond: int = 128,
-        gates: bool = True,
+        gates: bool = True, causal: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.head_dim = width // heads
+        self.head_dim, self.causal = width // heads, causal
         self.level = LevelEmbedding(cond)
         self.input = nn.Linear(inputs, width)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads, mlp_ratio, cond, gates) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, heads, mlp_ratio, cond, gates, causal) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(cond, 2 * width)
         self.output = nn.Linear(width, outputs)
@@ -121,7 +130,7 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "b n o"]:
         cond = self.level(level)
         rotary = self._rotary(features.shape[1], features.device)
-        mask = None if valid is None else valid[:, None, None, :]
+        mask = None if valid is None or self.causal else valid[:, None, None, :]
         h = self.input(features)
         for block in self.blocks:
             h = block(h, cond, rotary, mask)

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cdlm.autoregressive.system import SYSTEMS as AUTOREGRESSIVE
 from cdlm.continuous.systems import SYSTEMS as CONTINUOUS
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.checks import check_whole
@@ -27,7 +28,7 @@ from cdlm.training.options import TrainOptions
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-SYSTEMS: Registry[SystemConfig] = Registry("system", SystemConfig, **CONTINUOUS, **MASKED)
+SYSTEMS: Registry[SystemConfig] = Registry("system", SystemConfig, **CONTINUOUS, **MASKED, **AUTOREGRESSIVE)
 
 SHARES = ("judge_share", "unread_share")
 """Settings of `RunConfig` that divide the training text."""
@@ -40,7 +41,7 @@ class RunConfig:
 
     Args:
         source: the text: Stories, Arithmetic, Stdlib, Files or Hub, with its settings.
-        system: the model: CDCD, Plaid, SSD, LangFlow or Masked, with its settings.
+        system: the model: CDCD, Plaid, SSD, LangFlow, Masked or Autoregressive, with its settings.
         tokenizer: name or folder of a Hugging Face tokenizer; by default a byte-level BPE is trained on the text.
         vocab_size: tokens of the BPE that is trained.
         length: positions of a row.

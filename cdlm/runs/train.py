@@ -190,13 +190,14 @@ def export(config: RunConfig, system: System, folder: Path, step: int) -> None:
 
 
 def preview(config: RunConfig, system: System) -> list[str]:
-    """A few samples of a system in training, in at most `PREVIEW_STEPS` steps."""
+    """A few samples of a system in training, in at most `PREVIEW_STEPS` steps where it has a number of them."""
     if not config.preview:
         return []
     session = Session(system, system.sampling)
     requests = session.requests(n=config.preview)
-    if session.steps_of(requests[0]) > PREVIEW_STEPS:
-        session = session.with_steps(PREVIEW_STEPS)
+    fewer = session.sampling.fewer_steps([PREVIEW_STEPS], requests[0])
+    if fewer and session.steps_of(requests[0]) > PREVIEW_STEPS:
+        session = session.with_steps(fewer[0])
     return session.run(requests).texts
 
 
@@ -212,7 +213,7 @@ def card(config: RunConfig, system: System, step: int) -> str:
         "Training": f"{size:.1f} M parameters, {shape}, on text of `{source}`.\n\n```yaml\n{settings.strip()}\n```",
         "Numbers": "See `evaluation.md` in this folder if the model was evaluated.",
     }
-    return hub.model_card({"length": system.length, "model": system.config}, sections)
+    return hub.model_card({"length": system.length, "model": system.config}, sections, system.kind)
 
 
 def _without_folders(value: Any) -> Any:

@@ -20,6 +20,7 @@ from cdlm.halting.signals import check_signals
 from cdlm.sampling.loop import Loop, RunOptions
 from cdlm.sampling.progress import with_progress
 from cdlm.sampling.requests import Request, prompt_texts
+from cdlm.sampling.requests import requests as row_requests
 from cdlm.sampling.samples import Samples, collect
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ S = TypeVar("S", bound="Sampling")
 
 
 class Model(ABC):
-    """A model that text is sampled from, of either family."""
+    """A model that text is sampled from, of any family."""
 
     length: int = 0
     """Positions that it was trained on; of a foreign model its context."""
@@ -97,7 +98,7 @@ class Model(ABC):
         """
         raise CdlmError(
             f"cannot compute the likelihood of a {type(self).__name__}, which has none here: it is known of models that"
-            " this toolkit trains, continuous or masked"
+            " this toolkit trains"
         )
 
     def need_fingerprint(self) -> str:
@@ -187,11 +188,14 @@ class Sampling(ABC):
     def length_of(self, requests: Sequence[Request]) -> int:
         """Positions of a sample, as a calibration counts them."""
 
-    @abstractmethod
     def requests(
         self, model: Model, prompts: list[str] | None, n: int, length: int | None, new_tokens: int | None, chat: bool
     ) -> list[Request]:
-        """`n` samples of each prompt, or in all where there are none."""
+        """`n` samples of each prompt, or in all where there are none: whole rows, unless a family has others too."""
+        if new_tokens is not None or chat:
+            name = "chat" if new_tokens is None else "new_tokens"
+            raise CdlmError(f"{name} is a setting of masked models, and this one is {self.family}: leave it out")
+        return row_requests(prompts, n, model.length if length is None else length, model.tokenizer_for(prompts))
 
     @abstractmethod
     def loop(self, model: Any, options: RunOptions, batch_size: int) -> Loop[Any]:

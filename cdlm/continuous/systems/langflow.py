@@ -153,7 +153,7 @@ class LangFlow(ContinuousConfig):
         )
 
     def _network(self, vocab: int) -> nn.Module:
-        sizes = {"width": self.width, "depth": self.depth, "heads": self.heads, "cond": self.cond}
+        sizes: dict[str, Any] = {"width": self.width, "depth": self.depth, "heads": self.heads, "cond": self.cond}
         if self.network == "released":
             return DiT(vocab, **sizes, dropout=self.dropout)
         return Transformer(3 * self.dim + 1, vocab, **sizes, mlp_ratio=self.mlp_ratio, gates=self.gates)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -158,7 +158,9 @@ class Plaid(ContinuousConfig):
         )  # fmt: skip
 
     def _network(self, vocab: int, rho: float) -> tuple[nn.Module, NetworkInput]:
-        size = {"width": self.width, "depth": self.depth, "heads": self.heads, "mlp_ratio": self.mlp_ratio}
+        size: dict[str, Any] = {
+            "width": self.width, "depth": self.depth, "heads": self.heads, "mlp_ratio": self.mlp_ratio,
+        }  # fmt: skip
         if self.network == "released":
             return ReleasedTransformer(vocab, **size, base_width=self.base_width), SummedInput(self.dim, self.width)
         return Transformer(3 * self.dim + 1, vocab, **size, gates=self.gates), ConcatenatedInput(self.dim, rho)
