@@ -201,7 +201,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "--patience",
         "1",
         "3",
-        "--max-loss",
+        "--max-change",
         "0.5",
         "--judge-steps",
         "1",
@@ -215,7 +215,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         " --policies Threshold(0.5) EntropyBound".split()
     ),
     "systems": tuple(
-        "--n 4 --steps 8 --rules Patience Entropy FixedSteps --max-loss 0.5 --confidence 0.9 --judge-steps 1".split()
+        "--n 4 --steps 8 --rules Patience Entropy FixedSteps --max-change 0.5 --confidence 0.9 --judge-steps 1".split()
     ),
 }
 MASKED = {"accuracy"}
@@ -288,7 +288,13 @@ SEVERAL: dict[str, dict[str, Any]] = {
     "norm-causality": {"steps": 3, "factors": [2.0], "noise": [1.0], "at": [0.5]},
     "more-steps": {"steps": [4, 6], "vanilla": [2, 3], "judge_steps": 1},
     "t-max": {"steps": 3, "judge_steps": 1},
-    "systems": {"steps": 4, "rules": ["Patience", "FixedSteps"], "max_loss": 0.5, "confidence": 0.9, "judge_steps": 1},
+    "systems": {
+        "steps": 4,
+        "rules": ["Patience", "FixedSteps"],
+        "max_change": 0.5,
+        "confidence": 0.9,
+        "judge_steps": 1,
+    },
     "accuracy": {"new_tokens": 4, "steps": [1], "rules": ["Patience"], "policies": ["EntropyBound"]},
 }
 """Settings with several grids, seeds, prompts, steps or rules for each model."""
@@ -441,7 +447,7 @@ def test_results_do_not_depend_on_the_batch(run: str) -> None:
 
 
 def test_the_boundary_is_the_least_patience_before_the_first_failure_from_above() -> None:
-    study: Any = studies.make("patience-sweep", max_loss=0.01)
+    study: Any = studies.make("patience-sweep", max_change=0.01)
     upper = {1: 0.5, 2: 0.005, 3: 0.02, 4: 0.009, 5: 0.001}
     sweep = [{"patience": p, "loss_upper": u} for p, u in upper.items()]
     assert study.boundary(sweep) == 4  # 2 passes by chance, behind 3 that fails
@@ -450,7 +456,7 @@ def test_the_boundary_is_the_least_patience_before_the_first_failure_from_above(
 
 def test_too_few_samples_cannot_show_the_boundary(run: str) -> None:
     with pytest.raises(CdlmError, match="at least"):
-        studies.make("patience-sweep", models=[run], n=20, max_loss=0.01).find()
+        studies.make("patience-sweep", models=[run], n=20, max_change=0.01).find()
 
 
 def test_of_each_sweep_the_settings_nearest_to_the_budgets_and_the_best_are_shown() -> None:
