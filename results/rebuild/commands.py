@@ -22,16 +22,10 @@ from rebuild.definition import PLACEHOLDER
 
 T = TypeVar("T")
 
-PRELOADED = (
-    "cdlm.runs.train",
-    "cdlm.training.run",
-    "lightning.pytorch.loggers",
-    "transformers.models.gpt2.modeling_gpt2",
-    "mauve",
-)
+PRELOADED = ("cdlm.runs.train", "cdlm.training.run", "lightning.pytorch.loggers", "mauve")
 """What commands import late."""
-SHOWN = 40
-"""Lines of the output of a command that failed."""
+LINES = 40
+"""Of the output of a command that failed, to show."""
 
 Runner = Callable[[Sequence[str], int, Path], None]
 """Runs a cdlm command, given its words, its number of threads and the file that its output is added to.
@@ -125,7 +119,7 @@ def _check(code: int | None, words: Sequence[str], log: Path, before: int) -> No
     """
     if code:
         lines = log.read_bytes()[before:].decode(errors="replace").splitlines()
-        print("\n".join(lines[-SHOWN:]), file=sys.stderr)
+        print("\n".join(lines[-LINES:]), file=sys.stderr)
         raise CdlmError(f"cdlm {words[0]} ended with exit code {code}; its whole output is in {log}")
 
 

@@ -177,7 +177,7 @@ class _Reader:
         }  # fmt: skip
         of = _fields("a table", content, kinds, ("title", "steps", "rows"))
         each = {self._name("a loop", name): self._loop(name, values) for name, values in of.get("each", {}).items()}
-        models = [self._entry(f"model {name}", name, value) for name, value in of.get("models", {}).items()]
+        models = [self._model(f"model {name}", name, value) for name, value in of.get("models", {}).items()]
         steps = [self._step(i, value) for i, value in enumerate(of["steps"], 1)]
         rows = [self._rows(i, value) for i, value in enumerate(of["rows"], 1)]
         data = {str(name): _text(f"data {name}", what) for name, what in of.get("data", {}).items()}
@@ -203,22 +203,17 @@ class _Reader:
             f"expected each.{name} to be a list of values, or a mapping of labels to mappings, got {values!r}"
         )
 
-    def _entry(self, place: str, name: str, value: Any) -> Entry:
+    def _model(self, place: str, name: str, value: Any) -> Entry:
         """A model: the arguments of its training, or these and the labels that it is for."""
-        of = _fields(
-            place, value if isinstance(value, dict) else {"train": value}, {"train": str, "only": dict}, ("train",)
-        )
-        return Entry(self._name("a model", name), _text(place, of["train"]), _labels(of.get("only", {})))
+        given = value if isinstance(value, dict) else {"train": value}
+        of = _fields(place, given, {"train": str, "only": dict}, ("train",))
+        return Entry(self._name("a model", name), _words(place, of["train"]), _labels(of.get("only", {})))
 
     def _step(self, number: int, value: Any) -> Entry:
         place = f"step {number}"
-        of = _fields(
-            place,
-            value if isinstance(value, dict) else {"run": value},
-            {"run": str, "name": str, "only": dict},
-            ("run",),
-        )
-        text = _text(place, of["run"])
+        given = value if isinstance(value, dict) else {"run": value}
+        of = _fields(place, given, {"run": str, "name": str, "only": dict}, ("run",))
+        text = _words(place, of["run"])
         if not text.startswith("cdlm "):
             raise CdlmError(f"expected a cdlm command in {place}, got {text!r}: write it as on a command line")
         return Entry(of.get("name", place), text.removeprefix("cdlm "), _labels(of.get("only", {})))
@@ -226,9 +221,8 @@ class _Reader:
     def _rows(self, number: int, value: Any) -> Entry:
         kinds = {"file": str, "at": str, "where": dict, "set": dict, "only": dict}
         of = _fields(f"rows {number}", value, kinds, ("file",))
-        return Entry(
-            "", of["file"], _labels(of.get("only", {})), of.get("at", "rows"), of.get("where", {}), of.get("set", {})
-        )
+        only = _labels(of.get("only", {}))
+        return Entry("", of["file"], only, of.get("at", "rows"), of.get("where", {}), of.get("set", {}))
 
     def _quick(self, of: Mapping[str, Any], each: Mapping[str, Any]) -> Quick:
         parts = _fields("quick", of.get("quick", {}), {"each": dict, "replace": dict, "append": dict}, ())
@@ -239,7 +233,7 @@ class _Reader:
             if not str(option).startswith("--"):
                 raise CdlmError(f"expected an option such as --n in quick.replace, got {option!r}")
             replace[option.replace("_", "-")] = None if value is None else str(value)
-        return Quick(kept, replace, {str(k): _text("quick.append", v) for k, v in parts.get("append", {}).items()})
+        return Quick(kept, replace, {str(k): _words("quick.append", v) for k, v in parts.get("append", {}).items()})
 
     def _name(self, what: str, name: Any) -> str:
         if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -264,8 +258,13 @@ def _fields(place: str, value: Any, kinds: Mapping[str, type], needed: Collectio
 def _text(place: str, value: Any) -> str:
     if not isinstance(value, str):
         raise CdlmError(f"expected {place} to be a text, got {value!r}")
+    return value
+
+
+def _words(place: str, value: Any) -> str:
+    """A text that can be split into words."""
     try:
-        shlex.split(value)
+        shlex.split(_text(place, value))
     except ValueError as error:
         raise CdlmError(f"{place} cannot be split into words ({first_line(error)}): {value!r}") from error
     return value
@@ -278,14 +277,11 @@ def _labels(value: Mapping[Any, Any]) -> dict[str, tuple[str, ...]]:
 def _check_labels(place: str, chosen: Mapping[str, tuple[str, ...]], each: Mapping[str, Mapping[str, Any]]) -> None:
     for name, labels in chosen.items():
         if name not in each:
-            raise CdlmError(
-                f"{place} names the loop {name!r}{nearest(name, each)}: there is {', '.join(each) or 'none'}"
-            )
+            raise CdlmError(f"{place} names a loop {name!r}{nearest(name, each)}: there is {', '.join(each) or 'none'}")
+        known = each[name]
         for label in labels:
-            if label not in each[name]:
-                raise CdlmError(
-                    f"{place} names {label!r}{nearest(label, each[name])} of {name}: it has {', '.join(each[name])}"
-                )
+            if label not in known:
+                raise CdlmError(f"{place} names {label!r}{nearest(label, known)} of {name}: it has {', '.join(known)}")
 
 
 def _check_placeholders(table: Table) -> None:

@@ -27,7 +27,7 @@ def digest(content: Any) -> str:
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content with its format and its hash."""
-    whole = {"format": FORMAT, **content}
+    whole = {"format": FORMAT, **{key: value for key, value in content.items() if key != SEAL}}
     return {**whole, SEAL: digest(whole)}
 
 

@@ -27,18 +27,14 @@ def read_rows(table: Table, entry: Entry, loops: Loops, places: Places) -> tuple
     [path] = replaced([table.filled(entry.text, loops)], places.of(loops))
     content = read_json(Path(path), f"what a step of {table.name} leaves")
     found = _at(table, entry, content)
-    where = {
-        key: [filled(v) for v in (value if isinstance(value, list) else [value])] for key, value in entry.where.items()
-    }
+    where = {key: [filled(one) for one in _listed(value)] for key, value in entry.where.items()}
     kept = [row for row in found if all(row.get(key) in values for key, values in where.items())]
     if not kept:
         raise table.error(f"{entry.text} has no row with {where}: there is {_choices(found, where)}")
     added = {**loops, **{key: filled(value) for key, value in entry.set.items()}}
     for row in kept:
         if clash := [key for key in added if key in row and row[key] != added[key]]:
-            raise table.error(
-                f"rows of {entry.text} have a column {clash[0]!r} of their own: call the loop or set otherwise"
-            )
+            raise table.error(f"{entry.text} has a column {clash[0]!r} of its own: give the loop, or set, another name")
     about = {key: value for key, value in content.items() if not _is_rows(value)} if entry.at != "." else {}
     return {"file": entry.text, **added, **about}, [{**added, **row} for row in kept]
 
@@ -58,6 +54,10 @@ def _at(table: Table, entry: Entry, content: Any) -> list[Row]:
 
 def _choices(rows: list[Row], where: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} {sorted({str(row.get(key)) for row in rows})}" for key in where)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _is_rows(value: Any) -> bool:

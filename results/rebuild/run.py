@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, takewhile
+from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,7 @@ def seeds(commands: Sequence[Sequence[str]]) -> dict[str, list[str]]:
     """Every seed that commands are given, by option; where none is given, it is the command's default."""
     found = dict[str, dict[str, None]]()
     for words in commands:
-        for option, value in zip(words, words[1:], strict=False):
+        for option, value in pairwise(words):
             if option.startswith("--") and option.endswith("seed"):
                 found.setdefault(option, {})[value] = None
     return {option: list(values) for option, values in found.items()}

@@ -57,12 +57,8 @@ class Tables:
         """
         rows = self.rows(name, **where)
         if by:
-            groups = {
-                row.get(by): [other for other in rows if other.get(by) == row.get(by)] for row in rows if by in row
-            }
-            if not groups:
-                raise _unknown(by, rows, name)
-            rows = [_merged(group) for group in groups.values()]
+            labels = dict.fromkeys(self.values(name, by, **where))
+            rows = [_merged([row for row in rows if by in row and row[by] == label]) for label in labels]
         shown = columns if isinstance(columns, Mapping) else {column: column for column in columns}
         cells = [[self._cell(expression, row, rows, name) for expression in shown.values()] for row in rows]
         lines = [list(shown), [":--", *["--:"] * (len(shown) - 1)], *cells]
@@ -100,13 +96,14 @@ class Tables:
         training = f", training of its models {_took(models)}" if models else ""
         commit = f"commit {of['commit'][:10]}" if of["commit"] else "no commit"
         machine = of["machine"]
-        parts = [machine["processor"], f"{machine['cores']} cores", *([f"{machine['memory_gb']} GB"] if machine["memory_gb"] else []),
-                 machine["system"], *machine["accelerators"]]  # fmt: skip
+        memory = [f"{machine['memory_gb']} GB"] if machine["memory_gb"] else []
+        parts = [machine["processor"], f"{machine['cores']} cores", *memory, machine["system"]]
         versions = ", ".join(f"{package} {version}" for package, version in of["versions"].items())
         threads = f"{of['threads']} thread{'s' if of['threads'] > 1 else ''}"
+        place = ", ".join([*parts, *machine["accelerators"], threads])
         return (
             f"{made} by `python results/build.py run {name}{' --quick' if of['quick'] else ''}` on {of['date']}:"
-            f" {_took(of['seconds']['steps'])}{training}; {', '.join(parts)}, {threads}; {versions};"
+            f" {_took(of['seconds']['steps'])}{training}; {place}; {versions};"
             f" {commit}{'' if of['clean'] else ' with changes'}."
         )
 
@@ -123,37 +120,36 @@ class Tables:
                 raise _unknown(column, rows, name)
             return DASH
         try:
-            return plain(self.environment.compile_expression(expression, undefined_to_none=False)(row)).replace(
-                "|", "\\|"
-            )
+            shown = plain(self.environment.compile_expression(expression, undefined_to_none=False)(row))
         except Missing:
             return DASH
+        return shown.replace("|", "\\|")
 
 
 def _merged(rows: Sequence[Row]) -> Row:
     """Rows as one: of each column the value that all rows have that have the column, or the list of their values."""
-    found = {
-        column: [row[column] for row in rows if column in row] for column in dict.fromkeys(c for r in rows for c in r)
-    }
+    found = {column: [row[column] for row in rows if column in row] for column in _columns(rows)}
     return Row({column: v[0] if all(one == v[0] for one in v) else v for column, v in found.items()})
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(column for row in rows for column in row))
 
 
 def _chosen(rows: list[Row], name: str, where: Mapping[str, Any]) -> list[Row]:
     for column, value in where.items():
-        wanted = value if isinstance(value, list) else [value]
-        if not any(column in row for row in rows):
+        wanted, there = value if isinstance(value, list) else [value], [row[column] for row in rows if column in row]
+        if not there:
             raise _unknown(column, rows, name)
-        for one in wanted:
-            if one not in (present := [row[column] for row in rows if column in row]):
-                raise CdlmError(
-                    f"{name} has no row with {column} {one!r} here: there is {', '.join(map(repr, dict.fromkeys(map(str, present))))}"
-                )
-        rows = [row for row in rows if row.get(column) in wanted]
+        if missing := [one for one in wanted if one not in there]:
+            known = ", ".join(dict.fromkeys(map(repr, there)))
+            raise CdlmError(f"{name} has no row with {column} {missing[0]!r} here: there is {known}")
+        rows = [row for row in rows if column in row and row[column] in wanted]
     return rows
 
 
 def _unknown(column: str, rows: Sequence[Row], name: str) -> CdlmError:
-    columns = dict.fromkeys(key for row in rows for key in row)
+    columns = _columns(rows)
     return CdlmError(f"{name} has no column {column!r}{nearest(column, columns)}: it has {', '.join(columns)}")
 
 
