@@ -457,6 +457,10 @@ def test_rows_of_a_group_are_one_line(pages: Callable[..., str]) -> None:
     columns = "{'s': 'system', 'loss': 'ar_nll | spread', 'n': 'calls', 'x': 'share | spread(1, percent=true)'}"
     lines = pages(f"{{{{ table('t', {columns}, by='system') }}}}").splitlines()
     assert lines[2:] == ["| A | 1.50 ± 0.71 | 64 | 37.5 ± 17.7 % |", "| real\\|text | 0.50 | - | - |"]
+    assert (
+        pages("{{ table('t', seed=1, system='A') }}").splitlines()[0]
+        == "| system | seed | ar_nll | ci | share | calls |"
+    )
     assert pages("{{ table('t', ['system', 'calls'], seed=[1]) }}").splitlines()[2:] == ["| A | 64 |"]
 
 

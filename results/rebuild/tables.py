@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from rebuild import document
 from rebuild.filters import Missing, plain
 
 DASH = "-"
+
+Columns = Mapping[str, str] | Sequence[str]
+Reader = tuple[frozenset[str], Callable[[Any], Any]]
+"""Columns that a cell needs, and its value in a row."""
 
 
 class Row(dict[str, Any]):
@@ -47,11 +52,12 @@ class Tables:
         return {"table": self.table, "row": self.row, "rows": self.rows, "values": self.values, "about": self.about,
                 "made_by": self.made_by}  # fmt: skip
 
-    def table(self, name: str, columns: Mapping[str, str] | Sequence[str], /, by: str = "", **where: Any) -> str:
+    def table(self, name: str, columns: Columns = (), /, by: str = "", **where: Any) -> str:
         """A table in Markdown, the first column on the left and the others on the right.
 
         Args:
-            columns: their headings, and for each an expression such as "ar_nll | number(3)"; or names of columns alone.
+            columns: headings, and for each an expression such as "ar_nll | number(3)"; or columns as they are, by default
+                all.
             by: column whose equal values make one line of several rows; `spread` then shows their mean and deviation.
             where: values, or lists of values, of columns.
         """
@@ -59,9 +65,12 @@ class Tables:
         if by:
             labels = dict.fromkeys(self.values(name, by, **where))
             rows = [_merged([row for row in rows if by in row and row[by] == label]) for label in labels]
-        shown = columns if isinstance(columns, Mapping) else {column: column for column in columns}
-        cells = [[self._cell(expression, row, rows, name) for expression in shown.values()] for row in rows]
-        lines = [list(shown), [":--", *["--:"] * (len(shown) - 1)], *cells]
+        if isinstance(columns, Mapping):
+            readers = {head: self._reader(expression) for head, expression in columns.items()}
+        else:
+            readers = {column: (frozenset([column]), itemgetter(column)) for column in columns or _columns(rows)}
+        cells = [[_cell(reader, row, rows, name) for reader in readers.values()] for row in rows]
+        lines = [list(readers), [":--", *["--:"] * (len(readers) - 1)], *cells]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def row(self, name: str, /, **where: Any) -> Row:
@@ -112,18 +121,22 @@ class Tables:
             self.read[name] = document.read(self.folder / f"{name}.json")
         return self.read[name]
 
-    def _cell(self, expression: str, row: Row, rows: Sequence[Row], name: str) -> str:
-        """A cell; a dash if the row lacks a column that another row has, or its number was not measured."""
+    def _reader(self, expression: str) -> Reader:
         asked = find_undeclared_variables(self.environment.parse(f"{{{{ {expression} }}}}"))
-        for column in asked - row.keys():
-            if not any(column in other for other in rows):
-                raise _unknown(column, rows, name)
-            return DASH
-        try:
-            shown = plain(self.environment.compile_expression(expression, undefined_to_none=False)(row))
-        except Missing:
-            return DASH
-        return shown.replace("|", "\\|")
+        return frozenset(asked), self.environment.compile_expression(expression, undefined_to_none=False)
+
+
+def _cell(reader: Reader, row: Row, rows: Sequence[Row], name: str) -> str:
+    """A cell; a dash if the row lacks a column that another row has, or its number was not measured."""
+    asked, value = reader
+    for column in asked - row.keys():
+        if not any(column in other for other in rows):
+            raise _unknown(column, rows, name)
+        return DASH
+    try:
+        return plain(value(row)).replace("|", "\\|")
+    except Missing:
+        return DASH
 
 
 def _merged(rows: Sequence[Row]) -> Row:
