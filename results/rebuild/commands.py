@@ -95,6 +95,7 @@ def stop_on_sigterm() -> None:
     """Let SIGTERM end this process as Ctrl-C does: the command that runs is asked to stop, and waited for."""
 
     def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would end the waiting
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)

@@ -56,8 +56,7 @@ class Tables:
         """A table in Markdown, the first column on the left and the others on the right.
 
         Args:
-            columns: headings, and for each an expression such as "ar_nll | number(3)"; or columns as they are, by default
-                all.
+            columns: headings, and for each an expression such as "ar_nll | number(3)"; or columns, by default all.
             by: column whose equal values make one line of several rows; `spread` then shows their mean and deviation.
             where: values, or lists of values, of columns.
         """
