@@ -21,11 +21,11 @@ DEMO   := runs/demo
 SAMPLE := --n 256 --steps 100 --grid "LogT()" --score_temperature 0.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-soak lint format clean
+.PHONY: help demo test test-soak results results-quick results-check lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 demo: $(VENV)/.demo  ## Train a small model, sample it with adaptive halting, evaluate it
 	rm -rf $(DEMO)
@@ -41,6 +41,19 @@ test-soak: SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 test-soak: $(VENV)/.dev  ## Try each property on 500 new examples; to repeat: make test-soak SEED=… TESTS=tests/test_….py
 	@echo "Repeat with: make test-soak SEED=$(SEED) TESTS=\"$(TESTS)\""
 	$(PYTEST) -m "hypothesis and not slow and not gpu" --hypothesis-profile=soak --hypothesis-seed=$(SEED) $(TESTS)
+
+results: $(VENV)/.dev  ## Build tables of results, and render the pages: make results TABLE="demo systems"
+	$(if $(TABLE),,$(error Name tables of results/tables, or all: make results TABLE=demo))
+	$(PY) results/build.py run $(TABLE)
+	$(PY) results/build.py render
+
+results-quick: $(VENV)/.dev  ## Build the small version of every table from nothing, and its pages
+	rm -rf runs/results/quick
+	$(PY) results/build.py run all --quick
+	$(PY) results/build.py render --quick
+
+results-check: $(VENV)/.dev  ## Say which pages and tables of results are not as they were made; the tests do so too
+	$(PY) results/build.py check
 
 lint: $(VENV)/.dev  ## Check style, types and import floors
 	$(VENV)/bin/ruff check .

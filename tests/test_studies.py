@@ -1,6 +1,7 @@
 """Studies: what they measure has known answers, and each runs from the command line on a small model."""
 
 import csv
+import json
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -249,6 +250,11 @@ def test_a_study_leaves_a_table_its_numbers_and_a_picture(
     assert len(lines) - 2 >= LINES[name]
     assert all(row["model"] == "run" for row in rows_of(tmp_path / f"{name}.csv"))
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    cells = [[cell.replace("|", "\\|") for cell in row.values()] for row in content["table"]]
+    assert lines[2:] == [f"| {' | '.join(row)} |" for row in cells]
+    assert content["note"] in table
+    assert len(content["rows"]) == len(rows_of(tmp_path / f"{name}.csv"))
     settings = yaml.safe_load(table.split("```yaml\n")[1].split("```")[0])
     assert settings["models"] == [run]
 

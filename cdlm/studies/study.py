@@ -1,7 +1,9 @@
-"""What all studies share: settings, models, and the three files they leave."""
+"""What all studies share: settings, models, and the four files they leave."""
 
 from __future__ import annotations
 
+import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -58,7 +60,7 @@ class Study(MachineOptions, ABC):
     Args:
         models: run folders, one or more.
         n: samples of each run.
-        out: folder for the CSV, the table and the picture.
+        out: folder for the CSV, the JSON, the table and the picture.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
@@ -90,7 +92,7 @@ class Study(MachineOptions, ABC):
         return session.with_sampling(configured(session.sampling, settings))
 
     def run(self, name: str) -> str:
-        """Do the experiment, write NAME.csv, NAME.md and NAME.png into `out`, and return the table."""
+        """Do the experiment, write NAME.csv, NAME.json, NAME.md and NAME.png into `out`, and return the table."""
         self.check()
         try:
             for model in self.models:  # so that one that cannot be used is found before any work
@@ -99,8 +101,12 @@ class Study(MachineOptions, ABC):
         finally:
             self.close()
         write_rows(self.out / f"{name}.csv", found.rows)
-        settings = yaml.safe_dump({key: _plain(value) for key, value in asdict(self).items()}, sort_keys=False)
-        write_text(self.out / f"{name}.md", f"{found.markdown}\nSettings:\n\n```yaml\n{settings}```\n")
+        settings = _plain(asdict(self))
+        content = {"study": name, "settings": settings, "note": found.note, "table": found.table, "rows": found.rows}
+        text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+        write_text(self.out / f"{name}.json", text + "\n")
+        text = yaml.safe_dump(settings, sort_keys=False)
+        write_text(self.out / f"{name}.md", f"{found.markdown}\nSettings:\n\n```yaml\n{text}```\n")
         draw(found.panels, self.out / f"{name}.png")
         return found.markdown
 
@@ -231,5 +237,14 @@ def column(rows: Sequence[Mapping[str, Any]], name: str) -> Float[np.ndarray, " 
     return np.array([row[name] for row in rows], np.float64)
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
+    """The same for YAML and JSON: paths as text, numbers of Python, and None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,91 @@
+"""Models of tables: trained once, and used again by every table that trains the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cdlm.core.files import write_text
+from rebuild.commands import Runner, replaced, shown
+from rebuild.data import digest_of
+from rebuild.definition import PLACEHOLDER, Loops
+from rebuild.document import digest
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Args:
+        name: in the table.
+        loops: values of the loops that it is in.
+        words: of the command, from "train" on, with placeholders of data files.
+        data: places of these files.
+        root: of the checkout.
+        folder: of all models.
+    """
+
+    name: str
+    loops: Loops
+    words: tuple[str, ...]
+    data: Mapping[str, Path]
+    root: Path
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """The name with the values of the loops."""
+        return "-".join([self.name, *(re.sub(r"[^\w.]+", "_", str(value)) for value in self.loops.values())])
+
+    @property
+    def place(self) -> Path:
+        """The run folder. It has another name if the command, a settings file or a data file is another."""
+        used = sorted({name for word in self.words for name in PLACEHOLDER.findall(word)})
+        files = {word: digest_of(self.root / word) for word in self.words if (self.root / word).is_file()}
+        key = digest([list(self.words), files, {name: digest_of(self.data[name]) for name in used}])
+        return self.folder / f"{self.label}-{key[:10]}"
+
+    def run(self, runner: Runner, threads: int, cache: Path, origin: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Train the model unless it is there; an interrupted training goes on.
+
+        Args:
+            cache: folder of tokenised data and judges.
+            origin: says what `rebuild.machine.origin` says.
+
+        Returns:
+            the record that is kept beside the model: its command, how long it took in all, and where it comes from.
+        """
+        place = self.place
+        file = place.with_name(f"{place.name}.json")
+        record = self._record(file)
+        if record["finished"] and place.is_dir():
+            return record
+        resumed = (place / "checkpoints" / "last.ckpt").exists()
+        if not resumed:
+            shutil.rmtree(place, ignore_errors=True)
+            record["seconds"] = 0.0
+        words = list(replaced(self.words, {name: [str(path)] for name, path in self.data.items()}))
+        new = [*words, "--cache", str(cache), "--out", str(place)]
+        record |= {"threads": threads, **origin()}
+        start = time.monotonic()
+        try:
+            runner(["train", "--resume", str(place)] if resumed else new, threads, place.with_name(f"{place.name}.log"))
+            record["finished"] = True
+        finally:  # the time of an interrupted training counts
+            record["seconds"] = round(record["seconds"] + time.monotonic() - start, 1)
+            write_text(file, json.dumps(record, indent=1) + "\n")
+        return record
+
+    def _record(self, file: Path) -> dict[str, Any]:
+        new = {"command": shown(["cdlm", *self.words]), "seconds": 0.0, "finished": False}
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return new
+        return found if isinstance(found, dict) and found.keys() >= new.keys() else new
