@@ -181,7 +181,7 @@ class Known(Rivals):
 
     def _drawn(self, rival: Session, m: int) -> Outcome:
         name = list(self.drawn)[rival.criterion.steps - 1]  # type: ignore[attr-defined]
-        made = self.drawn[name]
+        made: Any = self.drawn[name]
         return made(rival.settings["score_temperature"]) if callable(made) else made
 
 

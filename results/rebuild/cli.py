@@ -69,11 +69,14 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2)
 
 
-def run(folders: Folders, names: list[str], quick: bool, data: Path | None, runner: Runner) -> None:
+def run(
+    folders: Folders, names: list[str], quick: bool, data: Path | None, runner: Runner, models_alone: bool = False
+) -> None:
     """Build tables; all their YAML files are read first.
 
     Args:
         data: folder of the files that they need.
+        models_alone: train their models and no more.
     """
     tables = [read_table(file) for file in files_of(folders.definitions, names)]
     work = folders.working(quick)
@@ -86,7 +89,7 @@ def run(folders: Folders, names: list[str], quick: bool, data: Path | None, runn
         for table in tables:  # what is missing is better known before the long work
             builder.places(table)
     for table in tables:
-        builder.build(table)
+        (builder.train if models_alone else builder.build)(table)
 
 
 def render(folders: Folders, quick: bool) -> None:
@@ -160,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser("run", help="run the commands of tables and write their JSON files")
     build.add_argument("names", nargs="+", metavar="NAME", help="tables of results/tables, or all")
     build.add_argument("--data", type=Path, help="folder of the files that tables need; by default $CDLM_DATA")
+    build.add_argument("--models-alone", action="store_true", help="train the models of the tables and no more")
     build.set_defaults(do=_run)
     draw = commands.add_parser("render", help="write the pages")
     draw.set_defaults(do=_render)
@@ -177,7 +181,7 @@ def _run(folders: Folders, options: argparse.Namespace) -> list[str]:
     given = options.data or (Path(os.environ["CDLM_DATA"]) if os.environ.get("CDLM_DATA") else None)
     forked = options.quick and sys.platform == "linux"
     runner = in_forked_process(folders.root) if forked else in_new_process(folders.root)
-    run(folders, options.names, options.quick, given, runner)
+    run(folders, options.names, options.quick, given, runner, options.models_alone)
     return []
 
 

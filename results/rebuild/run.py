@@ -59,7 +59,7 @@ class Builder:
         start, made = time.monotonic(), {"threads": table.threads, **self.origin()}
         steps = list(self._steps(table))
         places = self.places(table)
-        models = [self._trained(training, table.threads) for training in places.trainings]
+        models = self.train(table)
         journal = Journal(places.work / "done.json")
         ran = self._ran(steps, places, table.threads, journal)
         kept = [read_rows(table, entry, loops, places) for entry, loops in self._each(table, table.rows)]
@@ -75,6 +75,10 @@ class Builder:
         journal.close()
         self.say(f"{table.name}: {len(content['rows'])} rows, after {time.monotonic() - start:.0f} s, in {file}")
         return file
+
+    def train(self, table: Table) -> list[dict[str, Any]]:
+        """Train the models of a table that are not trained, and say of each how it was made."""
+        return [self._trained(training, table.threads) for training in self.places(table).trainings]
 
     def places(self, table: Table) -> Places:
         """Where the models and the data of a table are, or will be."""
