@@ -69,8 +69,8 @@ def test_a_comparison_with_live_rules_loads_a_model_once(monkeypatch: pytest.Mon
     monkeypatch.setattr(api, "open_judge", lambda *args, **kwargs: random_judge())
     folder = tmp_path / "cdcd"
     shutil.copytree(MODELS / "cdcd", folder)
-    main(["compare", str(folder), "--steps", "4", "--n", "6", "--live", "4", "--fewer", "2", "--rules", "JoT(3.0)", "--measure", "nats",
-          "FixedSteps(3)", "--out", str(tmp_path / "out"), "--quiet"])  # fmt: skip
+    main(["compare", str(folder), "--steps", "4", "--n", "6", "--live", "4", "--fewer", "2", "--rules", "JoT(3.0)",
+          "FixedSteps(3)", "--measure", "nats", "--out", str(tmp_path / "out"), "--quiet"])  # fmt: skip
     assert loads == ["cdcd"]
 
 
