@@ -54,6 +54,12 @@ def sentences(count: int, seed: int) -> list[str]:
     return [" ".join(part[draw.integers(3)] for part in parts) for _ in range(count)]
 
 
+def passages(count: int, seed: int) -> list[str]:
+    """Four sentences each, a line apiece: so many that two draws hardly share any."""
+    lines = sentences(4 * count, seed)
+    return ["\n".join(lines[4 * i : 4 * i + 4]) for i in range(count)]
+
+
 def packed_rows(texts: list[str], batch: int = 16, seed: int = 0) -> Iterator[torch.Tensor]:
     ids = torch.tensor(byte_tokenizer()("\n".join(texts))["input_ids"])
     draw = torch.Generator().manual_seed(seed)

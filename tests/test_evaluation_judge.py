@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from evaluation_toys import LENGTH, byte_tokenizer, packed_rows, random_judge, sentences, trained_judge
+from evaluation_toys import LENGTH, byte_tokenizer, packed_rows, random_judge, sentences
 from safetensors.torch import load_file, save_file
 
 from cdlm.core.errors import CdlmError
-from cdlm.evaluation.judge import Judge, features
+from cdlm.evaluation.judge import Judge
 from cdlm.evaluation.metrics.ar_nll import ar_nll
 from cdlm.evaluation.small_judge import JudgeSize, cached_judge, train_judge
 
@@ -162,23 +162,3 @@ def test_the_cache_trains_once_for_a_key(tmp_path):
     cached_judge("e2e, seed 1", tmp_path, train)
     assert len(calls) == 2
     assert len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.parametrize("batch_size", [2, 5, 32])
-def test_features_do_not_depend_on_the_batch(batch_size):
-    one = features(trained_judge(), TEXTS, batch_size=1)
-    np.testing.assert_allclose(features(trained_judge(), TEXTS, batch_size=batch_size), one, rtol=1e-4, atol=1e-5)
-    backwards = features(trained_judge(), TEXTS[::-1], batch_size=batch_size)
-    np.testing.assert_allclose(backwards[::-1], one, rtol=1e-4, atol=1e-5)
-
-
-def test_features_are_the_last_hidden_state_of_the_tokens_read():
-    judge = random_judge()
-    ids = torch.tensor([judge.encode(["a dog"])[0].ids])
-    with torch.no_grad():
-        expected = judge.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
-    np.testing.assert_allclose(features(judge, ["a dog"])[0], expected, rtol=1e-5, atol=1e-6)
-    same = features(judge, ["a dog", "a dog sees", ""], max_tokens=5)
-    np.testing.assert_allclose(same[0], same[1], rtol=1e-5, atol=1e-6)
-    assert not same[2].any()
-    assert features(judge, []).shape == (0, 16)

@@ -16,7 +16,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.data.sources import Files, Stories
 from cdlm.data.store import DocumentRows, PackedRows, TextRows, TokenStore, build_store
 from cdlm.data.tokenizer import encode_batch
-from cdlm.evaluation.evaluate import evaluate_files
+from cdlm.evaluation.evaluate import Distances, evaluate_files
 from cdlm.evaluation.judge import Judge
 from cdlm.evaluation.small_judge import SmallJudge
 from cdlm.evaluation.texts import REAL, Entry, Part, RealText, _draw, read_texts
@@ -275,9 +275,9 @@ def test_a_judge_is_opened_only_when_the_sizes_fit(tmp_path: Path) -> None:
 
     held = held_out(tmp_path)
     with pytest.raises(CdlmError, match="rows of real text"):
-        evaluate_files({"many": [Entry("a")] * 999}, held, judge, mauve_seeds=0)
+        evaluate_files({"many": [Entry("a")] * 999}, held, [judge], distances=Distances(splits=0))
     assert not opened
-    table = evaluate_files({"plain": [Entry("the cat"), Entry("a dog")]}, held, judge, mauve_seeds=0)
+    table = evaluate_files({"plain": [Entry("the cat"), Entry("a dog")]}, held, [judge], distances=Distances(splits=0))
     assert opened == ["cpu"]
     row = table.rows[0]
     assert (row["mean_nfe"], row["steps"], row["halted"]) == (None, None, None)
@@ -302,7 +302,7 @@ def test_the_small_judge_reads_line_breaks_where_documents_end(tmp_path: Path) -
 def test_two_processes_measure_what_one_measures(tmp_path: Path) -> None:
     texts = {"plain": [Entry(text) for text in TEXTS]}
     held = held_out(tmp_path)
-    one, two = (evaluate_files(texts, held, judge_on, mauve_seeds=0, devices=n) for n in (1, 2))
+    one, two = (evaluate_files(texts, held, [judge_on], distances=Distances(splits=0), devices=n) for n in (1, 2))
     for row, other in zip(one.rows, two.rows, strict=True):
         assert row["judge_tokens"] == other["judge_tokens"]
         assert row["ar_nll"] == pytest.approx(other["ar_nll"], rel=1e-5)  # other batches, other rounding

@@ -22,8 +22,8 @@ class JudgeOptions:
     """The judge of AR-NLL."""
 
     judge: str | None = None
-    """Any Hugging Face causal language model, by folder or Hub id; by default a small GPT-2 is trained on the run's
-    text once and cached."""
+    """Any Hugging Face causal language model, by folder, GGUF file or Hub id; by default a small GPT-2 is trained on
+    the run's text once and cached."""
     judge_steps: int = 500
     """Training steps of the small GPT-2."""
 

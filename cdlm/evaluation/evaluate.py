@@ -1,124 +1,177 @@
-"""Samples, held-out real text, and the same text with shuffled tokens, under every metric at once.
+"""Samples, real text, and real text without its order, under every metric at once.
 
-No number stands alone. AR-NLL has the entropy beside it, MAUVE its real-versus-real ceiling, and all rows have the same
-number of texts, since most of these measures move with it.
+No number stands alone. AR-NLL has the entropy beside it. MAUVE and the Fréchet distance have the value of real text
+against real text, and those of real text whose tokens are shuffled, or drawn at random.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
+from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
-from cdlm.core.parallel import Workers, deal, interleaved
+from cdlm.core.parallel import Workers
 from cdlm.core.stats import RESAMPLES
-from cdlm.evaluation.judge import Judge, features
+from cdlm.evaluation.judge import Judge, Readers
 from cdlm.evaluation.metrics import diversity
 from cdlm.evaluation.metrics import mauve as mauve_metric
 from cdlm.evaluation.metrics.ar_nll import ArNll, ar_nll
-from cdlm.evaluation.metrics.registry import METRICS, JudgedTexts
+from cdlm.evaluation.metrics.features import MOST_TOKENS, Features, NGrams
+from cdlm.evaluation.metrics.reference import DISTANCES, Reference
+from cdlm.evaluation.metrics.registry import METRICS, OF_THE_JUDGE, JudgedTexts
 from cdlm.evaluation.table import Evaluation, Row
-from cdlm.evaluation.texts import Corpus, Entry, RealText, Value
-
-T = TypeVar("T")
+from cdlm.evaluation.texts import Corpus, Entry, RealText
 
 ENTROPY_MARGIN = 0.1
 """Nats by which samples may stay under the entropy of real text before the table warns."""
 
-FEATURE_TOKENS = 256
+
+@dataclass(frozen=True)
+class Distances:
+    """How sets of texts are compared with real text by their distribution.
+
+    Args:
+        features: what of the texts.
+        splits: random splits of the real text; 0 leaves all distances out.
+        mauve: compute MAUVE too, which needs the package mauve-text.
+    """
+
+    features: Features = field(default_factory=NGrams)
+    splits: int = 5
+    mauve: bool = True
+
+    def __post_init__(self) -> None:
+        check_whole("a comparison with real text", least=0, splits=self.splits)
+
+    @property
+    def names(self) -> list[str]:
+        """Keys of the columns."""
+        return [name for name in DISTANCES if self.mauve or name != "mauve"]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The real text that samples stand beside.
+
+    Args:
+        rows: sets of it, the held-out one first; what the AR-NLL and the entropy of samples are compared with is last.
+        splits: pairs of disjoint sets that distances are computed from, of `RealText.splits`.
+        decode: turns the generator's tokens into text.
+    """
+
+    rows: Sequence[Corpus]
+    decode: Callable[[list[int]], str]
+    splits: Sequence[tuple[Corpus, Corpus]] = ()
+
+    @property
+    def side(self) -> int:
+        """Texts on each side of a split; 0 without splits."""
+        return len(self.splits[0][0].texts) if self.splits else 0
+
+    @staticmethod
+    def of(text: RealText, count: int, splits: int) -> Beside:
+        """Held-out text in `count` rows, and text like the training text in as many, or all there are.
+
+        Raises:
+            CdlmError: there is less held-out text.
+        """
+        rows = [text.corpus("held out", count)]
+        if text.unread is not None:
+            rows.append(text.corpus("like training", min(count, len(text.unread))))
+        side = min(count, text.most)
+        return Beside(rows, text.decode, text.splits(side, splits) if side and splits else ())
 
 
 def evaluate_files(
     files: Mapping[str, Sequence[Entry]],
     text: RealText,
-    open_judge: Callable[[str], Judge],
+    judges: Sequence[Callable[[str], Judge]],
     *,
-    mauve_seeds: int = 5,
+    distances: Distances | None = None,
     device: str = "cpu",
     devices: int = 1,
+    notes: Sequence[str] = (),
 ) -> Evaluation:
-    """The table of sets of texts, by name, beside held-out text; see `evaluate`.
+    """The table of sets of texts, by name, beside real text; see `evaluate`.
 
     Args:
         files: equally many texts each, from `read_texts`.
         text: of the run that the texts are compared with.
-        open_judge: gives the judge on a device, once in each process, and only when all that can be checked without it
+        judges: each gives a judge on a device, once in each process, and only when all that can be checked without it
             is checked.
-        mauve_seeds: k-means seeds; 0 leaves MAUVE out.
-        device, devices: where the judge runs, and on how many processes.
+        device, devices: where the judges run, and on how many processes.
+        notes: to stand under the table.
 
     Raises:
-        CdlmError: there is too little held-out text, or the package of MAUVE is missing.
+        CdlmError: there is too little held-out text, or a package is missing.
     """
+    distances = distances or Distances()
+    if distances.splits and distances.mauve:
+        mauve_metric.library()  # its absence is better known before the long work
     samples = [text.samples(name, entries) for name, entries in files.items()]
-    count = len(samples[0].texts)
-    real, reference = text.corpus("held out", count), None
-    if mauve_seeds:
-        left, reference = text.splits(count, 1)[0]
-        real = real if text.unread else replace(left, name=real.name, extra=real.extra)
-    check_sizes(samples, real, reference)
-    with Workers(open_judge, devices, device) as workers:
-        return evaluate(
-            samples, real, open_judge(device), decode=text.decode, mauve_reference=reference,
-            mauve_seeds=mauve_seeds, workers=workers,
-        )  # fmt: skip
+    beside = Beside.of(text, check_sizes(samples), distances.splits)
+    pools = [Workers(opens, devices, device) for opens in judges]
+    try:
+        readers = [Readers(opens(device), pool) for opens, pool in zip(judges, pools, strict=True)]
+        return evaluate(samples, beside, readers, distances=distances, notes=notes)
+    finally:
+        for pool in pools:
+            pool.close()
 
 
 def evaluate(
     samples: Sequence[Corpus],
-    real: Corpus,
-    judge: Judge,
+    beside: Beside,
+    readers: Sequence[Readers],
     *,
-    decode: Callable[[list[int]], str],
-    mauve_reference: Corpus | None = None,
-    mauve_seeds: int = 5,
+    distances: Distances | None = None,
     seed: int = 0,
-    workers: Workers[Judge] | None = None,
+    notes: Sequence[str] = (),
 ) -> Evaluation:
-    """Measure sets of samples, held-out real text, and that text with shuffled tokens, equally many texts each.
+    """Measure sets of samples, real text, and held-out text with its tokens shuffled and drawn at random.
 
     Args:
-        samples: what is judged, one row each; the first sets the number of texts n, the others must have as many.
-        real: held-out text, at least n; the first n are used.
-        judge: see `Judge`.
-        decode: turns the generator's tokens into text, for the shuffled row.
-        mauve_reference: more real text, at least n, disjoint from `real`: every row's MAUVE is against its first n, so
-            the row of real text shows the ceiling. None leaves MAUVE out.
-        mauve_seeds: number of k-means seeds.
-        seed: of the shuffling and of the texts drawn for self-BLEU.
-        workers: further processes with the same judge; they change the result by rounding alone.
+        samples: what is judged, one row each, equally many texts each.
+        beside: the real text.
+        readers: the judges; the first one's numbers are compared with those of real text.
+        distances: how to compare with the splits of `beside`.
+        seed: of the shuffling, of the salad, and of the texts drawn for self-BLEU.
+        notes: more of them, to stand first.
 
-    Raises CdlmError when there is less real text than samples, or nothing to evaluate.
+    Raises:
+        CdlmError: nothing to evaluate, unequal numbers of samples, or samples that are real text themselves.
     """
-    count = check_sizes(samples, real, mauve_reference)
-    real = real.first(count)
-    corpora = [*samples, real, real.shuffled(decode, seed)]
-    readers = _Readers(judge, workers)
-    rows = [_row(corpus, readers.ar_nll(corpus), seed) for corpus in corpora]
+    count, distances = check_sizes(samples), distances or Distances()
+    held_out, target = beside.rows[0], beside.rows[-1]
+    floors = [held_out.shuffled(beside.decode, seed), held_out.salad(beside.decode, seed)]
+    corpora = [*samples, *beside.rows, *floors]
+    reference = _reference(corpora, beside, distances, readers[0])
+    far = [_distances(corpus, reference, distances) for corpus in corpora]  # refuses copies before the long work
+    rows = [{**row, **more} for row, more in zip(_judged(corpora, readers, seed), far, strict=True)]
+    real = rows[len(samples) + len(beside.rows) - 1]
+    found = [note for row in rows[: len(samples)] for note in _notes(row, real, target.name)]
     settings: dict[str, Any] = {
         "texts": count, "seed": seed, "bootstrap": RESAMPLES, "entropy_margin": ENTROPY_MARGIN,
-        "feature_tokens": min(FEATURE_TOKENS, judge.context),
-        "self_bleu": {"scored": diversity.BLEU_SCORED, "references_from": diversity.BLEU_POOL}, "mauve": None,
+        "compared_with": target.name,
+        "self_bleu": {"scored": diversity.BLEU_SCORED, "references_from": diversity.BLEU_POOL},
+        "distances": reference and _settings(reference, corpora, distances, readers[0].judge),
     }  # fmt: skip
-    notes = [note for row in rows[: len(samples)] for note in _notes(row, rows[len(samples)])]
-    if mauve_reference is not None and count < mauve_metric.FEWEST_TEXTS:
-        notes.append(f"no MAUVE: it needs at least {mauve_metric.FEWEST_TEXTS} texts a side, here are {count}.")
-    elif mauve_reference is not None:
-        seeds = tuple(range(1, mauve_seeds + 1))
-        settings["mauve"] = _add_mauve(rows, corpora, mauve_reference.first(count), seeds, readers.features)
-    return Evaluation(judge.describe(), settings, tuple(_without_nan(row) for row in rows), tuple(notes))
+    return Evaluation(
+        tuple(reader.judge.describe() for reader in readers),
+        settings,
+        tuple(_without_nan(row) for row in rows),
+        (*notes, *found, *_notes_of_size(count, beside, distances)),
+    )
 
 
-def check_sizes(samples: Sequence[Corpus], real: Corpus, reference: Corpus | None) -> int:
+def check_sizes(samples: Sequence[Corpus]) -> int:
     """How many texts each set of samples has, n.
 
     Raises:
-        CdlmError: none, or not equally many; less real text; or MAUVE is to be computed and its package is missing.
+        CdlmError: none, or not equally many.
     """
     count = len(samples[0].texts) if samples else 0
     if count == 0:
@@ -129,55 +182,79 @@ def check_sizes(samples: Sequence[Corpus], real: Corpus, reference: Corpus | Non
                 f"expected {count} texts in {corpus.name!r} as in {samples[0].name!r}, got {len(corpus.texts)}: most"
                 " measures move with the number of texts; draw equally many"
             )
-    for corpus in (real, reference):
-        if corpus is not None and len(corpus.texts) < count:
-            raise CdlmError(
-                f"expected at least {count} texts in {corpus.name!r}, as many as samples, got {len(corpus.texts)}; "
-                "pass more real text or fewer samples"
-            )
-    if reference is not None:
-        mauve_metric.library()  # its absence is better known before the long work
     return count
 
 
-def _row(corpus: Corpus, score: ArNll, seed: int) -> Row:
-    texts = JudgedTexts(corpus, score, seed)
-    row: Row = {
-        "name": corpus.name, "n": len(corpus.texts), **{metric.key: metric.measure(texts) for metric in METRICS},
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _judged(corpora: Sequence[Corpus], readers: Sequence[Readers], seed: int) -> list[Row]:
+    """The rows, without distances."""
+    names = [reader.judge.name for reader in readers]
+    if len(set(names)) < len(names):
+        raise CdlmError(f"expected judges of different names, got {', '.join(names)}: give each once")
+    rows = []
+    for corpus in corpora:
+        score, *others = (JudgedTexts(corpus, _ar_nll(reader, corpus), seed) for reader in readers)
+        judged = {
+            name: {metric.key: metric.measure(other) for metric in OF_THE_JUDGE}
+            for name, other in zip(names[1:], others, strict=True)
+        }
+        row: Row = {"name": corpus.name, "n": len(corpus.texts), **{m.key: m.measure(score) for m in METRICS}}
+        if judged:
+            row["judged"] = judged
+        if clash := row.keys() & corpus.extra.keys():
+            raise CdlmError(f"expected new names for extra columns, got {sorted(clash)}; rename them")
+        rows.append({**row, **corpus.extra})
+    return rows
+
+
+def _ar_nll(readers: Readers, corpus: Corpus) -> ArNll:
+    given = corpus.given or [[] for _ in corpus.texts]
+    merged = ArNll.merge(readers.map(_ar_nll_of, list(zip(corpus.texts, given, strict=True))))
+    return replace(merged, serial=corpus.serial)
+
+
+def _ar_nll_of(judge: Judge, texts: Sequence[tuple[str, list[tuple[int, int]]]]) -> ArNll:
+    return ar_nll(judge, [text for text, _ in texts], [given for _, given in texts])
+
+
+def _reference(corpora: Sequence[Corpus], beside: Beside, distances: Distances, readers: Readers) -> Reference | None:
+    if beside.side < mauve_metric.FEWEST_TEXTS:
+        return None
+    return Reference.of(beside.splits, distances.features.suited(corpora), readers)
+
+
+def _distances(corpus: Corpus, reference: Reference | None, distances: Distances) -> Row:
+    """The columns that need other texts. The row of the reference shows one side of it against the other."""
+    if reference is None:
+        return {}
+    measures = {name: DISTANCES[name] for name in distances.names}
+    own = corpus.name == reference.name
+    found = reference.ceiling(measures) if own else reference.compare(corpus, measures)
+    return {key: value for name, spread in found.items() for key, value in spread.columns(name).items()}
+
+
+def _settings(reference: Reference, corpora: Sequence[Corpus], distances: Distances, judge: Judge) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "features": str(distances.features.suited(corpora)), "feature_tokens": min(MOST_TOKENS, judge.context),
+        "reference": reference.name, "splits": len(reference.sides), "texts": reference.count,
     }  # fmt: skip
-    if clash := row.keys() & corpus.extra.keys():
-        raise CdlmError(f"expected new names for extra columns, got {sorted(clash)}; rename them")
-    return {**row, **corpus.extra}
+    return {**found, "mauve": mauve_metric.settings(reference.count) if distances.mauve else None}
 
 
-def _add_mauve(
-    rows: list[Row],
-    corpora: list[Corpus],
-    reference: Corpus,
-    seeds: tuple[int, ...],
-    features_of: Callable[[Corpus], np.ndarray],
-) -> dict[str, Any]:
-    """Fill in MAUVE of every row against the reference; returns the settings behind the numbers."""
-    target = features_of(reference)
-    settings: dict[str, Any] = {}
-    for row, corpus in zip(rows, corpora, strict=True):
-        result = mauve_metric.mauve(features_of(corpus), target, seeds)
-        row["mauve"], row["mauve_sd"], settings = result.mean, result.sd, result.settings
-    return {**settings, "reference": reference.name}
-
-
-def _notes(samples: Row, real: Row) -> list[str]:
+def _notes(samples: Row, real: Row, name: str) -> list[str]:
     """Warnings; a NaN compares as false and warns of nothing."""
     notes = []
     for key, what in (("sample_entropy", "inside a sample"), ("unigram_entropy", "over all samples")):
         here, there = samples[key], real[key]
         if here < there - ENTROPY_MARGIN:
             notes.append(
-                f"the entropy {what} is {there - here:.2f} nats under real text's ({here:.2f} against {there:.2f}): "
+                f"the entropy {what} is {there - here:.2f} nats under that of {name} ({here:.2f} against {there:.2f}): "
                 "the samples are poorer, and a low AR-NLL is then no sign of quality."
             )
     if samples["ar_nll"] < real["ar_nll"]:
-        notes.append("the samples' AR-NLL is under that of real text: they are easier to predict, which is not better.")
+        notes.append(f"the samples' AR-NLL is under that of {name}: they are easier to predict, which is not better.")
     if samples["unscored"]:
         notes.append(
             f"{samples['unscored']} of {samples['n']} samples gave the judge nothing to score (empty or too short)."
@@ -185,41 +262,28 @@ def _notes(samples: Row, real: Row) -> list[str]:
     return notes
 
 
-def _without_nan(row: Row) -> Row:
-    def finite(value: Value) -> bool:
-        return not isinstance(value, float) or math.isfinite(value)
-
-    return {
-        key: [entry if finite(entry) else None for entry in value]
-        if isinstance(value, list)
-        else (value if finite(value) else None)
-        for key, value in row.items()
-    }
-
-
-# --- the judge on several processes -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Readers:
-    """A judge, here and on further processes: each reads every N-th text."""
-
-    judge: Judge
-    workers: Workers[Judge] | None
-
-    def ar_nll(self, corpus: Corpus) -> ArNll:
-        given = corpus.given or [[] for _ in corpus.texts]
-        merged = ArNll.merge(self._map(_ar_nll, list(zip(corpus.texts, given, strict=True))))
-        return replace(merged, serial=corpus.serial)
-
-    def features(self, corpus: Corpus) -> Float[np.ndarray, "m w"]:
-        return interleaved(self._map(features, corpus.texts))
-
-    def _map(self, work: Callable[[Judge, Any], T], items: Sequence[Any]) -> list[T]:
-        if self.workers is None:
-            return [work(self.judge, items)]
-        return self.workers.map(work, self.judge, deal(items, len(self.workers)))
+def _notes_of_size(count: int, beside: Beside, distances: Distances) -> list[str]:
+    """Warnings of too few texts for the distances."""
+    if not distances.splits:
+        return []
+    side, fewest, enough = beside.side, mauve_metric.FEWEST_TEXTS, mauve_metric.ENOUGH_TEXTS
+    if side < fewest:
+        return [f"no MAUVE and no Fréchet distance: they need {fewest} texts a side, here are {side}."]
+    notes, both = [], "MAUVE and the Fréchet distance"
+    if side < count:
+        notes.append(f"{both} are of {side} of the {count} texts: for two sides, the real text has no more.")
+    if side < enough:
+        notes.append(
+            f"{both} are of {side} texts a side and want {enough}: with few texts both are pushed up, and small"
+            " differences cannot be seen."
+        )
+    return notes
 
 
-def _ar_nll(judge: Judge, texts: Sequence[tuple[str, list[tuple[int, int]]]]) -> ArNll:
-    return ar_nll(judge, [text for text, _ in texts], [given for _, given in texts])
+def _without_nan(value: Any) -> Any:
+    """The same row with None in place of what is not a number."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,19 +4,21 @@ A judge re-tokenises the text with its own tokenizer, so texts of any generator 
 Numbers of different judges cannot be compared with each other.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from huggingface_hub import HfApi
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Shaped
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -25,6 +27,10 @@ from transformers import (
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing
+from cdlm.core.parallel import Workers, deal, interleaved
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 LONGEST_CONTEXT = 1024
 """Most tokens that a judge reads at once, whatever its own limit: the length of published AR-NLL."""
@@ -46,12 +52,17 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """A causal language model in evaluation mode, its fast tokenizer, a name for the tables, and its device."""
+    """A causal language model in evaluation mode, its fast tokenizer, a name for the tables, and its device.
+
+    Args:
+        origin: what else tells which model it is, such as the hash of its file.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     name: str
     device: str = "cpu"
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.tokenizer) > self.model.config.vocab_size:
@@ -63,20 +74,18 @@ class Judge:
 
     @classmethod
     def load(cls, name_or_dir: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Judge":
-        """Open a folder or a Hub model: safetensors only, no code of the model's author, weights in `dtype`.
+        """Open a folder or a Hub model of safetensors, or a GGUF file; no code of the model's author, weights in
+        `dtype`.
 
-        Raises CdlmError when the model cannot be found or its tokenizer gives no character offsets.
+        Raises:
+            CdlmError: the model cannot be found or read, or its tokenizer gives no character offsets.
         """
         source = str(name_or_dir)
-        try:
-            tokenizer, model = _open(source, dtype)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CdlmError(
-                f"expected a causal language model with safetensors weights at {source!r}, got: {reason} Without "
-                f"network, pass a folder downloaded elsewhere (`hf download {source} --local-dir FOLDER`) or train one "
-                "(`cdlm train-judge`)"
-            ) from error
+        if source.endswith(".gguf"):
+            return cls(*_read_gguf(Path(source), dtype), name=Path(source).stem, device=device, origin=_file(source))
+        tokenizer, model = _opened(
+            source, "a causal language model", lambda local: _read(AutoModelForCausalLM, source, dtype, local)
+        )
         return cls(model, tokenizer, _stored_name(Path(source)) or source, device)
 
     def save(self, folder: str | Path) -> None:
@@ -106,6 +115,7 @@ class Judge:
             "vocabulary": int(config.vocab_size),
             "context": self.context,
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            **self.origin,
         }
 
     def encode(self, texts: list[str]) -> list[Encoded]:
@@ -128,15 +138,48 @@ class Judge:
         ]
 
 
-def _open(source: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+# --- where they come from ---------------------------------------------------------------------------------------------
+
+
+def open_encoder(name: str, device: str = "cpu") -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    """Any network of Hugging Face that turns text into hidden states, from safetensors, without its head.
+
+    Raises:
+        CdlmError: it cannot be found or read.
+    """
+    tokenizer, model = _opened(name, "an encoder", lambda local: _read(AutoModel, name, torch.float32, local))
+    network: Any = model.get_encoder() if model.config.is_encoder_decoder else model
+    return tokenizer, network.to(device).eval()
+
+
+Opened = tuple[PreTrainedTokenizerFast, PreTrainedModel]
+
+
+def _opened(source: str, what: str, read: Callable[[bool], Opened]) -> Opened:
+    """What is in a folder or on the Hub, or the reason why not in one line."""
+    try:
+        return _local_first(source, read)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        train = " or train one (`cdlm train-judge`)" if what == "a causal language model" else ""
+        raise CdlmError(
+            f"expected {what} with safetensors weights at {source!r}, got: {_first_line(error)} Without network, pass a"
+            f" folder downloaded elsewhere (`hf download {source} --local-dir FOLDER`){train}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _local_first(source: str, read: Callable[[bool], Opened]) -> Opened:
     """From the folder or the local cache if it is there, and only otherwise from the Hub."""
     try:
-        return _read(source, dtype, local=True)
+        return read(True)
     except OSError:
         if Path(source).is_dir():
             raise
     _reach_hub(source)
-    return _read(source, dtype, local=False)
+    return read(False)
 
 
 def _reach_hub(name: str) -> None:
@@ -147,11 +190,9 @@ def _reach_hub(name: str) -> None:
         raise OSError(f"the Hub does not give {name!r} ({type(error).__name__}).") from error
 
 
-def _read(source: str, dtype: torch.dtype, local: bool) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"a tokenizer without character offsets ({type(tokenizer).__name__}).")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+def _read(kind: Any, source: str, dtype: torch.dtype, local: bool) -> Opened:
+    tokenizer = _with_offsets(AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False))
+    model, info = kind.from_pretrained(
         source,
         local_files_only=local,
         trust_remote_code=False,
@@ -159,10 +200,56 @@ def _read(source: str, dtype: torch.dtype, local: bool) -> tuple[PreTrainedToken
         dtype=dtype,
         output_loading_info=True,
     )
-    model, info = loaded  # the pair comes with output_loading_info
-    if info["missing_keys"]:  # transformers would fill them with random numbers and go on
-        raise ValueError(f"weights without {sorted(info['missing_keys'])[0]}.")
-    return tokenizer, model
+    return tokenizer, _complete(model, info)
+
+
+def _with_offsets(tokenizer: Any) -> PreTrainedTokenizerFast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"a tokenizer without character offsets ({type(tokenizer).__name__}).")
+    return tokenizer
+
+
+def _complete(model: PreTrainedModel, info: Mapping[str, Any]) -> PreTrainedModel:
+    """Refuse weights that transformers would fill with random numbers; a pooling head is never used."""
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise ValueError(f"weights without {missing[0]}.")
+    return model
+
+
+def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Model and tokenizer of one GGUF file; its weights are unpacked into `dtype`."""
+    try:
+        import accelerate
+        import gguf
+    except ImportError as error:
+        raise CdlmError(
+            f"a judge in a GGUF file needs {error.name}: install it with `pip install 'cdlm[gguf]'`"
+        ) from error
+    del accelerate, gguf  # transformers uses both
+    if not path.is_file():
+        raise CdlmError(f"there is no file {path}: name a GGUF file of a causal language model")
+    place = {"pretrained_model_name_or_path": path.absolute().parent, "gguf_file": path.name, "local_files_only": True}
+    try:
+        tokenizer = _with_offsets(AutoTokenizer.from_pretrained(**place))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, output_loading_info=True)
+        return _complete(*loaded), tokenizer
+    except Exception as error:  # parsers of broken files raise anything
+        raise CdlmError(
+            f"expected a GGUF file of a causal language model that transformers can read at {path}, got"
+            f" {type(error).__name__}: {_first_line(error)}"
+        ) from error
+
+
+def _file(path: str) -> dict[str, str]:
+    """Which GGUF file it was: how its weights are packed, and its hash."""
+    from gguf import GGUFReader, LlamaFileType
+
+    kind = GGUFReader(path).get_field("general.file_type")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    packed = "unknown" if kind is None else LlamaFileType(kind.contents()).name.removeprefix("MOSTLY_")
+    return {"quantisation": packed, "sha256": digest}
 
 
 def _stored_name(folder: Path) -> str | None:
@@ -170,8 +257,31 @@ def _stored_name(folder: Path) -> str | None:
     return json.loads(path.read_text(encoding="utf-8"))["name"] if path.is_file() else None
 
 
-def padded(judge: Judge, rows: list[list[int]]) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
-    """Rows of unequal length, filled up on the right: ids and the mask of real tokens, on the judge's device.
+# --- many texts -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Readers:
+    """A judge, here and on further processes: each reads every N-th text."""
+
+    judge: Judge
+    workers: Workers[Judge] | None = None
+
+    def map(self, work: Callable[[Judge, Sequence[S]], T], items: Sequence[S]) -> list[T]:
+        """`work` of the share of each process."""
+        if self.workers is None:
+            return [work(self.judge, items)]
+        return self.workers.map(work, self.judge, deal(items, len(self.workers)))
+
+    def states(
+        self, work: Callable[[Judge, Sequence[S]], Shaped[np.ndarray, "_ w"]], items: Sequence[S]
+    ) -> Shaped[np.ndarray, "_ w"]:
+        """A vector for each item, in their order."""
+        return interleaved(self.map(work, items))
+
+
+def padded(rows: list[list[int]], device: str) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+    """Rows of unequal length, filled up on the right: ids and the mask of real tokens, on a device.
 
     A causal model reads nothing to the right, so the filling changes no result.
     """
@@ -180,7 +290,7 @@ def padded(judge: Judge, rows: list[list[int]]) -> tuple[Int[Tensor, "b n"], Boo
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = torch.tensor(tokens)
         real[row, : len(tokens)] = True
-    return ids.to(judge.device), real.to(judge.device)
+    return ids.to(device), real.to(device)
 
 
 def batches_by_length(lengths: list[int], batch_size: int, most_tokens: int) -> Iterator[list[int]]:
@@ -193,26 +303,3 @@ def batches_by_length(lengths: list[int], batch_size: int, most_tokens: int) -> 
         batch.append(index)
     if batch:
         yield batch
-
-
-def features(judge: Judge, texts: list[str], batch_size: int = 32, max_tokens: int = 256) -> Float[np.ndarray, "m w"]:
-    """The judge's last hidden state at the last token of each text (MAUVE, arXiv 2102.01454), float32.
-
-    Only the first `max_tokens` tokens of a text are read. A text without tokens gets zeros: it stays in the count and
-    lies apart from every other text. The result does not depend on `batch_size`.
-    """
-    length = min(max_tokens, judge.context)
-    rows = [[i for i, text in zip(e.ids, e.is_text, strict=True) if text][:length] for e in judge.encode(texts)]
-    filled = [index for index, row in enumerate(rows) if row]
-    result = np.zeros((len(texts), int(judge.model.config.hidden_size)), dtype=np.float32)
-    for batch in batches_by_length([len(rows[i]) for i in filled], batch_size, most_tokens=1 << 16):
-        where = [filled[i] for i in batch]
-        result[where] = _last_states(judge, [rows[i] for i in where]).cpu().numpy()
-    return result
-
-
-@torch.inference_mode()
-def _last_states(judge: Judge, rows: list[list[int]]) -> Float[Tensor, "b w"]:
-    ids, real = padded(judge, rows)
-    states = judge.model.base_model(input_ids=ids, attention_mask=real.long()).last_hidden_state
-    return states[torch.arange(len(rows), device=ids.device), real.sum(1) - 1].float()

@@ -47,7 +47,7 @@ class SmallJudge:
 
     def open(self, device: str = "cpu", progress: bool = True) -> Judge:
         """The judge from the cache; on the first call it is trained and stored there."""
-        key = hashlib.sha256(f"{self.rows.key} {self.steps}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{self.rows.key} {self.steps} {self.batch_size}".encode()).hexdigest()[:16]
 
         def train() -> Judge:
             with meter(self.steps, "judge, training steps", progress) as shown:
@@ -65,9 +65,13 @@ class SmallJudge:
         return judge_rows((row.tokens[row.valid] for row in rows), self.tokenizer, (self.batch_size, self.rows.length))
 
 
+OWN = "own"
+"""Names the small judge where a judge is named."""
+
+
 def open_judge(name: str | None, small: SmallJudge, device: str = "cpu", progress: bool = True) -> Judge:
-    """The judge of that folder or Hub id; without one, the small judge of the run."""
-    return Judge.load(name, device) if name else small.open(device, progress)
+    """The judge of that folder, GGUF file or Hub id; without one, or with "own", the small judge of the run."""
+    return small.open(device, progress) if name in (None, OWN) else Judge.load(name, device)
 
 
 def judge_rows(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cdlm.core.files import write_text
-from cdlm.evaluation.metrics.registry import METRICS, Metric
+from cdlm.evaluation.metrics.registry import AR_NLL, METRICS, Metric
 from cdlm.evaluation.texts import Value
 
 Row = dict[str, Any]
@@ -17,9 +17,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished table: the judge, the settings, one dictionary a row, and warnings in plain words."""
+    """A finished table: the judges, the settings, one dictionary a row, and warnings in plain words.
 
-    judge: Mapping[str, Value]
+    The numbers of the first judge are columns of a row; those of the others are under `judged`, by the judge's name.
+    """
+
+    judges: tuple[Mapping[str, Value], ...]
     settings: dict[str, Any]
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
@@ -28,7 +31,7 @@ class Evaluation:
         """Plain data for JSON: what cannot be computed is None, never NaN. `steps` is that of the first row."""
         return {
             "steps": self.rows[0].get("steps"),
-            "judge": dict(self.judge),
+            "judges": [dict(judge) for judge in self.judges],
             "settings": self.settings,
             "rows": [dict(row) for row in self.rows],
             "notes": list(self.notes),
@@ -53,19 +56,30 @@ class Evaluation:
         write_text(Path(folder) / "evaluation.md", self.markdown())
 
     def _footer(self) -> str:
-        judge, size = self.judge, f"{int(self.judge['parameters'] or 0) / 1e6:.1f} M parameters"
-        revision = f", revision {judge['revision']}" if judge["revision"] else ""
-        return (
-            f"Judge: {judge['name']} ({size}, {judge['dtype']}{revision}). AR-NLL in nats per judge token, "
-            "95 % interval over texts; H, entropy of the generator's tokens in nats; MAUVE on features of this judge, "
-            "± sd over k-means seeds; the MAUVE of real text is the ceiling. "
-            "Compare only with the same judge, settings and number of texts."
-        )
+        names = "; ".join(map(_named, self.judges))
+        parts = [
+            f"Judge: {names}. AR-NLL in nats per judge token, 95 % interval over texts, of real text over blocks of"
+            " neighbours; H, entropy of the generator's tokens in nats."
+        ]
+        if (how := self.settings.get("distances")) is not None:
+            parts.append(
+                f"MAUVE and the Fréchet distance on {how['features']}, {how['texts']} texts a side, ± sd over"
+                f" {how['splits']} random splits of the {how['reference']}, whose own row is one side against the"
+                " other: the best there is. The Fréchet distance is in units of the real text's variance and depends"
+                " on the number of texts."
+            )
+        return " ".join([*parts, "Compare only with the same judge, settings and number of texts."])
+
+
+def _named(judge: Mapping[str, Value]) -> str:
+    size = f"{int(judge['parameters'] or 0) / 1e6:.1f} M parameters"
+    known = [f"{key} {value}" for key in ("revision", "quantisation", "sha256") if (value := judge.get(key))]
+    return f"{judge['name']} ({', '.join([size, str(judge['dtype']), *known])})"
 
 
 # --- how numbers look -------------------------------------------------------------------------------------------------
 
-KEYS = {"name", "n", *(metric.key for metric in METRICS)}
+KEYS = {"name", "n", "judged", *(metric.key for metric in METRICS)}
 PERCENT = {"halted", "grammar"}
 """Extra columns that are shares."""
 
@@ -76,7 +90,11 @@ def _two_tables(rows: Sequence[Row]) -> list[list[list[str]]]:
     extra = dict.fromkeys(key for row in rows for key in row if key not in KEYS)
     more = [Metric(key, key.replace("_", " "), lambda of: None, percent=key in PERCENT) for key in extra]
     first, second = ([metric for metric in shown if metric.quality is quality] for quality in (True, False))
-    return [_lines(rows, ["name", "n"], first), _lines(rows, ["name"], [*second, *more])]
+    quality = _lines(rows, ["name", "n"], first)
+    for name in rows[0].get("judged", {}):
+        column = [f"AR-NLL ({name})", *(AR_NLL.show(row["judged"][name]) for row in rows)]
+        quality = [[*line[:3], cell, *line[3:]] for line, cell in zip(quality, column, strict=True)]
+    return [quality, _lines(rows, ["name"], [*second, *more])]
 
 
 def _lines(rows: Sequence[Row], fixed: Sequence[str], metrics: Sequence[Metric]) -> list[list[str]]:

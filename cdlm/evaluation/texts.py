@@ -38,6 +38,7 @@ class Corpus:
         nfe: model calls spent on each text; None where nothing was generated, or the calls are not known.
         extra: more columns of this row, by name (grammar rate, steps, ...).
         serial: texts stand in the order of a file, where neighbours may belong together: intervals draw blocks of them.
+        foreign: some of the texts came without tokens, which were made here.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Corpus:
     nfe: list[int] | None = None
     extra: Mapping[str, Value] = field(default_factory=dict)
     serial: bool = False
+    foreign: bool = False
 
     def __post_init__(self) -> None:
         for what in ("tokens", "given", "nfe"):
@@ -55,22 +57,33 @@ class Corpus:
                 count = len(self.texts)
                 raise CdlmError(f"expected {what} for each of the {count} texts of {self.name!r}, got {len(part)}")
 
-    def first(self, count: int) -> Corpus:
-        """The first `count` texts with all that belongs to them."""
-        return replace(
-            self,
-            tokens=self.tokens[:count],
-            texts=self.texts[:count],
-            given=None if self.given is None else self.given[:count],
-            nfe=None if self.nfe is None else self.nfe[:count],
-        )
+    def some(self, count: int, seed: int) -> Corpus:
+        """`count` texts drawn at random, in their order, with all that belongs to them.
+
+        Raises:
+            CdlmError: there are fewer.
+        """
+        if count > len(self.texts):
+            raise CdlmError(f"expected at least {count} texts in {self.name!r}, got {len(self.texts)}; give more texts")
+        if count == len(self.texts):
+            return self
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(self.texts))[:count]).tolist()
+        parts = {name: getattr(self, name) for name in ("tokens", "texts", "given", "nfe")}
+        return replace(self, **{name: part and [part[i] for i in chosen] for name, part in parts.items()})
 
     def shuffled(self, decode: Callable[[list[int]], str], seed: int) -> Corpus:
         """The same tokens in random order inside each text; scored whole, since no prompt stays in its place."""
         draw = np.random.default_rng(seed)
         tokens = [draw.permutation(np.array(line, dtype=np.int64)).tolist() for line in self.tokens]
-        name = f"{self.name}, tokens shuffled"
-        return Corpus(name, tokens, [decode(line) for line in tokens], serial=self.serial)
+        texts = [decode(line) for line in tokens]
+        return Corpus("tokens shuffled", tokens, texts, serial=self.serial, foreign=self.foreign)
+
+    def salad(self, decode: Callable[[list[int]], str], seed: int) -> Corpus:
+        """Tokens drawn at random from all tokens of these texts, in texts of the same lengths."""
+        draw = np.random.default_rng(seed)
+        all_tokens = np.array([token for line in self.tokens for token in line], dtype=np.int64)
+        tokens = [draw.choice(all_tokens, len(line)).tolist() if line else [] for line in self.tokens]
+        return Corpus("unigram salad", tokens, [decode(line) for line in tokens], foreign=self.foreign)
 
 
 # --- files of texts ---------------------------------------------------------------------------------------------------
@@ -318,6 +331,7 @@ class RealText:
                 "halted": None if None in reasons else reasons.count("criterion") / len(reasons),
                 **self.source.measures(texts),
             },
+            foreign=any(entry.tokens is None for entry in entries),
         )
 
 

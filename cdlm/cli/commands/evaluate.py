@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from cdlm import api
-from cdlm.cli.groups import JudgeOptions, session_on
+from cdlm.cli.groups import session_on
+from cdlm.core.checks import check_whole
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
 from cdlm.core.likelihood import LikelihoodSettings, Ode
-from cdlm.evaluation.evaluate import evaluate_files
+from cdlm.evaluation.evaluate import Distances, evaluate_files
 from cdlm.evaluation.likelihood import likelihood as likelihood_of
+from cdlm.evaluation.metrics.features import FEATURES
 from cdlm.evaluation.metrics.likelihood import Likelihood
-from cdlm.evaluation.small_judge import open_judge
+from cdlm.evaluation.small_judge import OWN, open_judge
 from cdlm.evaluation.table import Evaluation
 from cdlm.evaluation.texts import RealText, read_texts
 from cdlm.models import hub
-from cdlm.runs.config import read_run
+from cdlm.runs.config import RunConfig, read_run
 from cdlm.runs.train import RunText
 
 
 @dataclass(frozen=True)
-class MauveOptions:
-    """MAUVE, which needs the mauve-text package."""
+class JudgesOptions:
+    """The judges of AR-NLL."""
 
+    judge: tuple[str, ...] = (OWN,)
+    """Any Hugging Face causal language models, by folder, GGUF file or Hub id; "own" is a small GPT-2 that is trained
+    on the run's text once and cached."""
+    judge_steps: int = 500
+    """Training steps of the small GPT-2."""
+
+    def __post_init__(self) -> None:
+        check_whole("the judge", judge_steps=self.judge_steps)
+
+
+@dataclass(frozen=True)
+class DistanceOptions:
+    """How the distribution is compared with real text."""
+
+    features: str = "NGrams()"
+    """What of the texts: NGrams, or the states of a network: MeanState or LastState of the first judge, Encoder("NAME")
+    of any encoder of Hugging Face."""
+    splits: int = 5
+    """Random splits of the real text, which means and deviations are over; 0 leaves out MAUVE and the Fréchet
+    distance."""
     mauve: bool = True
-    """Compute it."""
-    mauve_seeds: int = 5
-    """Seeds of k-means; the mean and the deviation are over them."""
+    """Compute MAUVE, which needs the mauve-text package."""
+
+    @property
+    def distances(self) -> Distances:
+        """The same as an object."""
+        return Distances(FEATURES.parse(self.features), self.splits, self.mauve)
 
 
 @dataclass(frozen=True)
@@ -66,7 +92,7 @@ class LikelihoodOptions:
         return LikelihoodSettings(self.levels, ode if self.ode_steps else None, self.seed, batch_size, self.read_out)
 
 
-MAUVE, LIKELIHOOD, JUDGE = MauveOptions(), LikelihoodOptions(), JudgeOptions()
+DISTANCE, LIKELIHOOD, JUDGES = DistanceOptions(), LikelihoodOptions(), JudgesOptions()
 MACHINE = MachineOptions(precision="fp32", batch_size=32)
 
 
@@ -77,13 +103,13 @@ def evaluate(
     baseline: Path | None = None,
     n: int | None = None,
     out: Path | None = None,
-    judge: JudgeOptions = JUDGE,
-    mauve: MauveOptions = MAUVE,
+    judge: JudgesOptions = JUDGES,
+    distance: DistanceOptions = DISTANCE,
     likelihood: LikelihoodOptions = LIKELIHOOD,
     machine: MachineOptions = MACHINE,
 ) -> None:
-    """Measure samples beside held-out real text and the same text with its tokens shuffled; or the model itself, by the
-    likelihood of held-out text.
+    """Measure samples beside real text and beside text without order; or the model itself, by the likelihood of
+    held-out text.
 
     Args:
         run: the run folder whose text the samples are compared with.
@@ -99,7 +125,7 @@ def evaluate(
         raise CdlmError("baseline is a second file of samples, and there is no first: name it as samples")
     if n is not None and n < 1:
         raise CdlmError(f"n is a number of samples >= 1, got {n}: leave it out to use all")
-    settings = likelihood.settings(machine.batch_size or 32)
+    settings, distances = likelihood.settings(machine.batch_size or 32), distance.distances
     paths = [path for path in (samples, baseline) if path is not None]
     files = {f"{path.absolute().parent.name}/{path.stem}": read_texts(path) for path in paths}
     if likelihood.likelihood and hub.is_foreign(hub.locate(run)):
@@ -116,10 +142,16 @@ def evaluate(
         small = api.small_judge(config, text, judge.judge_steps)
         found = evaluate_files(
             {name: texts[:count] for name, texts in files.items()}, real,
-            partial(open_judge, judge.judge, small, progress=not machine.quiet),
-            mauve_seeds=mauve.mauve_seeds if mauve.mauve else 0, device=machine.device, devices=machine.devices,
+            [partial(open_judge, name, small, progress=not machine.quiet) for name in judge.judge],
+            distances=distances, device=machine.device, devices=machine.devices, notes=_notes(config, judge.judge),
         )  # fmt: skip
         _report(found, place, machine)
+
+
+def _notes(config: RunConfig, judges: Sequence[str]) -> list[str]:
+    if OWN in judges and not config.judge_share:
+        return ["the own judge read the generator's training text (judge_share 0): copying that text is rewarded."]
+    return []
 
 
 def _report(found: Likelihood | Evaluation, place: Path, machine: MachineOptions) -> None:

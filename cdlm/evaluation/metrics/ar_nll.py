@@ -160,7 +160,7 @@ def _windows(tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
 
 @torch.inference_mode()
 def _next_token_nats(judge: Judge, rows: list[list[int]]) -> Float[np.ndarray, "b n"]:
-    ids, real = padded(judge, rows)
+    ids, real = padded(rows, judge.device)
     logits = judge.model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[:, :-1].float()
     nats = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return nats.view(len(rows), -1).double().cpu().numpy()

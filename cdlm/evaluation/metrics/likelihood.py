@@ -28,7 +28,7 @@ class Measure:
     name: str
     nats_per_token: float
     interval95: tuple[float, float]
-    """Bootstrap over rows: other text, and other noise, would give another number."""
+    """Bootstrap over blocks of neighbouring rows: other text, and other noise, would give another number."""
     error: float | None
     """Standard error of the noise alone, on these rows; None where each row has a single draw."""
     bits_per_char: float
@@ -49,7 +49,7 @@ class Measure:
                 f"the {name} of {odd} of {len(nats.total)} rows is not a number: the weights are broken, the steps of"
                 " the ODE too few, or its least noise too little (read_out)"
             )
-        total, scores = nats.total.numpy(), Scores(nats.total.numpy(), tokens.astype(np.float64))
+        total, scores = nats.total.numpy(), Scores(nats.total.numpy(), tokens.astype(np.float64), serial=True)
         error = float(nats.error.square().sum().sqrt()) / int(tokens.sum())
         mean = float(total.sum() / tokens.sum())
         return Measure(
@@ -79,7 +79,7 @@ class Likelihood:
         found: Mapping[str, Nats], tokens: Int[np.ndarray, " m"], chars: Int[np.ndarray, " m"],
         settings: Mapping[str, Any],
     ) -> Likelihood:  # fmt: skip
-        """From the nats of rows with so many tokens and characters.
+        """From the nats of rows in the order of the text, with so many tokens and characters.
 
         Raises:
             CdlmError: the rows hold no text.
@@ -108,7 +108,7 @@ class Likelihood:
         parts = [
             f"{self.rows} rows of held-out text, {self.tokens} tokens, {self.chars} characters; {settings}.",
             "Over its noise each number lies above the model's own on average: lower is better.",
-            "The interval is over rows; ± noise is the standard error of the noise alone, on these rows.",
+            "The interval is over blocks of rows; ± noise is the standard error of the noise alone, on these rows.",
         ]
         if any(measure.name == ODE for measure in self.measures):
             parts.append("The ODE's number settles as ode_steps grow: compare with twice as many.")

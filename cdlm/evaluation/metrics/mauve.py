@@ -1,19 +1,17 @@
-"""MAUVE (arXiv 2102.01454): how close two sets of texts are, from features of a language model; 1 is the same set.
+"""MAUVE (arXiv 2102.01454): how close two sets of texts are, from features of the texts; 1 is the same set.
 
-Computed by the package mauve-text, which is under the GPL and therefore optional. Its value moves with the number of
-texts, the number of clusters, the scaling and the k-means seed, so all of these are fixed or reported, and the value
-for real against real text says what can be reached.
+Computed by the package mauve-text, which is under the GPL and therefore optional. Its value moves with the features,
+the number of texts, the number of clusters, the scaling and the k-means seed, so all of these are fixed or reported,
+and the value of real text against real text says what can be reached.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
 
@@ -23,7 +21,9 @@ from jaxtyping import Float
 from cdlm.core.errors import CdlmError
 
 FEWEST_TEXTS = 20
-"""Per side. With fewer, the two-cluster histograms say nothing; for two stable digits take thousands."""
+"""Per side. With fewer, the two-cluster histograms say nothing."""
+ENOUGH_TEXTS = 500
+"""Per side. With fewer, every set looks closer to real text than it is; for two stable digits take thousands."""
 
 PINNED: dict[str, float | int] = {
     "pca_max_data": -1,
@@ -34,15 +34,6 @@ PINNED: dict[str, float | int] = {
     "mauve_scaling_factor": 5,
 }
 """Settings of mauve-text, its defaults when this was written; `num_buckets` is always a tenth of the texts a side."""
-
-
-@dataclass(frozen=True)
-class Mauve:
-    """MAUVE in 0..1: mean and standard deviation over k-means seeds, with every setting that decides the number."""
-
-    mean: float
-    sd: float
-    settings: dict[str, object]
 
 
 def library() -> ModuleType:
@@ -64,42 +55,27 @@ def check(texts: int) -> None:
         raise CdlmError(f"expected at least {FEWEST_TEXTS} texts a side for MAUVE, got {texts}; generate more texts")
 
 
-def mauve(
-    p_features: Float[np.ndarray, "m w"], q_features: Float[np.ndarray, "k w"], seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-) -> Mauve:
-    """MAUVE between texts p and q from one feature row for each text, once for each k-means seed.
+def mauve(p: Float[np.ndarray, "m w"], q: Float[np.ndarray, "k w"], seed: int = 1) -> float:
+    """MAUVE in 0..1 between texts p and q, from one vector for each text.
 
-    Raises CdlmError unless both sides have the same number of texts, at least `FEWEST_TEXTS`: few texts push the value
-    up, so different numbers do not compare.
+    Args:
+        seed: of k-means.
+
+    Raises:
+        CdlmError: the sides have unequally many texts, for few texts push the value up, or fewer than `FEWEST_TEXTS`.
     """
-    texts = len(p_features)
-    if texts != len(q_features):
-        raise CdlmError(f"expected equally many texts on both sides of MAUVE, got {texts} and {len(q_features)}")
+    texts = len(p)
+    if texts != len(q):
+        raise CdlmError(f"expected equally many texts on both sides of MAUVE, got {texts} and {len(q)}")
     check(texts)
-    if not seeds:
-        raise CdlmError("expected at least one k-means seed for MAUVE, got none")
-    compute = library().compute_mauve
     with _quiet_and_single_threaded():
-        values = [
-            float(compute(p_features=p_features, q_features=q_features, seed=seed, **PINNED).mauve) for seed in seeds
-        ]
-    settings = {
-        "library": f"mauve-text {metadata.version('mauve-text')}",
-        "texts": texts,
-        "clusters": max(2, round(texts / 10)),
-        "seeds": list(seeds),
-        **PINNED,
-    }
-    return Mauve(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan, settings)
+        return float(library().compute_mauve(p_features=p, q_features=q, seed=seed, **PINNED).mauve)
 
 
-def ceiling(features: Float[np.ndarray, "m w"], seeds: tuple[int, ...] = (1, 2, 3, 4, 5)) -> Mauve:
-    """MAUVE of real text against real text: every other row against the rest.
-
-    Compare it only with values for the same number of texts a side, half of `features`.
-    """
-    half = len(features) // 2
-    return mauve(features[0 : 2 * half : 2], features[1 : 2 * half : 2], seeds)
+def settings(texts: int) -> dict[str, object]:
+    """All that decides the value besides texts, features and seed."""
+    version = metadata.version("mauve-text")
+    return {"library": f"mauve-text {version}", "clusters": max(2, round(texts / 10)), **PINNED}
 
 
 @contextmanager

@@ -67,17 +67,25 @@ def _mean_tokens(of: JudgedTexts) -> float:
     return float(np.mean([len(line) for line in of.corpus.tokens]))
 
 
-METRICS = (
-    Metric("ar_nll", "AR-NLL", lambda of: of.score.nats_per_token, quality=True),
+AR_NLL = Metric("ar_nll", "AR-NLL", lambda of: of.score.nats_per_token, quality=True)
+OF_THE_JUDGE = (
+    AR_NLL,
     Metric("ar_nll_ci", "", lambda of: list(of.score.interval95)),
     Metric("bits_per_char", "bits/char", lambda of: of.score.bits_per_char, quality=True),
     Metric("judge_tokens", "", lambda of: of.score.tokens),
     Metric("unscored", "", lambda of: of.score.unscored),
+)
+"""What a judge says. The first judge's numbers are columns of the row, those of others stand under its name."""
+
+METRICS = (
+    *OF_THE_JUDGE,
     Metric("sample_entropy", "H sample", lambda of: diversity.sample_entropy(of.corpus.tokens), quality=True),
-    Metric("unigram_entropy", "H corpus", lambda of: diversity.unigram_entropy(of.corpus.tokens), quality=True),
-    Metric("mauve", "MAUVE", lambda of: None, decimals=3, quality=True),  # needs other texts: `evaluate` fills it in
+    Metric("mauve", "MAUVE", lambda of: None, decimals=3, quality=True),  # these need other texts: `evaluate` fills
     Metric("mauve_sd", "", lambda of: None),
+    Metric("frechet", "Fréchet", lambda of: None, decimals=3, quality=True),
+    Metric("frechet_sd", "", lambda of: None),
     Metric("mean_nfe", "calls", _mean_calls, decimals=1, quality=True),
+    Metric("unigram_entropy", "H corpus", lambda of: diversity.unigram_entropy(of.corpus.tokens)),
     Metric("dist_1", "dist-1", lambda of: diversity.distinct_n(of.corpus.tokens, 1), decimals=3),
     Metric("dist_2", "dist-2", lambda of: diversity.distinct_n(of.corpus.tokens, 2), decimals=3),
     Metric("dist_3", "dist-3", lambda of: diversity.distinct_n(of.corpus.tokens, 3), decimals=3),
