@@ -426,9 +426,23 @@ def test_the_table_of_a_comparison(bench: Bench) -> None:
     assert {duel.rival for duel in early.duels} == {"fixed step", "fewer steps", "ancestral"}
     assert all(duel.calls == 4 for duel in early.duels)
     assert by["JoT"][0].samples == 8
+    assert by["JoT"][0].frechet is None  # fewer samples than a side of real text has
     assert not by["Never"][0].chosen  # it saves nothing
     assert {p.samples for p in points if p.family != "JoT"} == {15}
+    assert full.frechet_change is None  # 15 samples are too few
     assert "| Never | 15 | - | saves no call within the goal |" in markdown(points, goal, "ar-nll")
+
+
+def test_the_distance_to_real_text_is_that_of_the_full_run_and_its_change(bench: Bench) -> None:
+    more = replace(bench, session=bench.session, requests=bench.session.requests(n=60))
+    whole = Bench.of(more.session, more.requests, more.scorer.judge, more.text)
+    made = Comparison(whole, Goal(0.9), "ar-nll", "toy", live=0, fewer=(3,), with_rivals=False)
+    points = {p.setting or p.family: p for p in made.table({"FixedSteps": [FixedSteps(11), FixedSteps(2)]})}
+    full, early = points["Never()"], points["FixedSteps(steps=2)"]
+    assert (full.frechet_change, full.frechet_change_sd) == (0, 0)
+    assert early.frechet_change == pytest.approx(early.frechet - full.frechet)  # type: ignore[operator]
+    real = points[REAL["held out"]]
+    assert 0 < real.frechet < full.frechet  # type: ignore[operator]
 
 
 def test_rules_that_freeze_are_left_out_when_nothing_may_run(bench: Bench) -> None:

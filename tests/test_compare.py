@@ -63,6 +63,10 @@ class Toy(Bench):
     def gap(self) -> Bootstrap:
         return Bootstrap(1.0, np.linspace(1 - self.gap_noise, 1 + self.gap_noise, 2000))
 
+    @cached_property
+    def splits(self) -> None:
+        return None
+
     def under(self, criterion: Criterion, live: int) -> Outcome:
         return self.rules[repr(criterion)]
 

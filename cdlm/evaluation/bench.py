@@ -13,8 +13,10 @@ from jaxtyping import Bool, Float, Int
 from cdlm.core.errors import CdlmError
 from cdlm.core.progress import progress
 from cdlm.core.stats import APART, Bootstrap, Scores
-from cdlm.evaluation.judge import Judge
+from cdlm.evaluation.judge import Judge, Readers
 from cdlm.evaluation.metrics.ar_nll import ar_nll
+from cdlm.evaluation.metrics.features import NGrams
+from cdlm.evaluation.metrics.reference import DISTANCES, Reference, Spread
 from cdlm.evaluation.texts import Corpus, Part, RealText
 from cdlm.halting import Criterion
 from cdlm.halting import calibration as halting
@@ -30,6 +32,12 @@ from cdlm.sampling.texts import given_spans, shown_of, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+SPLITS = 5
+"""Of the real text, for the Fréchet distance."""
+FEWEST_ROWS = 20
+"""On each side of a split."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,21 @@ class Bench:
     def reference(self) -> RealSample:
         """The real text that samples are compared with: like the training text, or held out where there is none."""
         return self.real(self.text.reference_part)
+
+    @cached_property
+    def splits(self) -> Reference | None:
+        """Random splits of the real text, for the Fréchet distance; None where it has too few rows for any."""
+        count = min(len(self.full_run), self.text.most)
+        if count < FEWEST_ROWS:
+            return None
+        return Reference.of(self.text.splits(count, SPLITS), NGrams(), Readers(self.scorer.judge))
+
+    def frechet(self, outcome: Outcome) -> Spread | None:
+        """Fréchet distance of samples to each split of the real text; None of too few samples or too little text."""
+        if self.splits is None or len(outcome.tokens) < self.splits.count:
+            return None
+        corpus = Corpus("samples", self.lines(outcome), self.texts(outcome))
+        return self.splits.compare(corpus, {"frechet": DISTANCES["frechet"]})["frechet"]
 
     @cached_property
     def gap(self) -> Bootstrap:

@@ -21,8 +21,9 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_rows, write_text
 from cdlm.core.progress import progress
 from cdlm.core.stats import Bootstrap, Scores
-from cdlm.evaluation.bench import Bench, Outcome, tried
+from cdlm.evaluation.bench import Bench, Outcome, RealSample, tried
 from cdlm.evaluation.metrics.diversity import sample_entropy, unigram_entropy
+from cdlm.evaluation.metrics.reference import DISTANCES, Spread
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel
 from cdlm.evaluation.rivals import Duel, Rivals, hardest
 from cdlm.evaluation.texts import REAL, Part
@@ -259,8 +260,23 @@ class Comparison:
             "agreement": bench.agreement(drawn),
             "entropy_change": sample_entropy(rows) - sample_entropy(full),
             "qps": speedup * (1 + relative.value) ** -GAMMA,
+            **self._distance(drawn),
         }  # fmt: skip
         return Point(**self._text(family, setting, rows, bench.score(drawn.tokens)), **values)
+
+    def _distance(self, drawn: Outcome) -> dict[str, float]:
+        """The Fréchet distance to real text and its change, split by split; of too few samples nothing."""
+        here, full = self.reporting.frechet(drawn), self._full_distance
+        if here is None or full is None:
+            return {}
+        changes = np.array(here.values) - np.array(full.values)
+        sd = float(changes.std(ddof=1)) if len(changes) > 1 else np.nan
+        return {"frechet": here.mean, "frechet_change": float(changes.mean()), "frechet_change_sd": sd}
+
+    @cached_property
+    def _full_distance(self) -> Spread | None:
+        run = self.reporting.full_run
+        return self.reporting.frechet(Outcome(run.tokens, run.nfe))
 
     @cached_property
     def _gap_in_noise(self) -> bool:
@@ -270,9 +286,19 @@ class Comparison:
     def real(self) -> list[Point]:
         """Real text under the same judge: held out, and like the training text where there is some."""
         parts: tuple[Part, ...] = ("held out", "like training")
-        there = parts if self.bench.text.unread is not None else parts[:1]
-        found = [self.reporting.real(part) for part in there]
-        return [Point(**self._text(one.corpus.name, "", one.corpus.tokens, one.scores)) for one in found]
+        bench = self.reporting
+        there = parts if bench.text.unread is not None else parts[:1]
+        return [
+            self._real(bench.reference if part == bench.text.reference_part else bench.real(part)) for part in there
+        ]
+
+    def _real(self, sample: RealSample) -> Point:
+        """A row of real text; that of the reference has the distance of real text to real text."""
+        splits = self.reporting.splits
+        row = Point(**self._text(sample.corpus.name, "", sample.corpus.tokens, sample.scores))
+        if splits is None or splits.name != row.family:
+            return row
+        return replace(row, frechet=splits.ceiling({"frechet": DISTANCES["frechet"]})["frechet"].mean)
 
     def _text(self, family: str, setting: str, rows: Sequence[list[int]], scores: Scores) -> dict[str, Any]:
         return {
