@@ -46,6 +46,11 @@ def test_its_name_and_its_hash_stand_beside_its_numbers(file: Path) -> None:
     assert (found["dtype"], found["context"], found["vocabulary"]) == ("float32", 64, 258)
 
 
+def test_nothing_is_printed_while_a_file_is_read(file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Judge.load(file)
+    assert "GGUF" not in capfd.readouterr().err
+
+
 def refused(path: Path) -> str:
     with pytest.raises(CdlmError) as caught:
         Judge.load(path)
