@@ -83,5 +83,5 @@ $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.torch
 
 # The development install holds everything the demo needs.
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
-	$(PIP) -e '.[mauve,dev]'
+	$(PIP) -e '.[mauve,gguf,dev]'
 	touch $(VENV)/.demo $@

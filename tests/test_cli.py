@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_toy import write_gguf
 
 import cdlm
 from cdlm.cli import completion
@@ -236,6 +237,55 @@ def test_any_text_can_be_evaluated(place: Place, tmp_path: Path, capsys: pytest.
         assert other["ar_nll"] > 0
         assert other["mean_tokens"] > 3
         assert "nan" not in capsys.readouterr().out.lower()
+
+
+def test_several_judges_read_the_same_samples(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf", reason="gguf is optional")
+    pytest.importorskip("accelerate", reason="accelerate is optional")
+    place.sample("--n", "3", "--out", str(tmp_path / "mine.jsonl"))
+    other = write_gguf(tmp_path / "neutral.gguf")
+    rest = ["--judge_steps", "3", "--splits", "0", "--judge", "own", str(other), "--out", str(tmp_path / "table")]
+    main(["evaluate", str(place.run), str(tmp_path / "mine.jsonl"), *rest])
+    found = json.loads((tmp_path / "table" / "evaluation.json").read_text())
+    assert [judge["name"][:7] for judge in found["judges"]] == ["own GPT", "neutral"]
+    assert all(row["judged"]["neutral"]["ar_nll"] > 0 for row in found["rows"])
+    assert "AR-NLL (neutral)" in capsys.readouterr().out
+
+
+def test_a_judge_that_read_the_training_text_is_named(place: Place, tmp_path: Path) -> None:
+    """Of an old run, whose text was not divided, and which has no real text like its training text to show."""
+    old = tmp_path / "old"
+    shutil.copytree(place.run, old)
+    settings = (old / "config.yaml").read_text()
+    settings = re.sub(r"(judge|unread)_share: .*", r"\1_share: 0.0", settings)
+    (old / "config.yaml").write_text(settings)
+    place.sample("--n", "2", "--out", str(tmp_path / "mine.jsonl"))
+    for run, says in ((place.run, False), (old, True)):
+        main(["evaluate", str(run), str(tmp_path / "mine.jsonl"), "--judge_steps", "3", "--splits", "0", "--quiet"])
+        found = json.loads((run / "evaluation.json").read_text())
+        assert any("copying that text is rewarded" in note for note in found["notes"]) == says
+        assert ("like the training text" in str(found["rows"])) != says
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--features", "Grams()"], "did you mean NGrams?"),
+        (["--features", "NGrams(most=0)"], "most >= 1"),
+        (["--splits", "-1"], "splits >= 0"),
+        (["--mauve-seeds", "3"], "has no setting --mauve-seeds"),
+        (["--judge", "missing.gguf"], "there is no file missing.gguf"),
+        (["--judge", "own", "own"], "judges of different names"),
+        (["--judge_steps", "0"], "judge_steps >= 1"),
+    ],
+    ids=" ".join,
+)
+def test_bad_settings_of_an_evaluation(
+    more: list[str], message: str, place: Place, refused: Callable, tmp_path: Path
+) -> None:
+    place.sample("--n", "2", "--out", str(tmp_path / "mine.jsonl"))
+    call = ["evaluate", str(place.run), str(tmp_path / "mine.jsonl"), "--judge_steps", "3", "--quiet"]
+    assert message in refused(main, [*call, *more])
 
 
 def test_a_run_can_be_resumed_with_more_steps(fresh: Place) -> None:

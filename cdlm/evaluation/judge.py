@@ -7,7 +7,9 @@ Numbers of different judges cannot be compared with each other.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -231,8 +233,9 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
         raise CdlmError(f"there is no file {path}: name a GGUF file of a causal language model")
     place = {"pretrained_model_name_or_path": path.absolute().parent, "gguf_file": path.name, "local_files_only": True}
     try:
-        tokenizer = _with_offsets(AutoTokenizer.from_pretrained(**place))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, output_loading_info=True)
+        with redirect_stderr(StringIO()):  # a progress bar that no setting switches off
+            tokenizer = _with_offsets(AutoTokenizer.from_pretrained(**place))
+            loaded: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, output_loading_info=True)
         return _complete(*loaded), tokenizer
     except Exception as error:  # parsers of broken files raise anything
         raise CdlmError(

@@ -30,7 +30,7 @@ from cdlm.runs.train import RunText
 class JudgesOptions:
     """The judges of AR-NLL."""
 
-    judge: tuple[str, ...] = (OWN,)
+    judge: Sequence[str] = (OWN,)
     """Any Hugging Face causal language models, by folder, GGUF file or Hub id; "own" is a small GPT-2 that is trained
     on the run's text once and cached."""
     judge_steps: int = 500
