@@ -181,8 +181,13 @@ def open_bench(
     small = small_judge(config, text, judge_steps)
     opens = partial(open_judge, judge, small, str(session.device), session.progress)
     # A wrong name is refused before any work; the small judge is trained when it is needed.
-    real = RealText(text.valid, text.unread, text.tokenizer, config.source)
+    real = real_text(config, text)
     return Bench.of(session, requests, opens() if judge else opens, real, recording)
+
+
+def real_text(config: RunConfig, text: RunText) -> RealText:
+    """The real text of a run, that samples are compared with."""
+    return RealText(text.valid, text.unread, text.tokenizer, config.source)
 
 
 def small_judge(config: RunConfig, text: RunText, steps: int) -> SmallJudge:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -177,7 +177,7 @@ def test_a_rule_that_saves_nothing_is_not_chosen() -> None:
 class Known(Rivals):
     """Rivals whose samples are known: by name, and by the factor of their temperature."""
 
-    drawn: Mapping[str, Any] = {}
+    drawn: Mapping[str, Callable[[float], Outcome]] = {}
 
     def _at(self, outcome: Outcome) -> Iterator[tuple[str, Session]]:
         for name in self.drawn:
@@ -185,13 +185,12 @@ class Known(Rivals):
 
     def _drawn(self, rival: Session, m: int) -> Outcome:
         name = list(self.drawn)[rival.criterion.steps - 1]  # type: ignore[attr-defined]
-        made: Any = self.drawn[name]
-        return made(rival.settings["score_temperature"]) if callable(made) else made
+        return self.drawn[name](rival.settings["score_temperature"])
 
 
-def duels(rule: Outcome, **drawn: object) -> list[Duel]:
+def duels(rule: Outcome, **drawn: Outcome | Callable[[float], Outcome]) -> list[Duel]:
     known = Known(*bench().halves())
-    Known.drawn = drawn
+    Known.drawn = {name: made if callable(made) else lambda _, made=made: made for name, made in drawn.items()}
     return known.duels(rule)
 
 

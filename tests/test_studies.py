@@ -215,6 +215,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "--n 3 --new-tokens 6 --block 3 --steps 1 2 --rules Full() Patience JoT(3.0)"
         " --policies Threshold(0.5) EntropyBound".split()
     ),
+    "ladder": tuple("--n 2 --splits 2 --features NGrams() LastState() --judge-steps 1".split()),
     "systems": tuple(
         "--n 4 --steps 8 --rules Patience Entropy FixedSteps --max-change 0.5 --confidence 0.9 --judge-steps 1".split()
     ),
@@ -223,7 +224,7 @@ MASKED = {"accuracy"}
 """Studies of masked models."""
 LINES = {  # lines of the table
     "zero-switch": 3, "patience-sweep": 4, "t-max": 1, "norms": 2, "norm-causality": 1 + 2 + 1 + 2 + 1, "more-steps": 3,
-    "accuracy": 1, "systems": 3,
+    "accuracy": 1, "systems": 3, "ladder": 2,
 }  # fmt: skip
 
 

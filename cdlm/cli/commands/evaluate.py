@@ -20,7 +20,7 @@ from cdlm.evaluation.metrics.features import FEATURES
 from cdlm.evaluation.metrics.likelihood import Likelihood
 from cdlm.evaluation.small_judge import OWN, open_judge
 from cdlm.evaluation.table import Evaluation
-from cdlm.evaluation.texts import RealText, read_texts
+from cdlm.evaluation.texts import read_texts
 from cdlm.models import hub
 from cdlm.runs.config import RunConfig, read_run
 from cdlm.runs.train import RunText
@@ -133,7 +133,7 @@ def evaluate(
     place, config = out or Path(run), read_run(run)
     check_places(place / "evaluation.json")
     text = RunText.of(config, hub.read_tokenizer(Path(run)))
-    real = RealText(text.valid, text.unread, text.tokenizer, config.source)
+    real = api.real_text(config, text)
     if likelihood.likelihood:
         with session_on(machine, run) as session:
             _report(likelihood_of(session, real, likelihood.rows, settings), place, machine)
