@@ -8,7 +8,7 @@ giving its rivals the same entropy: a lower temperature buys that as well.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +22,8 @@ from cdlm.sampling.session import Session
 FIXED = "fixed step"
 SAME_ENTROPY = 0.01
 """Nats within which the entropies of two sets of samples count as equal."""
+TRIAL_SAMPLES = 128
+"""On which the ways of a rival are tried, at most: differences between grids are larger than their noise."""
 MOST_TRIES = 5
 """Temperatures that are tried to reach an entropy."""
 
@@ -78,6 +80,8 @@ class Rivals:
 
     choosing: Bench
     reporting: Bench
+    known: dict[str, Outcome] = field(default_factory=dict, compare=False, repr=False)
+    """Samples of rivals that were drawn."""
 
     @cached_property
     def plain(self) -> list[Plain]:
@@ -101,7 +105,7 @@ class Rivals:
 
     def _quality(self, session: Session) -> float:
         bench = self.choosing
-        drawn = [bench.run(session.with_steps(steps), len(bench.full_run)) for steps in self._budgets()]
+        drawn = [bench.run(session.with_steps(steps), TRIAL_SAMPLES) for steps in self._budgets()]
         return float(np.mean([_value(bench.score(one.tokens)) for one in drawn]))
 
     def _calls_a_step(self, session: Session) -> float:
@@ -129,10 +133,12 @@ class Rivals:
 
     def _drawn(self, rival: Session, m: int) -> Outcome:
         """Its samples; a fixed step of the full run is replayed."""
-        bench = self.reporting
-        same = rival.sampling == bench.session.sampling and not bench.must_run(rival.criterion)
-        drawn = bench.under(rival.criterion, m) if same else bench.run(rival, m)
-        return Outcome(drawn.tokens[:m], drawn.nfe[:m])
+        bench, key = self.reporting, f"{rival.sampling!r} {rival.criterion!r} {m}"
+        if key not in self.known:
+            same = rival.sampling == bench.session.sampling and not bench.must_run(rival.criterion)
+            drawn = bench.under(rival.criterion, m) if same else bench.run(rival, m)
+            self.known[key] = Outcome(drawn.tokens[:m], drawn.nfe[:m])
+        return self.known[key]
 
     def _matched(self, rival: Session, drawn: Outcome, target: float) -> tuple[Session, Outcome] | None:
         """The rival at the temperature where its entropy is `target`, by the secant method; None if it is not found."""
