@@ -69,7 +69,7 @@ def in_order(values: list[Spread], worse: float) -> list[bool]:
 def test_the_ladder_is_in_order(name: str, tmp_path: Path) -> None:
     source, vocabulary = (Stories(8000), 480) if name == "stories" else (restaurants(tmp_path / "text.txt"), 600)
     pytest.importorskip("mauve", reason="mauve-text is optional")
-    found = ladder(real_text(source, vocabulary, tmp_path), 500, NGrams(), Readers(random_judge()), splits=4)
+    found = ladder(real_text(source, vocabulary, tmp_path), 800, NGrams(), Readers(random_judge()), splits=6)
     *steps, salad = found.values()
     assert len(steps) == len(SHARES) + 2
     assert all(in_order([step["frechet"] for step in steps], +1))
