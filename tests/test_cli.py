@@ -465,7 +465,7 @@ def test_bash_completes(words: str, expected: str, scripts: dict[str, str]) -> N
 def test_the_help_of_training_lists_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
     main(["train", "--help"])
     shown = capsys.readouterr().out
-    for setting in ("--system SYSTEM", "LangFlow or Masked", "--training.steps", "--resume"):
+    for setting in ("--system SYSTEM", "Masked or Autoregressive", "--training.steps", "--resume"):
         assert setting in " ".join(shown.split()), setting
 
 
