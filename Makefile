@@ -32,7 +32,7 @@ demo: $(VENV)/.demo  ## Train a small model, sample it with adaptive halting, ev
 	$(VENV)/bin/cdlm train --config configs/demo.yaml --out $(DEMO)
 	$(VENV)/bin/cdlm sample $(DEMO) $(SAMPLE) --out $(DEMO)/full.jsonl
 	$(VENV)/bin/cdlm sample $(DEMO) $(SAMPLE) --halt "Patience(15)" --out $(DEMO)/samples.jsonl --plot $(DEMO)/plot.png
-	$(VENV)/bin/cdlm evaluate $(DEMO) $(DEMO)/samples.jsonl --baseline $(DEMO)/full.jsonl
+	$(VENV)/bin/cdlm evaluate $(DEMO) $(DEMO)/samples.jsonl $(DEMO)/full.jsonl
 
 test: $(VENV)/.dev  ## Run the tests, with shapes checked at run time
 	$(PYTEST)

@@ -229,7 +229,7 @@ def test_any_text_can_be_evaluated(place: Place, tmp_path: Path, capsys: pytest.
     (tmp_path / "plain.txt").write_text("the dog sat by the river\nthe king saw it.\n")
     for name in ("theirs.jsonl", "plain.txt"):
         rest = ["--judge_steps", "3", "--mauve", "false", "--out", str(tmp_path / "table")]
-        main(["evaluate", str(place.run), str(tmp_path / "mine.jsonl"), "--baseline", str(tmp_path / name), *rest])
+        main(["evaluate", str(place.run), str(tmp_path / "mine.jsonl"), str(tmp_path / name), *rest])
         mine, other = json.loads((tmp_path / "table" / "evaluation.json").read_text())["rows"][:2]
         assert (mine["mean_nfe"], mine["steps"], mine["halted"]) == (6, 6, 0)
         assert (other["mean_nfe"], other["steps"], other["halted"]) == (None, None, None)

@@ -700,8 +700,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     ("more", "message"),
     [
         ([], "needs samples to measure"),
-        (["--baseline", "x"], "needs samples to measure"),
-        (["--likelihood", "--baseline", "x"], "there is no first"),
+        (["--n", "3"], "needs samples to measure"),
+        (["a/x.jsonl", "a/x.csv"], "two files would be the row 'a/x'"),
         (["--likelihood", "--rows", "0"], "rows >= 1"),
         (["--likelihood", "--levels", "0"], "levels >= 1"),
         (["--likelihood", "--ode_steps", "-1"], "ode_steps"),
@@ -711,7 +711,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         (["one.jsonl", "--n", "0"], "samples >= 1, got 0"),
         (["--likelihood", "--ode_steps", "2", "--method", "dopri5"], "no method 'dopri5'"),
         (["--likelihood", "--ode_steps", "2", "--precision", "bf16"], "half precision"),
-        (["one.jsonl", "two.jsonl"], "two.jsonl"),
+        (["one.jsonl", "two.jsonl"], "cannot read samples from one.jsonl"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

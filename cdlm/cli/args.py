@@ -84,8 +84,9 @@ class CommandParser(argparse.ArgumentParser):
         settings = {**reading(parameter.hint), "help": _help(parameter.text, default)}
         if parameter.positional:
             settings.pop("metavar", None)
-            optional = {} if parameter.default is MISSING else {"nargs": "?", "default": None}
-            place.add_argument(parameter.name, **settings, **optional)
+            if parameter.default is not MISSING:
+                settings |= {"nargs": "*" if "nargs" in settings else "?", "default": None}
+            place.add_argument(parameter.name, **settings)
             return
         made = place.add_argument(_option(parameter.name), dest=parameter.name, **settings).option_strings
         self._options |= dict(zip(made, reversed(made), strict=True)) if len(made) > 1 else {made[0]: ""}

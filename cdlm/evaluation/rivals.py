@@ -63,8 +63,9 @@ class Plain:
     calls_a_step: float
 
     def at(self, calls: float, bench: Bench) -> Session:
-        """The session with the number of steps that is nearest to so many calls."""
-        wanted = max(1, round(calls / self.calls_a_step))
+        """The session with about so many calls: within one per cent of those of the full run."""
+        grain = max(1, round(bench.steps / 50))  # so that rules which take about as many calls share a rival
+        wanted = max(1, grain * round(calls / self.calls_a_step / grain))
         fitting = self.session.sampling.fewer_steps([wanted], bench.requests[0])
         return self.session.with_steps(fitting[0] if fitting else wanted)
 
@@ -85,7 +86,7 @@ class Rivals:
 
     @cached_property
     def plain(self) -> list[Plain]:
-        """Each kind of plain sampler in its best way: the least AR-NLL, mean over half and a quarter of the steps."""
+        """Each kind of plain sampler in its best way: the least AR-NLL with half of the full run's steps."""
         return [self._best(name, ways) for name, ways in self.choosing.session.sampling.rivals().items()]
 
     def duels(self, outcome: Outcome) -> list[Duel]:
@@ -99,18 +100,18 @@ class Rivals:
             return Plain(name, sessions[0], self._calls_a_step(sessions[0]))
         return Plain(name, min(sessions, key=self._quality), self._calls_a_step(sessions[0]))
 
-    def _budgets(self) -> list[int]:
+    @property
+    def _half(self) -> int:
+        """Half of the full run's steps."""
         bench = self.choosing
-        return bench.session.sampling.fewer_steps([bench.steps // 2, bench.steps // 4], bench.requests[0])
+        return bench.session.sampling.fewer_steps([bench.steps // 2], bench.requests[0])[0]
 
     def _quality(self, session: Session) -> float:
         bench = self.choosing
-        drawn = [bench.run(session.with_steps(steps), TRIAL_SAMPLES) for steps in self._budgets()]
-        return float(np.mean([_value(bench.score(one.tokens)) for one in drawn]))
+        return _value(bench.score(bench.run(session.with_steps(self._half), TRIAL_SAMPLES).tokens))
 
     def _calls_a_step(self, session: Session) -> float:
-        few = self._budgets()[0]
-        return float(self.choosing.run(session.with_steps(few), 1).nfe.mean()) / few
+        return float(self.choosing.run(session.with_steps(self._half), 1).nfe.mean()) / self._half
 
     def _at(self, outcome: Outcome) -> Iterator[tuple[str, Session]]:
         """The rivals with as many calls as the samples took."""

@@ -20,7 +20,7 @@ from cdlm.evaluation.metrics.features import FEATURES
 from cdlm.evaluation.metrics.likelihood import Likelihood
 from cdlm.evaluation.small_judge import OWN, open_judge
 from cdlm.evaluation.table import Evaluation
-from cdlm.evaluation.texts import read_texts
+from cdlm.evaluation.texts import Entry, read_texts
 from cdlm.models import hub
 from cdlm.runs.config import RunConfig, read_run
 from cdlm.runs.train import RunText
@@ -98,9 +98,8 @@ MACHINE = MachineOptions(precision="fp32", batch_size=32)
 
 def evaluate(
     run: str,
-    samples: Path | None = None,
+    samples: list[Path] | None = None,
     *,
-    baseline: Path | None = None,
     n: int | None = None,
     out: Path | None = None,
     judge: JudgesOptions = JUDGES,
@@ -113,21 +112,17 @@ def evaluate(
 
     Args:
         run: the run folder whose text the samples are compared with.
-        samples: file of cdlm sample --out, or of any texts: .jsonl, .csv or .parquet with a column "text", or .txt with
-            one text a line; may be left out with --likelihood.
-        baseline: a second such file for the same table, for instance of the full run without halting.
-        n: samples of each file to use; by default as many as the shorter file has.
+        samples: files of cdlm sample --out, or of any texts: .jsonl, .csv or .parquet with a column "text", or .txt
+            with one text a line; a row of the table each. They may be left out with --likelihood.
+        n: samples of each file to use; by default as many as the shortest file has.
         out: folder for evaluation.json, evaluation.md and likelihood.json; by default the run folder.
     """
-    if samples is None and not likelihood.likelihood:
-        raise CdlmError("evaluate needs samples to measure, a file of texts, or --likelihood")
-    if samples is None and baseline is not None:
-        raise CdlmError("baseline is a second file of samples, and there is no first: name it as samples")
+    if not samples and not likelihood.likelihood:
+        raise CdlmError("evaluate needs samples to measure, files of texts, or --likelihood")
     if n is not None and n < 1:
         raise CdlmError(f"n is a number of samples >= 1, got {n}: leave it out to use all")
     settings, distances = likelihood.settings(machine.batch_size or 32), distance.distances
-    paths = [path for path in (samples, baseline) if path is not None]
-    files = {f"{path.absolute().parent.name}/{path.stem}": read_texts(path) for path in paths}
+    files = _read(samples or [])
     if likelihood.likelihood and hub.is_foreign(hub.locate(run)):
         raise CdlmError(f"{run} is another library's model, which has no held-out text here: give a run folder")
     place, config = out or Path(run), read_run(run)
@@ -146,6 +141,14 @@ def evaluate(
             distances=distances, device=machine.device, devices=machine.devices, notes=_notes(config, judge.judge),
         )  # fmt: skip
         _report(found, place, machine)
+
+
+def _read(paths: Sequence[Path]) -> dict[str, list[Entry]]:
+    """The texts of files, by the name of their row: folder and file."""
+    names = [f"{path.absolute().parent.name}/{path.stem}" for path in paths]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise CdlmError(f"two files would be the row {twice!r}: rename one, or name each file once")
+    return {name: read_texts(path) for name, path in zip(names, paths, strict=True)}
 
 
 def _notes(config: RunConfig, judges: Sequence[str]) -> list[str]:
