@@ -203,8 +203,8 @@ Part = Literal["held out", "like training"]
 REAL: dict[Part, str] = {"held out": "real text, held out", "like training": "real text, like the training text"}
 """Names of the rows of real text."""
 
-MOST_OF_A_TEXT = 20
-"""No document counts as one whole if it has more than one in so many of the rows: it is cut into shorter stretches."""
+LONGEST = 8
+"""Rows that are drawn together, at most. A longer document counts as several: a few whole ones are no sample."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class RealText:
     """The real text of a run, by which samples and models are measured.
 
     A file is often sorted, so rows that stand beside each other are alike. Rows are therefore drawn at random, and the
-    rows of a document are drawn together. A document that is longer than a twentieth of its text counts as several.
+    rows of a document are drawn together. A document of more than `LONGEST` rows counts as several.
 
     Args:
         held_out: the validation split, in rows as the model is trained on them.
@@ -291,7 +291,8 @@ class RealText:
         return replace(corpus, extra=self.source.measures(corpus.texts))
 
     def splits(self, count: int, times: int = 5, seed: int = 0) -> list[tuple[Corpus, Corpus]]:
-        """Random splits of the reference into two sides of `count` rows each, with no document on both.
+        """Random splits of the reference into two sides of `count` rows each. No document of `LONGEST` rows or fewer
+        is on both.
 
         Raises:
             CdlmError: there are fewer than `count` rows a side, see `most`.
@@ -353,4 +354,4 @@ def _starts(rows: TextRows) -> Int64[np.ndarray, " k"]:
     """The first row of each document, or of each stretch of a long one."""
     changes = np.flatnonzero(np.diff(rows.documents(), prepend=-1))
     inside = np.arange(len(rows)) - np.repeat(changes, np.diff(changes, append=len(rows)))
-    return np.flatnonzero(inside % max(1, len(rows) // MOST_OF_A_TEXT) == 0)
+    return np.flatnonzero(inside % LONGEST == 0)
