@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from toys import VOCAB, alive, langflow, plaid, ssd, system, tokenizer, weight_of
 
 from cdlm.continuous.embedding import OutputPrior, TokenEmbedding
-from cdlm.continuous.grids import UpperEnds
+from cdlm.continuous.grids import GRIDS, LogT, Truncated, UpperEnds
 from cdlm.continuous.inputs import ConcatenatedInput
 from cdlm.continuous.objectives import Variational
 from cdlm.continuous.sampler import DiffusionLoop
@@ -253,6 +253,31 @@ def test_upper_ends_are_the_levels_of_one_down_to_one_part(kind: str, steps: int
 def test_upper_ends_of_no_step_are_refused() -> None:
     with pytest.raises(CdlmError, match="steps >= 1"):
         UpperEnds().levels(Cosine(), 0)
+
+
+@given(steps=st.integers(1, 300), share=st.floats(0.05, 1.0))
+def test_a_truncated_grid_is_the_beginning_of_one_with_more_steps(steps: int, share: float) -> None:
+    schedule = Cosine()
+    levels = Truncated(LogT(), share).levels(schedule, steps)
+    whole = LogT().levels(schedule, max(steps, round(steps / share)))
+    assert levels.shape == (steps,)
+    assert torch.equal(levels, whole[:steps])
+    assert torch.equal(Truncated(LogT(), 1.0).levels(schedule, steps), LogT().levels(schedule, steps))
+
+
+def test_the_share_of_a_truncated_grid_says_where_it_ends() -> None:
+    """Of 1000 points in equal steps of ln t, the last lies at the share of the way from t_max to t_min."""
+    schedule = Cosine()
+    end = float(Truncated(LogT(), 0.6).levels(schedule, 600)[-1])
+    way = math.log(schedule.t_max / end) / math.log(schedule.t_max / schedule.t_min)
+    assert way == pytest.approx(0.6, abs=2e-3)
+
+
+@pytest.mark.parametrize(("grid", "share"), [(LogT(), 0.0), (LogT(), 1.1), ("LogT()", 0.5)])
+def test_a_truncated_grid_of_nothing_is_refused(grid: Any, share: float) -> None:
+    with pytest.raises(Exception, match="Truncated"):
+        Truncated(grid, share)
+    assert GRIDS.parse("Truncated(LogT(), 0.6)") == Truncated(LogT(), 0.6)
 
 
 # --- the variational objective in training ---

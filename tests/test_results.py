@@ -13,7 +13,7 @@ from rebuild import cli, document
 from rebuild.commands import in_new_process, replaced
 from rebuild.data import Data, stand_in
 from rebuild.definition import Quick, Table, read_table
-from rebuild.filters import interval, number, percent, spread
+from rebuild.filters import interval, number, percent, rank_correlation, spread
 from rebuild.machine import origin
 from rebuild.pages import LONGEST, Pages
 from rebuild.run import Builder, files_of
@@ -593,3 +593,10 @@ def test_the_command_line_ends_with_one_line_and_exit_code_2(
 
 def test_tables_and_pages_of_this_checkout_are_as_they_were_made() -> None:
     assert cli.check(cli.Folders(ROOT, ROOT / "runs" / "results"), warn=lambda text: None) == []
+
+
+def test_the_rank_correlation_is_spearmans() -> None:
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 25, 90]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [9, 8, 7, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(0.8)  # 1 - 6 * 4 / (5 * 24)
+    assert rank_correlation([1, 1, 2], [5, 5, 9]) == pytest.approx(1)

@@ -41,6 +41,17 @@ def spread(values: Any, digits: int = 2, percent: bool = False) -> str:
     return f"{mean}{unit}" if len(set(found)) == 1 else f"{mean} ± {number(statistics.stdev(found), digits)}{unit}"
 
 
+def rank_correlation(values: Sequence[float], others: Sequence[float]) -> float:
+    """Spearman's coefficient of two lists in one order: 1 is the same ranking. Equal values share their mean rank."""
+    ranks = [_ranks([_single(value) for value in each]) for each in (values, others)]
+    return statistics.correlation(*ranks)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+
+
 def plain(value: Any) -> str:
     """A value as it is, a number to four digits."""
     if value is None:
@@ -60,6 +71,6 @@ def _single(value: Any) -> float:
     return value
 
 
-FILTERS: Mapping[str, Callable[..., str]] = {
-    "number": number, "percent": percent, "interval": interval, "spread": spread,
+FILTERS: Mapping[str, Callable[..., Any]] = {
+    "number": number, "percent": percent, "interval": interval, "spread": spread, "rank_correlation": rank_correlation,
 }  # fmt: skip
