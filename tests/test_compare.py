@@ -19,12 +19,14 @@ from toys import with_tokenizer
 from cdlm.api import open_session
 from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Bootstrap, Scores
-from cdlm.evaluation.bench import Bench, FullRun, Outcome, Scorer
+from cdlm.evaluation.bench import Bench, FullRun, Outcome, Scorer, fewest
 from cdlm.evaluation.compare import PLAIN, Comparison, Point, markdown, write_csv, write_json
-from cdlm.evaluation.rivals import Duel, Rivals, hardest
+from cdlm.evaluation.metrics.diversity import sample_entropy
+from cdlm.evaluation.rivals import Duel, Rivals, verdict
 from cdlm.evaluation.texts import RealText
 from cdlm.halting import Criterion, FixedSteps, Patience
 from cdlm.halting.calibration import Goal
+from cdlm.halting.losses import Change
 from cdlm.sampling.session import Session
 
 M, N = 400, 12
@@ -54,14 +56,16 @@ class Toy(Bench):
     Args:
         rules: what rules make of it.
         gap_noise: half the width of the gap's interval.
+        sign: of the gap.
     """
 
     rules: Any = None
     gap_noise: float = 0.1
+    sign: int = 1
 
     @cached_property
     def gap(self) -> Bootstrap:
-        return Bootstrap(1.0, np.linspace(1 - self.gap_noise, 1 + self.gap_noise, 2000))
+        return Bootstrap(self.sign * 1.0, self.sign * np.linspace(1 - self.gap_noise, 1 + self.gap_noise, 2000))
 
     @cached_property
     def splits(self) -> None:
@@ -119,6 +123,22 @@ def test_a_gap_within_noise_gives_no_share_and_no_choice_by_it() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_where_samples_are_easier_than_real_text_to_become_easier_still_is_further_away() -> None:
+    made = comparison(measure="gap")
+    easier = replace(made.bench, sign=-1)  # type: ignore[arg-type]
+    for nats, share in ((1, 1.0), (3, -1.0)):
+        found = replace(made, bench=easier).point("Patience", "Patience(3)", outcome(nats, 5))
+        assert found.gap_share == pytest.approx(share)
+        assert easier.loss(outcome(nats, 5, 2 * M), "gap", two_sided=False).value == pytest.approx(share)
+
+
+def test_empty_samples_have_no_score_and_are_not_chosen() -> None:
+    nothing = np.zeros((M, N))
+    scores = Scores(nothing[:, 0], nothing[:, 0])
+    assert np.isnan(scores.bootstrap().value)
+    assert not np.isfinite(Change(scores.bootstrap(), two_sided=True, samples=M).at_most(0.95))
+
+
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 LOOSE, STRICT = Patience(2), Patience(9)
@@ -153,14 +173,14 @@ def test_too_few_samples_are_chosen_by_the_mean_and_marked() -> None:
     few = 20
     rules = {repr(STRICT): outcome(2, 18, few), repr(LOOSE): outcome(3, 5, few)}
     made = Comparison(bench(rules, few), GOAL, "nats", "toy", live=few, with_rivals=False)
-    assert few < GOAL.fewest
+    assert few < fewest(GOAL, "nats")
     assert made.choice([STRICT]) == 0
     assert made.choice([STRICT, LOOSE]) == 0
     found = made.point("Patience", "Patience(9)", outcome(2, 18, few))
     assert not found.bounded
     text = markdown([replace(found, chosen=True), replace(found, family=PLAIN)], GOAL, "nats")
     assert "Patience(9) †" in text
-    assert f"† Fewer than {GOAL.fewest} samples" in text
+    assert f"† Fewer than {fewest(GOAL, 'nats')} samples" in text
     enough = comparison().point("Patience", "Patience(9)", outcome(2, 18))
     assert enough.bounded
     assert "†" not in markdown([replace(enough, chosen=True)], GOAL, "nats")
@@ -177,39 +197,56 @@ def test_a_rule_that_saves_nothing_is_not_chosen() -> None:
 class Known(Rivals):
     """Rivals whose samples are known: by name, and by the factor of their temperature."""
 
-    drawn: Mapping[str, Callable[[float], Outcome]] = {}
+    made: Mapping[str, Callable[[float], Outcome]] = {}
 
     def _at(self, outcome: Outcome) -> Iterator[tuple[str, Session]]:
-        for name in self.drawn:
-            yield name, self.reporting.session.with_criterion(FixedSteps(1 + list(self.drawn).index(name)))
+        for name in self.made:
+            yield name, self.reporting.session.with_criterion(FixedSteps(1 + list(self.made).index(name)))
 
-    def _drawn(self, rival: Session, m: int) -> Outcome:
-        name = list(self.drawn)[rival.criterion.steps - 1]  # type: ignore[attr-defined]
-        return self.drawn[name](rival.settings["score_temperature"])
+    def drawn(self, rival: Session, m: int) -> Outcome:
+        name = list(self.made)[rival.criterion.steps - 1]  # type: ignore[attr-defined]
+        return self.made[name](rival.settings["score_temperature"])
 
 
 def duels(rule: Outcome, **drawn: Outcome | Callable[[float], Outcome]) -> list[Duel]:
     known = Known(*bench().halves())
-    Known.drawn = {name: made if callable(made) else lambda _, made=made: made for name, made in drawn.items()}
+    Known.made = {name: made if callable(made) else lambda _, made=made: made for name, made in drawn.items()}
     return known.duels(rule)
 
 
-def test_the_verdict_is_of_the_rival_that_is_hardest_to_beat() -> None:
+def test_a_duel_has_the_sign_of_the_rule() -> None:
     found = duels(outcome(3, 10), weak=outcome(5, 10), strong=outcome(2, 10))
-    assert [(duel.rival, duel.difference, duel.verdict) for duel in found] == [
-        ("weak", -2, "better"), ("strong", 1, "worse"),
-    ]  # fmt: skip
-    worst = hardest(found)
-    assert worst is not None
-    assert worst.rival == "strong"
-    assert hardest([]) is None
+    assert [(duel.rival, duel.difference) for duel in found] == [("weak", -2), ("strong", 1)]
 
 
-def test_a_difference_within_the_noise_is_unclear() -> None:
-    (found,) = duels(outcome(2, 10, other=4), rival=outcome(3, 10))
-    assert found.difference == pytest.approx(0)
-    assert found.low < 0 < found.high
-    assert found.verdict == "unclear"
+def duel(rival: str, low: float, high: float, **more: Any) -> Duel:
+    return Duel(rival, "", 10.0, 1.0, more.pop("entropy", 2.0), (low + high) / 2, low, high, **more)
+
+
+@pytest.mark.parametrize(
+    ("fought", "word", "rival"),
+    [
+        ([duel("a", -0.3, -0.2), duel("b", -0.2, -0.1)], "better", "b"),
+        ([duel("a", -0.007, -0.001), duel("b", -0.03, 0.02)], "unclear", "b"),
+        ([duel("a", 0.001, 0.011), duel("b", -0.03, 0.05)], "worse", "a"),
+        ([duel("a", 0.1, 0.2), duel("b", 0.3, 0.4)], "worse", "b"),
+        ([duel("a", 0.1, 0.2), duel("a", -0.2, -0.1, matched=True)], "better", "a"),
+        ([duel("a", -0.2, -0.1), duel("a", 0.1, 0.2, matched=True)], "worse", "a"),
+        ([duel("a", -0.2, -0.1, entropy=2.02)], "unclear", "a"),
+        ([duel("a", 0.1, 0.2, entropy=2.02)], "worse", "a"),
+    ],
+)
+def test_better_is_better_than_all_and_worse_is_worse_than_one(fought: list[Duel], word: str, rival: str) -> None:
+    found = verdict(fought, entropy=2.0, samples=100)
+    assert found is not None
+    assert (found.word, found.duel.rival) == (word, rival)
+    few = verdict(fought, entropy=2.0, samples=19)
+    assert few is not None
+    assert few.word == "unclear"
+
+
+def test_without_rivals_there_is_no_verdict() -> None:
+    assert verdict([], 2.0, 100) is None
 
 
 def mixed(nats: int, spread: int) -> Outcome:
@@ -227,10 +264,9 @@ def test_a_rival_of_another_entropy_is_tried_at_the_rules_own() -> None:
 
     found = duels(mixed(4, 1), rival=rival)
     assert [(duel.matched, duel.difference) for duel in found] == [(False, -1), (True, 1)]
-    worst = hardest(found)
-    assert worst is not None
-    assert worst.matched
-    assert worst.verdict == "worse"
+    found_out = verdict(found, sample_entropy(mixed(4, 1).tokens.tolist()), M)
+    assert found_out is not None
+    assert (found_out.word, found_out.duel.matched) == ("worse", True)
 
 
 def test_an_entropy_that_no_temperature_reaches_leaves_the_rival_as_it_is() -> None:
@@ -254,16 +290,16 @@ def test_rivals_of_a_real_model_spend_as_many_calls_on_the_same_samples() -> Non
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_files_hold_every_point_and_the_hardest_rival(tmp_path: Path) -> None:
-    duel = Duel("ancestral", "10, LogT()", 10.0, 2.5, 2.0, -0.5, -0.6, -0.4)
-    points = [replace(point(2, 15), chosen=True, duels=(duel,)), point(3, 5)]
+def test_the_files_hold_every_point_and_the_verdict(tmp_path: Path) -> None:
+    lost = Duel("ancestral", "10, LogT()", 10.0, 2.5, 0.0, -0.5, -0.6, -0.4)
+    points = [replace(point(2, 15), chosen=True, duels=(lost,)), point(3, 5)]
     write_csv(points, tmp_path / "compare.csv")
     write_json(points, GOAL, "nats", tmp_path / "compare.json")
     with (tmp_path / "compare.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["rival_rival"] for row in rows] == ["ancestral", ""]
+    assert [(row["verdict"], row["rival_rival"]) for row in rows] == [("better", "ancestral"), ("", "")]
     content = json.loads((tmp_path / "compare.json").read_text())
     assert content["goal"]["limit"] == 0.05
-    assert content["rows"][0]["hardest"]["verdict"] == "better"
-    assert content["rows"][1]["hardest"] is None
+    assert content["rows"][0]["verdict"]["word"] == "better"
+    assert content["rows"][1]["verdict"] is None
     assert "better: -0.500 [-0.600, -0.400], ancestral (10, LogT())" in markdown(points, GOAL, "nats")

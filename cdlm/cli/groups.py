@@ -10,7 +10,7 @@ from cdlm.api import open_session
 from cdlm.core.checks import check_whole
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
-from cdlm.evaluation.bench import WITHOUT_A_JUDGE
+from cdlm.evaluation.bench import JUDGED
 from cdlm.evaluation.plots.figure import check_plot_path
 from cdlm.halting.calibration import Goal
 from cdlm.sampling.samples import check_extension
@@ -106,20 +106,25 @@ class GoalOptions:
     is sharper, not better. By default 5% of gap and texts, 1% of ar-nll and agreement, 0.01 nats."""
     max_loss: str | None = None
     """In its place, the most that may be lost, whatever is gained."""
-    min_agreement: str = "99%"
-    """Least share of the tokens that are those of the full run; 0 asks for none."""
+    min_agreement: str | None = None
+    """Beside the measures of AR-NLL, least share of the tokens that are those of the full run: by default 99%, and 0
+    asks for none."""
     confidence: float = 0.95
     """How surely."""
 
     def __post_init__(self) -> None:
         if self.max_change is not None and self.max_loss is not None:
             raise CdlmError("give max_change, a limit of gains and losses, or max_loss, a limit of losses: not both")
+        if self.min_agreement is not None and self.measure not in JUDGED:
+            raise CdlmError(
+                f"min_agreement stands beside measures of AR-NLL, and {self.measure} has a limit of its own"
+            )
 
     @property
     def goal(self) -> Goal:
         """The same as numbers."""
         limit = self.max_loss or self.max_change or LIMITS[self.measure]
-        agreement = 0.0 if self.measure in WITHOUT_A_JUDGE else share(self.min_agreement)
+        agreement = share(self.min_agreement or "99%") if self.measure in JUDGED else 0.0
         return Goal(share(limit), self.confidence, two_sided=self.max_loss is None, agreement=agreement)
 
 

@@ -125,8 +125,10 @@ class Diffusion(Sampling):
     def rivals(self) -> Mapping[str, Sequence[Diffusion]]:
         """Its own solver, and ancestral steps, each on its own grid, the shipped ones and their beginnings."""
         grids = dict.fromkeys((self.grid, Warped(), LogT(), *(Truncated(LogT(), share) for share in BEGINNINGS)))
-        own = [replace(self, grid=grid) for grid in grids]
-        return {"fewer steps": own, "ancestral": [replace(one, solver=Ancestral()) for one in own]}
+        own = {"fewer steps": [replace(self, grid=grid) for grid in grids]}
+        if self.solver == Ancestral():
+            return own
+        return {**own, "ancestral": [replace(one, solver=Ancestral()) for one in own["fewer steps"]]}
 
     def length_of(self, requests: Sequence[Request]) -> int:
         return len(requests[0].tokens)

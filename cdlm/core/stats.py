@@ -88,7 +88,8 @@ def block_length(values: Float[np.ndarray, " m"]) -> int:
     """How many neighbours to draw together in a bootstrap of the mean of a series, at least 1.
 
     Politis and White (2004) for the circular block bootstrap, as corrected by Patton, Politis and White (2009): a
-    series without correlation gives 1.
+    series without correlation gives 1. A block has at most 3 sqrt(n) values: a text of a few long stretches, such as
+    four restaurants, has a larger error than this can see.
     """
     n, centred = len(values), values - values.mean()
     if n < 10 or not centred.any():

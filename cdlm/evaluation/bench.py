@@ -26,7 +26,6 @@ from cdlm.halting.replay import replay
 from cdlm.recording.file import Recording
 from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import Request
-from cdlm.sampling.samples import Samples
 from cdlm.sampling.session import Session
 from cdlm.sampling.texts import given_spans, shown_of, texts_of
 
@@ -34,6 +33,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+JUDGED = ("gap", "nats", "ar-nll")
+"""Measures of AR-NLL. They have no largest value and are bounded by a bootstrap."""
+FEWEST_TO_RESAMPLE = 100
+"""Samples that a bootstrap needs."""
+MOST_ROWS = 1000
+"""Of real text that is judged."""
 SPLITS = 5
 """Of the real text, for the Fréchet distance."""
 FEWEST_ROWS = 20
@@ -120,8 +125,6 @@ class Scorer:
             pairs = zip(scored.text_nats.tolist(), scored.text_tokens.tolist(), strict=True)
             self.known.update(zip(fresh, pairs, strict=True))
         total, weight = np.array([self.known[key] for key in keys], np.float64).T
-        if not weight.any():
-            raise CdlmError("all samples are empty, and there is nothing to judge: does this model need prompts?")
         return Scores(total, weight)
 
 
@@ -184,8 +187,15 @@ class Bench:
 
     @cached_property
     def full(self) -> Scores:
-        """AR-NLL of the full run."""
-        return self.score(self.full_run.tokens)
+        """AR-NLL of the full run.
+
+        Raises:
+            CdlmError: all samples are empty.
+        """
+        scores = self.score(self.full_run.tokens)
+        if not scores.weight.any():
+            raise CdlmError("all samples are empty, and there is nothing to judge: does this model need prompts?")
+        return scores
 
     @cached_property
     def full_calls(self) -> Float[np.ndarray, " m"]:
@@ -193,8 +203,8 @@ class Bench:
         return self.full_run.nfe.astype(np.float64)
 
     def real(self, part: Part) -> RealSample:
-        """Real text, as many rows as the full run has samples, or as there are, under the same judge."""
-        corpus = self.text.corpus(part, min(len(self.full_run), len(self.text.rows(part))))
+        """Real text under the same judge: all there is, or `MOST_ROWS` of it."""
+        corpus = self.text.corpus(part, min(MOST_ROWS, len(self.text.rows(part))))
         scored = ar_nll(self.scorer.judge, corpus.texts)
         return RealSample(corpus, Scores(scored.text_nats, scored.text_tokens.astype(np.float64), corpus.serial))
 
@@ -223,15 +233,26 @@ class Bench:
         """AR-NLL of the full run less that of real text, in nats per token: what a model has left to learn."""
         return self.full.bootstrap() - self.reference.scores.bootstrap(APART)
 
-    def check_gap(self) -> None:
-        """Raise if the gap is within its noise, so that no share of it can be measured."""
-        low, high = self.gap.interval95
-        if not (low > 0 or high < 0):
+    def gap_in_noise(self, confidence: float = 0.95) -> bool:
+        """Whether the gap may have either sign, with that confidence: no share of it can then be measured."""
+        upper, lower = self.gap.upper(confidence), self.gap.upper(1 - confidence)
+        return not (lower > 0 or upper < 0)
+
+    def check_gap(self, confidence: float) -> None:
+        """Raise if the gap is within its noise."""
+        if self.gap_in_noise(confidence):
+            low, high = self.gap.interval95
             raise CdlmError(
                 f"the AR-NLL of {self.name} and of real text differ by {self.gap.value:+.3f}"
                 f" [{low:+.3f}, {high:+.3f}] nats: no share of a gap that is within noise can be measured; use the"
                 " measure nats or agreement, or more samples"
             )
+
+    @property
+    def described_gap(self) -> dict[str, Any]:
+        """The gap, its interval, and what real text it is to."""
+        low, high = self.gap.interval95
+        return {"nats": self.gap.value, "low": low, "high": high, "to": self.reference.corpus.name}
 
     @property
     def steps(self) -> int:
@@ -274,10 +295,6 @@ class Bench:
         """The first `live` requests, drawn from the model."""
         return Outcome.under(session, self.requests[:live])
 
-    def draw(self, session: Session, live: int) -> Samples:
-        """The first `live` requests as samples."""
-        return session.run(self.requests[:live])
-
     @property
     def steps_taken(self) -> Recording:
         """The recording, of a study that looks at single steps.
@@ -298,14 +315,15 @@ class Bench:
         return self.score(outcome.tokens).relative_to(self.full.first(len(outcome.tokens)))
 
     def share_of_gap(self, outcome: Outcome) -> Bootstrap:
-        """The change as a share of the gap to real text; above 0 it is further away, if the gap is above 0."""
+        """The change as a share of the gap to real text: above 0 it is further away, whichever of them is easier."""
         return self.change(outcome) / self.gap
 
     def differ(self, outcome: Outcome) -> Float[np.ndarray, " m"]:
-        """Share of each sample's generated tokens that are not those of the full run."""
+        """Share of each sample's generated tokens that are not those of the full run, where either of them is text."""
         m, full = len(outcome.tokens), self.full_run
-        open_ = ~full.given[:m]
-        return ((outcome.tokens != full.tokens[:m]) & open_).sum(1) / open_.sum(1)
+        text = self.shown(outcome) | self.shown(Outcome(full.tokens[:m], full.nfe[:m]))
+        counted = text & ~full.given[:m]
+        return ((outcome.tokens != full.tokens[:m]) & counted).sum(1) / counted.sum(1).clip(min=1)
 
     def agreement(self, outcome: Outcome) -> float:
         """Share of generated tokens that are those of the full run."""
@@ -325,10 +343,7 @@ class RealSample:
 
 
 def _gap(bench: Bench, outcome: Outcome, two_sided: bool) -> Loss:
-    share = bench.share_of_gap(outcome)
-    if bench.gap.value < 0:  # easier than real text: to become easier still is the loss
-        share = Bootstrap(-share.value, -share.draws)
-    return Change(share, two_sided, len(outcome.tokens))
+    return Change(bench.share_of_gap(outcome), two_sided, len(outcome.tokens))
 
 
 def _nats(bench: Bench, outcome: Outcome, two_sided: bool) -> Loss:
@@ -374,24 +389,25 @@ def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure
             reaches the goal.
     """
     n = len(bench.full_run)
-    goal.check(n)
+    goal.check(n, fewest(goal, measure))
     if measure == "gap":
-        bench.check_gap()
+        bench.check_gap(goal.confidence)
     shown = progress(candidates, total=len(candidates), label="settings tried", shown=bench.session.progress)
     trials = halting.search(shown, lambda rule: tried(bench, bench.under(rule, live=n), goal, measure), goal, n)
-    judged = measure not in WITHOUT_A_JUDGE
     return Calibration(
         settings=bench.settings,
         rule=halting.loosest(trials).rule,
         measure=measure,
-        bound=bench.loss(Outcome(bench.full_run.tokens, bench.full_run.nfe), measure, goal.two_sided).bound,
+        bound="bootstrap" if measure in JUDGED else ("binomial" if measure == "texts" else "hoeffding-bentkus"),
         goal=goal,
         samples=n,
         seed=bench.session.seed,
-        judge=bench.scorer.judge.describe() if judged else None,
+        judge=bench.scorer.judge.describe() if measure in JUDGED else None,
+        gap=bench.described_gap if measure == "gap" else None,
         trials=trials,
     )
 
 
-WITHOUT_A_JUDGE = ("agreement", "texts")
-"""Measures that need none."""
+def fewest(goal: Goal, measure: str) -> int:
+    """Least number of samples that the goal can be shown on: a bootstrap needs some whatever the limit."""
+    return max(goal.fewest, FEWEST_TO_RESAMPLE) if measure in JUDGED else goal.fewest

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -21,14 +21,15 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_rows, write_text
 from cdlm.core.progress import progress
 from cdlm.core.stats import Bootstrap, Scores
-from cdlm.evaluation.bench import Bench, Outcome, RealSample, tried
+from cdlm.evaluation.bench import Bench, Outcome, RealSample, fewest, tried
 from cdlm.evaluation.metrics.diversity import sample_entropy, unigram_entropy
 from cdlm.evaluation.metrics.reference import DISTANCES, Spread
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel
-from cdlm.evaluation.rivals import Duel, Rivals, hardest
+from cdlm.evaluation.rivals import Duel, Rivals, Verdict, verdict
 from cdlm.evaluation.texts import REAL, Part
 from cdlm.halting import Criterion, FixedSteps, Never
 from cdlm.halting.calibration import Goal
+from cdlm.sampling.session import Session
 
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 """Budgets of the plain sampler, as shares of the full one, unless they are given."""
@@ -105,15 +106,14 @@ class Point:
     """A chosen setting beside its rivals with as many calls."""
 
     @property
-    def hardest(self) -> Duel | None:
-        """The rival that is hardest to beat."""
-        return hardest(self.duels)
+    def verdict(self) -> Verdict | None:
+        """Beside all its rivals."""
+        return verdict(self.duels, self.entropy_sample, self.samples)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        found = self.hardest
-        verdict = None if found is None else {"rival": found.rival, "verdict": found.verdict, **asdict(found)}
-        return {**asdict(self), "duels": [asdict(duel) for duel in self.duels], "hardest": verdict}
+        found = self.verdict
+        return {**asdict(self), "verdict": None if found is None else asdict(found)}
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Comparison:
             CdlmError: the goal is a share of the gap to real text, and the gap is within noise.
         """
         if self.measure == "gap":
-            self.choosing.check_gap()
+            self.choosing.check_gap(self.goal.confidence)
         full = self.reporting.full_run
         points = [self.point(FULL, "Never()", Outcome(full.tokens, full.nfe)), *self.real()]
         points += self.plain()
@@ -200,7 +200,7 @@ class Comparison:
         """
         outcome = bench.under(rule, self.live)
         spent = tried(bench, outcome, self.goal, self.measure)
-        if len(outcome.tokens) >= self.goal.fewest:
+        if len(outcome.tokens) >= fewest(self.goal, self.measure):
             return spent.saved if spent.under(self.goal, rule).passed else None
         size = abs(spent.loss.value) if self.goal.two_sided else spent.loss.value
         differ = 0.0 if spent.differ is None else spent.differ.value
@@ -221,25 +221,17 @@ class Comparison:
 
     def plain(self) -> list[Point]:
         """The plain sampler with fewer steps: as the full run is sampled, and in each rival's best way."""
-        session, bench = self.reporting.session, self.reporting
-        ways = {PLAIN: session}
+        ways = {PLAIN: self.reporting.session}
         if self.with_rivals:
             ways |= {f"plain sampler, {rival.name}": rival.session for rival in self.rivals.plain}
-        points = []
-        for family, way in ways.items():
-            if family == PLAIN or way.sampling != session.sampling:
-                points += [self.point(family, self._way(way, steps), drawn) for steps, drawn in self._fewer(bench, way)]
-        return points
+        return [self.point(family, _way(way, steps), drawn) for family, way in ways.items()
+                for steps, drawn in self._fewer(way)]  # fmt: skip
 
-    def _fewer(self, bench: Bench, way: Any) -> Iterable[tuple[int, Outcome]]:
+    def _fewer(self, way: Session) -> Iterator[tuple[int, Outcome]]:
+        bench = self.reporting
         budgets = self.fewer or [max(1, round(share * bench.steps)) for share in SHARES]
         for steps in way.sampling.fewer_steps([b for b in budgets if b < bench.steps], bench.requests[0]):
-            yield steps, bench.run(way.with_steps(steps), len(bench.full_run))
-
-    def _way(self, session: Any, steps: int) -> str:
-        if session.sampling == self.bench.session.sampling:
-            return f"{steps} steps"
-        return f"{steps} steps, {session.settings.get('grid')}, {session.settings.get('solver')}"
+            yield steps, self.rivals.drawn(way.with_steps(steps), len(bench.full_run))
 
     def point(self, family: str, setting: str, drawn: Outcome) -> Point:
         """All that one set of samples says."""
@@ -248,7 +240,7 @@ class Comparison:
         spent, relative = Scores(calls, np.ones(m)).bootstrap(), bench.relative(drawn)
         speedup = float(before.sum() / calls.sum())
         rows, full = bench.lines(drawn), bench.lines(Outcome(bench.full_run.tokens[:m], bench.full_run.nfe[:m]))
-        gap = {} if self._gap_in_noise else _interval("gap_share", bench.share_of_gap(drawn))
+        gap = {} if bench.gap_in_noise() else _interval("gap_share", bench.share_of_gap(drawn))
         values: dict[str, Any] = {
             **_interval("calls", spent), **_interval("change", bench.change(drawn)), **_interval("loss", relative),
             **gap,
@@ -256,7 +248,7 @@ class Comparison:
             "step_speedup": speedup,
             "step_speedup_each": float((before / calls).mean()),
             "upper": bench.loss(drawn, self.measure, self.goal.two_sided).at_most(self.goal.confidence),
-            "bounded": m >= self.goal.fewest,
+            "bounded": m >= fewest(self.goal, self.measure),
             "agreement": bench.agreement(drawn),
             "entropy_change": sample_entropy(rows) - sample_entropy(full),
             "qps": speedup * (1 + relative.value) ** -GAMMA,
@@ -277,11 +269,6 @@ class Comparison:
     def _full_distance(self) -> Spread | None:
         run = self.reporting.full_run
         return self.reporting.frechet(Outcome(run.tokens, run.nfe))
-
-    @cached_property
-    def _gap_in_noise(self) -> bool:
-        low, high = self.reporting.gap.interval95
-        return low <= 0 <= high
 
     def real(self) -> list[Point]:
         """Real text under the same judge: held out, and like the training text where there is some."""
@@ -313,23 +300,30 @@ class Comparison:
         }
 
 
+def _way(session: Session, steps: int) -> str:
+    """How a plain sampler is sampled."""
+    parts = [str(session.settings[name]) for name in ("grid", "solver") if name in session.settings]
+    return ", ".join([f"{steps} steps", *parts])
+
+
 def too_few(
-    model: str, families: Mapping[str, Sequence[Criterion]], in_blocks: bool, live: int, n: int, goal: Goal
+    model: str, families: Mapping[str, Sequence[Criterion]], in_blocks: bool, live: int, n: int, goal: Goal, needed: int
 ) -> str:
     """Which families are measured on fewer samples than a bound of their loss needs, as a warning; empty if none is.
 
     Args:
         n: samples of each half.
+        needed: samples that the goal needs.
     """
     must = [name for name, rules in families.items() if in_blocks or any(rule.freezes for rule in rules)]
-    short = list(families) if n < goal.fewest else must if 0 < live < goal.fewest else []
+    short = list(families) if n < needed else must if 0 < live < needed else []
     if not short:
         return ""
-    samples = n if n < goal.fewest else live
+    samples = n if n < needed else live
     return (
         f"{', '.join(short)} on {model}: {samples} samples in each half, and {goal} with {goal.confidence:.0%}"
-        f" confidence needs {goal.fewest}, so these rows have no bound: raise"
-        f" {'--n' if n < goal.fewest else '--live'}, or ask for less"
+        f" confidence needs {needed}, so these rows have no bound: raise {'--n' if n < needed else '--live'}, or ask"
+        " for less"
     )
 
 
@@ -339,21 +333,23 @@ def _interval(name: str, found: Bootstrap) -> dict[str, float]:
 
 
 def write_csv(points: Sequence[Point], path: Path) -> None:
-    """Every point, and of a chosen one its hardest rival."""
+    """Every point, and of a chosen one the verdict."""
     rows = []
     for point in points:
-        found = point.to_dict()
-        best = found.pop("hardest") or {}
-        del found["duels"]
-        rows.append({**found, **{f"rival_{name}": best.get(name) for name in DUEL}})
+        found = {name: value for name, value in asdict(point).items() if name != "duels"}
+        decided = point.verdict
+        duel = {name: None for name in RIVAL} if decided is None else asdict(decided.duel)
+        word = None if decided is None else decided.word
+        rows.append({**found, "verdict": word, **{f"rival_{name}": value for name, value in duel.items()}})
     write_rows(path, rows)
 
 
-DUEL = ("rival", "setting", "calls", "ar_nll", "entropy", "difference", "low", "high", "matched", "verdict")
+RIVAL = tuple(field.name for field in fields(Duel))
+"""Columns of the rival that decides."""
 
 
 def write_json(points: Sequence[Point], goal: Goal, measure: str, path: Path) -> None:
-    """Every point with all its rivals, and what the choice was made by."""
+    """Every point with all its rivals and the verdict, and what the choice was made by."""
     content = {"goal": asdict(goal), "measure": measure, "rows": [point.to_dict() for point in points]}
     write_text(path, json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -385,10 +381,8 @@ def markdown(points: Sequence[Point], goal: Goal, measure: str) -> str:
             if own and not any(p.chosen for p in own):
                 why = "saves no call within the goal"
                 lines.append(_line([model, steps, family, own[0].samples, "-", why] + [""] * (len(COLUMNS) - 6)))
-    unbounded = any(p.chosen and not p.bounded for p in points)
-    mark = (
-        f"\n{UNBOUNDED} Fewer than {goal.fewest} samples: the change is a mean, without a bound.\n" if unbounded else ""
-    )
+    needed, unbounded = fewest(goal, measure), any(p.chosen and not p.bounded for p in points)
+    mark = f"\n{UNBOUNDED} Fewer than {needed} samples: the change is a mean, without a bound.\n" if unbounded else ""
     return "\n".join(lines) + "\n\n" + _note(goal, measure) + mark
 
 
@@ -397,8 +391,8 @@ def _note(goal: Goal, measure: str) -> str:
         f"Of each rule the loosest setting within {goal} ({measure}, {goal.confidence:.0%} confidence), chosen on one"
         " half of the samples; all numbers are of the other half. Intervals are 95 %, bootstrap over samples. The gap"
         " is from the full run to real text. QPS is the step speed-up times (AR-NLL of the full run / AR-NLL) **"
-        f" {GAMMA}. The last column is AR-NLL less that of a rival with as many calls, on the same samples: of"
-        " the rival that leaves the rule the least.\n"
+        f" {GAMMA}. The last column is AR-NLL less that of the rival that decides, with as many calls on the"
+        " same samples: better is better than every rival, worse is worse than one.\n"
     )
 
 
@@ -409,11 +403,12 @@ def _is_reference(point: Point) -> bool:
 def _cells(p: Point) -> list[str]:
     name = p.family if p.family in REFERENCES else p.setting
     name += "" if p.bounded or _is_reference(p) else f" {UNBOUNDED}"
-    rival, against = p.hardest, "-"
-    if rival is not None:
-        same = ", equal entropy" if rival.matched else ""
-        numbers = f"{rival.difference:+.3f} [{rival.low:+.3f}, {rival.high:+.3f}]"
-        against = f"{rival.verdict}: {numbers}, {rival.rival} ({rival.setting}{same})"
+    found, against = p.verdict, "-"
+    if found is not None:
+        duel = found.duel
+        same = ", at its entropy" if duel.matched else ""
+        numbers = f"{duel.difference:+.3f} [{duel.low:+.3f}, {duel.high:+.3f}]"
+        against = f"{found.word}: {numbers}, {duel.rival} ({duel.setting}{same})"
     distance = "-" if p.frechet_change is None else f"{p.frechet_change:+.3f} ± {p.frechet_change_sd:.3f}"
     return [
         p.model, str(p.steps), name, str(p.samples), _number(p.calls, ".1f"), _number(p.saved, ".1%"),

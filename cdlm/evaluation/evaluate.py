@@ -149,7 +149,10 @@ def evaluate(
     floors = [held_out.shuffled(beside.decode, seed), held_out.salad(beside.decode, seed)]
     corpora = [*samples, *beside.rows, *floors]
     reference = _reference(corpora, beside, distances, readers[0])
-    far = [_distances(corpus, reference, distances) for corpus in corpora]  # refuses copies before the long work
+    if reference is not None:
+        for corpus in samples:
+            reference.check_copies(corpus)
+    far = [_distances(corpus, reference, distances) for corpus in corpora]
     rows = [{**row, **more} for row, more in zip(_judged(corpora, readers, seed), far, strict=True)]
     real = rows[len(samples) + len(beside.rows) - 1]
     found = [note for row in rows[: len(samples)] for note in _notes(row, real, target.name)]

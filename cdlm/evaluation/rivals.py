@@ -24,6 +24,8 @@ SAME_ENTROPY = 0.01
 """Nats within which the entropies of two sets of samples count as equal."""
 TRIAL_SAMPLES = 128
 """On which the ways of a rival are tried, at most: differences between grids are larger than their noise."""
+FEWEST_SAMPLES = 20
+"""Of fewer there is no verdict."""
 MOST_TRIES = 5
 """Temperatures that are tried to reach an entropy."""
 
@@ -46,11 +48,6 @@ class Duel:
     """95 % interval, paired."""
     matched: bool = False
     """Whether the rival's temperature was set so that its entropy is the rule's."""
-
-    @property
-    def verdict(self) -> str:
-        """Of the rule."""
-        return "better" if self.high < 0 else "worse" if self.low > 0 else "unclear"
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ class Rivals:
 
     def _against(self, name: str, rival: Session, outcome: Outcome) -> Iterator[Duel]:
         bench = self.reporting
-        drawn = self._drawn(rival, len(outcome.tokens))
+        drawn = self.drawn(rival, len(outcome.tokens))
         yield self._duel(name, rival, drawn, outcome)
         target = sample_entropy(bench.lines(outcome))
         if abs(sample_entropy(bench.lines(drawn)) - target) > SAME_ENTROPY:
@@ -132,8 +129,8 @@ class Rivals:
             if matched is not None:
                 yield replace(self._duel(name, *matched, outcome), matched=True)
 
-    def _drawn(self, rival: Session, m: int) -> Outcome:
-        """Its samples; a fixed step of the full run is replayed."""
+    def drawn(self, rival: Session, m: int) -> Outcome:
+        """The first m samples of the reporting half, sampled so; a fixed step of the full run is replayed."""
         bench, key = self.reporting, f"{rival.sampling!r} {rival.criterion!r} {m}"
         if key not in self.known:
             same = rival.sampling == bench.session.sampling and not bench.must_run(rival.criterion)
@@ -148,7 +145,7 @@ class Rivals:
         factor = 0.97 if entropies[0] > target else 1.03
         for _ in range(MOST_TRIES):
             session = rival.with_sampling(rival.sampling.with_temperature_times(factor))
-            found = self._drawn(session, m)
+            found = self.drawn(session, m)
             factors, entropies = [*factors, factor], [*entropies, sample_entropy(bench.lines(found))]
             if abs(entropies[-1] - target) <= SAME_ENTROPY:
                 return session, found
@@ -171,11 +168,37 @@ class Rivals:
         )  # fmt: skip
 
 
-def hardest(duels: Sequence[Duel]) -> Duel | None:
-    """The rival that leaves the rule the least; where it was run at equal entropy too, that run counts alone."""
+@dataclass(frozen=True)
+class Verdict:
+    """A rule beside all its rivals."""
+
+    word: str
+    """`better` than every rival, `worse` than one of them, or `unclear`."""
+    duel: Duel
+    """With the rival that decides: the one that is surely better, or else the hardest to rule out."""
+
+
+def verdict(duels: Sequence[Duel], entropy: float, samples: int) -> Verdict | None:
+    """What the duels of a rule say together; None without any.
+
+    A rival that was run at the rule's entropy counts in that run alone. One that no temperature brings there leaves the
+    rule unclear at best: what a temperature buys is no gain. So do few samples. Where the rival decides, its difference
+    is the extreme of several noisy ones, and leans against the rule.
+
+    Args:
+        entropy: of the rule's samples.
+        samples: that the duels are of.
+    """
+    if not duels:
+        return None
     matched = {duel.rival for duel in duels if duel.matched}
     fair = [duel for duel in duels if duel.matched or duel.rival not in matched]
-    return max(fair, key=lambda duel: duel.difference, default=None)
+    strongest, hardest = max(fair, key=lambda duel: duel.low), max(fair, key=lambda duel: duel.high)
+    if strongest.low > 0 and samples >= FEWEST_SAMPLES:
+        return Verdict("worse", strongest)
+    uneven = any(abs(duel.entropy - entropy) > SAME_ENTROPY for duel in fair)
+    better = hardest.high < 0 and not uneven and samples >= FEWEST_SAMPLES
+    return Verdict("better" if better else "unclear", hardest)
 
 
 def _value(scores: Scores) -> float:

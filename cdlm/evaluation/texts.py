@@ -291,8 +291,8 @@ class RealText:
         return replace(corpus, extra=self.source.measures(corpus.texts))
 
     def splits(self, count: int, times: int = 5, seed: int = 0) -> list[tuple[Corpus, Corpus]]:
-        """Random splits of the reference into two sides of `count` rows each. No document of `LONGEST` rows or fewer
-        is on both.
+        """Random splits of the reference into two sides of `count` rows each. The rows that begin in one document of
+        `LONGEST` rows or fewer are on one side; a row that is cut from several documents goes with its first.
 
         Raises:
             CdlmError: there are fewer than `count` rows a side, see `most`.

@@ -71,12 +71,17 @@ class Goal:
         share = min(self.limit, 1 - self.agreement) if self.agreement else self.limit
         return math.ceil(math.log1p(-self.confidence) / math.log1p(-share))
 
-    def check(self, samples: int) -> None:
-        """Raise unless so many samples can show that the goal is met."""
-        if samples < self.fewest:
+    def check(self, samples: int, fewest: int | None = None) -> None:
+        """Raise unless so many samples can show that the goal is met.
+
+        Args:
+            fewest: that it needs, if these are more than its own.
+        """
+        needed = self.fewest if fewest is None else fewest
+        if samples < needed:
             raise CdlmError(
-                f"{self} with {self.confidence:.0%} confidence needs at least {self.fewest} samples, got {samples}:"
-                " raise n, or ask for less"
+                f"{self} with {self.confidence:.0%} confidence needs at least {needed} samples, got {samples}: raise n,"
+                " or ask for less"
             )
 
     def __str__(self) -> str:
@@ -106,7 +111,7 @@ class Tried:
         passed, differ, most = upper <= goal.limit, None, None
         if self.differ is not None:
             differ, most = self.differ.value, self.differ.at_most(goal.confidence)
-            passed = passed and (not goal.agreement or most <= 1 - goal.agreement + ROUNDING)
+            passed = passed and most <= 1 - goal.agreement + ROUNDING
         return Trial(repr(rule), self.calls, self.saved, self.loss.value, upper, passed, differ, most)
 
 
@@ -144,7 +149,7 @@ def search(
 def _nothing_passed(trial: Trial, found: Tried, goal: Goal, samples: int) -> str:
     finding = f"{trial.rule} changes {trial.loss:+.4g}, at most {trial.upper:.4g} with {goal.confidence:.0%} confidence"
     needed = [found.loss.samples_for(goal.limit, goal.confidence)]
-    if found.differ is not None and goal.agreement:
+    if found.differ is not None:
         finding += f", and {trial.differ:.2%} of the tokens, at most {trial.differ_upper:.2%}"
         needed.append(found.differ.samples_for(1 - goal.agreement, goal.confidence))
     if None in needed:
@@ -166,12 +171,14 @@ class Calibration:
     rule: str
     measure: str
     bound: str
-    """Method that bounds the loss."""
+    """Method that bounds the loss. That of the tokens that differ is always Hoeffding's and Bentkus'."""
     goal: Goal
     samples: int
     seed: int
     judge: Mapping[str, Any] | None
     trials: list[Trial]
+    gap: Mapping[str, Any] | None = None
+    """Of the measure `gap`: its size in nats with the ends of its interval, and the real text that it is to."""
 
 
 def check_readable(folder: Path) -> None:

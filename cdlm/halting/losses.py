@@ -15,7 +15,10 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from cdlm.core.stats import Bootstrap, Scores, binomial_tail, hoeffding_bentkus, upper_bound
+from cdlm.core.stats import Bootstrap, binomial_tail, hoeffding_bentkus, upper_bound
+
+MOST_SAMPLES = 100_000
+"""More are never advised."""
 
 
 class Loss(ABC):
@@ -26,8 +29,8 @@ class Loss(ABC):
 
     @property
     @abstractmethod
-    def estimate(self) -> Bootstrap:
-        """The mean loss, with its resampled values."""
+    def value(self) -> float:
+        """The mean loss."""
 
     @abstractmethod
     def at_most(self, confidence: float) -> float:
@@ -36,11 +39,6 @@ class Loss(ABC):
     @abstractmethod
     def samples_for(self, limit: float, confidence: float) -> int | None:
         """About how many samples of this mean loss would show that it is at most `limit`; None if none would."""
-
-    @property
-    def value(self) -> float:
-        """The mean loss."""
-        return self.estimate.value
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class Change(Loss):
     bound = "bootstrap"
 
     @property
-    def estimate(self) -> Bootstrap:
-        return self.change
+    def value(self) -> float:
+        return self.change.value
 
     def at_most(self, confidence: float) -> float:
         return self.change.most(confidence) if self.two_sided else self.change.upper(confidence)
@@ -83,10 +81,6 @@ class Bounded(Loss):
     bound = "hoeffding-bentkus"
 
     @property
-    def estimate(self) -> Bootstrap:
-        return Scores(self.losses, np.ones(len(self.losses))).bootstrap()
-
-    @property
     def value(self) -> float:
         return float(self.losses.mean())
 
@@ -102,7 +96,9 @@ class Bounded(Loss):
             return None
         samples = len(self.losses)
         while self.p_value(limit, samples) > 1 - confidence:
-            samples = math.ceil(1.05 * samples)
+            samples = math.ceil(1.2 * samples)
+            if samples > MOST_SAMPLES:
+                return None
         return samples
 
 

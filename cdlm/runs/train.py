@@ -118,6 +118,7 @@ def train(
     if origin is not None:
         config = replace(config, tokenizer=None, vocab_size=len(origin.tokenizer))
     text = RunText.of(config, _tokenizer(out, resume, origin))
+    _ = text.judge, text.unread  # a text too small to be divided is better known before the training
     system = _built(config, text, origin)
     return training.train(
         system,

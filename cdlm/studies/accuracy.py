@@ -122,7 +122,7 @@ class Accuracy(Study):
         """Every setting on one model."""
         full = exam.full
         half = len(full.right) // 2
-        most = self.max_drop * half + 1e-9  # of whole answers: a share is no exact number
+        most = self.max_drop * full.right[:half].sum() + 1e-9  # of whole answers: a share is no exact number
         rows = [exam.row(FULL, full, chosen=True)]
         for family, results in self.families(exam):
             within = list(takewhile(lambda result: (full.right - result.right)[:half].sum() <= most, results))

@@ -23,8 +23,8 @@ from cdlm.studies.study import Finding, Study, column, label
 NOTE = (
     "Real text with 5, 10, 20 and 40 % of its tokens replaced at random, with its tokens shuffled, and tokens drawn"
     " from its frequencies (salad), each compared with other real text: mean and deviation over random splits. A"
-    " distance that sees falls (MAUVE) or grows (Fréchet) from left to right. The text is like the training text and"
-    " was read neither by the model nor by the judge that gives the states."
+    " distance that sees falls (MAUVE) or grows (Fréchet) from left to right. The text is that which samples of the run"
+    " are compared with."
 )
 DISTANCES = {"mauve": "MAUVE", "frechet": "Fréchet"}
 

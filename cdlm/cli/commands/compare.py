@@ -16,6 +16,7 @@ from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places, write_text
+from cdlm.evaluation.bench import fewest
 from cdlm.evaluation.compare import Comparison, Point, markdown, panels, too_few, write_csv, write_json
 from cdlm.evaluation.plots.pareto import plot_pareto
 from cdlm.halting import Criterion, sweep
@@ -99,8 +100,9 @@ def compare(
             _plan(model, session, {**settings, **({} if steps is None else {"steps": steps})}, rules, full.length)
             for (model, session), steps in product(sessions.items(), dict.fromkeys(full.steps or [None]))
         ]
+        needed = fewest(goal.goal, goal.measure)
         for plan in plans:
-            if (warning := plan.warning(rival.live, full.n // 2, goal.goal)) and not machine.quiet:
+            if (warning := plan.warning(rival.live, full.n // 2, goal.goal, needed)) and not machine.quiet:
                 print(f"cdlm: {warning}", file=sys.stderr)
         points: list[Point] = []
         for plan in plans:
@@ -130,9 +132,9 @@ class _Plan(NamedTuple):
     families: dict[str, list[Criterion]]
     in_blocks: bool
 
-    def warning(self, live: int, n: int, goal: Goal) -> str:
+    def warning(self, live: int, n: int, goal: Goal, needed: int) -> str:
         """What cannot have a bound, before any work."""
-        return too_few(self.model, self.families, self.in_blocks, live, n, goal)
+        return too_few(self.model, self.families, self.in_blocks, live, n, goal, needed)
 
 
 def _plan(

@@ -75,6 +75,18 @@ class Reference:
         """Texts on each side."""
         return len(self.sides[0][0])
 
+    def copied(self, corpus: Corpus) -> float:
+        """Share of the texts of a set that are also in the reference."""
+        return sum(text in self.texts for text in corpus.texts) / max(1, len(corpus.texts))
+
+    def check_copies(self, corpus: Corpus) -> None:
+        """Raise if most texts of a set are also in the reference: it was then taken from there."""
+        if self.copied(corpus) > 0.5:
+            raise CdlmError(
+                f"{self.copied(corpus):.0%} of the texts of {corpus.name!r} are also in the {self.name} that they are"
+                " compared with: measure texts that were not taken from it"
+            )
+
     def compare(self, corpus: Corpus, distances: Mapping[str, Distance] = DISTANCES) -> dict[str, Spread]:
         """The distances of a set of texts to the left side of each split, by name.
 
@@ -82,16 +94,9 @@ class Reference:
             corpus: as many texts as a side has, or more, of which so many are drawn.
 
         Raises:
-            CdlmError: there are fewer texts, or most of them are texts of the reference.
+            CdlmError: there are fewer texts.
         """
-        chosen = corpus.some(self.count, seed=0)
-        copies = sum(text in self.texts for text in chosen.texts)
-        if 2 * copies > self.count:
-            raise CdlmError(
-                f"{copies} of {self.count} texts of {corpus.name!r} are also in the {self.name} that they are compared"
-                " with: measure texts that were not taken from it"
-            )
-        features = self.read(chosen)
+        features = self.read(corpus.some(self.count, seed=0))
         return self._spreads([(features, left) for left, _ in self.sides], distances)
 
     def ceiling(self, distances: Mapping[str, Distance] = DISTANCES) -> dict[str, Spread]:
