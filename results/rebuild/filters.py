@@ -41,6 +41,11 @@ def spread(values: Any, digits: int = 2, percent: bool = False) -> str:
     return f"{mean}{unit}" if len(set(found)) == 1 else f"{mean} ± {number(statistics.stdev(found), digits)}{unit}"
 
 
+def spread_of(value: Any, deviation: float | None, digits: int = 2) -> str:
+    """`0.94 ± 0.01`, of a mean and its deviation; without one the mean alone."""
+    return number(value, digits) if deviation is None else f"{number(value, digits)} ± {number(deviation, digits)}"
+
+
 def rank_correlation(values: Sequence[float], others: Sequence[float]) -> float:
     """Spearman's coefficient of two lists in one order: 1 is the same ranking. Equal values share their mean rank."""
     ranks = [_ranks([_single(value) for value in each]) for each in (values, others)]
@@ -72,5 +77,6 @@ def _single(value: Any) -> float:
 
 
 FILTERS: Mapping[str, Callable[..., Any]] = {
-    "number": number, "percent": percent, "interval": interval, "spread": spread, "rank_correlation": rank_correlation,
+    "number": number, "percent": percent, "interval": interval, "spread": spread, "spread_of": spread_of,
+    "rank_correlation": rank_correlation,
 }  # fmt: skip
