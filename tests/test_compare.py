@@ -20,7 +20,7 @@ from cdlm.api import open_session
 from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Bootstrap, Scores
 from cdlm.evaluation.bench import Bench, FullRun, Outcome, Scorer, fewest
-from cdlm.evaluation.compare import PLAIN, Comparison, Point, markdown, write_csv, write_json
+from cdlm.evaluation.compare import PLAIN, Comparison, Point, markdown, save_json, write_csv
 from cdlm.evaluation.metrics.diversity import sample_entropy
 from cdlm.evaluation.rivals import Duel, Rivals, verdict
 from cdlm.evaluation.texts import RealText
@@ -294,7 +294,7 @@ def test_the_files_hold_every_point_and_the_verdict(tmp_path: Path) -> None:
     lost = Duel("ancestral", "10, LogT()", 10.0, 2.5, 0.0, -0.5, -0.6, -0.4)
     points = [replace(point(2, 15), chosen=True, duels=(lost,)), point(3, 5)]
     write_csv(points, tmp_path / "compare.csv")
-    write_json(points, GOAL, "nats", tmp_path / "compare.json")
+    save_json(points, GOAL, "nats", tmp_path / "compare.json")
     with (tmp_path / "compare.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["verdict"], row["rival_rival"]) for row in rows] == [("better", "ancestral"), ("", "")]

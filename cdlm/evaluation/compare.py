@@ -6,7 +6,6 @@ chose it flatters itself.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import write_rows, write_text
+from cdlm.core.files import write_json, write_rows
 from cdlm.core.progress import progress
 from cdlm.core.stats import Bootstrap, Scores
 from cdlm.evaluation.bench import Bench, Outcome, RealSample, fewest, tried
@@ -348,19 +347,10 @@ RIVAL = tuple(field.name for field in fields(Duel))
 """Columns of the rival that decides."""
 
 
-def write_json(points: Sequence[Point], goal: Goal, measure: str, path: Path) -> None:
+def save_json(points: Sequence[Point], goal: Goal, measure: str, path: Path) -> None:
     """Every point with all its rivals and the verdict, and what the choice was made by."""
-    content = {"goal": asdict(goal), "measure": measure, "rows": [point.to_dict() for point in points]}
-    write_text(path, json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for what is no number."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    rows = [point.to_dict() for point in points]
+    write_json(path, {"goal": asdict(goal), "measure": measure, "rows": rows})
 
 
 COLUMNS = (

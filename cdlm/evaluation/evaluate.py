@@ -6,13 +6,13 @@ against real text, and those of real text whose tokens are shuffled, or drawn at
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
+from cdlm.core.files import plain
 from cdlm.core.parallel import Workers
 from cdlm.core.stats import RESAMPLES
 from cdlm.evaluation.judge import Judge, Readers
@@ -165,7 +165,7 @@ def evaluate(
     return Evaluation(
         tuple(reader.judge.describe() for reader in readers),
         settings,
-        tuple(_without_nan(row) for row in rows),
+        tuple(plain(row) for row in rows),
         (*notes, *found, *_notes_of_size(count, beside, distances)),
     )
 
@@ -281,12 +281,3 @@ def _notes_of_size(count: int, beside: Beside, distances: Distances) -> list[str
             " differences cannot be seen."
         )
     return notes
-
-
-def _without_nan(value: Any) -> Any:
-    """The same row with None in place of what is not a number."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdlm.core.files import write_text
+from cdlm.core.files import write_json, write_text
 from cdlm.evaluation.metrics.registry import AR_NLL, METRICS, Metric
 from cdlm.evaluation.texts import Value
 
@@ -51,8 +50,7 @@ class Evaluation:
 
     def save(self, folder: str | Path) -> None:
         """Write `evaluation.json` and `evaluation.md` into `folder`, each whole or not at all."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        write_text(Path(folder) / "evaluation.json", text + "\n")
+        write_json(Path(folder) / "evaluation.json", self.to_dict())
         write_text(Path(folder) / "evaluation.md", self.markdown())
 
     def _footer(self) -> str:

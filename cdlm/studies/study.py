@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +18,7 @@ from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.grids import GRIDS
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import write_rows, write_text
+from cdlm.core.files import plain, write_json, write_rows, write_text
 from cdlm.core.stats import Bootstrap
 from cdlm.evaluation.bench import Bench
 from cdlm.evaluation.plots.panels import Line, Panel, draw
@@ -101,10 +99,9 @@ class Study(MachineOptions, ABC):
         finally:
             self.close()
         write_rows(self.out / f"{name}.csv", found.rows)
-        settings = _plain(asdict(self))
+        settings = plain(asdict(self))
         content = {"study": name, "settings": settings, "note": found.note, "table": found.table, "rows": found.rows}
-        text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
-        write_text(self.out / f"{name}.json", text + "\n")
+        write_json(self.out / f"{name}.json", content)
         text = yaml.safe_dump(settings, sort_keys=False)
         write_text(self.out / f"{name}.md", f"{found.markdown}\nSettings:\n\n```yaml\n{text}```\n")
         draw(found.panels, self.out / f"{name}.png")
@@ -235,16 +232,3 @@ def curve(title: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, dashed:
 def column(rows: Sequence[Mapping[str, Any]], name: str) -> Float[np.ndarray, " k"]:
     """One column as numbers."""
     return np.array([row[name] for row in rows], np.float64)
-
-
-def _plain(value: Any) -> Any:
-    """The same for YAML and JSON: paths as text, numbers of Python, and None for what is not finite."""
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

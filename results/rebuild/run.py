@@ -126,7 +126,10 @@ class Builder:
     @cached_property
     def _code(self) -> str:
         """Hash of the package."""
-        return digest([digest_of(path) for path in sorted(self.root.glob("cdlm/**/*.py"))])
+        return digest(
+        files = sorted(path for kind in ("py", "yaml") for path in self.root.glob(f"cdlm/**/*.{kind}"))
+        return digest([digest_of(path) for path in files])
+        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places, write_text
 from cdlm.evaluation.bench import fewest
-from cdlm.evaluation.compare import Comparison, Point, markdown, panels, too_few, write_csv, write_json
+from cdlm.evaluation.compare import Comparison, Point, markdown, panels, save_json, too_few, write_csv
 from cdlm.evaluation.plots.pareto import plot_pareto
 from cdlm.halting import Criterion, sweep
 from cdlm.halting.calibration import Goal
@@ -116,7 +116,7 @@ def compare(
             )
             points += comparison.table(plan.families)
             write_csv(points, out / "compare.csv")  # after each model: long work is not lost
-            write_json(points, goal.goal, goal.measure, out / "compare.json")
+            save_json(points, goal.goal, goal.measure, out / "compare.json")
     text = markdown(points, goal.goal, goal.measure)
     write_text(out / "compare.md", text)
     plot_pareto(panels(points), out / "compare.png")

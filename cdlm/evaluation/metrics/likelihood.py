@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import write_text
+from cdlm.core.files import write_json
 from cdlm.core.likelihood import ODE, Nats
 from cdlm.core.stats import Scores
 
@@ -91,8 +90,7 @@ class Likelihood:
 
     def save(self, folder: str | Path) -> None:
         """Write `likelihood.json` into `folder`, whole or not at all."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False)
-        write_text(Path(folder) / "likelihood.json", text + "\n")
+        write_json(Path(folder) / "likelihood.json", asdict(self))
 
     def terminal(self) -> str:
         """The numbers as aligned plain text, and what they are."""
