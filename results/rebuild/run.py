@@ -126,10 +126,8 @@ class Builder:
     @cached_property
     def _code(self) -> str:
         """Hash of the package."""
-        return digest(
         files = sorted(path for kind in ("py", "yaml") for path in self.root.glob(f"cdlm/**/*.{kind}"))
         return digest([digest_of(path) for path in files])
-        )
 
 
 @dataclass(frozen=True)
