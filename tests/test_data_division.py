@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdlm.cli.main import main
 from cdlm.core.errors import CdlmError
 from cdlm.data.division import Division, Part, Share
 from cdlm.data.sources import Source, Stories
@@ -118,3 +119,15 @@ def test_run_folders_of_earlier_versions_are_read_undivided(tmp_path):
     (tmp_path / "config.yaml").write_text("\n".join(lines))
     assert read_run(tmp_path) == config
     assert parse_run([*run_arguments(tmp_path), "--judge_share=0.2"]).judge_share == 0.2
+
+
+def test_a_text_too_small_to_be_divided_is_refused_before_any_training(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("one line\n" * 40)  # equal documents go to one part
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--cache", str(tmp_path),
+              "--length", "4", "--quiet"])  # fmt: skip
+    shown = capsys.readouterr()
+    assert caught.value.code == 2
+    assert shown.err.count("\n") == 1
+    assert "set judge_share and unread_share to 0" in shown.err
+    assert not (tmp_path / "run").exists()

@@ -420,7 +420,8 @@ def arguments(place: Path, *more: str) -> list[str]:
     return [
         "train", "--text", str(place / "text.txt"), "--out", str(place / "run"), "--cache", str(place / "cache"),
         "--system", "Masked", *SMALL, "--length", "16", "--batch_size", "4", "--validation_rows", "4",
-        "--preview", "2", "--training.steps", "2", "--training.accelerator", "cpu", "--quiet", *more,
+        "--preview", "2", "--training.steps", "2", "--training.accelerator", "cpu", "--quiet",
+        "--judge_share", "0", "--unread_share", "0", *more,
     ]  # fmt: skip
 
 
