@@ -125,7 +125,7 @@ def test_a_text_too_small_to_be_divided_is_refused_before_any_training(tmp_path,
     (tmp_path / "text.txt").write_text("one line\n" * 40)  # equal documents go to one part
     with pytest.raises(SystemExit) as caught:
         main(["train", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--cache", str(tmp_path),
-              "--length", "4", "--quiet"])  # fmt: skip
+              "--length", "4", "--vocab_size", "262", "--quiet"])  # fmt: skip
     shown = capsys.readouterr()
     assert caught.value.code == 2
     assert shown.err.count("\n") == 1
