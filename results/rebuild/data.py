@@ -13,7 +13,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
 from cdlm.data.stories import stories
 
-DOCUMENTS = 400
+DOCUMENTS = 800
 """Of a stand-in."""
 
 
