@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 JUDGED = ("gap", "nats", "ar-nll")
 """Measures of AR-NLL. They have no largest value and are bounded by a bootstrap."""
+BOUNDS = {"agreement": Bounded.bound, "texts": Binary.bound}
+"""How the other measures are bounded."""
 FEWEST_TO_RESAMPLE = 100
 """Samples that a bootstrap needs."""
 MOST_ROWS = 1000
@@ -398,7 +400,7 @@ def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure
         settings=bench.settings,
         rule=halting.loosest(trials).rule,
         measure=measure,
-        bound="bootstrap" if measure in JUDGED else ("binomial" if measure == "texts" else "hoeffding-bentkus"),
+        bound=BOUNDS.get(measure, Change.bound),
         goal=goal,
         samples=n,
         seed=bench.session.seed,

@@ -17,7 +17,7 @@ from cdlm.core.stats import Scores
 from cdlm.evaluation.bench import Bench, Outcome
 from cdlm.evaluation.metrics.diversity import sample_entropy
 from cdlm.halting import FixedSteps
-from cdlm.sampling.session import Session
+from cdlm.sampling.session import Sampling, Session
 
 FIXED = "fixed step"
 SAME_ENTROPY = 0.01
@@ -90,12 +90,10 @@ class Rivals:
         """The samples of a rule beside each rival with as many calls, as they are and at the rule's entropy."""
         return [duel for name, rival in self._at(outcome) for duel in self._against(name, rival, outcome)]
 
-    def _best(self, name: str, ways: Sequence[object]) -> Plain:
-        bench = self.choosing
-        sessions = [bench.session.with_sampling(way) for way in ways]  # type: ignore[arg-type]
-        if len(sessions) == 1:
-            return Plain(name, sessions[0], self._calls_a_step(sessions[0]))
-        return Plain(name, min(sessions, key=self._quality), self._calls_a_step(sessions[0]))
+    def _best(self, name: str, ways: Sequence[Sampling]) -> Plain:
+        sessions = [self.choosing.session.with_sampling(way) for way in ways]
+        best = sessions[0] if len(sessions) == 1 else min(sessions, key=self._quality)
+        return Plain(name, best, self._calls_a_step(best))
 
     @property
     def _half(self) -> int:

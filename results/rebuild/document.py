@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cdlm.core.errors import CdlmError, first_line
-from cdlm.core.files import write_text
+from cdlm.core.files import write_json
 
 FORMAT = 1
 SEAL = "sha256"
@@ -33,7 +33,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(content: Mapping[str, Any], file: Path) -> None:
     """Seal the content and put it at `file` in one move."""
-    write_text(file, json.dumps(sealed(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(file, sealed(content))
 
 
 def read(file: Path) -> dict[str, Any]:
