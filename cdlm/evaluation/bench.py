@@ -105,6 +105,8 @@ class Scorer:
     ):
         self._judge, self.tokenizer, self.eos_id = judge, tokenizer, eos_id
         self.known: dict[tuple[bytes, bytes], tuple[float, float]] = {}
+        self.real: dict[Part, RealSample] = {}
+        """Real text that was judged; the benches of both halves share it."""
 
     @cached_property
     def judge(self) -> Judge:
@@ -206,9 +208,12 @@ class Bench:
 
     def real(self, part: Part) -> RealSample:
         """Real text under the same judge: all there is, or `MOST_ROWS` of it."""
-        corpus = self.text.corpus(part, min(MOST_ROWS, len(self.text.rows(part))))
-        scored = ar_nll(self.scorer.judge, corpus.texts)
-        return RealSample(corpus, Scores(scored.text_nats, scored.text_tokens.astype(np.float64), corpus.serial))
+        if part not in self.scorer.real:
+            corpus = self.text.corpus(part, min(MOST_ROWS, len(self.text.rows(part))))
+            scored = ar_nll(self.scorer.judge, corpus.texts)
+            scores = Scores(scored.text_nats, scored.text_tokens.astype(np.float64), corpus.serial)
+            self.scorer.real[part] = RealSample(corpus, scores)
+        return self.scorer.real[part]
 
     @cached_property
     def reference(self) -> RealSample:
