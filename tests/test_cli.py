@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_toy import write_gguf
 
 import cdlm
 from cdlm.cli import completion
@@ -28,6 +27,7 @@ from cdlm.masked.policies import POLICIES
 from cdlm.models.hub import read_tokenizer
 from cdlm.runs.config import read_run
 from cdlm.training.options import TrainOptions
+from rebuild.tiny_gguf import write_gguf
 
 SUBJECTS = ("the cat", "the dog", "a bird", "a mouse", "the old man", "my sister", "a small fox", "the king")
 PLACES = ("on the mat", "by the river", "in the garden", "under a tree", "near the house", "on the roof")

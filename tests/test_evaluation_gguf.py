@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_toy import tiny_llama, write_gguf
 from torch.nn import functional
 
 from cdlm.core.errors import CdlmError
 from cdlm.evaluation.judge import Judge
 from cdlm.evaluation.metrics.ar_nll import ar_nll
+from rebuild.tiny_gguf import tiny_llama, write_gguf
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gguf's own
 

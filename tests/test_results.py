@@ -11,7 +11,7 @@ import yaml
 from cdlm.core.errors import CdlmError
 from rebuild import cli, document
 from rebuild.commands import in_new_process, replaced
-from rebuild.data import Data, stand_in
+from rebuild.data import Data
 from rebuild.definition import Quick, Table, read_table
 from rebuild.filters import interval, number, percent, rank_correlation, spread
 from rebuild.machine import origin
@@ -332,24 +332,26 @@ def test_the_small_version_has_fewer_loops_and_other_values(tmp_path: Path) -> N
 
 def test_what_quick_takes_away_need_not_be_there(tmp_path: Path) -> None:
     quick = SYSTEMS["quick"] | {"replace": {"--judge": None}}
-    steps = ["cdlm evaluate {model} --judge {judge.gguf} --out {work}/{system}-{seed}.json"]
-    changes = {"steps": steps, "quick": quick, "data": SYSTEMS["data"] | {"judge.gguf": "the neutral judge"}}
+    steps = ["cdlm evaluate {model} --judge {judge.onnx} --out {work}/{system}-{seed}.json"]
+    changes = {"steps": steps, "quick": quick, "data": SYSTEMS["data"] | {"judge.onnx": "the neutral judge"}}
     built(tmp_path, small=True, **changes)
-    with pytest.raises(CdlmError, match=r"systems needs judge\.gguf \(the neutral judge\): put it into a folder"):
+    with pytest.raises(CdlmError, match=r"systems needs judge\.onnx \(the neutral judge\): put it into a folder"):
         built(tmp_path, **changes)
 
 
-def test_stories_stand_in_for_missing_text_in_the_small_version_alone(tmp_path: Path) -> None:
-    names = {"a_train.txt": "A", "a_valid.txt": "A", "b.jsonl": "B"}
+def test_files_are_made_up_in_the_small_version_alone(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is optional")
+    names = {"a_train.txt": "A", "a_valid.txt": "A", "b.jsonl": "B", "judge.gguf": "a judge"}
     places = Data(None, tmp_path / "made").find("t", names)
-    texts = {name: place.read_text().splitlines() for name, place in places.items()}
+    texts = {name: places[name].read_text().splitlines() for name in names if name != "judge.gguf"}
     assert texts["a_train.txt"] == sorted(texts["a_train.txt"]) != texts["a_valid.txt"]
     assert json.loads(texts["b.jsonl"][0]).keys() == {"text"}
-    assert stand_in("a_train.txt") == places["a_train.txt"].read_text()
+    again = Data(None, tmp_path / "again").find("t", names)
+    assert all(places[name].read_bytes() == again[name].read_bytes() for name in names)
     with pytest.raises(CdlmError, match=r"t needs a_train\.txt \(A\): put it into a folder"):
         Data(None).find("t", names)
-    with pytest.raises(CdlmError, match=r"judge\.gguf"):
-        Data(tmp_path, tmp_path).find("t", {"judge.gguf": "a judge"})
+    with pytest.raises(CdlmError, match=r"t needs judge\.onnx \(a judge\)"):
+        Data(tmp_path, tmp_path).find("t", {"judge.onnx": "a judge"})
 
 
 def test_small_results_never_take_the_place_of_real_ones(tmp_path: Path) -> None:
@@ -566,6 +568,12 @@ def test_a_definition_that_changed_is_a_warning(house: cli.Folders) -> None:
     faults, [warning] = faults_of(house)
     assert faults == []
     assert "systems.yaml has changed since systems.json was made" in warning
+
+
+def test_another_small_version_makes_no_table_stale(house: cli.Folders) -> None:
+    quick = SYSTEMS["quick"] | {"replace": {"--n": 5}}
+    table_of(house.definitions, data={}, models={"model": "{system.train} --training.seed {seed}"}, quick=quick)
+    assert faults_of(house) == ([], [])
 
 
 def test_a_page_that_waits_for_its_table_is_no_fault_until_it_was_rendered(house: cli.Folders) -> None:

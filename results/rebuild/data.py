@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,18 +50,31 @@ class Data:
     def _place(self, table: str, name: str, what: str) -> Path:
         if self.folder is not None and (self.folder / name).exists():
             return self.folder / name
-        kind = Path(name).suffix
-        if self.stand_ins is None or kind not in (".txt", ".jsonl"):
+        write = STAND_INS.get(Path(name).suffix)
+        if self.stand_ins is None or write is None:
             where = "--data or CDLM_DATA" if self.folder is None else f"{self.folder}, given with --data or CDLM_DATA"
             raise CdlmError(f"{table} needs {name} ({what}): put it into a folder and name that with {where}")
-        write_text(self.stand_ins / name, stand_in(name))
+        self.stand_ins.mkdir(parents=True, exist_ok=True)
+        write(self.stand_ins / name)
         return self.stand_ins / name
 
 
-def stand_in(name: str) -> str:
+def _write_stories(file: Path) -> None:
     """A small text file of stories in alphabetical order, as real files are often sorted; another for another name."""
-    texts = sorted(stories(DOCUMENTS, zlib.crc32(name.encode())))
-    return "".join(f"{json.dumps({'text': text}) if name.endswith('.jsonl') else text}\n" for text in texts)
+    texts = sorted(stories(DOCUMENTS, zlib.crc32(file.name.encode())))
+    write_text(file, "".join(f"{json.dumps({'text': text}) if file.suffix == '.jsonl' else text}\n" for text in texts))
+
+
+def _write_model(file: Path) -> None:
+    from rebuild.tiny_gguf import write_gguf  # it imports torch
+
+    write_gguf(file)
+
+
+STAND_INS: dict[str, Callable[[Path], None]] = {
+    ".txt": _write_stories, ".jsonl": _write_stories, ".gguf": _write_model,
+}  # fmt: skip
+"""What writes a stand-in, by the ending of its name."""
 
 
 def digest_of(place: Path) -> str:

@@ -83,7 +83,7 @@ class Table:
         data: files that it needs, and for each what it is and where it comes from.
         each: of every loop its values by label; a value that is a mapping is read with `{loop.key}`.
         threads: of every command.
-        digest: hash of the file's content, comments apart.
+        digest: hash of the file's content, comments and the small version apart.
     """
 
     name: str
@@ -188,7 +188,7 @@ class _Reader:
             raise CdlmError(f"expected threads >= 1, got {of['threads']}")
         table = Table(
             self.name, of["title"], data, each, tuple(models), tuple(steps), tuple(rows), self._quick(of, each),
-            of.get("threads", 1), digest(content),
+            of.get("threads", 1), digest({key: value for key, value in of.items() if key != "quick"}),
         )  # fmt: skip
         for entry in (*models, *steps, *rows):
             _check_labels("only", entry.only, each)

@@ -1,4 +1,4 @@
-"""A llama of one layer in a GGUF file, with one token a byte."""
+"""A llama of one layer in a GGUF file, with one token a byte: it stands in for a neutral judge."""
 
 from pathlib import Path
 
