@@ -456,7 +456,7 @@ def test_results_do_not_depend_on_the_batch(run: str) -> None:
 def test_the_boundary_is_the_least_patience_before_the_first_failure_from_above() -> None:
     study: Any = studies.make("patience-sweep", max_change=0.01)
     upper = {1: 0.5, 2: 0.005, 3: 0.02, 4: 0.009, 5: 0.001}
-    sweep = [{"patience": p, "loss_upper": u} for p, u in upper.items()]
+    sweep = [{"patience": p, "share_most": u} for p, u in upper.items()]
     assert study.boundary(sweep) == 4  # 2 passes by chance, behind 3 that fails
     assert study.boundary(sweep[:3]) is None
 

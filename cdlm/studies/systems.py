@@ -1,4 +1,4 @@
-"""Which rules work on which system? Calls saved by each rule on each model at a bounded loss of quality."""
+"""Which rules work on which system? Calls saved by each rule on each model at a bounded change of quality."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Systems(Judged):
         steps: grid points of the full runs of continuous models, shared by the blocks of a row; masked models take one
             step for each position.
         rules: names to sweep, from strict to loose, until the first setting that loses too much.
-        max_change: share of AR-NLL that may change, in either direction.
+        max_change: share of the gap to real text that AR-NLL may change by, in either direction.
         confidence: how surely.
     """
 
@@ -45,8 +45,8 @@ class Systems(Judged):
         goal.check(self.n)
         rows = [row for model in self.models for row in self._of(model, goal)]
         note = (
-            f"Calls saved by the loosest setting of each rule that changes AR-NLL by at most {self.max_change:.1%} with"
-            f" {self.confidence:.0%} confidence, with 95 % interval (bootstrap over {self.n} samples). A dash: no tried"
+            f"Calls saved by the loosest setting of each rule that changes AR-NLL by at most {self.max_change:.1%} of the"
+            f" gap to real text with {self.confidence:.0%} confidence, with 95 % interval (bootstrap over {self.n} samples). A dash: no tried"
             " setting does. A cross: the rule reads what the model has not. Rules that freeze tokens, and rows of"
             " several blocks, are run; the others are replayed."
         )
@@ -62,6 +62,7 @@ class Systems(Judged):
     def _of(self, model: str, goal: Goal) -> Iterator[dict[str, Any]]:
         """Every setting that was tried on a model, one row each."""
         bench = self.bench(model, self.sampled(model))
+        bench.check_gap(goal.confidence)
         for name in self.rules:
             for rule in sweep(name, bench.steps):
                 row = {"model": label(model), **_row(bench, name, rule, goal)}
@@ -79,12 +80,12 @@ class Systems(Judged):
         panels = []
         for model, of_model in groupby([row for row in rows if row["fits"]], key=lambda row: row["model"]):
             lines = [
-                curve(name, list(tried), "saved", "loss") for name, tried in groupby(of_model, key=lambda r: r["rule"])
+                curve(name, list(tried), "saved", "share") for name, tried in groupby(of_model, key=lambda r: r["rule"])
             ]
             limit = [(f"{self.max_change:.1%}", self.max_change)]
             panels.append(
                 Panel(
-                    model, "calls saved", "relative change of AR-NLL", lines, "linear", "symlog", self.max_change, limit
+                    model, "calls saved", "change of AR-NLL, share of the gap", lines, "linear", "symlog", self.max_change, limit
                 )
             )
         return panels
@@ -92,21 +93,21 @@ class Systems(Judged):
 
 def _row(bench: Bench, name: str, rule: Criterion, goal: Goal) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(
-        ("calls", "saved", "saved_low", "saved_high", "ar_nll_full", "agreement", "loss", "loss_low", "loss_high",
-         "loss_upper")
+        ("calls", "saved", "saved_low", "saved_high", "ar_nll_full", "agreement", "share", "share_low", "share_high",
+         "share_most")
     )  # fmt: skip
     found = {"rule": name, "setting": repr(rule), "fits": not bench.session.refuses(rule), **found}
     if not found["fits"]:
         return {**found, "within": False}
     drawn = bench.under(rule, len(bench.full_run))
-    before, loss = bench.full_calls[: len(drawn.nfe)], bench.relative(drawn)
+    before, share = bench.full_calls[: len(drawn.nfe)], bench.share_of_gap(drawn)
     left = Scores(drawn.nfe.astype(np.float64), before).bootstrap()
     low, high = left.interval95
-    upper = loss.most(goal.confidence)
+    most = share.most(goal.confidence)
     return found | {
         "calls": float(drawn.nfe.mean()), "saved": 1 - left.value, "saved_low": 1 - high, "saved_high": 1 - low,
         "ar_nll_full": float(bench.full.bootstrap().value), "agreement": bench.agreement(drawn),
-        **ends("loss", loss), "loss_upper": upper, "within": upper <= goal.limit,
+        **ends("share", share), "share_most": most, "within": most <= goal.limit,
     }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class TMax(JudgedContinuous):
 
     Args:
         steps: grid points.
-        patience: quiet steps of the halting rule whose cost and loss are shown.
+        patience: quiet steps of the halting rule whose calls and change are shown.
     """
 
     steps: int
@@ -52,8 +52,8 @@ class TMax(JudgedContinuous):
         note = (
             f"t_max: in units of the embedding norm, and in brackets at norm {PAPER_NORM} as the papers give it."
             f" Mismatch: nats per token, an upper bound. H: entropy of tokens inside a sample, and of all {self.n}"
-            f" samples. Zero-switch: mean share of the {self.steps} steps after which no token changes. Saved, loss:"
-            f" calls and AR-NLL under Patience({self.patience}), relative to the full run. Intervals are 95 %,"
+            f" samples. Zero-switch: mean share of the {self.steps} steps after which no token changes. Saved, change:"
+            f" calls and nats under Patience({self.patience}), beside the full run. Intervals are 95 %,"
             " bootstrap over samples."
         )
         return Finding(rows, [_line(row) for row in rows], note, self._panels(found))
@@ -68,7 +68,7 @@ class TMax(JudgedContinuous):
             "mismatch": prior_mismatch(level), **_text(bench),
             **ends("zero_switch", Scores(last / self.steps, np.ones(len(last))).bootstrap()),
             "patience": self.patience, "saved": 1 - float(drawn.nfe.sum() / bench.full_calls.sum()),
-            **ends("loss", bench.relative(drawn)), "agreement": bench.agreement(drawn),
+            **ends("change", bench.change(drawn)), "agreement": bench.agreement(drawn),
         }, last  # fmt: skip
 
     def _panels(self, found: list[tuple[dict[str, Any], np.ndarray]]) -> list[Panel]:
@@ -110,7 +110,7 @@ def _line(row: dict[str, Any]) -> dict[str, str]:
         "H corpus": f"{row['entropy_corpus']:.2f}",
         "zero-switch": interval(row, "zero_switch", ".1%"),
         "saved": f"{row['saved']:.1%}",
-        "loss": interval(row, "loss", "+.2%"),
+        "change": interval(row, "change", "+.3f"),
     }
 
 
