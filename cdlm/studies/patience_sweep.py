@@ -58,7 +58,8 @@ class PatienceSweep(JudgedContinuous):
             "steps": bench.steps, "samples": len(drawn.tokens), "patience": patience,
             "calls": float(drawn.nfe.mean()), "saved": 1 - float(drawn.nfe.sum() / bench.full_calls.sum()),
             "agreement": bench.agreement(drawn), **ends("change", bench.change(drawn)),
-            **ends("share", share), "share_most": share.most(self.confidence), "ar_nll": float(bench.score(drawn.tokens).bootstrap().value),
+            **ends("share", share), "share_most": share.most(self.confidence),
+            "ar_nll": float(bench.score(drawn.tokens).bootstrap().value),
             "ar_nll_full": float(bench.full.bootstrap().value),
         }  # fmt: skip
 
@@ -85,12 +86,12 @@ class PatienceSweep(JudgedContinuous):
         def lines(x: str, y: str) -> list[Line]:
             return [curve(f"{rows[0]['model']}, {rows[0]['steps']} steps", rows, x, y) for rows in sweeps]
 
-        limit = [(f"{self.max_change:.1%}", self.max_change)]
+        limit, change = [(f"{self.max_change:.1%}", self.max_change)], "change of AR-NLL, share of the gap"
         return [
-            Panel("Quality", "patience, steps", "change of AR-NLL, share of the gap", lines("patience", "share"), "log", "symlog",
+            Panel("Quality", "patience, steps", change, lines("patience", "share"), "log", "symlog",
                   self.max_change, limit),
             Panel("Cost", "patience, steps", "calls saved", lines("patience", "saved"), "log"),
-            Panel("Exchange", "calls saved", "change of AR-NLL, share of the gap", lines("saved", "share"), "linear", "symlog",
+            Panel("Exchange", "calls saved", change, lines("saved", "share"), "linear", "symlog",
                   self.max_change, limit),
         ]  # fmt: skip
 

@@ -45,10 +45,11 @@ class Systems(Judged):
         goal.check(self.n)
         rows = [row for model in self.models for row in self._of(model, goal)]
         note = (
-            f"Calls saved by the loosest setting of each rule that changes AR-NLL by at most {self.max_change:.1%} of the"
-            f" gap to real text with {self.confidence:.0%} confidence, with 95 % interval (bootstrap over {self.n} samples). A dash: no tried"
-            " setting does. A cross: the rule reads what the model has not. Rules that freeze tokens, and rows of"
-            " several blocks, are run; the others are replayed."
+            "Calls saved by the loosest setting of each rule that changes AR-NLL by at most"
+            f" {self.max_change:.1%} of the gap to real text with {self.confidence:.0%} confidence, with 95 % interval"
+            f" (bootstrap over {self.n} samples). A dash: no tried setting does. A cross: the rule"
+            " reads what the model has not. Rules that freeze tokens, and rows of several blocks, are run; the others"
+            " are replayed."
         )
         return Finding(rows, list(self._lines(rows)), note, self._panels(rows))
 
@@ -83,11 +84,8 @@ class Systems(Judged):
                 curve(name, list(tried), "saved", "share") for name, tried in groupby(of_model, key=lambda r: r["rule"])
             ]
             limit = [(f"{self.max_change:.1%}", self.max_change)]
-            panels.append(
-                Panel(
-                    model, "calls saved", "change of AR-NLL, share of the gap", lines, "linear", "symlog", self.max_change, limit
-                )
-            )
+            change = "change of AR-NLL, share of the gap"
+            panels.append(Panel(model, "calls saved", change, lines, "linear", "symlog", self.max_change, limit))
         return panels
 
 
