@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -238,6 +239,17 @@ def test_a_model_is_trained_once_and_shared_by_name_and_command(tmp_path: Path) 
     other = dict(SYSTEMS["models"], model=SYSTEMS["models"]["model"] + " --width 3")
     at.build(table_of(tmp_path / "tables", "third", models=other))
     assert len(machine.commands("train")) == 8
+
+
+def test_two_builds_train_a_model_once(tmp_path: Path) -> None:
+    machine = Machine()
+    at, table = builder(tmp_path, machine), table_of(tmp_path / "tables")
+    threads = [Thread(target=at.train, args=(table,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(machine.commands("train")) == 4
 
 
 @pytest.mark.parametrize("file", ["data/text_train.txt", "small.yaml"])

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from cdlm.core.files import write_text
 from rebuild.commands import Runner, replaced, shown
 from rebuild.data import digest_of
@@ -52,7 +54,7 @@ class Training:
         return self.folder / f"{self.label}-{key[:10]}"
 
     def run(self, runner: Runner, threads: int, cache: Path, origin: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Train the model unless it is there; an interrupted training goes on.
+        """Train the model unless it is there; interrupted, it goes on; while another build trains it, this one waits.
 
         Args:
             cache: folder of tokenised data and judges.
@@ -62,6 +64,13 @@ class Training:
             the record that is kept beside the model: its command, how long it took in all, and where it comes from.
         """
         place = self.place
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.with_name(f"{place.name}.lock")):
+            return self._run(place, runner, threads, cache, origin)
+
+    def _run(
+        self, place: Path, runner: Runner, threads: int, cache: Path, origin: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
         file = place.with_name(f"{place.name}.json")
         record = self._record(file)
         if record["finished"] and place.is_dir():
