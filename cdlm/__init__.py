@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from cdlm.autoregressive.sampler import LeftToRight
     from cdlm.continuous.guidance import Guidance
     from cdlm.continuous.sampler import Diffusion
-    from cdlm.masked.model import Constants
+    from cdlm.core.types import Constants
     from cdlm.masked.sampler import Unmasking
     from cdlm.runs.config import RunConfig
     from cdlm.runs.train import train
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
-    "Constants": "cdlm.masked.model",
+    "Constants": "cdlm.core.types",
     "Diffusion": "cdlm.continuous.sampler",
     "Guidance": "cdlm.continuous.guidance",
     "LeftToRight": "cdlm.autoregressive.sampler",

@@ -16,13 +16,14 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json
 from cdlm.core.parallel import Workers
 from cdlm.core.parsing import nearest
+from cdlm.core.types import Constants
 from cdlm.evaluation.bench import Bench
 from cdlm.evaluation.small_judge import SmallJudge, open_judge
 from cdlm.evaluation.texts import RealText
 from cdlm.halting import Criterion, parse_criterion
 from cdlm.halting.calibration import calibrated_rule
 from cdlm.masked import checkpoints
-from cdlm.masked.model import Constants, LogitsFn, MaskedModel, as_masked_model
+from cdlm.masked.model import LogitsFn, MaskedModel, as_masked_model
 from cdlm.masked.sampler import Unmasking
 from cdlm.models import hub
 from cdlm.runs import config as names

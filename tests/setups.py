@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from cdlm.continuous.sampler import Diffusion
 from cdlm.halting import Criterion, Never
-from cdlm.masked.policies.llada import LLaDA
-from cdlm.masked.policies.policy import Policy
 from cdlm.masked.sampler import Unmasking
+from cdlm.policies.llada import LLaDA
+from cdlm.policies.policy import Policy
 from cdlm.sampling.loop import RunOptions
 
 OF_A_RUN = {field.name for field in fields(RunOptions)}

@@ -23,8 +23,8 @@ from cdlm.continuous.projections import PROJECTIONS
 from cdlm.continuous.solvers import SOLVERS
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.continuous.systems.plaid import Plaid
-from cdlm.masked.policies import POLICIES
 from cdlm.models.hub import read_tokenizer
+from cdlm.policies import POLICIES
 from cdlm.runs.config import read_run
 from cdlm.training.options import TrainOptions
 from rebuild.tiny_gguf import write_gguf

@@ -34,13 +34,13 @@ from cdlm.halting import (
     StableAndConfident,
 )
 from cdlm.masked.model import Constants
-from cdlm.masked.policies.confidence import Factor, Threshold
-from cdlm.masked.policies.dream import Dream, DreamThreshold
-from cdlm.masked.policies.entropy import EntropyBound
-from cdlm.masked.policies.klass import KLASS
-from cdlm.masked.policies.llada import LLaDA
-from cdlm.masked.policies.policy import Policy
 from cdlm.masked.sampler import UnmaskingLoop
+from cdlm.policies.confidence import Factor, Threshold
+from cdlm.policies.dream import Dream, DreamThreshold
+from cdlm.policies.entropy import EntropyBound
+from cdlm.policies.klass import KLASS
+from cdlm.policies.llada import LLaDA
+from cdlm.policies.policy import Policy
 from cdlm.sampling.requests import Request, canvases
 
 INF, LENGTH = math.inf, 8

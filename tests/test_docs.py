@@ -16,7 +16,7 @@ from cdlm.continuous.solvers import SOLVERS
 from cdlm.data.masking import MASKINGS
 from cdlm.halting import RULES
 from cdlm.halting.signals import SIGNALS
-from cdlm.masked.policies import POLICIES
+from cdlm.policies import POLICIES
 from cdlm.studies import STUDIES
 from cdlm.studies.command import reader
 

@@ -16,13 +16,13 @@ from cdlm.core.rng import ORDER, TOKENS, PositionNoise, Site
 from cdlm.halting import Criterion, Never, Prophet
 from cdlm.masked.checkpoints.model import open_checkpoint
 from cdlm.masked.model import CachedModel, Constants
-from cdlm.masked.policies.confidence import Factor, Threshold
-from cdlm.masked.policies.dream import Dream, DreamThreshold
-from cdlm.masked.policies.entropy import entropy_bounded
-from cdlm.masked.policies.llada import LLaDA
-from cdlm.masked.policies.policy import Policy
 from cdlm.masked.published import Quirks
 from cdlm.masked.sampler import UnmaskingLoop
+from cdlm.policies.confidence import Factor, Threshold
+from cdlm.policies.dream import Dream, DreamThreshold
+from cdlm.policies.entropy import entropy_bounded
+from cdlm.policies.llada import LLaDA
+from cdlm.policies.policy import Policy
 from cdlm.sampling.requests import canvases
 from tests.tiny import GOLDEN, Tiny
 

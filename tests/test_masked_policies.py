@@ -19,13 +19,13 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.rng import ORDER, TOKENS, PositionNoise, Site
 from cdlm.halting import Full, Never
 from cdlm.masked.model import Constants
-from cdlm.masked.policies.confidence import Factor, Threshold
-from cdlm.masked.policies.dream import Dream, DreamThreshold, filtered
-from cdlm.masked.policies.entropy import EntropyBound, entropy_bounded
-from cdlm.masked.policies.klass import KLASS
-from cdlm.masked.policies.llada import LLaDA
-from cdlm.masked.policies.policy import Policy
-from cdlm.masked.policies.quotas import best, even, falling, ranked, transfer_share
+from cdlm.policies.confidence import Factor, Threshold
+from cdlm.policies.dream import Dream, DreamThreshold, filtered
+from cdlm.policies.entropy import EntropyBound, entropy_bounded
+from cdlm.policies.klass import KLASS
+from cdlm.policies.llada import LLaDA
+from cdlm.policies.policy import Policy
+from cdlm.policies.quotas import best, even, falling, ranked, transfer_share
 from cdlm.sampling.requests import canvases
 
 INF = math.inf

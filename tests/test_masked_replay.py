@@ -24,12 +24,12 @@ from cdlm.halting import (
     StableAndConfident,
 )
 from cdlm.halting.replay import replay
-from cdlm.masked.policies.confidence import Threshold
-from cdlm.masked.policies.dream import Dream
-from cdlm.masked.policies.klass import KLASS
-from cdlm.masked.policies.llada import LLaDA
-from cdlm.masked.policies.policy import Policy
 from cdlm.masked.sampler import Unmasking, UnmaskingLoop
+from cdlm.policies.confidence import Threshold
+from cdlm.policies.dream import Dream
+from cdlm.policies.klass import KLASS
+from cdlm.policies.llada import LLaDA
+from cdlm.policies.policy import Policy
 from cdlm.recording.file import Recording
 from cdlm.recording.record import Record
 from cdlm.sampling.recordings import recording_of

@@ -10,8 +10,8 @@ from setups import diffusion
 from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.core.types import Decision, StepState
 from cdlm.halting import For, Patience, Stateless
-from cdlm.masked.policies.policy import LIGHT, Choice, Policy, View, proposal
-from cdlm.masked.policies.quotas import best
+from cdlm.policies.policy import LIGHT, Choice, Policy, View, proposal
+from cdlm.policies.quotas import best
 from cdlm.sampling.requests import Request
 
 

@@ -29,9 +29,9 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.parallel import Workers
 from cdlm.halting import Criterion, FixedSteps, Full, Never, NormConvergence, Patience
 from cdlm.masked.model import Constants, Function
-from cdlm.masked.policies.confidence import Threshold
-from cdlm.masked.policies.llada import LLaDA
 from cdlm.masked.sampler import Unmasking, UnmaskingSettings
+from cdlm.policies.confidence import Threshold
+from cdlm.policies.llada import LLaDA
 from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.requests import Request, canvases
 from cdlm.sampling.samples import Samples

@@ -23,9 +23,9 @@ from cdlm.continuous.sampler import Diffusion, DiffusionLoop
 from cdlm.continuous.solvers import Euler, Renoise, Solver
 from cdlm.core.errors import CdlmError
 from cdlm.evaluation.plots.panels import Line, Panel, draw
-from cdlm.masked.policies import Threshold, parse_policy
 from cdlm.masked.sampler import Unmasking
 from cdlm.models import hub
+from cdlm.policies import Threshold, parse_policy
 from cdlm.recording.file import Recording
 from cdlm.recording.record import Record, Switches
 from cdlm.sampling.loop import RunOptions

@@ -56,6 +56,31 @@ class Condition(NamedTuple):
     """False on padding, which nobody attends to; None when there is none."""
 
 
+@dataclass(frozen=True)
+class Constants:
+    """What there is to know of a masked model besides its logits.
+
+    Args:
+        mask_id: the absorbing token.
+        eos_id: the end of a text; None if the model has none.
+        eot_id: the end of a turn, of models that have one.
+        shift: the logits at position i - 1 predict token i (Dream); position 0 keeps its own, which nobody needs.
+    """
+
+    mask_id: int
+    eos_id: int | None = None
+    eot_id: int | None = None
+    shift: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("mask_id", "eos_id", "eot_id"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or value < 0):
+                raise CdlmError(f"{name} is a token, a whole number >= 0, got {value!r}")
+            if value is not None and name != "mask_id" and value == self.mask_id:
+                raise CdlmError(f"{name} and mask_id are both {value}: the mask must be a token of its own")
+
+
 MaskingFn = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """(tokens [b n], valid [b n], generator) -> positions to generate [b n], at least one a row."""
 

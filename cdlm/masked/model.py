@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.types import Constants
 from cdlm.sampling.session import Model, Sampling
 
 if TYPE_CHECKING:
@@ -19,31 +19,6 @@ if TYPE_CHECKING:
 
 Cache = Any
 """Keys and values of whole rows: a nest of row-first tensors, so that rows can be dropped, added and reordered."""
-
-
-@dataclass(frozen=True)
-class Constants:
-    """What there is to know of a masked model besides its logits.
-
-    Args:
-        mask_id: the absorbing token.
-        eos_id: the end of a text; None if the model has none.
-        eot_id: the end of a turn, of models that have one.
-        shift: the logits at position i - 1 predict token i (Dream); position 0 keeps its own, which nobody needs.
-    """
-
-    mask_id: int
-    eos_id: int | None = None
-    eot_id: int | None = None
-    shift: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("mask_id", "eos_id", "eot_id"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value < 0):
-                raise CdlmError(f"{name} is a token, a whole number >= 0, got {value!r}")
-            if value is not None and name != "mask_id" and value == self.mask_id:
-                raise CdlmError(f"{name} and mask_id are both {value}: the mask must be a token of its own")
 
 
 class MaskedModel(Model):
@@ -59,9 +34,9 @@ class MaskedModel(Model):
     @property
     def defaults(self) -> Sampling:
         """One position a step: Dream's sampler where logits are shifted, else LLaDA's, at temperature 0."""
-        from cdlm.masked.policies.dream import Dream
-        from cdlm.masked.policies.llada import LLaDA
         from cdlm.masked.sampler import Unmasking
+        from cdlm.policies.dream import Dream
+        from cdlm.policies.llada import LLaDA
 
         return Unmasking(Dream() if self.constants.shift else LLaDA())
 

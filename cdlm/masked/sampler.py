@@ -18,10 +18,10 @@ from cdlm.core.trees import blank
 from cdlm.core.types import Decision, LoopStep, NewRows, StepState
 from cdlm.halting.signals import RECORDED, SIGNALS, SPATIAL, Past, StepStatistics, check_signals, first_past, observe
 from cdlm.masked.model import Cache, CachedModel, MaskedModel
-from cdlm.masked.policies import parse_policy
-from cdlm.masked.policies.llada import LLaDA
-from cdlm.masked.policies.policy import Choice, Plan, Policy, View, enter, plan_of
 from cdlm.masked.published import Quirks
+from cdlm.policies import parse_policy
+from cdlm.policies.llada import LLaDA
+from cdlm.policies.policy import Choice, Plan, Policy, View, enter, plan_of
 from cdlm.sampling.loop import Loop, RunOptions
 from cdlm.sampling.requests import Request, canvases, encode_prompt, stack_masks
 from cdlm.sampling.session import Model, Sampling

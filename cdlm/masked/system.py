@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from cdlm.core.checks import check_choice, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
-from cdlm.core.types import Batch
+from cdlm.core.types import Batch, Constants
 from cdlm.masked import likelihood
-from cdlm.masked.model import Constants, MaskedModel
-from cdlm.masked.policies.llada import LLaDA
+from cdlm.masked.model import MaskedModel
 from cdlm.masked.sampler import Unmasking
 from cdlm.models.system import Loss, System, SystemConfig, levels_of, row_cross_entropy
 from cdlm.models.transformer import Transformer
+from cdlm.policies.llada import LLaDA
 from cdlm.sampling.texts import Special
 
 EPS = 1e-3

@@ -21,8 +21,8 @@ from cdlm.evaluation.bench import Outcome
 from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.halting import Criterion, Full, sweep
 from cdlm.halting.losses import Binary
-from cdlm.masked.policies import sweep_policy
-from cdlm.masked.policies.policy import Policy
+from cdlm.policies import sweep_policy
+from cdlm.policies.policy import Policy
 from cdlm.recording.file import Recording
 from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import Request

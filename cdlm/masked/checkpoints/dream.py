@@ -8,8 +8,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
+from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.family import BIDIRECTIONAL, Family, Settings
-from cdlm.masked.model import Constants
 
 ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdlm.core.errors import CdlmError
-from cdlm.masked.model import Constants
+from cdlm.core.types import Constants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import read_json
+from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.family import Family, Settings
-from cdlm.masked.model import Constants
 from cdlm.models.hub import same_tensors, shapes
 
 if TYPE_CHECKING:

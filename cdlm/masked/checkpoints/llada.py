@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.family import BIDIRECTIONAL, Family, Settings
-from cdlm.masked.model import Constants
 
 ONLY: dict[str, tuple[Any, ...]] = {
     "block_type": ("llama",),

@@ -15,11 +15,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from cdlm.core.devices import Precision
 from cdlm.core.errors import CdlmError
+from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.dream import DREAM
 from cdlm.masked.checkpoints.family import Family, Settings
 from cdlm.masked.checkpoints.folder import load_weights, read_settings, read_tokenizer
 from cdlm.masked.checkpoints.llada import LLADA
-from cdlm.masked.model import Cache, CachedModel, Constants
+from cdlm.masked.model import Cache, CachedModel
 from cdlm.models.hub import fingerprint_of, to_device
 
 if TYPE_CHECKING:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise, Site
-from cdlm.core.types import SignalReader
+from cdlm.core.types import Constants, SignalReader
 from cdlm.halting.signals import StepStatistics
-from cdlm.masked.model import Constants
 
 LIGHT = frozenset({"tokens", "logsumexp"})
 """Signals from which the most likely token and its probability follow."""

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cdlm.core.checks import check_number, check_whole
-from cdlm.masked.policies.policy import LIGHT, Choice, Policy, View, proposal
-from cdlm.masked.policies.quotas import best, ranked
+from cdlm.policies.policy import LIGHT, Choice, Policy, View, proposal
+from cdlm.policies.quotas import best, ranked
 
 
 @dataclass(frozen=True)

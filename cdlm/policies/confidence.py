@@ -11,14 +11,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cdlm.core.checks import check_number, check_whole
-from cdlm.masked.policies.policy import (
+from cdlm.policies.policy import (
     Choice,
     Plan,
     Policy,
     View,
     proposal,
 )
-from cdlm.masked.policies.quotas import best, ranked
+from cdlm.policies.quotas import best, ranked
 
 
 @dataclass(frozen=True)

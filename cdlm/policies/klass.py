@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cdlm.core.checks import check_number, check_whole
-from cdlm.masked.policies.policy import LIGHT, Choice, Policy, View, proposal
-from cdlm.masked.policies.quotas import best
+from cdlm.policies.policy import LIGHT, Choice, Policy, View, proposal
+from cdlm.policies.quotas import best
 
 
 @dataclass(frozen=True)

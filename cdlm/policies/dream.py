@@ -12,8 +12,8 @@ from torch import Tensor
 from cdlm.core.checks import check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import ORDER
-from cdlm.masked.model import Constants
-from cdlm.masked.policies.policy import (
+from cdlm.core.types import Constants
+from cdlm.policies.policy import (
     Choice,
     Plan,
     Policy,
@@ -21,7 +21,7 @@ from cdlm.masked.policies.policy import (
     check_blocks,
     proposal,
 )
-from cdlm.masked.policies.quotas import best, falling, transfer_share
+from cdlm.policies.quotas import best, falling, transfer_share
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 

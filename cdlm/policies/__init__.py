@@ -1,12 +1,12 @@
 """Unmasking policies. A policy has a name for texts and messages once it is listed in `POLICIES`."""
 
 from cdlm.core.parsing import Registry
-from cdlm.masked.policies.confidence import Factor, Threshold
-from cdlm.masked.policies.dream import Dream, DreamThreshold
-from cdlm.masked.policies.entropy import EntropyBound
-from cdlm.masked.policies.klass import KLASS
-from cdlm.masked.policies.llada import LLaDA
-from cdlm.masked.policies.policy import Policy
+from cdlm.policies.confidence import Factor, Threshold
+from cdlm.policies.dream import Dream, DreamThreshold
+from cdlm.policies.entropy import EntropyBound
+from cdlm.policies.klass import KLASS
+from cdlm.policies.llada import LLaDA
+from cdlm.policies.policy import Policy
 
 POLICIES: Registry[Policy] = Registry(
     "unmasking policy", Policy, LLaDA, Dream, DreamThreshold, Threshold, Factor, EntropyBound, KLASS
