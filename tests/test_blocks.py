@@ -142,16 +142,20 @@ def test_every_position_is_generated_once_in_order_and_told_to_the_next(
     sampler = diffusion(steps=4, block=block, criterion=rule)
     ((tokens, calls, steps, *_),) = outcomes(sampler, [template(0, wanted)], 1, oracle).values()
     assert calls == steps == len(oracle.told)
-    shown = [tuple(c.target[0].nonzero().squeeze(1).tolist()) for c in oracle.told]
-    order = list(dict.fromkeys(shown))
-    assert [place for part in order for place in part] == wanted
-    assert all(len(part) == block for part in order[:-1])
-    assert len(order) == sampler.sampling.blocks_of(template(0, wanted))
-    clean = oracle.table[torch.tensor(tokens)]
-    for condition, now in zip(oracle.told, shown, strict=True):
-        told = torch.tensor([place not in wanted or place < now[0] for place in range(N)])
+    parts = [wanted[i : i + block] for i in range(0, len(wanted), block)]
+    shown = [c.target[0].nonzero().squeeze(1).tolist() for c in oracle.told]
+    at = [next(i for i, part in enumerate(parts) if now[0] in part) for now in shown]
+    assert at == sorted(at)
+    assert set(at) == set(range(len(parts)))
+    assert len(parts) == sampler.sampling.blocks_of(template(0, wanted))
+    clean, first = oracle.table[torch.tensor(tokens)], [at.index(i) for i in range(len(parts))]
+    for i, (condition, now) in enumerate(zip(oracle.told, shown, strict=True)):
+        later = {place for part in parts[at[i] + 1 :] for place in part}
+        told = torch.tensor([place not in later and place not in now for place in range(N)])
         assert torch.equal(condition.clean[0], clean * told[:, None])
-    first = [i for i, part in enumerate(shown) if i == 0 or part != shown[i - 1]]
+        assert set(now) <= set(parts[at[i]])
+        if i in first or not rule.freezes:  # what is frozen is no longer asked for
+            assert now == parts[at[i]]
     assert all(not oracle.told[i].x0.any() for i in first)  # no estimate of another block
 
 

@@ -18,9 +18,9 @@ from cdlm.continuous.projections import PROJECTIONS, Projection
 from cdlm.continuous.solvers import SOLVERS, Ancestral, Euler, Interval, Solver
 from cdlm.core.checks import check_number, check_object, check_whole
 from cdlm.core.errors import CdlmError
-from cdlm.core.rng import StepNoise, generator
+from cdlm.core.rng import PositionNoise, StepNoise, generator
 from cdlm.core.trees import join, take
-from cdlm.core.types import Condition, Decision, LoopStep, NewRows, Prediction, StepState
+from cdlm.core.types import Condition, LoopStep, NewRows, Prediction, StepState
 from cdlm.halting.signals import (
     RECORDED,
     SIGNALS,
@@ -31,6 +31,8 @@ from cdlm.halting.signals import (
     most_likely,
     observe,
 )
+from cdlm.policies import parse_policy
+from cdlm.policies.policy import Plan, Policy, View, enter, plan_of
 from cdlm.sampling.loop import Loop, RunOptions
 from cdlm.sampling.requests import Request, stack_masks
 from cdlm.sampling.session import Sampling
@@ -48,6 +50,7 @@ class DiffusionSettings:
         score_temperature: divides the score; below 1 sharpens.
         guidance: scale of classifier-free guidance; 1 is off, others double the calls.
         init_scale: scale of the noise that a sample starts from.
+        commit: a policy, such as Threshold(0.9): positions that are decided are given from then on; by default none.
     """
 
     solver: str | Solver | None = None
@@ -57,6 +60,7 @@ class DiffusionSettings:
     score_temperature: float | None = None
     guidance: float | None = None
     init_scale: float | None = None
+    commit: str | Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,9 @@ class Diffusion(Sampling):
         init_scale: the start is `init_scale` times the prior; CDCD finds that a little below 1 sharpens.
         block: positions that are generated at a time: `steps` for each block, and the rule begins anew in each.
             None generates all at once.
+        commit: which positions to commit at a step, and to what. The network sees a committed token as it sees a
+            prompt, clean and marked as given, whatever noise is left in the row; a row ends when all are committed. The
+            steps and blocks of a policy are those of the grid and of `block`. None commits nothing.
     """
 
     family = "continuous"
@@ -82,6 +89,7 @@ class Diffusion(Sampling):
     guidance: Guidance = field(default_factory=Guidance)
     init_scale: float = 1.0
     block: int | None = None
+    commit: Policy | None = None
 
     def __post_init__(self) -> None:
         check_object("Diffusion", Solver, solver=self.solver)
@@ -91,12 +99,17 @@ class Diffusion(Sampling):
         check_number("Diffusion", least=0.0, init_scale=self.init_scale, hint="1 is the model's own noise level")
         hint = "a block has one position or more, and None generates all at once"
         check_whole("Diffusion", block=self.block, optional=True, hint=hint)
+        if self.commit is not None:
+            check_object("Diffusion", Policy, commit=self.commit)
+            if switch := self.commit.masked_alone:
+                raise CdlmError(f"{switch} of {self.commit!r} makes sense for masked models alone: leave it out")
 
     @property
     def settings(self) -> dict[str, Any]:
         parts = {name: repr(getattr(self, name)) for name in ("grid", "solver")}
-        block = {} if self.block is None else {"block": self.block}
-        return {"steps": self.steps, **parts, **self.guidance.settings, "init_scale": float(self.init_scale), **block}
+        more: dict[str, Any] = {} if self.block is None else {"block": self.block}
+        more |= {} if self.commit is None else {"commit": repr(self.commit)}
+        return {"steps": self.steps, **parts, **self.guidance.settings, "init_scale": float(self.init_scale), **more}
 
     def with_flat(self, **settings: Any) -> Diffusion:
         given = {name: value for name, value in settings.items() if value is not None}
@@ -123,9 +136,10 @@ class Diffusion(Sampling):
         return replace(self, guidance=replace(self.guidance, score_temperature=score))
 
     def rivals(self) -> Mapping[str, Sequence[Diffusion]]:
-        """Its own solver, and ancestral steps, each on its own grid, the shipped ones and their beginnings."""
+        """Its own solver, and ancestral steps, each on its own grid, the shipped ones and their beginnings; none
+        commits."""
         grids = dict.fromkeys((self.grid, Warped(), LogT(), *(Truncated(LogT(), share) for share in BEGINNINGS)))
-        own = {"fewer steps": [replace(self, grid=grid) for grid in grids]}
+        own = {"fewer steps": [replace(self, grid=grid, commit=None) for grid in grids]}
         if self.solver == Ancestral():
             return own
         return {**own, "ancestral": [replace(one, solver=Ancestral()) for one in own["fewer steps"]]}
@@ -141,6 +155,7 @@ PARTS: Mapping[str, Callable[[Any], Any]] = {
     "solver": SOLVERS.parse,
     "grid": GRIDS.parse,
     "projection": PROJECTIONS.parse,
+    "commit": parse_policy,
 }
 """Flat settings that are objects, and what reads their text."""
 BEGINNINGS = (0.75, 0.6, 0.5)
@@ -162,9 +177,9 @@ class DiffusionRows(NamedTuple):
     nfe: Int[Tensor, " b"]
     z: Float[Tensor, "b n d"]
     tokens: Int[Tensor, "b n"]
-    """Prompt, earlier blocks and frozen tokens; meaningless at open positions and in later blocks."""
-    open: Bool[Tensor, "b n"]
-    """Positions of the block that may still change."""
+    """Prompt, earlier blocks and what is decided; meaningless at open positions and in later blocks."""
+    block: Bool[Tensor, "b n"]
+    """Positions that are generated now."""
     later: Bool[Tensor, "b n"]
     """Positions of later blocks."""
     condition: Condition
@@ -173,6 +188,13 @@ class DiffusionRows(NamedTuple):
     """Of the halting rule."""
     solver: Any
     """Memory of the solver."""
+    plan: Plan | None
+    """Of the policy, where there is one."""
+
+    @property
+    def open(self) -> Bool[Tensor, "b n"]:
+        """Positions of the block that may still change: the network has to generate them."""
+        return self.condition.target
 
 
 class Stepped(NamedTuple):
@@ -200,6 +222,12 @@ class DiffusionLoop(Loop[DiffusionRows]):
     ):  # fmt: skip
         super().__init__(options, batch_size, device)
         self.denoiser, self.sampling = denoiser, sampling
+        policy = frozenset() if sampling.commit is None else sampling.commit.needs
+        self.needs = options.needs | (policy & {"mean_kl"})
+        """Signals of a step: those that are read, and those whose past the policy needs."""
+        self.glanced = self.needs | policy
+        """And those that the policy reads."""
+        self.position_noise = PositionNoise(options.seed)
         self.grid = sampling.grid.levels(denoiser.schedule, sampling.steps).to(self.device)
 
     def budget(self, requests: Sequence[Request]) -> int:
@@ -228,10 +256,20 @@ class DiffusionLoop(Loop[DiffusionRows]):
         real, later, zero = torch.ones_like(left) if valid is None else valid, left & ~now, torch.zeros_like(index)
         # To a rule, later blocks are no part of the row yet: neither open nor decided.
         memory = self.options.criterion.start(NewRows(now, zero + self.sampling.steps, real & ~later))
-        condition = Condition(clean * (~left & real)[..., None], now, torch.zeros_like(z), valid)
-        past = first_past(self.options.needs, z, beside)
+        condition = Condition(clean * (~left & real)[..., None], now, torch.zeros_like(z), valid, behind(now))
+        past = first_past(self.needs, z, beside)
         solver = self.sampling.solver.start(z)
-        return DiffusionRows(index, zero, before, nfe, z, tokens, now, later, condition, past, memory, solver)
+        return DiffusionRows(
+            index, zero, before, nfe, z, tokens, now, later, condition, past, memory, solver, self._plan(now, tokens)
+        )
+
+    def _plan(self, open_: Bool[Tensor, "b n"], tokens: Int[Tensor, "b n"]) -> Plan | None:
+        policy = self.sampling.commit
+        if policy is None:
+            return None
+        place = torch.arange(open_.shape[1], device=open_.device)
+        start, end = open_.long().argmax(1), torch.where(open_, place + 1, 0).amax(1)
+        return enter(policy, plan_of(policy, open_, start, end, tokens), open_, waits=False)
 
     def _start(self, index: Tensor, before: Tensor, like: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Standard normal noise of each row: of its first block by its index alone, of later ones by what came before
@@ -242,19 +280,21 @@ class DiffusionLoop(Loop[DiffusionRows]):
 
     @torch.no_grad()
     def step(self, live: DiffusionRows) -> tuple[LoopStep, Stepped]:
-        t, target = self.grid[live.step], live.condition.target
+        t = self.grid[live.step]
         prediction, x0 = self.sampling.guidance.predict(self.denoiser, live.z, t, live.condition, self._draws(live))
         rho, first = self.denoiser.rho, live.step == 0
         embedding = EmbeddingState(live.z, t, rho, prediction.x0)
         statistics = StepStatistics(
-            prediction.logits, live.open, target, first, live.past, self.options.needs, embedding
+            prediction.logits, live.open, live.block, first, live.past, self.glanced, embedding, live.tokens
         )
-        signals, past = observe(self.options.needs, statistics)
+        signals, past = observe(self.needs, statistics)
         nfe = live.nfe + self.sampling.guidance.calls
         budget = torch.full_like(live.step, self.sampling.steps)
         state = StepState(live.row, live.step, budget, t, nfe, live.open, signals)
         memory, decision = self.options.criterion.look(live.memory, state)
-        live = _freeze(live, decision, statistics)
+        if decision.freeze is not None:
+            live = self._give(live, decision.freeze & live.open, statistics.tokens)
+        live = self._commit(live, statistics, t)
         full = ~live.open.any(1)
         ended = decision.halt | full | (live.step == budget - 1)
         done = ended & ~live.later.any(1)
@@ -297,24 +337,44 @@ class DiffusionLoop(Loop[DiffusionRows]):
         nfe = live.nfe + moved.evaluations * guidance.calls
         return live._replace(z=moved.z, step=live.step + 1, nfe=nfe, condition=condition, solver=memory)
 
+    def _commit(self, live: DiffusionRows, statistics: StepStatistics, t: Float[Tensor, " b"]) -> DiffusionRows:
+        """What the policy decides is given from now on."""
+        policy, plan = self.sampling.commit, live.plan
+        if policy is None or plan is None:
+            return live
+        candidates = live.open & (plan.block_of <= plan.block[:, None])
+        step, level = live.before + live.step, t / self.denoiser.rho
+        view = View(statistics, candidates, live.row, step, plan, level, 0.0, None, self.position_noise)
+        choice = policy.choose(view)
+        live = self._give(live, choice.commit & candidates, choice.tokens)
+        plan = plan._replace(inner=plan.inner + 1, own=choice.own)
+        return live._replace(plan=enter(policy, plan, live.open, waits=False))
+
+    def _give(self, live: DiffusionRows, fresh: Bool[Tensor, "b n"], tokens: Int[Tensor, "b n"]) -> DiffusionRows:
+        """Rows in which some open positions have got their tokens: the network sees them as it sees a prompt."""
+        if not bool(fresh.any()):
+            return live
+        tokens = torch.where(fresh, tokens, live.tokens)
+        clean = torch.where(fresh[..., None], self.denoiser.embed(tokens), live.condition.clean)
+        condition = live.condition._replace(clean=clean, target=live.open & ~fresh)
+        return live._replace(tokens=tokens, condition=condition)
+
     def _draws(self, live: DiffusionRows) -> StepNoise:
         return StepNoise(self.options.seed, live.row, live.before + live.step)
 
     def _held(self, live: DiffusionRows, x0: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """`x0` with the embedding of its token at each frozen position, so that the state there follows the level; the
-        same at given positions for a network that takes them for noisy ones."""
-        held = live.condition.target & ~live.open if self.options.criterion.freezes else None
-        if not self.denoiser.sees_given:
-            given = ~live.condition.target & ~live.later
-            held = given if held is None else held | given
-        return x0 if held is None else torch.where(held[..., None], self.denoiser.embed(live.tokens).to(x0), x0)
+        """`x0` with the embedding of its token at each decided position, so that the state there follows the level; the
+        same at all given positions for a network that takes them for noisy ones."""
+        decides = self.options.criterion.freezes or self.sampling.commit is not None
+        if self.denoiser.sees_given and not decides:
+            return x0
+        held = live.block & ~live.open if self.denoiser.sees_given else ~live.open & ~live.later
+        return torch.where(held[..., None], self.denoiser.embed(live.tokens).to(x0), x0)
 
 
-def _freeze(live: DiffusionRows, decision: Decision, statistics: StepStatistics) -> DiffusionRows:
-    if decision.freeze is None:
-        return live
-    fresh = decision.freeze & live.open
-    return live._replace(tokens=torch.where(fresh, statistics.tokens, live.tokens), open=live.open & ~fresh)
+def behind(block: Bool[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
+    """Positions after the last of each row's block."""
+    return block.flip(1).cumsum(1).flip(1) == 0
 
 
 def _read_out(prediction: Prediction, live: DiffusionRows, ended: Bool[Tensor, " b"]) -> Int[Tensor, "b n"]:

@@ -16,7 +16,7 @@ from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.embedding import Embedding, OutputPrior
 from cdlm.continuous.inputs import ConcatenatedInput, NetworkInput
 from cdlm.continuous.objectives import CrossEntropy, Objective
-from cdlm.continuous.sampler import Diffusion
+from cdlm.continuous.sampler import Diffusion, behind
 from cdlm.continuous.schedules import Schedule
 from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.trees import join, take
@@ -166,8 +166,8 @@ class EmbeddingDiffusion(System, Denoiser):
 
 
 def _without_future(condition: Condition) -> Condition:
-    """The same, with everything after the last position to generate taken for padding."""
-    seen = condition.target.flip(1).cumsum(1).flip(1) > 0
+    """The same, with everything behind the block that is generated taken for padding."""
+    seen = ~(behind(condition.target) if condition.ahead is None else condition.ahead)
     return condition._replace(valid=seen if condition.valid is None else seen & condition.valid)
 
 

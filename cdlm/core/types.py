@@ -54,6 +54,9 @@ class Condition(NamedTuple):
     """Self-conditioning: the previous estimate of the clean embedding, zero on the first call."""
     valid: Bool[Tensor, "b n"] | None = None
     """False on padding, which nobody attends to; None when there is none."""
+    ahead: Bool[Tensor, "b n"] | None = None
+    """Positions behind the last that this block generates, targets or not any more; None of training text, where the
+    targets are the block."""
 
 
 @dataclass(frozen=True)

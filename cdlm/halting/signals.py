@@ -76,6 +76,8 @@ class StepStatistics:
     """Signals that will be computed, so that one pass serves them all."""
     embedding: EmbeddingState | None = None
     """None in a model without embeddings; the signals of `SPATIAL` then do not exist."""
+    held: Int[Tensor, "b n"] | None = None
+    """Tokens of the targets that are no longer open, where the logits do not say them."""
 
     @cached_property
     def sums(self) -> Sums:
@@ -90,7 +92,8 @@ class StepStatistics:
 
     @cached_property
     def tokens(self) -> Int[Tensor, "b n"]:
-        return _argmax(self.logits, self.peaks)
+        best = _argmax(self.logits, self.peaks)
+        return best if self.held is None else torch.where(self.target & ~self.open, self.held, best)
 
     @cached_property
     def top(self) -> Float[Tensor, "b n 2"]:

@@ -298,7 +298,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         if whole:
             memory, decision = self.options.criterion.look(live.memory, state)
             live = live._replace(memory=memory)
-        choice = self._propose(live, seen, statistics, whole)
+        choice = self._propose(live, seen, statistics, share, whole)
         live = self._write(live, seen, statistics, decision, choice)
         return self._finish(live, state, decision)
 
@@ -383,7 +383,9 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             raise CdlmError("the model gave logits that are not numbers (NaN): its weights or its precision are broken")
         return statistics
 
-    def _propose(self, live: UnmaskingRows, seen: Seen, statistics: StepStatistics, whole: bool) -> Choice:
+    def _propose(
+        self, live: UnmaskingRows, seen: Seen, statistics: StepStatistics, share: Float[Tensor, " b"], whole: bool
+    ) -> Choice:
         block_of = live.plan.block_of.gather(1, seen.at)
         if whole and self.sampling.cache is not None and self.sampling.quirks.first_from_full:
             return Choice(seen.at == self._block_start(live)[:, None], statistics.tokens, live.plan.own)
@@ -392,8 +394,9 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         # Of a schedule the clock is its own, so that steps that are skipped change nothing that is drawn.
         clock = live.step if steps is None else live.plan.block * steps + live.plan.inner
         view = View(
-            statistics, candidates, live.row, clock, live.plan, sampling.temperature, self.model.constants, self.noise
-        )
+            statistics, candidates, live.row, clock, live.plan, share, sampling.temperature,
+            self.model.constants, self.noise,
+        )  # fmt: skip
         return sampling.policy.choose(view)
 
     def _write(

@@ -1,7 +1,7 @@
-"""Unmasking policies. A policy has a name for texts and messages once it is listed in `POLICIES`."""
+"""Policies of what to commit. A policy has a name for texts and messages once it is listed in `POLICIES`."""
 
 from cdlm.core.parsing import Registry
-from cdlm.policies.confidence import Factor, Threshold
+from cdlm.policies.confidence import Factor, FallingThreshold, Threshold
 from cdlm.policies.dream import Dream, DreamThreshold
 from cdlm.policies.entropy import EntropyBound
 from cdlm.policies.klass import KLASS
@@ -9,7 +9,7 @@ from cdlm.policies.llada import LLaDA
 from cdlm.policies.policy import Policy
 
 POLICIES: Registry[Policy] = Registry(
-    "unmasking policy", Policy, LLaDA, Dream, DreamThreshold, Threshold, Factor, EntropyBound, KLASS
+    "unmasking policy", Policy, LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS
 )
 
 

@@ -1,13 +1,14 @@
-"""Commit every position that is confident enough (Fast-dLLM)."""
+"""Commit every position that is confident enough."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cdlm.core.checks import check_number, check_whole
@@ -54,7 +55,49 @@ class Threshold(Policy):
 
     def choose(self, view: View) -> Choice:
         tokens, confidence = proposal(view)
-        count = (view.candidates & (confidence >= self.tau)).sum(1).clamp(min=1)
+        count = (view.candidates & (confidence >= self.tau)).sum(1).clamp(min=view.least)
+        return Choice(best(confidence, view.candidates, count), tokens)
+
+
+@dataclass(frozen=True)
+class FallingThreshold(Policy):
+    """Commit every position whose probability is at least a threshold that falls with the noise that is left.
+
+    It falls from `first` to `last`, linearly in the log of the level, between the levels `begin` and `end`, and stays
+    the same outside. A row whose last positions never become sure then ends early on a continuous model, whose other
+    calls would move these positions alone; on a masked one, its last positions are committed together.
+
+    Args:
+        first, last: least probabilities, >= 0.
+        begin, end: levels, begin > end > 0: of a continuous model noise levels in embedding norms, of a masked one
+            shares of the positions that are open.
+        block: positions of a block; by default one block.
+    """
+
+    first: float = 0.95
+    last: float = 0.0
+    begin: float = 1.5
+    end: float = 0.6
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("FallingThreshold", least=0.0, first=self.first, last=self.last)
+        check_number("FallingThreshold", above=0.0, end=self.end)
+        check_number("FallingThreshold", above=self.end, begin=self.begin, hint="the level falls from begin to end")
+        check_whole("FallingThreshold", optional=True, block=self.block)
+
+    @classmethod
+    def sweep(cls, **fixed: Any) -> Sequence[Policy]:
+        return [cls(first, **fixed) for first in (0.999, 0.99, 0.97, 0.95, 0.9, 0.8, 0.7, 0.5)]
+
+    def tau(self, level: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The threshold at these levels, float64."""
+        way = (level.double() / self.begin).log() / math.log(self.end / self.begin)
+        return self.first + (self.last - self.first) * way.clamp(0, 1)
+
+    def choose(self, view: View) -> Choice:
+        tokens, confidence = proposal(view)
+        count = (view.candidates & (confidence >= self.tau(view.level)[:, None])).sum(1).clamp(min=view.least)
         return Choice(best(confidence, view.candidates, count), tokens)
 
 
@@ -88,7 +131,7 @@ class Factor(Policy):
         p = confidence.gather(1, ranked(confidence, view.candidates))
         rank = torch.arange(1, p.shape[1] + 1, device=p.device)
         there = rank <= view.candidates.sum(1, keepdim=True)
-        passes = there & ((p >= 1 - self.f / (rank + 1)) | (rank == 1))
+        passes = there & ((p >= 1 - self.f / (rank + 1)) | (rank <= view.least))
         count = passes.cumprod(1).sum(1)
         if self.last_rank:
             count = count + (count == view.candidates.sum(1) - 1)

@@ -67,6 +67,10 @@ class Dream(Policy):
     def tokenwise(self) -> bool:
         return not self.pooled
 
+    @property
+    def masked_alone(self) -> str:
+        return "pooled" if self.pooled else ""
+
     def check(self, length: int, constants: Constants) -> None:
         if self.block is not None:
             check_blocks("Dream", length, self.block, self.steps)
@@ -121,6 +125,7 @@ class Dream(Policy):
         count = int(masks if bool(step >= steps - 1) else masks * share)
         places = confidence.masked_fill(~view.candidates, -torch.inf).topk(count, -1).indices
         commit = torch.zeros_like(view.candidates).scatter(1, places, True)
+        assert view.constants is not None
         return Choice(commit, tokens.masked_fill(~view.candidates, view.constants.mask_id))
 
 

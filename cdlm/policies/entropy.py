@@ -40,15 +40,21 @@ class EntropyBound(Policy):
 
     def choose(self, view: View) -> Choice:
         tokens, confidence = proposal(view)
-        return Choice(entropy_bounded(view.statistics.entropy, confidence, view.candidates, self.nats), tokens)
+        bounded = entropy_bounded(view.statistics.entropy, confidence, view.candidates, self.nats, view.least)
+        return Choice(bounded, tokens)
 
 
 def entropy_bounded(
-    entropy: Float[Tensor, "b q"], score: Float[Tensor, "b q"], candidates: Bool[Tensor, "b q"], nats: float
+    entropy: Float[Tensor, "b q"],
+    score: Float[Tensor, "b q"],
+    candidates: Bool[Tensor, "b q"],
+    nats: float,
+    least: int = 1,
 ) -> Bool[Tensor, "b q"]:
-    """The longest prefix of the candidates by falling score with sum H - max H <= nats, at least one."""
+    """The longest prefix of the candidates by falling score with sum H - max H <= nats, at least one; of none at least
+    with sum H <= nats, as a single position is committed for its own entropy alone."""
     order = ranked(score, candidates)
     h = entropy.gather(1, order)
-    cost = h.cumsum(1) - h.cummax(1).values
+    cost = h.cumsum(1) - h.cummax(1).values * (least > 0)
     count = (candidates.gather(1, order) & (cost <= nats)).cumprod(1).sum(1)
-    return best(score, candidates, count.clamp(min=1))
+    return best(score, candidates, count.clamp(min=least))

@@ -55,5 +55,5 @@ class KLASS(Policy):
         kl = view.statistics.kl.float()
         stable = (kl < self.nats) & (view.plan.own < self.nats)
         ready = view.candidates & stable & (confidence > self.confidence)
-        alone = best(confidence, view.candidates, torch.ones_like(view.row))
+        alone = best(confidence, view.candidates, torch.full_like(view.row, view.least))
         return Choice(torch.where(ready.any(1, keepdim=True), ready, alone), tokens, kl)

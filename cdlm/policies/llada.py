@@ -50,6 +50,11 @@ class LLaDA(Policy):
         check_whole("LLaDA", optional=True, steps=self.steps, block=self.block)
         check_choice("LLaDA", ("low_confidence", "random"), remasking=self.remasking)
 
+    @property
+    def masked_alone(self) -> str:
+        switches = ("no_eos", "eos_last", "eot_only", "block_quota")
+        return next((name for name in switches if getattr(self, name)), "")
+
     def suppressed(self, constants: Constants) -> tuple[int, ...]:
         return (_end(constants, "no_eos"),) if self.no_eos else ()
 
@@ -83,6 +88,7 @@ class LLaDA(Policy):
 
     def _without_ends(self, view: View, tokens: Int[Tensor, "b q"]) -> Float[Tensor, "b q"]:
         """Probability of each proposal when there are no ends: 0 for them, and more for the others."""
+        assert view.constants is not None
         ends = [view.constants.eos_id, view.constants.eot_id]
         held = ends[1:] if self.eot_only and view.temperature > 0 else ends
         logits = view.statistics.logits[view.candidates].clone()

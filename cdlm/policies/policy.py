@@ -1,4 +1,7 @@
-"""Unmasking policies: which masked positions to commit at a step, and to what."""
+"""Policies: which open positions to commit at a step, and to what. A committed position is given from then on.
+
+Of a masked model they decide what is unmasked; of a continuous one, what is no longer noisy.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +51,19 @@ class View(NamedTuple):
     step: Int[Tensor, " b"]
     """Of the schedule, or of the row if there is none."""
     plan: Plan
+    level: Float[Tensor, " b"]
+    """Noise left: of a masked model the share of the generated positions that are open, of a continuous one the noise
+    level in embedding norms."""
     temperature: float
-    constants: Constants
+    constants: Constants | None
+    """Of a masked model."""
     draws: PositionNoise
+
+    @property
+    def least(self) -> int:
+        """Positions that are committed at least: one of a masked model, whose every call has to decide something; none
+        of a continuous one, whose state moves without."""
+        return 0 if self.constants is None else 1
 
     @property
     def site(self) -> Site:
@@ -76,7 +89,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy(SignalReader, ABC):
-    """An unmasking policy: small, frozen, and its own configuration.
+    """A policy: small, frozen, and its own configuration.
 
     Its rows are decoded block by block from left to right; a row's block is done when nothing in it is open.
     """
@@ -102,6 +115,11 @@ class Policy(SignalReader, ABC):
         """Settings to try, from strict to loose; `fixed` are the parameters not swept."""
         raise CdlmError(f"{cls.__name__} has no settings to sweep: write it with its arguments")
 
+    @property
+    def masked_alone(self) -> str:
+        """The setting that makes sense for masked models alone; empty if there is none."""
+        return ""
+
     def suppressed(self, constants: Constants) -> tuple[int, ...]:
         """Tokens that are never proposed, and that no statistic sees."""
         return ()
@@ -126,7 +144,7 @@ class Policy(SignalReader, ABC):
 
     @abstractmethod
     def choose(self, view: View) -> Choice:
-        """What to commit at this step: at least one position of each row that has candidates, or its quota of none."""
+        """What to commit at this step: `view.least` positions or more of each row that has candidates, or its quota."""
 
 
 def plan_of(

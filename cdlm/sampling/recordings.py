@@ -93,7 +93,7 @@ def replayed(recording: Recording, criterion: Criterion, tokenizer: PreTrainedTo
     ends = eos if recording.settings.get("ends") else None
     shown = shown_of(run.tokens, recording.given, recording.valid, ends)
     masked, budget = recording.record.commits is not None, recording.record.budgets
-    full = masked & ~run.halted & ((run.steps < budget) | (not criterion.waits))
+    full = ~run.halted & ((run.steps < budget) | (masked & (not criterion.waits)))
     reasons = [
         HaltReason.CRITERION if halted else HaltReason.FULL if done else HaltReason.BUDGET
         for halted, done in zip(run.halted, full, strict=True)

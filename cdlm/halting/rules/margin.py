@@ -149,7 +149,7 @@ class JoT(Criterion):
     `gamma` ** d; prompt and frozen positions are decided, padding and what lies outside are not. A row ends when every
     position is frozen: at its first step at the earliest.
 
-    On a continuous model a frozen position keeps its token, its clean estimate is that token's embedding, and its state
+    On a continuous model a frozen position is given from then on: the network sees its clean embedding, and its state
     goes on to follow the row's noise level. It still passes through the network, which the others attend to: calls are
     saved at the end of the row alone.
     """
