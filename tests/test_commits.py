@@ -20,7 +20,7 @@ from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.sampler import Diffusion, DiffusionLoop, behind
 from cdlm.continuous.solvers import Ancestral, Euler, Heun, Solver
 from cdlm.core.errors import CdlmError
-from cdlm.core.types import Condition, Prediction
+from cdlm.core.types import Condition, HaltReason, Prediction
 from cdlm.halting import KL, Criterion, Entropy, FixedSteps, JoT, Never, Patience
 from cdlm.halting.replay import replay
 from cdlm.policies import POLICIES, parse_policy
@@ -30,8 +30,8 @@ from cdlm.policies.entropy import EntropyBound
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
 from cdlm.policies.policy import Policy
-from cdlm.recording.file import read_folder
-from cdlm.sampling.recordings import find_recording, recording_of
+from cdlm.recording.file import Recording, read_folder
+from cdlm.sampling.recordings import find_recording, recording_of, replayed
 from cdlm.sampling.requests import Request
 
 N, V, STEPS = 6, 7, 12
@@ -254,6 +254,27 @@ def test_a_rule_is_replayed_on_a_run_with_commits_as_it_is_run(policy: Policy, r
     plain = session.run(asked)
     assert np.array_equal(full.tokens, plain.tokens)
     assert np.array_equal(full.nfe, plain.nfe)
+
+
+@pytest.mark.parametrize("policy", [Threshold(0.9), FallingThreshold(0.9, 0.0, 2.0, 0.5)], ids=repr)
+def test_a_record_knows_its_commits(policy: Policy, tmp_path: Path) -> None:
+    session = open_session(with_tokenizer(), steps=9, grid="LogT()", commit=policy)
+    asked = session.requests(["the", "a"], 4)
+    full = session.recorded().run(asked)
+    recording = recording_of(full, session)
+    recording.write(tmp_path / "run.safetensors")
+    again = Recording.read(tmp_path / "run.safetensors")
+    for rule in (Never(), Patience(2), FixedSteps(4)):
+        live = session.with_criterion(rule).run(asked)
+        made = replayed(again, rule, session.model.need_tokenizer())
+        assert made.reason == live.reason
+        assert np.array_equal(made.tokens, live.tokens)
+        assert np.array_equal(made.nfe, live.nfe)
+    assert full.record is not None
+    last = full.record.canvases(full.tokens, full.given, -1)[-1]
+    assert (last == -1).any(1).tolist() == [reason != HaltReason.FULL for reason in full.reason]
+    if isinstance(policy, FallingThreshold):
+        assert (full.nfe < 9).any()
 
 
 def test_the_command_line_and_recordings(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

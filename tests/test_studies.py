@@ -80,7 +80,8 @@ def record_of(switches: list[tuple[int, int, int]], steps: int, samples: int) ->
     """A record with switches (step, sample, position) and nothing else."""
     step, sample, position = (np.array(column) for column in zip(*sorted(switches), strict=True))
     nfe = np.repeat(np.arange(1, steps + 1)[:, None], samples, 1)
-    return Record(np.linspace(1, 0.1, steps), nfe, {}, Switches(step, sample, position, step))
+    levels = np.repeat(np.linspace(1, 0.1, steps)[:, None], samples, 1)
+    return Record(levels, nfe, {}, Switches(step, sample, position, step))
 
 
 # --- what is measured ---

@@ -33,6 +33,7 @@ from cdlm.halting.signals import (
 )
 from cdlm.policies import parse_policy
 from cdlm.policies.policy import Plan, Policy, View, enter, plan_of
+from cdlm.recording.writer import OPEN
 from cdlm.sampling.loop import Loop, RunOptions
 from cdlm.sampling.requests import Request, stack_masks
 from cdlm.sampling.session import Sampling
@@ -300,7 +301,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         done = ended & ~live.later.any(1)
         tokens = _read_out(prediction, live, ended)
         finished = LoopStep(
-            state, done, decision.halt, full & ~decision.halt, tokens[done], decision.info,
+            state, done, decision.halt, full & ~decision.halt, tokens[done], decision.info, self._canvas(live),
             taken=live.before + live.step + 1,
         )  # fmt: skip
         live = live._replace(nfe=nfe, past=past, memory=memory)
@@ -349,6 +350,10 @@ class DiffusionLoop(Loop[DiffusionRows]):
         live = self._give(live, choice.commit & candidates, choice.tokens)
         plan = plan._replace(inner=plan.inner + 1, own=choice.own)
         return live._replace(plan=enter(policy, plan, live.open, waits=False))
+
+    def _canvas(self, live: DiffusionRows) -> Int[Tensor, "b n"] | None:
+        """What is given or committed, for a record; None of a run that commits nothing."""
+        return None if self.sampling.commit is None else torch.where(live.open | live.later, OPEN, live.tokens)
 
     def _give(self, live: DiffusionRows, fresh: Bool[Tensor, "b n"], tokens: Int[Tensor, "b n"]) -> DiffusionRows:
         """Rows in which some open positions have got their tokens: the network sees them as it sees a prompt."""

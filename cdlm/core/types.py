@@ -231,7 +231,7 @@ class LoopStep(NamedTuple):
     info: Mapping[str, Tensor]
     """What the criterion logged, one value a row."""
     canvas: Int[Tensor, "b n"] | None = None
-    """Of a masked model: every row after the step, the mask where it is open."""
+    """Of a run that commits: every row after the step; where it is open the mask, or of a continuous model -1."""
     settled: Int[Tensor, " b"] | None = None
     """Of a masked model: calls after which the text up to its first end was decided; 0 while it is not."""
     taken: Int[Tensor, " b"] | None = None

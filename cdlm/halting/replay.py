@@ -44,7 +44,7 @@ def replay(recording: Recording, rule: Criterion) -> Replayed:
     signals = {name: torch.from_numpy(record.signals[name]) for name in rule.needs & record.signals.keys()}
     if "switches" in rule.needs:
         signals["switches"] = torch.from_numpy(record.switch_counts())
-    t, nfe = torch.from_numpy(record.t), torch.from_numpy(record.nfe).long()
+    t, nfe = torch.from_numpy(np.array(record.t)), torch.from_numpy(record.nfe).long()
     tokens = _Tokens(recording) if "tokens" in rule.needs else None
     memory = rule.start(NewRows(open_, budget, torch.from_numpy(recording.valid)))
     end = last = torch.from_numpy(record.last_step(committed=not rule.waits))
@@ -53,7 +53,7 @@ def replay(recording: Recording, rule: Criterion) -> Replayed:
         now = {name: values[k] for name, values in signals.items()}
         if tokens is not None:
             now["tokens"] = tokens.after(k)
-        state = StepState(row, torch.full((m,), k), budget, t[k].expand(m), nfe[k], frames.at(k), now)
+        state = StepState(row, torch.full((m,), k), budget, t[k], nfe[k], frames.at(k), now)
         memory, decision = rule.look(memory, state)
         fresh = decision.halt & ~halted & (k <= end)
         last, halted = torch.where(fresh, k, last), halted | fresh
@@ -94,7 +94,7 @@ def check_recorded(rules: Iterable[Criterion]) -> None:
 
 
 class _Open:
-    """Positions that are open at the start of each step, walked forward; in a continuous model all the generated."""
+    """Positions that are open at the start of each step, walked forward; in a run without commits all the generated."""
 
     def __init__(self, recording: Recording):
         self.commits, self.now = recording.record.commits, torch.from_numpy(~recording.given)

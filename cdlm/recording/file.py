@@ -4,12 +4,13 @@ Columns (m samples, n positions, `steps` grid points, e switches):
 
     index [m] int64, given [m n] bool, valid [m n] bool      the requests
     tokens [m n] int64                                       final tokens, prompts included
-    t [steps] float64, nfe [steps m] int32                   noise level and calls spent, by step
+    t [steps m] float64, nfe [steps m] int32                 noise level and calls spent, by step; t [steps] if all
+                                                             samples walk the same levels
     signal.NAME [steps m] float32                            row signals, see docs/write-a-criterion.md
     switch.step [e] uint32, switch.sample [e] uint32,        every switch of a token, in order of step;
     switch.position [e] uint16, switch.token [e] uint32      a sample's first step switches all its open positions
-    commit.step, .sample, .position, .token [e],             of a masked model: every token committed, the same kinds,
-    budget [m] int64                                         and the steps each sample may take
+    commit.step, .sample, .position, .token [e]              every token committed, the same kinds, where some are
+    budget [m] int64                                         of a masked model: the steps each sample may take
 
 The header holds the format's version, the seed, the prompts, and what is known of the model and the sampler.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing
@@ -101,7 +102,7 @@ class Recording:
         commits = {} if self.record.commits is None else self.record.commits._asdict()
         columns = {
             **{name: getattr(self, name) for name in _REQUESTS},
-            "t": self.record.t,
+            "t": _shared(self.record.t),
             "nfe": self.record.nfe,
             **{_PREFIX + name: values for name, values in self.record.signals.items()},
             **{f"switch.{name}": values for name, values in self.record.switches._asdict().items()},
@@ -140,8 +141,10 @@ class Recording:
         switches = Switches(*(columns[f"switch.{name}"] for name in Switches._fields))
         masked = "commit.step" in columns
         commits = Switches(*(columns[f"commit.{name}"] for name in Switches._fields)) if masked else None
+        t, nfe = columns["t"], columns["nfe"]
+        t = np.broadcast_to(t[:, None], nfe.shape) if t.ndim == 1 else t
         return Recording(
-            Record(columns["t"], columns["nfe"], signals, switches, commits, columns.get("budget")),
+            Record(t, columns["nfe"], signals, switches, commits, columns.get("budget")),
             *(columns[name] for name in _REQUESTS),
             seed=int(header["seed"]),
             model=header["model"],
@@ -157,9 +160,17 @@ class Recording:
         shapes = {"given": (m, n), "valid": (m, n), "index": (m,)}
         wrong = [name for name, shape in shapes.items() if getattr(self, name).shape != shape]
         wrong += [name for name, column in record.signals.items() if column.shape != (steps, m)]
+        wrong += ["t"] if record.t.shape != (steps, m) else []
         wrong += self._broken() + ([] if len(self.prompts) in (0, m) else ["prompts"])
         if wrong or record.nfe.shape != (steps, m):
             raise ValueError(f"columns of different runs: {', '.join(wrong) or 'nfe or switches'}")
+
+
+def _shared(t: Float[np.ndarray, "steps m"]) -> Float[np.ndarray, "steps ..."]:
+    """The levels of all samples, where they are the same as far as each sample goes."""
+    one = np.fmax.reduce(t, 1, initial=-np.inf)
+    one = np.where(np.isinf(one), np.nan, one)
+    return one if bool((np.isnan(t) | (t == one[:, None])).all()) else t
 
 
 def _open(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:

@@ -27,17 +27,17 @@ class Switches(NamedTuple):
 class Record:
     """m samples over the steps of their grid."""
 
-    t: Float[np.ndarray, " steps"]
-    """Noise level of each step, float64; NaN where no row came."""
+    t: Float[np.ndarray, "steps m"]
+    """Noise level of each step, float64; NaN after a row has left."""
     nfe: Int[np.ndarray, "steps m"]
     """Denoiser calls spent up to and with each step; 0 after a row has left."""
     signals: Mapping[str, Float[np.ndarray, "steps m"]]
     """Row signals by name, float32; NaN after a row has left."""
     switches: Switches
     commits: Switches | None = None
-    """Of a masked model: every token that was committed, with its step; None of a model that decides all at once."""
+    """Every token that was committed, with its step; None of a run that commits none."""
     budget: Int[np.ndarray, " m"] | None = None
-    """Steps that each sample may take at most; None: those of the grid."""
+    """Of a masked model: steps that each sample may take at most; None of a continuous one, whose grid says it."""
 
     @property
     def steps(self) -> int:
@@ -51,10 +51,15 @@ class Record:
         """Steps that each sample may take at most."""
         return np.full(len(self), self.steps) if self.budget is None else self.budget
 
+    @property
+    def masked(self) -> bool:
+        """Whether it is of a masked model, all of whose tokens are committed."""
+        return self.budget is not None
+
     def last_step(self, committed: bool) -> Int[np.ndarray, " m"]:
         """The last recorded step of each sample; or, of a masked model, the one at which all is `committed`."""
         last = np.maximum((self.nfe > 0).sum(0) - 1, 0)
-        if self.commits is None or not committed:
+        if self.commits is None or not self.masked or not committed:
             return last
         full = np.zeros(len(self), np.int64)
         np.maximum.at(full, self.commits.sample, self.commits.step.astype(np.int64))
@@ -95,13 +100,13 @@ class Record:
     def canvases(
         self, start: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], mask_id: int
     ) -> Int[np.ndarray, "steps m n"]:
-        """Of a masked model: every sample after each step, the mask where it is open.
+        """Every sample after each step, `mask_id` where it is open.
 
         Raises:
-            CdlmError: the model decides all positions at once and has no canvas.
+            CdlmError: the run commits nothing and has no canvas.
         """
         if self.commits is None:
-            raise CdlmError("a continuous model has no canvas of masks: tokens_at gives its tokens at a step")
+            raise CdlmError("a run that commits nothing has no canvas of masks: tokens_at gives its tokens at a step")
         now, frames = np.where(given, start, mask_id), []
         for step in range(self.steps):
             here = self.commits.step == step
@@ -121,7 +126,7 @@ class Record:
             return switches._replace(sample=place[switches.sample].astype(np.uint32))
 
         return Record(
-            self.t,
+            self.t[:, samples],
             self.nfe[:, samples],
             {name: values[:, samples] for name, values in self.signals.items()},
             of(self.switches),
@@ -138,20 +143,20 @@ class Record:
         if any(part.steps < steps for part in parts):
             parts = [part.padded(steps) for part in parts]
         return Record(
-            np.fmax.reduce([part.t for part in parts]),  # of parts that halted early the longest knows the levels
+            np.concatenate([part.t for part in parts], 1),
             np.concatenate([part.nfe for part in parts], 1),
             {name: np.concatenate([part.signals[name] for part in parts], 1) for name in parts[0].signals},
             _side_by_side([part.switches for part in parts], first),
             _side_by_side(commits, first) if commits else None,
-            np.concatenate([part.budgets for part in parts]) if commits else None,
+            np.concatenate([part.budgets for part in parts]) if parts[0].masked else None,
         )
 
     def padded(self, steps: int) -> Record:
         """The same samples on a longer grid, which they left before its end."""
         more = [(0, steps - self.steps), (0, 0)]
         signals = {name: np.pad(values, more, constant_values=np.nan) for name, values in self.signals.items()}
-        t = np.pad(self.t, more[:1], constant_values=np.nan)
-        return Record(t, np.pad(self.nfe, more), signals, self.switches, self.commits, self.budgets)
+        t, budget = np.pad(self.t, more, constant_values=np.nan), self.budgets if self.masked else None
+        return Record(t, np.pad(self.nfe, more), signals, self.switches, self.commits, budget)
 
 
 def _side_by_side(parts: Sequence[Switches], first: Int[np.ndarray, " k"]) -> Switches:

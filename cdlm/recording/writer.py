@@ -11,6 +11,9 @@ from torch import Tensor
 from cdlm.core.types import StepState
 from cdlm.recording.record import Record, Switches, in_order, joined
 
+OPEN = -1
+"""In place of the token at an open position of a continuous model."""
+
 
 class Recorder:
     """The record of m samples while they are drawn.
@@ -19,13 +22,13 @@ class Recorder:
         names: row signals to record, as far as the steps have them.
         budget: most steps of a sample.
         start: tokens of the samples before the first step.
-        mask_id: the mask of a masked model; None of a continuous one.
+        mask_id: the mask of a masked model; None of a continuous one, in whose canvases open positions are `OPEN`.
     """
 
     def __init__(self, names: Sequence[str], budget: int, start: Int[Tensor, "m n"], mask_id: int | None = None):
         self.names, self.mask_id, count = names, mask_id, len(start)
         self.tokens = np.full(start.shape, -1, np.int64)
-        self.t = np.full(budget, np.nan)
+        self.t = np.full((budget, count), np.nan)
         self.nfe = np.zeros((budget, count), np.int32)
         self.budget = np.full(count, budget)
         self.signals: dict[str, np.ndarray] = {}
@@ -43,16 +46,16 @@ class Recorder:
         open_ = state.open.cpu().numpy()
         self.switches.append(_changes(tokens, self.tokens[columns], open_, steps, columns))
         self.tokens[columns] = tokens
-        if canvas is None:
-            self.t[steps] = state.t.cpu().numpy()  # rows of a masked model have levels of their own
-        else:
+        self.t[steps, columns] = state.t.cpu().numpy()
+        if canvas is not None:
             after = canvas.cpu().numpy()
-            self.commits.append(_changes(after, np.full_like(after, self.mask_id), open_, steps, columns))
+            before = np.full_like(after, OPEN if self.mask_id is None else self.mask_id)
+            self.commits.append(_changes(after, before, open_, steps, columns))
 
     def record(self) -> Record:
         """The record of all steps so far."""
         commits = in_order(joined(self.commits)) if self.commits else None
-        budget = None if commits is None else self.budget
+        budget = None if self.mask_id is None else self.budget
         return Record(self.t, self.nfe, self.signals, in_order(joined(self.switches)), commits, budget)
 
 

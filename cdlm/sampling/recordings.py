@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import HaltReason
 from cdlm.halting import Criterion
-from cdlm.halting.replay import replay
+from cdlm.halting.replay import Replayed, replay
 from cdlm.recording.file import Recording, check_same_model, read_folder
 from cdlm.sampling.requests import Request
 from cdlm.sampling.samples import Samples, spans_of
@@ -87,13 +87,22 @@ def find_recording(folder: Path, session: Session, requests: Sequence[Request]) 
     )
 
 
+def _full(recording: Recording, run: Replayed, criterion: Criterion) -> Bool[np.ndarray, " m"]:
+    """Samples whose positions were all committed by the step at which they leave."""
+    record = recording.record
+    if record.masked:  # its last step commits what is left
+        return (run.steps < record.budgets) | (not criterion.waits)
+    if record.commits is None:
+        return np.zeros(len(record), bool)
+    return np.bincount(record.commits.sample, minlength=len(record)) == (~recording.given).sum(1)
+
+
 def replayed(recording: Recording, criterion: Criterion, tokenizer: PreTrainedTokenizerFast) -> Samples:
     """The samples that a live run with the rule would have given."""
     run, eos = replay(recording, criterion), special_of(tokenizer).eos_id
     ends = eos if recording.settings.get("ends") else None
     shown = shown_of(run.tokens, recording.given, recording.valid, ends)
-    masked, budget = recording.record.commits is not None, recording.record.budgets
-    full = ~run.halted & ((run.steps < budget) | (masked & (not criterion.waits)))
+    full = ~run.halted & _full(recording, run, criterion)
     reasons = [
         HaltReason.CRITERION if halted else HaltReason.FULL if done else HaltReason.BUDGET
         for halted, done in zip(run.halted, full, strict=True)

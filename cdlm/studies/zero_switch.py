@@ -84,10 +84,10 @@ class ZeroSwitch(Continuous):
         return [
             {
                 "model": label(cell.model), "prompt": cell.prompt, "seed": cell.seed, "index": int(index),
-                "steps": self.steps, "zero_switch": int(step), "t": float(run.record.t[step - 1]) / rho,
+                "steps": self.steps, "zero_switch": int(step), "t": float(run.record.t[step - 1, column]) / rho,
                 "position_mean": float(where[~given].mean()),
             }
-            for index, step, where, given in zip(run.index, last, each, run.given, strict=True)
+            for column, (index, step, where, given) in enumerate(zip(run.index, last, each, run.given, strict=True))
         ]  # fmt: skip
 
     def _line(self, cell: Cell, rows: Sequence[Mapping[str, object]]) -> dict[str, str]:
