@@ -240,7 +240,7 @@ class FromNoise(DiffusionLoop):
 
     def _start(self, index: Tensor, before: Tensor, like: Tensor) -> Tensor:
         # The recorded grid starts a little below the schedule's end, for which the prior is made.
-        scale = (1 + self.grid[0].square()).sqrt() / self.denoiser.prior_std
+        scale = math.sqrt(1 + self.walk.begin**2) / self.denoiser.prior_std
         return scale * self.noise[index].to(like)
 
 

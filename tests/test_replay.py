@@ -77,7 +77,7 @@ def recorded(solver: Solver) -> Recording:
     tokens = torch.stack([request.tokens for request in asked])
     tape = Recorder(RECORDED, STEPS, tokens)
     for step in DiffusionLoop(Oracle(), *diffusion(STEPS, solver=solver, record=Diffusion.recorded), 4).steps(asked):
-        tape.write(step.state, step.state.row.numpy())
+        tape.write(step, step.state.row.numpy())
         tokens[step.state.row[step.done]] = step.tokens
     given, valid = (np.stack([getattr(r, name).numpy() for r in asked]) for name in ("given", "valid"))
     about = {"steps": STEPS, "solver": repr(solver)}
@@ -90,7 +90,7 @@ def live(solver: Solver, rule: Criterion) -> tuple[dict[int, tuple], Recorder]:
     for step in DiffusionLoop(Oracle(), *diffusion(STEPS, rule, solver=solver, record=Diffusion.recorded), 4).steps(
         asked
     ):
-        tape.write(step.state, step.state.row.numpy())
+        tape.write(step, step.state.row.numpy())
         for row, tokens in zip(step.done.nonzero().squeeze(1).tolist(), step.tokens.tolist(), strict=True):
             state = step.state
             out[int(state.row[row])] = (int(state.step[row]) + 1, bool(step.halted[row]), int(state.nfe[row]), tokens)

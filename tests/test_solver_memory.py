@@ -1,7 +1,6 @@
 """A solver with memory: the loop carries it row by row, and starts it anew with each block."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,37 +8,11 @@ from oracle import SelfConditioned, loop
 from test_continuous_solvers import order, walk
 from torch import Tensor
 
-from cdlm.continuous.solvers import Advance, Estimate, Interval, Solver, TorchDiffEq
+from cdlm.continuous.solvers import Advance, Before, Estimate, Interval, TorchDiffEq, TwoStep
 from cdlm.halting import Criterion, FixedSteps, Never, Patience
 from cdlm.sampling.requests import Request
 
 N, ROWS, STEPS = 6, 7, 14
-
-
-class Before(NamedTuple):
-    """What a two-step method keeps of the interval before."""
-
-    x0: Tensor
-    t: Tensor
-    """Infinite where there was none, which makes the first interval one of Euler's."""
-
-
-@dataclass(frozen=True)
-class TwoStep(Solver):
-    """Second order without a further call: the estimate is carried on along ln t (DPM-Solver++(2M), arXiv 2211.01095).
-
-    `z' = (t'/t) z + (1 - t'/t) (x0 + h / (2 h_before) (x0 - x0_before))`, h = ln t - ln t'.
-    """
-
-    def start(self, z: Tensor) -> Before:
-        return Before(torch.zeros_like(z), torch.full((len(z),), torch.inf, dtype=torch.float64))
-
-    def advance(self, memory: Before, interval: Interval, estimate: Estimate) -> tuple[Before, Advance]:
-        z, x0, t, t_next, _ = interval
-        share = (t / t_next).log() / (2 * (memory.t / t).log())
-        ahead = x0 + share[:, None, None] * (x0 - memory.x0)
-        moved = ahead + (t_next / t)[:, None, None] * (z - ahead)
-        return Before(x0, t), Advance(moved, None, torch.zeros(len(t), dtype=torch.int64))
 
 
 def requests(rows: range = range(ROWS), prompt: int = 1) -> list[Request]:

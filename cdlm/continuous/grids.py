@@ -1,14 +1,14 @@
-"""Grids: the noise levels `t = sigma / alpha` that sampling walks along, float64."""
+"""Grids: the noise levels `t = sigma / alpha` that sampling walks along, float64; of all rows, or of each row alone."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.core.checks import check_number, check_object
@@ -19,12 +19,80 @@ if TYPE_CHECKING:
     from cdlm.continuous.schedules import Schedule
 
 
+TINY = 1e-12
+"""A change that is taken for none."""
+
+
+class Seen(NamedTuple):
+    """What a step shows of its rows, for the choice of their next level."""
+
+    t: Float[Tensor, " b"]
+    step: Int[Tensor, " b"]
+    x0: Float[Tensor, "b n d"]
+    """The estimate at t."""
+    before: Float[Tensor, "b n d"]
+    """That of the step before; zero at the first."""
+    open: Bool[Tensor, "b n"]
+
+
+class Walk(ABC):
+    """A grid on a schedule: where rows begin, where each goes next, and where it is read out."""
+
+    begin: float
+    """Noise level of the first step."""
+
+    def start(self, rows: int, device: torch.device) -> Any:
+        """Memory of rows that begin, or begin their next block."""
+        return ()
+
+    @abstractmethod
+    def next(self, memory: Any, seen: Seen) -> tuple[Any, Float[Tensor, " b"]]:
+        """The next memory and level of each row; of a row that is at its end, any."""
+
+    @abstractmethod
+    def ended(self, t: Float[Tensor, " b"], step: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
+        """Rows that are read out at this step."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shared(Walk):
+    """The same levels for all rows.
+
+    Args:
+        levels: of each step.
+    """
+
+    levels: Float[Tensor, " steps"]
+
+    @property
+    def begin(self) -> float:  # type: ignore[override]
+        return float(self.levels[0])
+
+    def next(self, memory: Any, seen: Seen) -> tuple[Any, Float[Tensor, " b"]]:
+        return memory, self.levels[(seen.step + 1).clamp(max=len(self.levels) - 1)]
+
+    def ended(self, t: Float[Tensor, " b"], step: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
+        return step == len(self.levels) - 1
+
+
 class Grid(ABC):
     """A way to space the steps of sampling."""
 
     @abstractmethod
     def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
-        """`steps` noise levels from t_max down, float64 on the CPU; a sample is read out at the last."""
+        """`steps` noise levels from t_max down, float64 on the CPU; a sample is read out at the last.
+
+        Raises:
+            CdlmError: each row has levels of its own.
+        """
+
+    def walk(self, schedule: Schedule, steps: int, rho: float, device: torch.device) -> Walk:
+        """The way of rows that take `steps` at most.
+
+        Args:
+            rho: norm of the embeddings.
+        """
+        return Shared(self.levels(schedule, steps).to(device))
 
 
 def _fractions(steps: int) -> Float[Tensor, " steps"]:
@@ -83,10 +151,79 @@ class Truncated(Grid):
 
     def __post_init__(self) -> None:
         check_object("Truncated", Grid, grid=self.grid)
+        if isinstance(self.grid, Adaptive):
+            raise CdlmError(f"{self.grid!r} has an end of its own: give it, in embedding norms, in place of Truncated")
         check_number("Truncated", above=0, most=1, share=self.share, hint="0.6 leaves out the last 40 %")
 
     def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
         return self.grid.levels(schedule, max(steps, round(steps / self.share)))[:steps]
 
 
-GRIDS: Registry[Grid] = Registry("grid", Grid, Warped, UniformT, LogT, UpperEnds, Truncated)
+@dataclass(frozen=True)
+class Adaptive(Grid):
+    """Steps of each row's own, in ln t, as long as its estimate stays near that of the step before.
+
+    A step is the one before times tolerance / change, where change is the root mean square, over open positions, of how
+    far the estimate moved, in embedding norms: no further call. The number of steps of a run is the most a row may
+    take; one that has not come to the end by then is read out where it is.
+
+    Args:
+        tolerance: change that a step may make, > 0; towards 0 all steps are `smallest`, as of a fine grid in ln t.
+        end: level in embedding norms at which rows are read out; None is t_min.
+        first: length of the first step, in ln t.
+        smallest, largest: step, in ln t.
+        shrink, grow: of one step beside the one before, shrink < 1 < grow.
+    """
+
+    tolerance: float = 0.04
+    end: float | None = None
+    first: float = 0.1
+    smallest: float = 0.02
+    largest: float = 0.7
+    shrink: float = 0.33
+    grow: float = 2.0
+
+    def __post_init__(self) -> None:
+        hint = "0.04 of an embedding norm is a good start"
+        check_number("Adaptive", above=0.0, tolerance=self.tolerance, hint=hint)
+        check_number("Adaptive", above=0.0, optional=True, end=self.end)
+        check_number("Adaptive", above=0.0, first=self.first, smallest=self.smallest)
+        check_number("Adaptive", least=self.smallest, largest=self.largest)
+        check_number("Adaptive", above=0.0, below=1.0, shrink=self.shrink)
+        check_number("Adaptive", above=1.0, grow=self.grow)
+
+    def levels(self, schedule: Schedule, steps: int) -> Float[Tensor, " steps"]:
+        raise CdlmError(f"{self!r} has no levels that all rows share: take another grid, such as LogT()")
+
+    def walk(self, schedule: Schedule, steps: int, rho: float, device: torch.device) -> Walk:
+        _fractions(steps)
+        end = schedule.t_min if self.end is None else max(schedule.t_min, self.end * rho)
+        return Own(self, schedule.t_max, min(end, schedule.t_max), steps, rho)
+
+
+@dataclass(frozen=True)
+class Own(Walk):
+    """Rows whose steps are as long as `Adaptive` allows; the memory is the length of the last."""
+
+    grid: Adaptive
+    begin: float
+    end: float
+    steps: int
+    rho: float
+
+    def start(self, rows: int, device: torch.device) -> Float[Tensor, " b"]:
+        return torch.full((rows,), self.grid.first, dtype=torch.float64, device=device)
+
+    def next(self, memory: Float[Tensor, " b"], seen: Seen) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        grid = self.grid
+        moved = (seen.x0 - seen.before).double().square().sum(-1) / self.rho**2 * seen.open
+        change = (moved.sum(1) / seen.open.sum(1).clamp(min=1)).sqrt()
+        other = memory * (grid.tolerance / change.clamp(min=TINY)).clamp(grid.shrink, grid.grow)
+        length = torch.where(seen.step == 0, memory, other.clamp(grid.smallest, grid.largest))
+        return length, (seen.t * (-length).exp()).clamp(min=self.end)
+
+    def ended(self, t: Float[Tensor, " b"], step: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
+        return (t <= self.end) | (step == self.steps - 1)
+
+
+GRIDS: Registry[Grid] = Registry("grid", Grid, Warped, UniformT, LogT, UpperEnds, Truncated, Adaptive)

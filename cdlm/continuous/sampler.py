@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.continuous.denoiser import Denoiser
-from cdlm.continuous.grids import GRIDS, Grid, LogT, Truncated, Warped
+from cdlm.continuous.grids import GRIDS, Grid, LogT, Seen, Truncated, Warped
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import PROJECTIONS, Projection
 from cdlm.continuous.solvers import SOLVERS, Ancestral, Euler, Interval, Solver
@@ -44,8 +44,9 @@ class DiffusionSettings:
     """Sampling of continuous models, as in the model's paper unless given.
 
     Args:
-        solver: Euler(), Heun(), TorchDiffEq("rk4"), TorchDiffEq("dopri5"), ..., Ancestral() or Renoise().
-        grid: Warped(), LogT(), UniformT(), UpperEnds(), or the beginning of one, such as Truncated(LogT(), 0.6).
+        solver: Euler(), Heun(), TwoStep(), TorchDiffEq("rk4"), TorchDiffEq("dopri5"), ..., Ancestral() or Renoise().
+        grid: Warped(), LogT(), UniformT(), UpperEnds(), or the beginning of one, such as Truncated(LogT(), 0.6); or
+            Adaptive(0.04), in which each row takes its own steps.
         projection: how logits drive the state: Expectation(), Greedy(), Drawn(0.9), MultiHot(0.2) or Uneven(0.2).
         softmax_temperature: divides the logits; below 1 sharpens.
         score_temperature: divides the score; below 1 sharpens.
@@ -69,7 +70,8 @@ class Diffusion(Sampling):
     """How a continuous model is sampled.
 
     Args:
-        steps: grid points, >= 1. One prediction each; the last, at t_min, is read out, so Euler spends `steps` calls.
+        steps: grid points, >= 1, and with `Adaptive` the most of a row. One prediction each; the last, at t_min, is read
+            out, so Euler spends `steps` calls.
         solver, grid, guidance: see there.
         init_scale: the start is `init_scale` times the prior; CDCD finds that a little below 1 sharpens.
         block: positions that are generated at a time: `steps` for each block, and the rule begins anew in each.
@@ -176,6 +178,8 @@ class DiffusionRows(NamedTuple):
     before: Int[Tensor, " b"]
     """Steps taken in earlier blocks."""
     nfe: Int[Tensor, " b"]
+    t: Float[Tensor, " b"]
+    """Noise level of z, float64."""
     z: Float[Tensor, "b n d"]
     tokens: Int[Tensor, "b n"]
     """Prompt, earlier blocks and what is decided; meaningless at open positions and in later blocks."""
@@ -189,6 +193,8 @@ class DiffusionRows(NamedTuple):
     """Of the halting rule."""
     solver: Any
     """Memory of the solver."""
+    pace: Any
+    """Memory of the grid."""
     plan: Plan | None
     """Of the policy, where there is one."""
 
@@ -204,6 +210,7 @@ class Stepped(NamedTuple):
     live: DiffusionRows
     x0: Float[Tensor, "b n d"]
     """The estimate that drives the state."""
+    t_next: Float[Tensor, " b"]
     tokens: Int[Tensor, "b n"]
     """The row as it would be returned now."""
     ended: Bool[Tensor, " b"]
@@ -229,7 +236,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         self.glanced = self.needs | policy
         """And those that the policy reads."""
         self.position_noise = PositionNoise(options.seed)
-        self.grid = sampling.grid.levels(denoiser.schedule, sampling.steps).to(self.device)
+        self.walk = sampling.grid.walk(denoiser.schedule, sampling.steps, denoiser.rho, self.device)
 
     def budget(self, requests: Sequence[Request]) -> int:
         return self.sampling.steps * max(self.sampling.blocks_of(request) for request in requests)
@@ -259,10 +266,12 @@ class DiffusionLoop(Loop[DiffusionRows]):
         memory = self.options.criterion.start(NewRows(now, zero + self.sampling.steps, real & ~later))
         condition = Condition(clean * (~left & real)[..., None], now, torch.zeros_like(z), valid, behind(now))
         past = first_past(self.needs, z, beside)
-        solver = self.sampling.solver.start(z)
+        t = torch.full((len(index),), self.walk.begin, dtype=torch.float64, device=self.device)
+        solver, pace = self.sampling.solver.start(z), self.walk.start(len(index), self.device)
         return DiffusionRows(
-            index, zero, before, nfe, z, tokens, now, later, condition, past, memory, solver, self._plan(now, tokens)
-        )
+            index, zero, before, nfe, t, z, tokens, now, later, condition, past, memory, solver, pace,
+            self._plan(now, tokens),
+        )  # fmt: skip
 
     def _plan(self, open_: Bool[Tensor, "b n"], tokens: Int[Tensor, "b n"]) -> Plan | None:
         policy = self.sampling.commit
@@ -281,7 +290,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
 
     @torch.no_grad()
     def step(self, live: DiffusionRows) -> tuple[LoopStep, Stepped]:
-        t = self.grid[live.step]
+        t = live.t
         prediction, x0 = self.sampling.guidance.predict(self.denoiser, live.z, t, live.condition, self._draws(live))
         rho, first = self.denoiser.rho, live.step == 0
         embedding = EmbeddingState(live.z, t, rho, prediction.x0)
@@ -297,16 +306,18 @@ class DiffusionLoop(Loop[DiffusionRows]):
             live = self._give(live, decision.freeze & live.open, statistics.tokens)
         live = self._commit(live, statistics, t)
         full = ~live.open.any(1)
-        ended = decision.halt | full | (live.step == budget - 1)
+        ended = decision.halt | full | self.walk.ended(t, live.step)
         done = ended & ~live.later.any(1)
         tokens = _read_out(prediction, live, ended)
         finished = LoopStep(
             state, done, decision.halt, full & ~decision.halt, tokens[done], decision.info, self._canvas(live),
             taken=live.before + live.step + 1,
         )  # fmt: skip
-        live = live._replace(nfe=nfe, past=past, memory=memory)
+        seen = Seen(t, live.step, prediction.x0, live.condition.x0, statistics.open)
+        pace, t_next = self.walk.next(live.pace, seen)
+        live = live._replace(nfe=nfe, past=past, memory=memory, pace=pace)
         live = live._replace(condition=live.condition._replace(x0=self._held(live, prediction.x0)))
-        return finished, Stepped(live, self._held(live, x0), tokens, ended & ~done)
+        return finished, Stepped(live, self._held(live, x0), t_next, tokens, ended & ~done)
 
     @torch.no_grad()
     def advance(self, carried: Stepped) -> DiffusionRows:
@@ -331,12 +342,13 @@ class DiffusionLoop(Loop[DiffusionRows]):
             prediction, driving = guidance.predict(self.denoiser, z, t, some.condition, self._draws(some))
             return self._held(some, driving), self._held(some, prediction.x0)
 
-        t, t_next = self.grid[live.step], self.grid[live.step + 1]
-        interval = Interval(live.z, carried.x0, t, t_next, self._draws(live))
+        interval = Interval(live.z, carried.x0, live.t, carried.t_next, self._draws(live))
         memory, moved = self.sampling.solver.advance(live.solver, interval, estimate)
         condition = live.condition if moved.x0 is None else live.condition._replace(x0=moved.x0)
         nfe = live.nfe + moved.evaluations * guidance.calls
-        return live._replace(z=moved.z, step=live.step + 1, nfe=nfe, condition=condition, solver=memory)
+        return live._replace(
+            z=moved.z, t=carried.t_next, step=live.step + 1, nfe=nfe, condition=condition, solver=memory
+        )
 
     def _commit(self, live: DiffusionRows, statistics: StepStatistics, t: Float[Tensor, " b"]) -> DiffusionRows:
         """What the policy decides is given from now on."""

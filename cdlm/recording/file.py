@@ -11,6 +11,7 @@ Columns (m samples, n positions, `steps` grid points, e switches):
     switch.position [e] uint16, switch.token [e] uint32      a sample's first step switches all its open positions
     commit.step, .sample, .position, .token [e]              every token committed, the same kinds, where some are
     budget [m] int64                                         of a masked model: the steps each sample may take
+    ended [m] bool                                           samples that no rule halted
 
 The header holds the format's version, the seed, the prompts, and what is known of the model and the sampler.
 """
@@ -59,6 +60,8 @@ class Recording:
 
     def __post_init__(self) -> None:
         left = (self.record.nfe == 0).any(0)
+        if self.record.ended is not None:  # rows may have grids of their own
+            left &= ~self.record.ended
         # A row of a masked model is at its end when all its positions are committed.
         if self.record.commits is not None and not self._broken():
             done = np.zeros(self.tokens.shape, bool)
@@ -83,6 +86,8 @@ class Recording:
                 wrong += ["switches or commits"] if len({len(part) for part in what}) > 1 else []
         if record.budget is not None and record.budget.shape != (m,):
             wrong.append("budget")
+        if record.ended is not None and record.ended.shape != (m,):
+            wrong.append("ended")
         return wrong
 
     def first(self, n: int) -> Recording:
@@ -108,6 +113,7 @@ class Recording:
             **{f"switch.{name}": values for name, values in self.record.switches._asdict().items()},
             **{f"commit.{name}": values for name, values in commits.items()},
             **({} if self.record.budget is None else {"budget": self.record.budget}),
+            **({} if self.record.ended is None else {"ended": self.record.ended}),
         }
         header = {"cdlm_recording": str(VERSION), "seed": str(self.seed), "model": self.model, "weights": self.weights,
                   "settings": json.dumps(self.settings), "prompts": json.dumps(list(self.prompts)),
@@ -144,7 +150,7 @@ class Recording:
         t, nfe = columns["t"], columns["nfe"]
         t = np.broadcast_to(t[:, None], nfe.shape) if t.ndim == 1 else t
         return Recording(
-            Record(t, columns["nfe"], signals, switches, commits, columns.get("budget")),
+            Record(t, columns["nfe"], signals, switches, commits, columns.get("budget"), columns.get("ended")),
             *(columns[name] for name in _REQUESTS),
             seed=int(header["seed"]),
             model=header["model"],

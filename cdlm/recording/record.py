@@ -38,6 +38,8 @@ class Record:
     """Every token that was committed, with its step; None of a run that commits none."""
     budget: Int[np.ndarray, " m"] | None = None
     """Of a masked model: steps that each sample may take at most; None of a continuous one, whose grid says it."""
+    ended: Bool[np.ndarray, " m"] | None = None
+    """Samples that came to their end, where no rule halted them; None in records of earlier programs."""
 
     @property
     def steps(self) -> int:
@@ -132,6 +134,7 @@ class Record:
             of(self.switches),
             None if self.commits is None else of(self.commits),
             None if self.budget is None else self.budget[samples],
+            None if self.ended is None else self.ended[samples],
         )
 
     @staticmethod
@@ -139,6 +142,7 @@ class Record:
         """The samples of several records of the same grid, side by side."""
         first = np.cumsum([0, *(len(part) for part in parts)])
         commits = [part.commits for part in parts if part.commits is not None]
+        ended = [part.ended for part in parts if part.ended is not None]
         steps = max(part.steps for part in parts)
         if any(part.steps < steps for part in parts):
             parts = [part.padded(steps) for part in parts]
@@ -149,6 +153,7 @@ class Record:
             _side_by_side([part.switches for part in parts], first),
             _side_by_side(commits, first) if commits else None,
             np.concatenate([part.budgets for part in parts]) if parts[0].masked else None,
+            np.concatenate(ended) if len(ended) == len(parts) else None,
         )
 
     def padded(self, steps: int) -> Record:
@@ -156,7 +161,7 @@ class Record:
         more = [(0, steps - self.steps), (0, 0)]
         signals = {name: np.pad(values, more, constant_values=np.nan) for name, values in self.signals.items()}
         t, budget = np.pad(self.t, more, constant_values=np.nan), self.budgets if self.masked else None
-        return Record(t, np.pad(self.nfe, more), signals, self.switches, self.commits, budget)
+        return Record(t, np.pad(self.nfe, more), signals, self.switches, self.commits, budget, self.ended)
 
 
 def _side_by_side(parts: Sequence[Switches], first: Int[np.ndarray, " k"]) -> Switches:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from cdlm.core.types import StepState
+from cdlm.core.types import LoopStep
 from cdlm.recording.record import Record, Switches, in_order, joined
 
 OPEN = -1
@@ -30,13 +30,15 @@ class Recorder:
         self.tokens = np.full(start.shape, -1, np.int64)
         self.t = np.full((budget, count), np.nan)
         self.nfe = np.zeros((budget, count), np.int32)
-        self.budget = np.full(count, budget)
+        self.budget, self.ended = np.full(count, budget), np.zeros(count, bool)
         self.signals: dict[str, np.ndarray] = {}
         self.switches: list[Switches] = []
         self.commits: list[Switches] = []
 
-    def write(self, state: StepState, columns: Int[np.ndarray, " b"], canvas: Int[Tensor, "b n"] | None = None) -> None:
+    def write(self, step: LoopStep, columns: Int[np.ndarray, " b"]) -> None:
         """Record one step of the rows whose places among the samples are `columns`."""
+        state, canvas = step.state, step.canvas
+        self.ended[columns] = (step.done & ~step.halted).cpu().numpy()
         steps, tokens = state.step.cpu().numpy(), state.tokens.cpu().numpy()
         self.nfe[steps, columns], self.budget[columns] = state.nfe.cpu().numpy(), state.budget.cpu().numpy()
         for name in self.names:
@@ -56,7 +58,7 @@ class Recorder:
         """The record of all steps so far."""
         commits = in_order(joined(self.commits)) if self.commits else None
         budget = None if self.mask_id is None else self.budget
-        return Record(self.t, self.nfe, self.signals, in_order(joined(self.switches)), commits, budget)
+        return Record(self.t, self.nfe, self.signals, in_order(joined(self.switches)), commits, budget, self.ended)
 
 
 def _changes(

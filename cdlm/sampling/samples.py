@@ -265,7 +265,7 @@ def collect(
     for step in steps:
         columns = np.array([place[row] for row in step.state.row.tolist()])
         if recorder is not None:
-            recorder.write(step.state, columns, step.canvas)
+            recorder.write(step, columns)
         leaving = step.done.nonzero().squeeze(1).tolist()
         for row, final in zip(leaving, step.tokens.cpu(), strict=True):
             i = columns[row]
