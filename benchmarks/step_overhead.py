@@ -11,6 +11,7 @@ other work on the machine disturbs little; on a GPU it is wall time with the dev
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor
 from untrained import parameters, untrained
 
 from cdlm.continuous.denoiser import Denoiser
+from cdlm.continuous.grids import Adaptive
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.types import Condition, Prediction
 from cdlm.halting import Patience
+from cdlm.policies.confidence import Threshold
 from cdlm.sampling.session import Session
 
 TARGET = 0.05
@@ -105,7 +108,13 @@ def main() -> None:
     sampling = Diffusion(args.steps)
     plain = Session(timed, sampling, batch_size=args.batch)
     ruled = plain.with_criterion(Patience(never))
-    sessions = {"no rule": plain, "Patience": ruled, "everything recorded": ruled.recorded()}
+    sessions = {
+        "no rule": plain,
+        "Patience": ruled,
+        "everything recorded": ruled.recorded(),
+        "commits": plain.with_sampling(replace(sampling, commit=Threshold(2.0))),  # looks, and is never sure
+        "adaptive steps": plain.with_sampling(replace(sampling, grid=Adaptive())),
+    }
     print(f"{parameters(system)}, vocabulary {args.vocab}, {args.batch} rows of {args.length}, {args.steps} steps")
 
     costs: dict[str, list[tuple[float, float]]] = {name: [] for name in ("bare loop", *sessions)}
