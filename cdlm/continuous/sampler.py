@@ -70,8 +70,8 @@ class Diffusion(Sampling):
     """How a continuous model is sampled.
 
     Args:
-        steps: grid points, >= 1; with `Adaptive` the most of a row. One prediction each; the last, at t_min, is read out,
-            so Euler spends `steps` calls.
+        steps: grid points, >= 1; with `Adaptive` the most of a row. One prediction each; the last, at t_min, is read
+            out, so Euler spends `steps` calls.
         solver, grid, guidance: see there.
         init_scale: the start is `init_scale` times the prior; CDCD finds that a little below 1 sharpens.
         block: positions that are generated at a time: `steps` for each block, and the rule begins anew in each.
