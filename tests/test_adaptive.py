@@ -16,7 +16,7 @@ from toys import with_tokenizer
 
 from cdlm.api import open_session
 from cdlm.continuous.grids import GRIDS, Adaptive, Grid, LogT, Truncated
-from cdlm.continuous.sampler import DiffusionLoop
+from cdlm.continuous.sampler import Diffusion, DiffusionLoop
 from cdlm.continuous.schedules import Schedule
 from cdlm.continuous.solvers import Ancestral, Euler, Heun, Solver, TwoStep
 from cdlm.core.errors import CdlmError
@@ -147,6 +147,12 @@ def test_rules_are_replayed_on_rows_of_their_own_levels(
     if rule == Never() and commit is None:
         left = np.isnan(full.record.t).any(1)
         assert (np.nanstd(full.record.t[~left], 1)[1:] > 0).any()  # rows stand at different levels
+
+
+def test_the_plain_rivals_of_adaptive_steps_take_all_their_steps() -> None:
+    rivals = Diffusion(grid=Adaptive()).rivals()
+    assert len(rivals) == 2
+    assert all(not isinstance(way.grid, Adaptive) for ways in rivals.values() for way in ways)
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:

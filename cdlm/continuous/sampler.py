@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.continuous.denoiser import Denoiser
-from cdlm.continuous.grids import GRIDS, Grid, LogT, Seen, Truncated, Warped
+from cdlm.continuous.grids import GRIDS, Adaptive, Grid, LogT, Seen, Truncated, Warped
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import PROJECTIONS, Projection
 from cdlm.continuous.solvers import SOLVERS, Ancestral, Euler, Interval, Solver
@@ -139,9 +139,10 @@ class Diffusion(Sampling):
         return replace(self, guidance=replace(self.guidance, score_temperature=score))
 
     def rivals(self) -> Mapping[str, Sequence[Diffusion]]:
-        """Its own solver, and ancestral steps, each on its own grid, the shipped ones and their beginnings; none
-        commits."""
-        grids = dict.fromkeys((self.grid, Warped(), LogT(), *(Truncated(LogT(), share) for share in BEGINNINGS)))
+        """Its own solver, and ancestral steps, each on its own grid, the shipped ones and their beginnings: they commit
+        nothing, and take all their steps."""
+        shared = () if isinstance(self.grid, Adaptive) else (self.grid,)
+        grids = dict.fromkeys((*shared, Warped(), LogT(), *(Truncated(LogT(), share) for share in BEGINNINGS)))
         own = {"fewer steps": [replace(self, grid=grid, commit=None) for grid in grids]}
         if self.solver == Ancestral():
             return own

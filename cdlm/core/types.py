@@ -210,7 +210,7 @@ class StepState(Signals):
 
 
 class SignalReader:
-    """What reads signals of a step: a halting rule, an unmasking policy."""
+    """What reads signals of a step: a halting rule, a policy."""
 
     needs: AttributeOrProperty[frozenset[str]] = frozenset()
     """Names of the signals that it reads (see `cdlm.halting.signals.SIGNALS`)."""

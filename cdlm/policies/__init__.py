@@ -9,7 +9,7 @@ from cdlm.policies.llada import LLaDA
 from cdlm.policies.policy import Policy
 
 POLICIES: Registry[Policy] = Registry(
-    "unmasking policy", Policy, LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS
+    "policy", Policy, LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS
 )
 
 
