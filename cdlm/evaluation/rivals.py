@@ -28,6 +28,8 @@ FEWEST_SAMPLES = 20
 """Of fewer there is no verdict."""
 MOST_TRIES = 5
 """Temperatures that are tried to reach an entropy."""
+GRAIN = 0.005
+"""Between temperatures, as factors: finer than `SAME_ENTROPY` can tell, so that rules share the samples of rivals."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ class Rivals:
             slope = (entropies[-1] - entropies[-2]) / (factors[-1] - factors[-2])
             if slope <= 0:
                 return None
-            factor = min(2.0, max(0.3, factors[-1] + (target - entropies[-1]) / slope))
+            wanted = min(2.0, max(0.3, factors[-1] + (target - entropies[-1]) / slope))
+            factor = round(wanted / GRAIN) * GRAIN
             if factor == factors[-1]:
                 return None
         return None
