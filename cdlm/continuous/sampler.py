@@ -52,7 +52,8 @@ class DiffusionSettings:
         score_temperature: divides the score; below 1 sharpens.
         guidance: scale of classifier-free guidance; 1 is off, others double the calls.
         init_scale: scale of the noise that a sample starts from.
-        commit: a policy, such as Threshold(0.9): positions that are decided are given from then on; by default none.
+        commit: a policy, such as Threshold(0.9) or FallingThreshold(0.95): what it is sure of is given from then on; by
+            default none.
     """
 
     solver: str | Solver | None = None
