@@ -36,10 +36,12 @@ class Seen(NamedTuple):
 
 
 class Walk(ABC):
-    """A grid on a schedule: where rows begin, where each goes next, and where it is read out."""
+    """A grid on the levels of a model: where rows begin, where each goes next, and where it is read out."""
 
-    begin: float
-    """Noise level of the first step."""
+    @property
+    @abstractmethod
+    def begin(self) -> float:
+        """Noise level of the first step."""
 
     def start(self, rows: int, device: torch.device) -> Any:
         """Memory of rows that begin, or begin their next block."""
@@ -55,7 +57,7 @@ class Walk(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Shared(Walk):
+class SharedLevels(Walk):
     """The same levels for all rows.
 
     Args:
@@ -65,7 +67,7 @@ class Shared(Walk):
     levels: Float[Tensor, " steps"]
 
     @property
-    def begin(self) -> float:  # type: ignore[override]
+    def begin(self) -> float:
         return float(self.levels[0])
 
     def next(self, memory: Any, seen: Seen) -> tuple[Any, Float[Tensor, " b"]]:
@@ -92,7 +94,7 @@ class Grid(ABC):
         Args:
             rho: norm of the embeddings.
         """
-        return Shared(self.levels(schedule, steps).to(device))
+        return SharedLevels(self.levels(schedule, steps).to(device))
 
 
 def _fractions(steps: int) -> Float[Tensor, " steps"]:
@@ -196,20 +198,23 @@ class Adaptive(Grid):
         raise CdlmError(f"{self!r} has no levels that all rows share: take another grid, such as LogT()")
 
     def walk(self, schedule: Schedule, steps: int, rho: float, device: torch.device) -> Walk:
-        _fractions(steps)
         end = schedule.t_min if self.end is None else max(schedule.t_min, self.end * rho)
-        return Own(self, schedule.t_max, min(end, schedule.t_max), steps, rho)
+        return OwnLevels(self, schedule.t_max, min(end, schedule.t_max), steps, rho)
 
 
 @dataclass(frozen=True)
-class Own(Walk):
+class OwnLevels(Walk):
     """Rows whose steps are as long as `Adaptive` allows; the memory is the length of the last."""
 
     grid: Adaptive
-    begin: float
+    top: float
     end: float
     steps: int
     rho: float
+
+    @property
+    def begin(self) -> float:
+        return self.top
 
     def start(self, rows: int, device: torch.device) -> Float[Tensor, " b"]:
         return torch.full((rows,), self.grid.first, dtype=torch.float64, device=device)

@@ -105,7 +105,7 @@ class Diffusion(Sampling):
         check_whole("Diffusion", block=self.block, optional=True, hint=hint)
         if self.commit is not None:
             check_object("Diffusion", Policy, commit=self.commit)
-            if switch := self.commit.masked_alone:
+            if switch := self.commit.masked_only:
                 raise CdlmError(f"{switch} of {self.commit!r} makes sense for masked models alone: leave it out")
 
     @property
@@ -195,7 +195,7 @@ class DiffusionRows(NamedTuple):
     """Of the halting rule."""
     solver: Any
     """Memory of the solver."""
-    pace: Any
+    grid: Any
     """Memory of the grid."""
     plan: Plan | None
     """Of the policy, where there is one."""
@@ -237,6 +237,8 @@ class DiffusionLoop(Loop[DiffusionRows]):
         """Signals of a step: those that are read, and those whose past the policy needs."""
         self.glanced = self.needs | policy
         """And those that the policy reads."""
+        self.decides = options.criterion.freezes or sampling.commit is not None
+        """Whether positions can be decided before their row is done."""
         self.position_noise = PositionNoise(options.seed)
         self.walk = sampling.grid.walk(denoiser.schedule, sampling.steps, denoiser.rho, self.device)
 
@@ -269,9 +271,9 @@ class DiffusionLoop(Loop[DiffusionRows]):
         condition = Condition(clean * (~left & real)[..., None], now, torch.zeros_like(z), valid, behind(now))
         past = first_past(self.needs, z, beside)
         t = torch.full((len(index),), self.walk.begin, dtype=torch.float64, device=self.device)
-        solver, pace = self.sampling.solver.start(z), self.walk.start(len(index), self.device)
+        solver, grid = self.sampling.solver.start(z), self.walk.start(len(index), self.device)
         return DiffusionRows(
-            index, zero, before, nfe, t, z, tokens, now, later, condition, past, memory, solver, pace,
+            index, zero, before, nfe, t, z, tokens, now, later, condition, past, memory, solver, grid,
             self._plan(now, tokens),
         )  # fmt: skip
 
@@ -297,8 +299,9 @@ class DiffusionLoop(Loop[DiffusionRows]):
         rho, first = self.denoiser.rho, live.step == 0
         embedding = EmbeddingState(live.z, t, rho, prediction.x0)
         statistics = StepStatistics(
-            prediction.logits, live.open, live.block, first, live.past, self.glanced, embedding, live.tokens
-        )
+            prediction.logits, live.open, live.block, first, live.past, self.glanced, embedding,
+            live.tokens if self.decides else None,
+        )  # fmt: skip
         signals, past = observe(self.needs, statistics)
         nfe = live.nfe + self.sampling.guidance.calls
         budget = torch.full_like(live.step, self.sampling.steps)
@@ -316,8 +319,8 @@ class DiffusionLoop(Loop[DiffusionRows]):
             taken=live.before + live.step + 1,
         )  # fmt: skip
         seen = Seen(t, live.step, prediction.x0, live.condition.x0, statistics.open)
-        pace, t_next = self.walk.next(live.pace, seen)
-        live = live._replace(nfe=nfe, past=past, memory=memory, pace=pace)
+        grid, t_next = self.walk.next(live.grid, seen)
+        live = live._replace(nfe=nfe, past=past, memory=memory, grid=grid)
         live = live._replace(condition=live.condition._replace(x0=self._held(live, prediction.x0)))
         return finished, Stepped(live, self._held(live, x0), t_next, tokens, ended & ~done)
 
@@ -384,8 +387,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
     def _held(self, live: DiffusionRows, x0: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """`x0` with the embedding of its token at each decided position, so that the state there follows the level; the
         same at all given positions for a network that takes them for noisy ones."""
-        decides = self.options.criterion.freezes or self.sampling.commit is not None
-        if self.denoiser.sees_given and not decides:
+        if self.denoiser.sees_given and not self.decides:
             return x0
         held = live.block & ~live.open if self.denoiser.sees_given else ~live.open & ~live.later
         return torch.where(held[..., None], self.denoiser.embed(live.tokens).to(x0), x0)

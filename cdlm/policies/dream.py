@@ -68,7 +68,7 @@ class Dream(Policy):
         return not self.pooled
 
     @property
-    def masked_alone(self) -> str:
+    def masked_only(self) -> str:
         return "pooled" if self.pooled else ""
 
     def check(self, length: int, constants: Constants) -> None:

@@ -51,7 +51,7 @@ class LLaDA(Policy):
         check_choice("LLaDA", ("low_confidence", "random"), remasking=self.remasking)
 
     @property
-    def masked_alone(self) -> str:
+    def masked_only(self) -> str:
         switches = ("no_eos", "eos_last", "eot_only", "block_quota")
         return next((name for name in switches if getattr(self, name)), "")
 

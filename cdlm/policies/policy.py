@@ -116,7 +116,7 @@ class Policy(SignalReader, ABC):
         raise CdlmError(f"{cls.__name__} has no settings to sweep: write it with its arguments")
 
     @property
-    def masked_alone(self) -> str:
+    def masked_only(self) -> str:
         """The setting that makes sense for masked models alone; empty if there is none."""
         return ""
 

@@ -174,8 +174,7 @@ class Recording:
 
 def _shared(t: Float[np.ndarray, "steps m"]) -> Float[np.ndarray, "steps ..."]:
     """The levels of all samples, where they are the same as far as each sample goes."""
-    one = np.fmax.reduce(t, 1, initial=-np.inf)
-    one = np.where(np.isinf(one), np.nan, one)
+    one = np.fmax.reduce(t, 1)
     return one if bool((np.isnan(t) | (t == one[:, None])).all()) else t
 
 
