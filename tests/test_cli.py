@@ -252,6 +252,24 @@ def test_several_judges_read_the_same_samples(place: Place, tmp_path: Path, caps
     assert "AR-NLL (neutral)" in capsys.readouterr().out
 
 
+def test_ways_to_sample_are_compared(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two ways at two temperatures, of two seeds each, from files of samples to table and picture."""
+    for way, steps in (("few", "3"), ("many", "6")):
+        for temperature in ("0.9", "1"):
+            for seed in ("0", "1"):
+                out = tmp_path / way / f"{temperature}-{seed}.jsonl"
+                rest = ["--n", "3", "--score-temperature", temperature, "--seed", seed, "--out", str(out), "--quiet"]
+                main(["sample", str(place.run), "--steps", steps, *rest])
+    ways, out = [str(tmp_path / "few"), str(tmp_path / "many")], tmp_path / "frontier"
+    main(["frontier", str(place.run), *ways, "--rivals", "many", "--judge_steps", "3", "--out", str(out)])
+    found = json.loads((out / "frontier.json").read_text())
+    assert [(row["way"], row["n"], row["calls"]) for row in found["rows"]] == [("few", 6, 3)] * 2 + [("many", 6, 6)] * 2
+    assert {row["point"] for row in found["rows"]} == {"score_temperature=0.9", "score_temperature=1.0"}
+    assert [saving["way"] for saving in found["savings"]] == ["few"] * 2
+    assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "hardest rival" in capsys.readouterr().out
+
+
 def test_a_judge_that_read_the_training_text_is_named(place: Place, tmp_path: Path) -> None:
     """Of an old run, whose text was not divided, and which has no real text like its training text to show."""
     old = tmp_path / "old"
@@ -539,6 +557,8 @@ def test_the_help_of_sampling_names_every_part(capsys: pytest.CaptureFixture[str
         (["sample", "nowhere", "--n", "few"], "n"),
         (["evaluate", "nowhere", "nothing.jsonl"], "cannot read samples from nothing.jsonl"),
         (["evaluate", "nowhere"], "samples"),
+        (["frontier", "nowhere", "nothing"], "nothing is no folder with .jsonl files"),
+        (["frontier", "nowhere", "nothing", "--few", "0"], "few is a number of samples >= 1"),
         (["train-judge", "nowhere", "judge"], "no config.yaml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -25,7 +25,7 @@ from cdlm.sampling.texts import text_ids
 TEXTS = ["the cat sat.", "a dog, and a cat", "mice"]
 SAMPLE: dict[str, Any] = {
     "text": "the cat sat.", "tokens": [5, 3, 3], "nfe": 7, "steps": 7, "budget": 10, "reason": "criterion",
-    "seed": 1, "index": 0, "given": [[0, 3]],
+    "seed": 1, "index": 0, "sampling": "Diffusion(steps=10)", "given": [[0, 3]],
 }  # fmt: skip
 
 
@@ -57,7 +57,12 @@ def test_texts_alone_are_read_from_every_kind_of_file(kind: str, tmp_path: Path)
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
 def test_all_that_a_sample_knows_is_read(kind: str, tmp_path: Path) -> None:
     (found,) = read_texts(written(tmp_path / f"a{kind}", [SAMPLE]))
-    assert found == Entry("the cat sat.", [5, 3, 3], [(0, 3)], 7, 10, "criterion")
+    assert found == Entry("the cat sat.", [5, 3, 3], [(0, 3)], 7, 10, "criterion", 1, 0, "Diffusion(steps=10)")
+
+
+def test_fields_that_others_use_for_other_things_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "index": "a-7", "seed": 1.5, "sampling": {"top_p": 0.9}}\n')
+    assert read_texts(tmp_path / "a.jsonl") == [Entry("one")]
 
 
 def test_other_fields_and_blank_lines_do_not_matter(tmp_path: Path) -> None:

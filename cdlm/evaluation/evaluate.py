@@ -198,7 +198,7 @@ def _judged(corpora: Sequence[Corpus], readers: Sequence[Readers], seed: int) ->
         raise CdlmError(f"expected judges of different names, got {', '.join(names)}: give each once")
     rows = []
     for corpus in corpora:
-        score, *others = (JudgedTexts(corpus, _ar_nll(reader, corpus), seed) for reader in readers)
+        score, *others = (JudgedTexts(corpus, read_by(reader, corpus), seed) for reader in readers)
         judged = {
             name: {metric.key: metric.measure(other) for metric in OF_THE_JUDGE}
             for name, other in zip(names[1:], others, strict=True)
@@ -212,7 +212,8 @@ def _judged(corpora: Sequence[Corpus], readers: Sequence[Readers], seed: int) ->
     return rows
 
 
-def _ar_nll(readers: Readers, corpus: Corpus) -> ArNll:
+def read_by(readers: Readers, corpus: Corpus) -> ArNll:
+    """AR-NLL of texts, divided among the processes of a judge."""
     given = corpus.given or [[] for _ in corpus.texts]
     merged = ArNll.merge(readers.map(_ar_nll_of, list(zip(corpus.texts, given, strict=True))))
     return replace(merged, serial=corpus.serial)

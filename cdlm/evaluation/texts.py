@@ -57,6 +57,10 @@ class Corpus:
                 count = len(self.texts)
                 raise CdlmError(f"expected {what} for each of the {count} texts of {self.name!r}, got {len(part)}")
 
+    def first(self, count: int | None) -> Corpus:
+        """The first texts with all that belongs to them; all of them if `count` is None."""
+        return self._of(range(len(self.texts))[:count])
+
     def some(self, count: int, seed: int) -> Corpus:
         """`count` texts drawn at random, in their order, with all that belongs to them.
 
@@ -68,6 +72,9 @@ class Corpus:
         if count == len(self.texts):
             return self
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self.texts))[:count]).tolist()
+        return self._of(chosen)
+
+    def _of(self, chosen: Sequence[int]) -> Corpus:
         parts = {name: getattr(self, name) for name in ("tokens", "texts", "given", "nfe")}
         return replace(self, **{name: part and [part[i] for i in chosen] for name, part in parts.items()})
 
@@ -99,6 +106,8 @@ class Entry:
         nfe: calls of the model.
         budget: steps of the full run.
         reason: why the sample was returned, a name of `HaltReason` in lower case.
+        seed, index: of the sample's noise.
+        sampling: how it was sampled.
     """
 
     text: str
@@ -107,6 +116,9 @@ class Entry:
     nfe: int | None = None
     budget: int | None = None
     reason: str | None = None
+    seed: int | None = None
+    index: int | None = None
+    sampling: str | None = None
 
 
 def read_texts(path: Path) -> list[Entry]:
@@ -145,7 +157,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _from_cell(name: str, cell: Any) -> Any:
-    if not cell or name not in FIELDS or name == "reason":
+    if not cell or name not in FIELDS or name in ("reason", "sampling"):
         return cell or None
     try:
         return json.loads(cell)
@@ -181,16 +193,23 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "nfe": (_is_count, "a whole number"),
     "budget": (_is_count, "a whole number"),
     "reason": (lambda value: isinstance(value, str), "a text"),
+    "seed": (_is_count, "a whole number"),
+    "index": (_is_count, "a whole number"),
+    "sampling": (lambda value: isinstance(value, str), "a text"),
 }
 """What an `Entry` has beside its text: how to tell that it is right, and what it is."""
+COMMON = frozenset({"seed", "index", "sampling"})
+"""Fields whose names others use for other things: what is not right in them is passed over."""
 
 
 def _entry(row: Any, place: str) -> Entry:
     text = text_of(row, "text", place)
     known = {name: row[name] for name in FIELDS if row.get(name) is not None}
-    for name, value in known.items():
+    for name, value in list(known.items()):
         is_right, what = FIELDS[name]
-        if not is_right(value):
+        if not is_right(value) and name in COMMON:
+            del known[name]
+        elif not is_right(value):
             raise CdlmError(f"{place}: expected {what} in {name!r}, got {value!r:.60}; leave the field out or mend it")
     if "given" in known:
         known["given"] = [(start, end) for start, end in known["given"]]

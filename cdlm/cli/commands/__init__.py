@@ -22,6 +22,7 @@ COMMANDS = (
     Command("replay", "cdlm.cli.commands.replay", "try halting rules on recorded runs, without the model"),
     Command("calibrate", "cdlm.cli.commands.calibrate", "choose a rule's setting by the quality it may lose"),
     Command("compare", "cdlm.cli.commands.compare", "draw quality over calls of halting rules: table and plot"),
+    Command("frontier", "cdlm.cli.commands.frontier", "compare ways to sample at equal entropy: table and plot"),
     Command("study", "cdlm.studies.command", "small experiments about halting: cdlm study NAME", own=True),
     Command("evaluate", "cdlm.cli.commands.evaluate", "measure samples beside real text, or the likelihood of text"),
     Command("convert", "cdlm.cli.commands.convert", "published weights of plaid, ssd, langflow to a folder and back"),

@@ -1,0 +1,80 @@
+"""Ways to sample beside each other."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from cdlm import api
+from cdlm.cli.commands.evaluate import JudgesOptions
+from cdlm.core.devices import MachineOptions
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import check_places
+from cdlm.core.parallel import Workers
+from cdlm.evaluation.frontier import check_noise, drawn_from, measure
+from cdlm.evaluation.frontier_table import save
+from cdlm.evaluation.judge import Readers
+from cdlm.evaluation.small_judge import open_judge
+from cdlm.evaluation.texts import Entry, read_texts
+from cdlm.models import hub
+from cdlm.runs.config import read_run
+from cdlm.runs.train import RunText
+
+JUDGES, MACHINE = JudgesOptions(), MachineOptions(precision="fp32", batch_size=32)
+
+
+def frontier(
+    run: str,
+    ways: list[Path],
+    *,
+    rivals: list[str] | None = None,
+    few: int | None = None,
+    out: Path = Path("frontier"),
+    judge: JudgesOptions = JUDGES,
+    machine: MachineOptions = MACHINE,
+) -> None:
+    """Compare ways to sample at equal entropy: AR-NLL over entropy for each, and the calls that each saves.
+
+    Args:
+        run: the run folder whose text the samples are compared with.
+        ways: folders, one for each way to sample, named after it. Each holds files of cdlm sample --out, drawn with
+            several temperatures; those that differ in the seed alone are taken together.
+        rivals: names of the ways that the others are compared with, such as the plain samplers; by default the first.
+        few: samples that judges after the first read; by default all.
+        out: folder for frontier.json, frontier.md and frontier.png.
+    """
+    if few is not None and few < 1:
+        raise CdlmError(f"few is a number of samples >= 1, got {few}: leave it out to read all")
+    check_places(out / "frontier.json")
+    files = _read(ways)
+    config = read_run(run)
+    text = RunText.of(config, hub.read_tokenizer(Path(run)))
+    real, small = api.real_text(config, text), api.small_judge(config, text, judge.judge_steps)
+    drawn = [each for way, entries in files.items() for each in drawn_from(way, entries, real.samples)]
+    check_noise(drawn)
+    opens = [partial(open_judge, name, small, progress=not machine.quiet) for name in judge.judge]
+    pools = [Workers(opened, machine.devices, machine.device) for opened in opens]
+    try:
+        readers = [Readers(opened(machine.device), pool) for opened, pool in zip(opens, pools, strict=True)]
+        found = measure(
+            drawn, real, readers, rivals or [next(iter(files))], few=few, shown=not machine.quiet
+        )  # fmt: skip
+    finally:
+        for pool in pools:
+            pool.close()
+    table = save(found, out)
+    if not machine.quiet:
+        print(table)
+
+
+def _read(ways: list[Path]) -> dict[str, list[Entry]]:
+    """The samples of each way."""
+    found: dict[str, list[Entry]] = {}
+    for way in ways:
+        files = sorted(way.glob("*.jsonl")) if way.is_dir() else []
+        if not files:
+            raise CdlmError(f"{way} is no folder with .jsonl files: draw some with cdlm sample --out {way}/NAME.jsonl")
+        if way.name in found:
+            raise CdlmError(f"two folders would be the way {way.name!r}: rename one")
+        found[way.name] = [entry for file in files for entry in read_texts(file)]
+    return found

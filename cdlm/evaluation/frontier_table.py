@@ -1,0 +1,138 @@
+"""The table, the JSON file and the picture of ways to sample beside each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cdlm.core.files import write_json, write_text
+from cdlm.evaluation.frontier import BAND, Frontier, Point, Saving
+from cdlm.evaluation.plots.panels import Line, Panel, draw
+
+
+def to_dict(frontier: Frontier) -> dict[str, Any]:
+    """Plain data for JSON: a row for each point, and what each saves."""
+    return {
+        "judges": list(frontier.judges),
+        "rivals": list(frontier.rivals),
+        "rows": [_row(frontier, point) for way in frontier.ways for point in frontier.curve(way)],
+        "savings": [saving.to_dict() for saving in frontier.savings()],
+    }
+
+
+def _row(frontier: Frontier, point: Point) -> dict[str, Any]:
+    drawn, row = point.drawn, dict[str, Any]()
+    for place, judge in enumerate(frontier.judges):
+        entropy, nats = point.seen_by(judge)
+        found = {"n": len(point.nats[judge].total), "ar_nll": nats.value, "ar_nll_ci": list(nats.interval95),
+                 "sample_entropy": entropy.value}  # fmt: skip
+        row |= found if place == 0 else {"judged": {**row.get("judged", {}), judge: found}}
+    settings = label(drawn.sampling, [p.drawn.sampling for p in frontier.curve(drawn.way)])
+    return {
+        "way": drawn.way, "point": settings, "rival": drawn.way in frontier.rivals, "calls": point.calls, **row,
+        **point.columns, "sampling": drawn.sampling,
+    }  # fmt: skip
+
+
+def label(sampling: str, others: Sequence[str]) -> str:
+    """What is particular to a way of sampling among others, such as `score_temperature=0.9`."""
+    parts = [re.findall(r"\w+=[^,()]+", text) for text in others]
+    common = set(parts[0]).intersection(*parts)
+    return ", ".join(part for part in re.findall(r"\w+=[^,()]+", sampling) if part not in common)
+
+
+def markdown(frontier: Frontier) -> str:
+    """Two tables to read: the points, and what they save against the rivals."""
+    judged = [f"AR-NLL ({short(judge)})" for judge in frontier.judges]
+    heads = ["way", "at", "n", "calls", *judged, "H sample", "Fréchet", "grammar", "dist-3"]
+    lines = [heads, [":--", ":--", *["--:"] * (len(heads) - 2)]]
+    for row in to_dict(frontier)["rows"]:
+        judged = [row, *row.get("judged", {}).values()]
+        nats = [f"{one['ar_nll']:.3f} [{one['ar_nll_ci'][0]:.3f}, {one['ar_nll_ci'][1]:.3f}]" for one in judged]
+        lines.append([
+            row["way"], row["point"], str(row["n"]), f"{row['calls']:.1f}", *nats, f"{row['sample_entropy']:.3f}",
+            _number(row.get("frechet"), ".3f"), _number(row.get("grammar"), ".1%"), f"{row['dist_3']:.3f}",
+        ])  # fmt: skip
+    against = [["way", "at", "judge", "calls", "hardest rival with as many", "difference", "at the same entropy",
+                "as good", "saved", "not at this entropy"], [":--", ":--", ":--", *["--:"] * 7]]  # fmt: skip
+    against += [_against(frontier, saving) for saving in frontier.savings()]
+    return "\n\n".join([_table(lines), _table(against), NOTE]) + "\n"
+
+
+NOTE = (
+    "AR-NLL in nats per token, 95 % intervals over samples. Differences are AR-NLL of the point less that of the rival,"
+    f" below 0 the point is better: first at the rival's best temperature within {BAND} nats of the point's entropy,"
+    " which is hard on the point, then at the same entropy, whose noise is in the interval. As good is the rival with"
+    " the fewest calls whose AR-NLL is not above the point's, and in brackets the one that is not surely worse; the"
+    " second saving is the careful one. A star: the rival is at its sharpest, and might do better at a lower one."
+)
+
+
+def _against(frontier: Frontier, saving: Saving) -> list[str]:
+    at = label(saving.sampling, [p.drawn.sampling for p in frontier.curve(saving.way)])
+    names = [match.rival if match else "none" for match in (saving.as_good, saving.not_worse)]
+    return [
+        saving.way, at, short(saving.judge), f"{saving.calls:.1f}", *_hardest(frontier, saving),
+        f"{names[0]} ({names[1]})", f"{_number(saving.saved, '.0%')} ({_number(saving.saved_surely, '.0%')})",
+        ", ".join(saving.unmatched) or "-",
+    ]  # fmt: skip
+
+
+def _hardest(frontier: Frontier, saving: Saving) -> list[str]:
+    """The hardest rival with at most as many calls, and both differences to it."""
+    found = saving.hardest
+    if found is None:
+        return ["-"] * 3
+    at = label(found.sampling, [p.drawn.sampling for p in frontier.curve(found.rival)])
+    rival = f"{found.rival}, {at}" if at else found.rival
+    return [
+        f"{rival} *" if found.sharpest else rival,
+        _ends(found.difference, found.low, found.high),
+        _ends(found.even, found.even_low, found.even_high),
+    ]
+
+
+def _ends(value: float | None, low: float | None, high: float | None) -> str:
+    return "-" if value is None or low is None or high is None else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def short(judge: str) -> str:
+    """The name of a judge without what is in brackets."""
+    return judge.split(" (")[0]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def panels(frontier: Frontier) -> list[Panel]:
+    """AR-NLL over entropy under each judge: a curve for each way."""
+    return [
+        Panel(judge, "entropy inside a sample, nats", "AR-NLL, nats per token",
+              [_line(frontier, way, judge) for way in frontier.ways])
+        for judge in frontier.judges
+    ]  # fmt: skip
+
+
+def _line(frontier: Frontier, way: str, judge: str) -> Line:
+    seen = [point.seen_by(judge) for point in frontier.curve(way)]
+    calls = np.mean([point.calls for point in frontier.curve(way)])
+    x, y = (np.array([one[part].value for one in seen]) for part in (0, 1))
+    return Line(f"{way}, {calls:.0f} calls", x, y, dots=True)
+
+
+def save(frontier: Frontier, folder: Path) -> str:
+    """Write frontier.json, frontier.md and frontier.png, and return the table."""
+    text = markdown(frontier)
+    write_json(folder / "frontier.json", to_dict(frontier))
+    write_text(folder / "frontier.md", text)
+    draw(panels(frontier), folder / "frontier.png", columns=2, width=7.0, shared=True)
+    return text
