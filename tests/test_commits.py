@@ -126,6 +126,67 @@ def test_commits_change_the_run_of_a_model_that_reads_them() -> None:
     assert runs[0] != runs[1]
 
 
+class Doubter(Watched):
+    """It is sure of what is open, and finds every given token wrong."""
+
+    doubts = True
+
+    def denoise(self, z: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        made = super().denoise(z, t, condition)
+        wrong = made.logits.scatter(-1, made.logits.argmax(-1, keepdim=True), -50.0)
+        return made._replace(logits=torch.where(condition.target[..., None], made.logits, wrong))
+
+
+class Loyal(Oracle):
+    """It finds every given token right, for its state is held there."""
+
+    doubts = True
+
+
+def test_what_is_doubted_is_open_again() -> None:
+    oracle = Doubter()
+    outcomes(setup(Threshold(0.9), reopen=0.5), requests([0], 2), 1, oracle)
+    opened = torch.stack([condition.target[0] for condition in oracle.told])
+    given = ~opened[:, 2:]
+    assert given.any()
+    assert not (given[1:] & given[:-1]).any()  # given for one call, in which it is doubted
+    assert not opened[:, :2].any()  # a prompt is not taken back
+    for condition in oracle.told:
+        assert torch.equal(condition.clean[0].any(-1), ~condition.target[0])
+
+
+@pytest.mark.parametrize(("oracle", "reopen"), [(Loyal(), 0.5), (Doubter(), 0.0)], ids=["loyal", "never"])
+def test_nothing_is_taken_back_that_is_not_doubted(oracle: Oracle, reopen: float) -> None:
+    oracle.doubts = True
+    with_it = outcomes(setup(Threshold(0.8), reopen=reopen), requests(range(5), 1), denoiser=oracle)
+    assert with_it == outcomes(setup(Threshold(0.8)), requests(range(5), 1), denoiser=type(oracle)())
+
+
+def test_rows_with_second_thoughts_are_the_same_in_any_batch() -> None:
+    system = lively(wrong_given=0.1)
+    asked = [Request(i, torch.zeros(N, dtype=torch.long), torch.arange(N) < i % 3) for i in range(7)]
+
+    def run(batch_size: int) -> dict[int, list[int]]:
+        loop = DiffusionLoop(system, *setup(Threshold(0.2), reopen=0.3), batch_size)
+        return {i: tokens for s in loop.steps(asked)
+                for i, tokens in zip(s.state.row[s.done].tolist(), s.tokens.tolist(), strict=True)}  # fmt: skip
+
+    assert run(1) == run(3) == run(7)
+
+
+def test_bad_second_thoughts_are_refused() -> None:
+    with pytest.raises(CdlmError, match="takes back what was committed, and nothing is"):
+        Diffusion(reopen=0.5)
+    with pytest.raises(CdlmError, match="reopen"):
+        Diffusion(commit=Threshold(0.9), reopen=1.5)
+    with pytest.raises(CdlmError, match="train it with wrong_given"):
+        outcomes(setup(Threshold(0.8), reopen=0.5), requests([0]))
+    session = open_session(with_tokenizer(wrong_given=0.1), commit=Threshold(0.8), reopen=0.5, steps=3)
+    with pytest.raises(CdlmError, match="cannot be recorded"):
+        session.recorded().run(session.requests(n=2))
+    assert session.run(session.requests(n=2)).tokens.shape[0] == 2
+
+
 @pytest.mark.parametrize("rule", [FixedSteps(5), Patience(2)], ids=repr)
 def test_a_halted_row_is_the_beginning_of_one_that_is_not(rule: Criterion) -> None:
     policy, asked = Threshold(0.9), requests(range(6))

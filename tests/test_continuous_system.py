@@ -336,6 +336,43 @@ def test_guidance_dropout_hides_the_prompt_and_not_the_mask(share: float, hidden
     assert torch.equal(mask == 1, target())
 
 
+@pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
+def test_a_share_of_the_given_positions_shows_wrong_tokens(wrong: float) -> None:
+    model = lively(wrong_given=wrong, guidance_dropout=0.0, self_conditioning=0.0).train()
+    calls, rows, own = seen_by(model), 200, rng()
+    shown = torch.arange(rows * N).view(rows, N) % VOCAB
+    given = torch.zeros(rows, N, dtype=torch.bool)
+    given[:, ::2] = True
+    model(Batch(shown, None, ~given, own))
+    clean = calls[0][..., D : 2 * D]
+    right = (clean - model.network_input.unit * model.embed(shown)).abs().sum(-1) < 1e-9
+    assert float(clean[~given].abs().sum()) == 0
+    # a token that is drawn in place of another is the same one in 1 of VOCAB cases
+    assert 1 - float(right[given].double().mean()) == pytest.approx(wrong * (1 - 1 / VOCAB), abs=0.06)
+
+
+def of_the_given(model: EmbeddingDiffusion, batch: Batch) -> float:
+    """The part of the loss that is beside the positions to generate and the schedule."""
+    loss = model(batch)
+    reported = (loss.nats * loss.count).sum() / loss.count.sum()
+    return (loss.total - reported - model.schedule.fit(loss.t, loss.nats)).item()
+
+
+def test_wrong_given_tokens_count_in_the_loss_beside_what_is_reported() -> None:
+    batch = Batch(tokens(), None, target(), rng())
+    assert of_the_given(lively(self_conditioning=0.0).train(), batch) == pytest.approx(0, abs=1e-9)
+    assert of_the_given(lively(wrong_given=0.1, self_conditioning=0.0).train(), batch) > 0.1
+
+
+def test_hidden_prompts_padding_and_evaluation_teach_no_doubt() -> None:
+    doubting = {"wrong_given": 0.5, "self_conditioning": 0.0}
+    batch = Batch(tokens(), None, target(), rng())
+    assert of_the_given(lively(**doubting, guidance_dropout=1.0).train(), batch) == pytest.approx(0, abs=1e-9)
+    padded = replace(batch, valid=target())  # all that is not to be generated is padding
+    assert of_the_given(lively(**doubting).train(), padded) == pytest.approx(0, abs=1e-9)
+    assert of_the_given(lively(**doubting).eval(), batch) == pytest.approx(0, abs=1e-9)
+
+
 def test_in_evaluation_every_row_gets_a_first_pass_and_sees_its_prompt() -> None:
     model = lively(guidance_dropout=1.0, self_conditioning=0.25).eval()
     calls = seen_by(model)

@@ -23,6 +23,8 @@ class Denoiser(Model):
     sees_given: bool = True
     """Whether the network tells given positions apart. If not, their state has to be held at their embedding."""
 
+    doubts: bool = False
+    """Whether its logits at given positions say how likely the given token is."""
     self_conditioning: float = 0.0
     """Share of training rows that saw an estimate of a first pass; above 0, a prediction takes two calls."""
 

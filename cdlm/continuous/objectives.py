@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cdlm.core.errors import CdlmError
@@ -20,20 +20,46 @@ if TYPE_CHECKING:
 class Objective(nn.Module, ABC):
     """A loss of a system on a batch."""
 
+    doubts: bool = False
+    """Whether it teaches to tell which given tokens are wrong."""
+
     @abstractmethod
     def forward(self, system: EmbeddingDiffusion, batch: Batch) -> Loss: ...
 
 
 class CrossEntropy(Objective):
-    """Cross-entropy at levels drawn from the schedule, and the schedule's own regression (CDCD, sections 3 and 4)."""
+    """Cross-entropy at levels drawn from the schedule, and the schedule's own regression (CDCD, sections 3 and 4).
+
+    Args:
+        wrong: in training, share of the given positions that show another position's token of the batch. All given
+            positions that the network sees then count in the loss too, beside what is reported, so that it learns which
+            of them to doubt: a sampler that commits tokens gives it wrong ones (DSL, arXiv 2605.12836, trains so).
+    """
+
+    def __init__(self, wrong: float = 0.0):
+        super().__init__()
+        self.wrong, self.doubts = wrong, wrong > 0
 
     def forward(self, system: EmbeddingDiffusion, batch: Batch) -> Loss:
         u = levels_of(batch)
         t = system.schedule.t_of_u(u).detach()
-        z, condition = system.noisy(system.embed(batch.tokens), t, batch)
-        nats, count = row_cross_entropy(system.logits(z, t, condition), batch.tokens, batch.target)
+        shown = self._shown(batch) if self.wrong and system.training else None
+        z, condition = system.noisy(system.embed(batch.tokens), t, batch, shown)
+        logits = system.logits(z, t, condition)
+        nats, count = row_cross_entropy(logits, batch.tokens, batch.target)
         fit = system.schedule.fit(t, (nats / count).detach())
-        return Loss(nats.sum() / count.sum() + fit.to(nats.dtype), (nats / count).detach(), t, count)
+        total = nats.sum()
+        if shown is not None:
+            seen = condition.clean.any(-1) if batch.valid is None else condition.clean.any(-1) & batch.valid
+            total = total + row_cross_entropy(logits, batch.tokens, seen)[0].sum()
+        return Loss(total / count.sum() + fit.to(nats.dtype), (nats / count).detach(), t, count)
+
+    def _shown(self, batch: Batch) -> Int[Tensor, "b n"]:
+        """The tokens with some others among them, drawn from the valid positions of the batch."""
+        tokens, generator, device = batch.tokens, batch.generator, batch.tokens.device
+        pool = tokens.flatten() if batch.valid is None else tokens[batch.valid]
+        others = pool[torch.randint(len(pool), tokens.shape, generator=generator, device=device)]
+        return torch.where(torch.rand(tokens.shape, generator=generator, device=device) < self.wrong, others, tokens)
 
 
 class Variational(Objective):

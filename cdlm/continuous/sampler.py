@@ -54,6 +54,8 @@ class DiffusionSettings:
         init_scale: scale of the noise that a sample starts from.
         commit: a policy, such as Threshold(0.9) or FallingThreshold(0.95): what it is sure of is given from then on; by
             default none.
+        reopen: least probability that a committed token must keep; below it, it is taken back. For models that were
+            trained with wrong_given.
     """
 
     solver: str | Solver | None = None
@@ -64,6 +66,7 @@ class DiffusionSettings:
     guidance: float | None = None
     init_scale: float | None = None
     commit: str | Policy | None = None
+    reopen: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Diffusion(Sampling):
         commit: which positions to commit at a step, and to what. The network sees a committed token as it sees a
             prompt, clean and marked as given, whatever noise is left in the row; a row ends when all are committed. The
             steps and blocks of a policy are those of the grid and of `block`. None commits nothing.
+        reopen: a committed token whose probability falls below this is taken back: its position is open again, under
+            the noise that its row has then (as DSL remasks, arXiv 2605.12836). None takes nothing back.
     """
 
     family = "continuous"
@@ -94,6 +99,7 @@ class Diffusion(Sampling):
     init_scale: float = 1.0
     block: int | None = None
     commit: Policy | None = None
+    reopen: float | None = None
 
     def __post_init__(self) -> None:
         check_object("Diffusion", Solver, solver=self.solver)
@@ -107,12 +113,16 @@ class Diffusion(Sampling):
             check_object("Diffusion", Policy, commit=self.commit)
             if switch := self.commit.masked_only:
                 raise CdlmError(f"{switch} of {self.commit!r} makes sense for masked models alone: leave it out")
+        check_number("Diffusion", least=0.0, most=1.0, optional=True, reopen=self.reopen)
+        if self.reopen is not None and self.commit is None:
+            raise CdlmError(f"reopen={self.reopen} takes back what was committed, and nothing is: give commit too")
 
     @property
     def settings(self) -> dict[str, Any]:
         parts = {name: repr(getattr(self, name)) for name in ("grid", "solver")}
         more: dict[str, Any] = {} if self.block is None else {"block": self.block}
         more |= {} if self.commit is None else {"commit": repr(self.commit)}
+        more |= {} if self.reopen is None else {"reopen": self.reopen}
         return {"steps": self.steps, **parts, **self.guidance.settings, "init_scale": float(self.init_scale), **more}
 
     def with_flat(self, **settings: Any) -> Diffusion:
@@ -144,7 +154,7 @@ class Diffusion(Sampling):
         nothing, and take all their steps."""
         shared = () if isinstance(self.grid, Adaptive) else (self.grid,)
         grids = dict.fromkeys((*shared, Warped(), LogT(), *(Truncated(LogT(), share) for share in BEGINNINGS)))
-        own = {"fewer steps": [replace(self, grid=grid, commit=None) for grid in grids]}
+        own = {"fewer steps": [replace(self, grid=grid, commit=None, reopen=None) for grid in grids]}
         if self.solver == Ancestral():
             return own
         return {**own, "ancestral": [replace(one, solver=Ancestral()) for one in own["fewer steps"]]}
@@ -232,6 +242,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
     ):  # fmt: skip
         super().__init__(options, batch_size, device)
         self.denoiser, self.sampling = denoiser, sampling
+        self._check_reopen()
         policy = frozenset() if sampling.commit is None else sampling.commit.needs
         self.needs = options.needs | (policy & {"mean_kl"})
         """Signals of a step: those that are read, and those whose past the policy needs."""
@@ -241,6 +252,14 @@ class DiffusionLoop(Loop[DiffusionRows]):
         """Whether positions can be decided before their row is done."""
         self.position_noise = PositionNoise(options.seed)
         self.walk = sampling.grid.walk(denoiser.schedule, sampling.steps, denoiser.rho, self.device)
+
+    def _check_reopen(self) -> None:
+        if self.sampling.reopen is None:
+            return
+        if not self.denoiser.doubts:
+            raise CdlmError("reopen asks the model which given tokens are wrong: train it with wrong_given above 0")
+        if self.options.record >= self.sampling.recorded:
+            raise CdlmError("a run that takes commits back cannot be recorded: leave out reopen, or the recording")
 
     def budget(self, requests: Sequence[Request]) -> int:
         return self.sampling.steps * max(self.sampling.blocks_of(request) for request in requests)
@@ -364,9 +383,22 @@ class DiffusionLoop(Loop[DiffusionRows]):
         step, level = live.before + live.step, t / self.denoiser.rho
         view = View(statistics, candidates, live.row, step, plan, level, 0.0, None, self.position_noise)
         choice = policy.choose(view)
+        doubted = self._doubted(live, statistics.logits)
         live = self._give(live, choice.commit & candidates, choice.tokens)
+        if doubted is not None:
+            clean = live.condition.clean.masked_fill(doubted[..., None], 0)
+            live = live._replace(condition=live.condition._replace(clean=clean, target=live.open | doubted))
         plan = plan._replace(inner=plan.inner + 1, own=choice.own)
         return live._replace(plan=enter(policy, plan, live.open, waits=False))
+
+    def _doubted(self, live: DiffusionRows, logits: Float[Tensor, "b n v"]) -> Bool[Tensor, "b n"] | None:
+        """Committed positions whose token has too little probability by now; None if nothing is taken back."""
+        committed = live.block & ~live.open
+        if self.sampling.reopen is None or not bool(committed.any()):
+            return None
+        tokens = live.tokens[committed][:, None]
+        chance = logits[committed].log_softmax(-1).gather(1, tokens).squeeze(1).exp()
+        return committed.masked_scatter(committed, chance < self.sampling.reopen)
 
     def _canvas(self, live: DiffusionRows) -> Int[Tensor, "b n"] | None:
         """What is given or committed, for a record; None of a run that commits nothing."""

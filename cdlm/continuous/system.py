@@ -71,6 +71,7 @@ class EmbeddingDiffusion(System, Denoiser):
         )  # fmt: skip
         self.unit_prior, self.block = unit_prior, block
         self.config = dict(config)
+        self.doubts = self.objective.doubts
         self._defaults = Diffusion(block=block) if sampling is None else sampling
         self.rho, self.dim, self.sees_given = embedding.rho, embedding.dim, self.network_input.sees_given
 
@@ -125,14 +126,19 @@ class EmbeddingDiffusion(System, Denoiser):
         return 0.5 * (ratio * (self.rho / t_max) ** 2 + self.dim * (ratio - 1 - ratio.log()))
 
     def noisy(
-        self, clean: Float[Tensor, "b n d"], t: Float[Tensor, " b"], batch: Batch
-    ) -> tuple[Float[Tensor, "b n d"], Condition]:
-        """A noisy state of each row, and the condition beside it: the first rows get a first pass."""
+        self, clean: Float[Tensor, "b n d"], t: Float[Tensor, " b"], batch: Batch,
+        shown: Int[Tensor, "b n"] | None = None,
+    ) -> tuple[Float[Tensor, "b n d"], Condition]:  # fmt: skip
+        """A noisy state of each row, and the condition beside it: the first rows get a first pass.
+
+        Args:
+            shown: tokens that given positions show; by default their own.
+        """
         device, rows = clean.device, len(t)
         eps = torch.randn(clean.shape, generator=batch.generator, device=device)
         z = clean + t.to(clean.dtype)[:, None, None] * eps
         kept = torch.rand(rows, 1, 1, generator=batch.generator, device=device) >= self.guidance_dropout * self.training
-        given = clean * (~batch.target)[..., None] * kept
+        given = (clean if shown is None else self.embed(shown)) * (~batch.target)[..., None] * kept
         condition = Condition(given, batch.target, torch.zeros_like(clean), batch.valid)
         return z, condition._replace(x0=self._first_pass(z, t, condition))
 

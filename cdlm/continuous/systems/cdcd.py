@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from cdlm.continuous.embedding import OutputPrior, TokenEmbedding
+from cdlm.continuous.objectives import CrossEntropy
 from cdlm.continuous.schedules import TimeWarp, check_range
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.core.checks import check_number, check_whole
@@ -27,6 +28,8 @@ class CDCD(ContinuousConfig):
         output_prior: add what a position's own noisy state says about its token in closed form.
         self_conditioning: share of training rows with a first pass.
         guidance_dropout: share of training rows whose prompt is hidden.
+        wrong_given: share of the given positions that show a wrong token in training, so that the network learns to
+            doubt what was committed.
     """
 
     dim: int = 64
@@ -37,6 +40,7 @@ class CDCD(ContinuousConfig):
     output_prior: bool = False
     self_conditioning: float = 0.5
     guidance_dropout: float = 0.1
+    wrong_given: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +48,7 @@ class CDCD(ContinuousConfig):
         check_range(self.t_min, self.t_max)
         check_number("CDCD", least=0, most=1, self_conditioning=self.self_conditioning)
         check_number("CDCD", least=0, most=1, guidance_dropout=self.guidance_dropout)
+        check_number("CDCD", least=0, most=1, wrong_given=self.wrong_given)
 
     def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion:
         embedding = TokenEmbedding(vocab, self.dim)
@@ -54,6 +59,7 @@ class CDCD(ContinuousConfig):
                 3 * self.dim + 1, vocab, width=self.width, depth=self.depth, heads=self.heads,
                 mlp_ratio=self.mlp_ratio, gates=self.gates,
             ),
+            objective=CrossEntropy(self.wrong_given),
             output_prior=OutputPrior() if self.output_prior else None,
             self_conditioning=self.self_conditioning,
             guidance_dropout=self.guidance_dropout,

@@ -96,6 +96,8 @@ class LangFlow(ContinuousConfig):
         fit_delay: optimiser steps before the schedule is fitted.
         self_conditioning: share of training rows with a first pass.
         guidance_dropout: share of training rows whose prompt is hidden; the released network does not see it anyway.
+        wrong_given: share of the given positions that show a wrong token in training, so that the network learns to
+            doubt what was committed; of the shared network only.
         network: "shared" is the toolkit's own. "released" is LangFlow's, which adds the condition to the state
             instead of reading it beside the state, takes given tokens for noisy ones, and asks for dim = width.
         dropout: share of each branch that training drops, in [0, 1); of the released network only (in the paper 0.1).
@@ -110,6 +112,7 @@ class LangFlow(ContinuousConfig):
     fit_delay: int = 200
     self_conditioning: float = 0.25
     guidance_dropout: float = 0.1
+    wrong_given: float = 0.0
     network: Literal["shared", "released"] = "shared"
     dropout: float = 0.0
 
@@ -119,6 +122,7 @@ class LangFlow(ContinuousConfig):
         check_whole("LangFlow", least=0, output_prior_warmup=self.output_prior_warmup, fit_delay=self.fit_delay)
         check_number("LangFlow", least=0, most=1, self_conditioning=self.self_conditioning)
         check_number("LangFlow", least=0, most=1, guidance_dropout=self.guidance_dropout)
+        check_number("LangFlow", least=0, most=1, wrong_given=self.wrong_given)
         check_number("LangFlow", above=0, below=0.5, cutoff=self.cutoff)
         self._check_network()
 
@@ -127,6 +131,11 @@ class LangFlow(ContinuousConfig):
         check_number("LangFlow", least=0, below=1, dropout=self.dropout)
         if self.network == "shared" and self.dropout:
             raise CdlmError(f"the shared network has no dropout, got {self.dropout}: set it to 0, or network=released")
+        if self.network == "released" and self.wrong_given:
+            raise CdlmError(
+                f"the released network takes given tokens for noisy ones and learns nothing from wrong ones, got"
+                f" wrong_given={self.wrong_given}: set it to 0, or network=shared"
+            )
         if self.network == "released" and (self.dim, self.mlp_ratio, self.gates) != (self.width, MLP_RATIO, True):
             raise CdlmError(
                 f"the released network has dim = width, mlp_ratio={MLP_RATIO} and gates, got dim={self.dim},"
@@ -143,7 +152,7 @@ class LangFlow(ContinuousConfig):
             Gumbel(mode, 1.0, math.log(vocab), self.cutoff, self.fit_delay),
             self._network(vocab),
             network_input=PreconditionedInput(self.dim, self.self_conditioning > 0) if released else None,
-            objective=Seeded(CrossEntropy()) if self.dropout else None,
+            objective=Seeded(CrossEntropy()) if self.dropout else CrossEntropy(self.wrong_given),
             output_prior=OutputPrior(self.output_prior_warmup) if self.output_prior else None,
             self_conditioning=self.self_conditioning,
             guidance_dropout=self.guidance_dropout,
