@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from toys import lively, system, weight_of
 
 from cdlm.continuous.embedding import OutputPrior, TokenEmbedding
 from cdlm.continuous.guidance import Guidance
+from cdlm.continuous.inputs import ConcatenatedInput
 from cdlm.continuous.schedules import TimeWarp
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.cdcd import CDCD
@@ -345,6 +347,7 @@ def test_a_share_of_the_given_positions_shows_wrong_tokens(wrong: float) -> None
     given[:, ::2] = True
     model(Batch(shown, None, ~given, own))
     clean = calls[0][..., D : 2 * D]
+    assert isinstance(model.network_input, ConcatenatedInput)
     right = (clean - model.network_input.unit * model.embed(shown)).abs().sum(-1) < 1e-9
     assert float(clean[~given].abs().sum()) == 0
     # a token that is drawn in place of another is the same one in 1 of VOCAB cases
@@ -365,7 +368,7 @@ def test_wrong_given_tokens_count_in_the_loss_beside_what_is_reported() -> None:
 
 
 def test_hidden_prompts_padding_and_evaluation_teach_no_doubt() -> None:
-    doubting = {"wrong_given": 0.5, "self_conditioning": 0.0}
+    doubting: dict[str, Any] = {"wrong_given": 0.5, "self_conditioning": 0.0}
     batch = Batch(tokens(), None, target(), rng())
     assert of_the_given(lively(**doubting, guidance_dropout=1.0).train(), batch) == pytest.approx(0, abs=1e-9)
     padded = replace(batch, valid=target())  # all that is not to be generated is padding

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from oracle import Oracle, draws, loop
 from safetensors.torch import load_file
 from setups import diffusion
@@ -362,8 +362,9 @@ class Told(EmbeddingDiffusion):
     eps: Tensor
 
     def noisy(
-        self, clean: Float[Tensor, "b n d"], t: Float[Tensor, " b"], batch: Batch
-    ) -> tuple[Float[Tensor, "b n d"], Condition]:
+        self, clean: Float[Tensor, "b n d"], t: Float[Tensor, " b"], batch: Batch,
+        shown: Int[Tensor, "b n"] | None = None,
+    ) -> tuple[Float[Tensor, "b n d"], Condition]:  # fmt: skip
         z = clean + t[:, None, None] * self.eps
         condition = nothing_given(z)
         return z, condition._replace(x0=self._first_pass(z, t, condition))
