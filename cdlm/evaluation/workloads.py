@@ -212,7 +212,8 @@ class Arithmetic(Workload):
     def __post_init__(self) -> None:
         if not isinstance(self.steps, tuple):
             raise CdlmError(f"Arithmetic needs steps to be numbers of equations, such as (1, 2, 3), got {self.steps!r}")
-        check_whole("Arithmetic", **{f"steps[{i}]": step for i, step in enumerate(self.steps)})
+        for step in self.steps:
+            check_whole("Arithmetic", step=step)
         arithmetic.check_steps(self.steps)
 
     def items(self, text: RealText, n: int, seed: int) -> list[Item]:
@@ -233,8 +234,8 @@ class Arithmetic(Workload):
         law = Completion(arithmetic.SEPARATOR).bind(text.tokenizer)
         open_ = law(torch.from_numpy(tokens), torch.from_numpy(valid), generator(seed, ITEM)).numpy()
         return [
-            Item(*parts, problem.prompt + arithmetic.SEPARATOR, problem.answer)
-            for *parts, problem in zip(tokens, open_, valid, found, strict=True)
+            Item(*row, problem.prompt + arithmetic.SEPARATOR, problem.answer)
+            for row, problem in zip(zip(tokens, open_, valid, strict=True), found, strict=True)
         ]
 
     def _check_lengths(self, lengths: Sequence[int], positions: int) -> None:
