@@ -17,9 +17,10 @@ from cdlm.core.files import read_json
 from cdlm.core.parallel import Workers
 from cdlm.core.parsing import nearest
 from cdlm.core.types import Constants
-from cdlm.evaluation.bench import Bench
+from cdlm.evaluation.bench import Bench, settings_of
 from cdlm.evaluation.small_judge import SmallJudge, open_judge
 from cdlm.evaluation.texts import RealText
+from cdlm.evaluation.workloads import WORKLOADS, Work, Workload
 from cdlm.halting import Criterion, parse_criterion
 from cdlm.halting.calibration import calibrated_rule
 from cdlm.masked import checkpoints
@@ -158,32 +159,62 @@ def _list(sampling: Sampling) -> str:
 
 
 def open_bench(
-    session: Session, n: int, *, length: int | None = None, judge: str | None = None, judge_steps: int = 500,
-    recordings: Path | None = None,
+    session: Session, n: int, *, length: int | None = None, workload: str | Workload | None = None,
+    judge: str | None = None, judge_steps: int = 500, recordings: Path | None = None,
 ) -> Bench:  # fmt: skip
     """The full run of `n` samples of a session, and the judge of the text that its model was trained on.
 
     Args:
         session: of a model in a run folder, whose settings name the text.
         length: tokens of a sample; by default as in training.
+        workload: what the samples are asked for, an object or its text; by default they are drawn from nothing.
         judge: folder or Hub id of a causal language model; by default a small one is trained on the text and cached.
         judge_steps: training steps of the small one.
         recordings: folder that holds the full run; by default it is drawn.
 
     Raises:
-        CdlmError: the model's folder is not that of a run, or the recordings are not of this session.
+        CdlmError: the model's folder is not that of a run, the recordings are not of this session, or the workload
+            does not suit the model.
     """
-    model = session.model
-    if model.folder is None:
-        raise CdlmError(f"{model.name} has no run folder, whose settings would name the text that it is judged beside")
-    config, requests = names.read_run(model.folder), session.requests(n=n, length=length)
+    config, text = _text_of(session)
+    requests, work = ask(session, n, length, workload)
     recording = None if recordings is None else find_recording(recordings, session, requests)
-    text = RunText.of(config, model.tokenizer)
     small = small_judge(config, text, judge_steps)
     opens = partial(open_judge, judge, small, str(session.device), session.progress)
     # A wrong name is refused before any work; the small judge is trained when it is needed.
     real = real_text(config, text)
-    return Bench.of(session, requests, opens() if judge else opens, real, recording)
+    return Bench.of(session, requests, opens() if judge else opens, real, recording, work)
+
+
+def ask(
+    session: Session, n: int, length: int | None = None, workload: str | Workload | None = None
+) -> tuple[list[Request], Work | None]:
+    """The requests of `n` samples from nothing, or of a workload with what they were made from.
+
+    Args:
+        session: for a workload, of a model in a run folder; its seed is that of the workload.
+
+    Raises:
+        CdlmError: there is no such workload, it does not suit the model, or a length stands beside it.
+    """
+    if workload is None:
+        return session.requests(n=n, length=length), None
+    chosen = WORKLOADS.parse(workload)
+    if length is not None:
+        raise CdlmError(
+            f"a workload has lengths of its own, got length={length} beside {chosen!r}: leave one of them out"
+        )
+    work = chosen.draw(real_text(*_text_of(session)), n, session.seed)
+    return list(work.requests), work
+
+
+def _text_of(session: Session) -> tuple[RunConfig, RunText]:
+    """The settings and the text of the run that a session's model is of."""
+    model = session.model
+    if model.folder is None:
+        raise CdlmError(f"{model.name} has no run folder, whose settings would name the text that it is judged beside")
+    config = names.read_run(model.folder)
+    return config, RunText.of(config, model.tokenizer)
 
 
 def real_text(config: RunConfig, text: RunText) -> RealText:
@@ -197,18 +228,22 @@ def small_judge(config: RunConfig, text: RunText, steps: int) -> SmallJudge:
     return SmallJudge(text.judge, text.tokenizer, config.batch_size, cache, steps)
 
 
-def with_halt(session: Session, halt: str | Criterion | None, requests: list[Request]) -> Session:
+def with_halt(
+    session: Session, halt: str | Criterion | None, requests: list[Request], work: Work | None = None
+) -> Session:
     """The session under a rule, given as an object or as its text; "auto" is the one that was calibrated for it.
 
+    Args:
+        work: that the requests are of.
+
     Raises:
-        CdlmError: there is no such rule, or none was calibrated for this model, sampling and length.
+        CdlmError: there is no such rule, or none was calibrated for this model, sampling and length, or workload.
     """
     if halt == "auto":
         folder = session.model.folder
         if folder is None:
             raise CdlmError('halt="auto" needs a model that was loaded from a folder: give a rule')
-        settings = {**session.settings, "length": session.sampling.length_of(requests)}
-        halt = calibrated_rule(folder, session.model.has_weights, settings)
+        halt = calibrated_rule(folder, session.model.has_weights, settings_of(session, requests, work))
     return session.with_criterion(parse_criterion(halt))
 
 

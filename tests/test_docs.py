@@ -14,6 +14,7 @@ from cdlm.continuous.grids import GRIDS
 from cdlm.continuous.projections import PROJECTIONS
 from cdlm.continuous.solvers import SOLVERS
 from cdlm.data.masking import MASKINGS
+from cdlm.evaluation.workloads import WORKLOADS
 from cdlm.halting import RULES
 from cdlm.halting.signals import SIGNALS
 from cdlm.policies import POLICIES
@@ -74,7 +75,7 @@ def test_the_methods_page_names_files_that_exist_and_every_part_that_has_a_name(
     rules = [line.split(" | ")[0] for line in page.split("## Halting")[1].split("## ")[0].splitlines()]
     assert [name for name in RULES if sum(f"`{name}`" in first for first in rules) != 1] == []
     assert page.count("`&`") == 1, "how rules are joined stands there twice"
-    for name in (*RULES, *SOLVERS, *GRIDS, *PROJECTIONS, *MASKINGS, *POLICIES):
+    for name in (*RULES, *SOLVERS, *GRIDS, *PROJECTIONS, *MASKINGS, *POLICIES, *WORKLOADS):
         assert re.search(rf"`{name}\b", done), f"docs/methods.md does not say where {name} is"
 
 

@@ -47,8 +47,18 @@ class PromptOptions:
     """Of a masked model, tokens after each prompt, in place of length."""
     chat: bool = False
     """Of a masked model, the prompts are a user's messages, put into its chat template."""
+    workload: str | None = None
+    """In place of prompts, samples that differ, from the text that the run holds out: "MixedPrompts()",
+    "MixedLengths()" or, of a run on arithmetic problems, "Arithmetic()"."""
     seed: int = 0
     """Fixes every sample, whatever the batch and the number of devices."""
+
+    def __post_init__(self) -> None:
+        others = [
+            n for n in ("prompt", "prompts", "length", "new_tokens", "chat") if getattr(self, n) not in (None, False)
+        ]
+        if self.workload is not None and others:
+            raise CdlmError(f"a workload has prompts and lengths of its own: leave out {' and '.join(others)}")
 
     def texts(self) -> list[str] | None:
         """The prompts; None if there are none.

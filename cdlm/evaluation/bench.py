@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from cdlm.evaluation.metrics.ar_nll import ar_nll
 from cdlm.evaluation.metrics.features import NGrams
 from cdlm.evaluation.metrics.reference import DISTANCES, Reference, Spread
 from cdlm.evaluation.texts import Corpus, Part, RealText
+from cdlm.evaluation.workloads import Work
 from cdlm.halting import Criterion
 from cdlm.halting import calibration as halting
 from cdlm.halting.calibration import Calibration, Goal, Tried
@@ -45,6 +46,8 @@ SPLITS = 5
 """Of the real text, for the Fréchet distance."""
 FEWEST_ROWS = 20
 """On each side of a split."""
+OWN_ROWS = "real text, the same rows"
+"""Name of the real text in the places of a workload's samples."""
 
 
 @dataclass(frozen=True)
@@ -144,22 +147,29 @@ class Bench:
     """Its steps, to try rules on; None of a run in blocks, where to halt one changes the next."""
     scorer: Scorer
     text: RealText
+    work: Work | None = field(default=None, kw_only=True)
+    """What the requests were made from; None of samples from nothing."""
 
     @staticmethod
     def of(
         session: Session, requests: Sequence[Request], judge: Judge | Callable[[], Judge], text: RealText,
-        recording: Recording | None = None,
+        recording: Recording | None = None, work: Work | None = None,
     ) -> Bench:  # fmt: skip
-        """A bench of the recorded full run of the requests; without a recording the run is drawn."""
+        """A bench of the recorded full run of the requests; without a recording the run is drawn.
+
+        Args:
+            work: that the requests are of.
+        """
         if recording is None and session.replayable(requests):
             recording = recording_of(session.recorded().run(requests), session)
         if recording is None:
             run = session.run(requests)
-            full = FullRun(run.tokens, run.given, run.valid, run.nfe, session.steps_of(requests[0]))
+            full = FullRun(run.tokens, run.given, run.valid, run.nfe, session.steps_of(longest(requests)))
         else:
             full = FullRun.of(recording)
         model = session.model
-        return Bench(session, requests, full, recording, Scorer(judge, model.need_tokenizer(), model.end_id), text)
+        scorer = Scorer(judge, model.need_tokenizer(), model.end_id)
+        return Bench(session, requests, full, recording, scorer, text, work=work)
 
     def halves(self) -> tuple[Bench, Bench]:
         """Two benches of half the samples each: settings are chosen on one and reported on the other.
@@ -177,7 +187,15 @@ class Bench:
     def part(self, rows: slice) -> Bench:
         """A bench of some of the samples, with the same judge."""
         recording = None if self.recording is None else self.recording.select(rows)
-        return replace(self, requests=self.requests[rows], full_run=self.full_run.part(rows), recording=recording)
+        work = None if self.work is None else self.work.part(rows)
+        return replace(
+            self, requests=self.requests[rows], full_run=self.full_run.part(rows), recording=recording, work=work
+        )
+
+    @property
+    def longest(self) -> Request:
+        """The request with the most to generate."""
+        return longest(self.requests)
 
     @property
     def name(self) -> str:
@@ -217,13 +235,18 @@ class Bench:
 
     @cached_property
     def reference(self) -> RealSample:
-        """The real text that samples are compared with: like the training text, or held out where there is none."""
-        return self.real(self.text.reference_part)
+        """The real text that samples are compared with: like the training text, or held out where there is none. Of a
+        workload it is that of the same rows, scored in the same places."""
+        if self.work is None:
+            return self.real(self.text.reference_part)
+        real = Outcome(self.work.real, self.full_run.nfe)
+        return RealSample(Corpus(OWN_ROWS, self.generated(real), self.texts(real)), self.score(real.tokens))
 
     @cached_property
     def splits(self) -> Reference | None:
-        """Random splits of the real text, for the Fréchet distance; None where it has too few rows for any."""
-        count = min(len(self.full_run), self.text.most)
+        """Random splits of the real text, for the Fréchet distance; None where it has too few rows for any, and of a
+        workload: its samples hold real text, or are shorter."""
+        count = 0 if self.work is not None else min(len(self.full_run), self.text.most)
         if count < FEWEST_ROWS:
             return None
         return Reference.of(self.text.splits(count, SPLITS), NGrams(), Readers(self.scorer.judge))
@@ -238,7 +261,8 @@ class Bench:
     @cached_property
     def gap(self) -> Bootstrap:
         """AR-NLL of the full run less that of real text, in nats per token: what a model has left to learn."""
-        return self.full.bootstrap() - self.reference.scores.bootstrap(APART)
+        real = self.reference.scores
+        return self.full.bootstrap() - (real.bootstrap(APART) if self.work is None else real.bootstrap())
 
     def gap_in_noise(self, confidence: float = 0.95) -> bool:
         """Whether the gap may have either sign, with that confidence: no share of it can then be measured."""
@@ -269,7 +293,7 @@ class Bench:
     @property
     def settings(self) -> dict[str, Any]:
         """What a choice for this bench holds for."""
-        return {**self.session.settings, "length": self.session.sampling.length_of(self.requests)}
+        return settings_of(self.session, self.requests, self.work)
 
     def texts(self, outcome: Outcome) -> list[str]:
         """Samples as text."""
@@ -283,6 +307,17 @@ class Bench:
     def lines(self, outcome: Outcome) -> list[list[int]]:
         """Tokens of the samples, of each up to its end."""
         return [row[text].tolist() for row, text in zip(outcome.tokens, self.shown(outcome), strict=True)]
+
+    def generated(self, outcome: Outcome) -> list[list[int]]:
+        """The same without what was given."""
+        made = self.shown(outcome) & ~self.full_run.given[: len(outcome.tokens)]
+        return [row[text].tolist() for row, text in zip(outcome.tokens, made, strict=True)]
+
+    def right(self, outcome: Outcome) -> float | None:
+        """Share of right answers; None where the workload asks for none."""
+        if self.work is None or not self.work.answers:
+            return None
+        return float(self.work.right(self.texts(outcome)).mean())
 
     def score(self, tokens: Int[np.ndarray, "m n"]) -> Scores:
         """AR-NLL of the first samples of the bench, with these tokens."""
@@ -301,6 +336,13 @@ class Bench:
     def run(self, session: Session, live: int) -> Outcome:
         """The first `live` requests, drawn from the model."""
         return Outcome.under(session, self.requests[:live])
+
+    def step_at(self, calls: float) -> int:
+        """The step, from 1, at which to stop all samples of the full run for about so many calls a sample."""
+        if self.recording is None:
+            return max(1, round(calls * self.steps / float(self.full_calls.mean())))
+        spent = np.maximum.accumulate(self.recording.record.nfe, 0).mean(1)
+        return 1 + int(np.abs(spent - calls).argmin())
 
     @property
     def steps_taken(self) -> Recording:
@@ -339,6 +381,18 @@ class Bench:
     def loss(self, outcome: Outcome, measure: str, two_sided: bool) -> Loss:
         """What was lost against the full run, as a measure has it; see `MEASURES`."""
         return MEASURES[measure](self, outcome, two_sided)
+
+
+def longest(requests: Sequence[Request]) -> Request:
+    """The request with the most to generate, the first of equals."""
+    return max(requests, key=lambda request: int((~request.given).sum()))
+
+
+def settings_of(session: Session, requests: Sequence[Request], work: Work | None) -> dict[str, Any]:
+    """What a choice for these requests holds for: a choice on a workload holds for that workload."""
+    if work is None:
+        return {**session.settings, "length": session.sampling.length_of(requests)}
+    return {**session.settings, "length": len(requests[0].tokens), "workload": work.name}
 
 
 @dataclass(frozen=True)

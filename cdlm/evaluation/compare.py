@@ -20,7 +20,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_json, write_rows
 from cdlm.core.progress import progress
 from cdlm.core.stats import Bootstrap, Scores
-from cdlm.evaluation.bench import Bench, Outcome, RealSample, fewest, tried
+from cdlm.evaluation.bench import OWN_ROWS, Bench, Outcome, RealSample, fewest, tried
 from cdlm.evaluation.metrics.diversity import sample_entropy, unigram_entropy
 from cdlm.evaluation.metrics.reference import DISTANCES, Spread
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel
@@ -37,7 +37,7 @@ UNBOUNDED = "†"
 PLAIN, FULL = "plain sampler, the same grid", "full run"
 GAMMA = 4
 """Weight of quality in QPS (SchED, arXiv 2512.02892)."""
-REFERENCES = (FULL, *REAL.values())
+REFERENCES = (FULL, *REAL.values(), OWN_ROWS)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,12 @@ class Point:
     ar_nll_low: float
     ar_nll_high: float
     entropy_sample: float
+    """Of what was generated."""
     entropy_corpus: float
+    workload: str = ""
+    """What the samples are asked for; empty of samples from nothing."""
+    right: float | None = None
+    """Share of right answers, where the workload asks for answers."""
     calls: float | None = None
     calls_low: float | None = None
     calls_high: float | None = None
@@ -229,7 +234,7 @@ class Comparison:
     def _fewer(self, way: Session) -> Iterator[tuple[int, Outcome]]:
         bench = self.reporting
         budgets = self.fewer or [max(1, round(share * bench.steps)) for share in SHARES]
-        for steps in way.sampling.fewer_steps([b for b in budgets if b < bench.steps], bench.requests[0]):
+        for steps in way.sampling.fewer_steps([b for b in budgets if b < bench.steps], bench.longest):
             yield steps, self.rivals.drawn(way.with_steps(steps), len(bench.full_run))
 
     def point(self, family: str, setting: str, drawn: Outcome) -> Point:
@@ -238,7 +243,8 @@ class Comparison:
         calls, before = drawn.nfe.astype(np.float64), bench.full_calls[:m]
         spent, relative = Scores(calls, np.ones(m)).bootstrap(), bench.relative(drawn)
         speedup = float(before.sum() / calls.sum())
-        rows, full = bench.lines(drawn), bench.lines(Outcome(bench.full_run.tokens[:m], bench.full_run.nfe[:m]))
+        full = Outcome(bench.full_run.tokens[:m], bench.full_run.nfe[:m])
+        rows = bench.generated(drawn)
         gap = {} if bench.gap_in_noise() else _interval("gap_share", bench.share_of_gap(drawn))
         values: dict[str, Any] = {
             **_interval("calls", spent), **_interval("change", bench.change(drawn)), **_interval("loss", relative),
@@ -249,7 +255,8 @@ class Comparison:
             "upper": bench.loss(drawn, self.measure, self.goal.two_sided).at_most(self.goal.confidence),
             "bounded": m >= fewest(self.goal, self.measure),
             "agreement": bench.agreement(drawn),
-            "entropy_change": sample_entropy(rows) - sample_entropy(full),
+            "entropy_change": sample_entropy(rows) - sample_entropy(bench.generated(full)),
+            "right": bench.right(drawn),
             "qps": speedup * (1 + relative.value) ** -GAMMA,
             **self._distance(drawn),
         }  # fmt: skip
@@ -270,9 +277,12 @@ class Comparison:
         return self.reporting.frechet(Outcome(run.tokens, run.nfe))
 
     def real(self) -> list[Point]:
-        """Real text under the same judge: held out, and like the training text where there is some."""
+        """Real text under the same judge: held out, and like the training text where there is some; of a workload that
+        of the same rows."""
         parts: tuple[Part, ...] = ("held out", "like training")
         bench = self.reporting
+        if bench.work is not None:
+            return [self._real(bench.reference)]
         there = parts if bench.text.unread is not None else parts[:1]
         return [
             self._real(bench.reference if part == bench.text.reference_part else bench.real(part)) for part in there
@@ -296,6 +306,7 @@ class Comparison:
             **_interval("ar_nll", scores.bootstrap()),
             "entropy_sample": sample_entropy(rows),
             "entropy_corpus": unigram_entropy(rows),
+            "workload": "" if self.bench.work is None else self.bench.work.name,
         }
 
 
@@ -362,18 +373,30 @@ COLUMNS = (
 def markdown(points: Sequence[Point], goal: Goal, measure: str) -> str:
     """The table to read: the ends, the plain samplers, and of each rule the setting within the goal."""
     rules = dict.fromkeys(p.family for p in points if not _is_reference(p))
-    lines = [_line(COLUMNS), _line("--:" if i not in (0, 2) else ":--" for i in range(len(COLUMNS)))]
-    lines += [_line(_cells(point)) for point in points if point.chosen or _is_reference(point)]
+    answered = any(point.right is not None for point in points)
+    columns = (*COLUMNS[:-1], "right", COLUMNS[-1]) if answered else COLUMNS
+    lines = [_line(columns), _line("--:" if i not in (0, 2) else ":--" for i in range(len(columns)))]
+    lines += [_line(_cells(point, answered)) for point in points if point.chosen or _is_reference(point)]
     for model, steps in dict.fromkeys((p.model, p.steps) for p in points):
         there = [p for p in points if (p.model, p.steps) == (model, steps)]
         for family in rules:
             own = [p for p in there if p.family == family]
             if own and not any(p.chosen for p in own):
                 why = "saves no call within the goal"
-                lines.append(_line([model, steps, family, own[0].samples, "-", why] + [""] * (len(COLUMNS) - 6)))
+                lines.append(_line([model, steps, family, own[0].samples, "-", why] + [""] * (len(columns) - 6)))
     needed, unbounded = fewest(goal, measure), any(p.chosen and not p.bounded for p in points)
     mark = f"\n{UNBOUNDED} Fewer than {needed} samples: the change is a mean, without a bound.\n" if unbounded else ""
-    return "\n".join(lines) + "\n\n" + _note(goal, measure) + mark
+    return "\n".join(lines) + "\n\n" + _note(goal, measure) + mark + _note_on_work(points)
+
+
+def _note_on_work(points: Sequence[Point]) -> str:
+    names = [name for name in dict.fromkeys(point.workload for point in points) if name]
+    if not names:
+        return ""
+    return (
+        f"\nThe samples are of {', '.join(names)}. AR-NLL and entropy are of what was generated. The real text is that"
+        " of the same rows in the same places, and the gap to it is paired.\n"
+    )
 
 
 def _note(goal: Goal, measure: str) -> str:
@@ -390,7 +413,7 @@ def _is_reference(point: Point) -> bool:
     return point.family in REFERENCES or point.family.startswith("plain sampler")
 
 
-def _cells(p: Point) -> list[str]:
+def _cells(p: Point, answered: bool) -> list[str]:
     name = p.family if p.family in REFERENCES else p.setting
     name += "" if p.bounded or _is_reference(p) else f" {UNBOUNDED}"
     found, against = p.verdict, "-"
@@ -404,7 +427,8 @@ def _cells(p: Point) -> list[str]:
         p.model, str(p.steps), name, str(p.samples), _number(p.calls, ".1f"), _number(p.saved, ".1%"),
         _ends(p, "ar_nll", ".3f"), _ends(p, "change", "+.3f"), _ends(p, "gap_share", "+.1%"),
         _number(p.agreement, ".2%"), f"{p.entropy_sample:.3f}", _number(p.frechet, ".3f"), distance,
-        _number(p.qps, ".2f"), _number(p.wall_speedup, ".2f"), against,
+        _number(p.qps, ".2f"), _number(p.wall_speedup, ".2f"),
+        *([_number(p.right, ".1%")] if answered else []), against,
     ]  # fmt: skip
 
 

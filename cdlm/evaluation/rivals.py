@@ -65,7 +65,7 @@ class Plain:
         """The session with about so many calls: within one per cent of those of the full run."""
         grain = max(1, round(bench.steps / 50))  # so that rules which take about as many calls share a rival
         wanted = max(1, grain * round(calls / self.calls_a_step / grain))
-        fitting = self.session.sampling.fewer_steps([wanted], bench.requests[0])
+        fitting = self.session.sampling.fewer_steps([wanted], bench.longest)
         return self.session.with_steps(fitting[0] if fitting else wanted)
 
 
@@ -101,7 +101,7 @@ class Rivals:
     def _half(self) -> int:
         """Half of the full run's steps."""
         bench = self.choosing
-        return bench.session.sampling.fewer_steps([bench.steps // 2], bench.requests[0])[0]
+        return bench.session.sampling.fewer_steps([bench.steps // 2], bench.longest)[0]
 
     def _quality(self, session: Session) -> float:
         bench = self.choosing
@@ -113,7 +113,7 @@ class Rivals:
     def _at(self, outcome: Outcome) -> Iterator[tuple[str, Session]]:
         """The rivals with as many calls as the samples took."""
         calls, bench = float(outcome.nfe.mean()), self.reporting
-        step = max(1, round(calls * bench.steps / float(bench.full_calls.mean())))
+        step = bench.step_at(calls)
         if not bench.session.refuses(FixedSteps(step)):
             yield FIXED, bench.session.with_criterion(FixedSteps(step))
         for plain in self.plain:
@@ -123,8 +123,8 @@ class Rivals:
         bench = self.reporting
         drawn = self.drawn(rival, len(outcome.tokens))
         yield self._duel(name, rival, drawn, outcome)
-        target = sample_entropy(bench.lines(outcome))
-        if abs(sample_entropy(bench.lines(drawn)) - target) > SAME_ENTROPY:
+        target = sample_entropy(bench.generated(outcome))
+        if abs(sample_entropy(bench.generated(drawn)) - target) > SAME_ENTROPY:
             matched = self._matched(rival, drawn, target)
             if matched is not None:
                 yield replace(self._duel(name, *matched, outcome), matched=True)
@@ -141,12 +141,12 @@ class Rivals:
     def _matched(self, rival: Session, drawn: Outcome, target: float) -> tuple[Session, Outcome] | None:
         """The rival at the temperature where its entropy is `target`, by the secant method; None if it is not found."""
         bench, m = self.reporting, len(drawn.tokens)
-        factors, entropies = [1.0], [sample_entropy(bench.lines(drawn))]
+        factors, entropies = [1.0], [sample_entropy(bench.generated(drawn))]
         factor = 0.97 if entropies[0] > target else 1.03
         for _ in range(MOST_TRIES):
             session = rival.with_sampling(rival.sampling.with_temperature_times(factor))
             found = self.drawn(session, m)
-            factors, entropies = [*factors, factor], [*entropies, sample_entropy(bench.lines(found))]
+            factors, entropies = [*factors, factor], [*entropies, sample_entropy(bench.generated(found))]
             if abs(entropies[-1] - target) <= SAME_ENTROPY:
                 return session, found
             slope = (entropies[-1] - entropies[-2]) / (factors[-1] - factors[-2])
@@ -164,7 +164,7 @@ class Rivals:
         difference = bench.score(outcome.tokens).bootstrap() - scores.bootstrap()
         low, high = difference.interval95
         return Duel(
-            name, _setting(rival), float(drawn.nfe.mean()), _value(scores), sample_entropy(bench.lines(drawn)),
+            name, _setting(rival), float(drawn.nfe.mean()), _value(scores), sample_entropy(bench.generated(drawn)),
             difference.value, low, high,
         )  # fmt: skip
 

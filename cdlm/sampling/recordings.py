@@ -70,21 +70,33 @@ def write_recording(recording: Recording, session: Session, folder: Path) -> Pat
 
 
 def find_recording(folder: Path, session: Session, requests: Sequence[Request]) -> Recording:
-    """The first samples of a recording that holds what the session would draw for these requests without prompts.
+    """The first samples of a recording that holds what the session would draw for these requests.
 
     Raises:
-        CdlmError: the recordings are of another model, or none has these settings, this seed and as many samples.
+        CdlmError: the recordings are of another model, or none has these settings, this seed and these requests.
     """
     check_same_model(folder, session.model.has_weights)
     n, wanted = len(requests), recorded_settings(session, len(requests[0].tokens))
     for recording in read_folder(folder).values():
-        plain = not recording.given.any()
-        if dict(recording.settings) == wanted and recording.seed == session.seed and len(recording) >= n and plain:
-            return recording.first(n)
+        if dict(recording.settings) == wanted and recording.seed == session.seed and len(recording) >= n:
+            found = recording.first(n)
+            if _serves(found, requests):
+                return found
+    prompts = "with these prompts" if any(bool(request.given.any()) for request in requests) else "without prompts"
     raise CdlmError(
-        f"{folder} has no recording of {n} samples without prompts, seed {session.seed}, settings {wanted}:"
+        f"{folder} has no recording of {n} samples {prompts}, seed {session.seed}, settings {wanted}:"
         " record one with cdlm sample --record"
     )
+
+
+def _serves(recording: Recording, requests: Sequence[Request]) -> bool:
+    """Whether the recorded samples are those of the requests: their numbers, padding, and what is given."""
+    given = np.stack([request.given.numpy() for request in requests])
+    valid = np.stack([np.ones(len(r.tokens), bool) if r.valid is None else r.valid.numpy() for r in requests])
+    tokens = np.stack([request.tokens.numpy() for request in requests])
+    masks = np.array_equal(recording.given, given) and np.array_equal(recording.valid, valid)
+    prompts = masks and np.array_equal(recording.tokens[given & valid], tokens[given & valid])
+    return prompts and recording.index.tolist() == [request.index for request in requests]
 
 
 def _full(recording: Recording, run: Replayed, criterion: Criterion) -> Bool[np.ndarray, " m"]:

@@ -15,10 +15,11 @@ from jaxtyping import Float, Int
 
 from cdlm.core.checks import check_whole
 from cdlm.core.stats import Scores, bootstrap
-from cdlm.data.arithmetic import Problem, is_correct, problems
+from cdlm.data.arithmetic import Problem, problems
 from cdlm.data.gsm8k import read_problems
 from cdlm.evaluation.bench import Outcome
 from cdlm.evaluation.plots.panels import Line, Panel
+from cdlm.evaluation.workloads import right
 from cdlm.halting import Criterion, Full, sweep
 from cdlm.halting.losses import Binary
 from cdlm.policies import sweep_policy
@@ -183,7 +184,7 @@ class Exam:
         """1.0 where the answer is right."""
         tokenizer, given = self.session.model.need_tokenizer(), self.recording.given
         texts = texts_of(tokenizer, tokens, shown_of(tokens, given, ~given, special_of(tokenizer).eos_id))
-        return np.array([is_correct(t, p.answer) for t, p in zip(texts, self.tasks, strict=True)], np.float64)
+        return right(texts, [problem.answer for problem in self.tasks])
 
     def seconds(self, session: Session) -> float:
         """Wall time of the first `live` problems, in one process and without a record."""

@@ -11,6 +11,7 @@ from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.evaluation.bench import calibrate as calibrated
+from cdlm.evaluation.bench import longest
 from cdlm.halting import sweep
 from cdlm.halting.calibration import check_readable, write_calibration
 from cdlm.halting.replay import check_recorded
@@ -26,6 +27,7 @@ def calibrate(
     rule: str = "Patience",
     n: int = 512,
     length: int | None = None,
+    workload: str | None = None,
     steps: int | None = None,
     seed: int = 1000,
     recordings: Path | None = None,
@@ -42,6 +44,8 @@ def calibrate(
         rule: the rule to set, such as Patience, "KL(..., warmup=0.3)" or "FromStep(Patience(...), 40)".
         n: samples to draw.
         length: tokens of a sample; by default as in training.
+        workload: what the samples are asked for, such as "MixedPrompts()"; the choice then holds for it alone, and by
+            default for samples from nothing.
         steps: of the full run; see cdlm sample.
         seed: of the calibration samples; use others than those you will report.
         recordings: folder of cdlm sample --record with the full runs; by default they are drawn.
@@ -53,12 +57,14 @@ def calibrate(
         folder = session.model.folder
         if folder is None:
             raise CdlmError(f"{run} has no folder to write the choice to: calibrate a model of your own")
-        candidates = sweep(rule, session.steps_of(session.requests(length=length)[0]))
+        requests, _ = api.ask(session, n, length, workload)
+        candidates = sweep(rule, session.steps_of(longest(requests)))
         check_recorded(candidates)
         check_readable(folder)
         bench = api.open_bench(
-            session, n, length=length, judge=judge.judge, judge_steps=judge.judge_steps, recordings=recordings
-        )
+            session, n, length=length, workload=workload, judge=judge.judge, judge_steps=judge.judge_steps,
+            recordings=recordings,
+        )  # fmt: skip
         found = calibrated(bench, candidates, bound, goal.measure)
     if not machine.quiet:
         for trial in found.trials:

@@ -16,7 +16,7 @@ from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places, write_text
-from cdlm.evaluation.bench import fewest
+from cdlm.evaluation.bench import fewest, longest
 from cdlm.evaluation.compare import Comparison, Point, markdown, panels, save_json, too_few, write_csv
 from cdlm.evaluation.plots.pareto import plot_pareto
 from cdlm.halting import Criterion, sweep
@@ -41,6 +41,9 @@ class FullRunOptions:
     """Samples of each full run: settings are chosen on one half of them and reported on the other."""
     length: int | None = None
     """Tokens of a sample; by default as in training."""
+    workload: str | None = None
+    """What the samples are asked for, from the text that each run holds out: "MixedPrompts()", "MixedLengths()" or, of
+    runs on arithmetic problems, "Arithmetic()"; by default they are drawn from nothing."""
     seed: int = 0
     """Of the samples."""
     recordings: Path | None = None
@@ -97,7 +100,7 @@ def compare(
         }
         settings = flat_settings(diffusion, unmasking)
         plans = [
-            _plan(model, session, {**settings, **({} if steps is None else {"steps": steps})}, rules, full.length)
+            _plan(model, session, {**settings, **({} if steps is None else {"steps": steps})}, rules, full)
             for (model, session), steps in product(sessions.items(), dict.fromkeys(full.steps or [None]))
         ]
         needed = fewest(goal.goal, goal.measure)
@@ -108,8 +111,8 @@ def compare(
         for plan in plans:
             recordings = None if full.recordings is None else full.recordings / Path(plan.model).name
             bench = api.open_bench(
-                plan.session, full.n, length=full.length, judge=judge.judge, judge_steps=judge.judge_steps,
-                recordings=recordings,
+                plan.session, full.n, length=full.length, workload=full.workload, judge=judge.judge,
+                judge_steps=judge.judge_steps, recordings=recordings,
             )  # fmt: skip
             comparison = Comparison(
                 bench, goal.goal, goal.measure, plan.model, rival.live, rival.fewer or (), rival.rivals
@@ -138,10 +141,10 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    model: str, session: Session, settings: dict[str, object], rules: Sequence[str] | None, length: int | None
+    model: str, session: Session, settings: dict[str, object], rules: Sequence[str] | None, full: FullRunOptions
 ) -> _Plan:
     session = session.with_sampling(api.configured(session.sampling, settings, lenient=True))
-    requests = session.requests(length=length)
-    families = {rule: sweep(rule, session.steps_of(requests[0])) for rule in rules or RULES_TO_COMPARE}
+    requests, _ = api.ask(session, full.n, full.length, full.workload)
+    families = {rule: sweep(rule, session.steps_of(longest(requests))) for rule in rules or RULES_TO_COMPARE}
     check_recorded(chain.from_iterable(families.values()))
     return _Plan(model, session, families, not session.replayable(requests))

@@ -11,10 +11,12 @@ from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
 from cdlm.evaluation.plots.trajectories import plot_samples
+from cdlm.evaluation.workloads import Work
 from cdlm.halting import Full, parse_criterion
 from cdlm.masked.sampler import UnmaskingSettings
 from cdlm.recording.file import check_same_model
 from cdlm.sampling.recordings import recording_of, write_recording
+from cdlm.sampling.requests import Request
 from cdlm.sampling.samples import Samples
 from cdlm.sampling.session import Session
 
@@ -48,8 +50,8 @@ def sample(
     check_places(output.out, output.plot, output.record)
     settings = flat_settings(diffusion, unmasking, steps=steps)
     with session_on(machine, run, prompts.seed, **settings) as session:
-        requests = session.requests(texts, prompts.n, prompts.length, new_tokens=prompts.new_tokens, chat=prompts.chat)
-        session = api.with_halt(session, halt, requests)
+        requests, work = _asked(session, texts, prompts)
+        session = api.with_halt(session, halt, requests, work)
         if output.record is not None:
             check_same_model(output.record, session.model.has_weights)
         if output.record is not None or output.plot is not None:
@@ -57,6 +59,13 @@ def sample(
             session = session.recorded()
         samples = session.run(requests)
     _write(samples, session, output, f"{run}, {samples.budget} steps, {halt or 'no halting'}", machine.quiet)
+
+
+def _asked(session: Session, texts: list[str] | None, prompts: PromptOptions) -> tuple[list[Request], Work | None]:
+    if prompts.workload is not None:
+        return api.ask(session, prompts.n, workload=prompts.workload)
+    made = session.requests(texts, prompts.n, prompts.length, new_tokens=prompts.new_tokens, chat=prompts.chat)
+    return made, None
 
 
 def _write(samples: Samples, session: Session, output: OutputOptions, title: str, quiet: bool) -> None:
