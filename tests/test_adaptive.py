@@ -18,7 +18,7 @@ from cdlm.api import open_session
 from cdlm.continuous.grids import GRIDS, Adaptive, Grid, LogT, Truncated
 from cdlm.continuous.sampler import Diffusion, DiffusionLoop
 from cdlm.continuous.schedules import Schedule
-from cdlm.continuous.solvers import Ancestral, Euler, Heun, Solver, TwoStep
+from cdlm.continuous.solvers import Ancestral, Euler, Heun, Solver, TorchDiffEq, TwoStep
 from cdlm.core.errors import CdlmError
 from cdlm.halting import Criterion, Entropy, FixedSteps, Never, Patience
 from cdlm.policies.confidence import Threshold
@@ -169,3 +169,16 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(CdlmError, match="no levels that all rows share"):
         Adaptive().levels(Oracle().schedule, 5)
     assert GRIDS.parse("Adaptive(0.03, end=0.3)") == Adaptive(0.03, end=0.3)
+
+
+@pytest.mark.parametrize("solver", [Euler(), TwoStep(), Heun(), TorchDiffEq("heun2")], ids=repr)
+def test_a_step_changes_the_estimate_by_about_the_tolerance(solver: Solver) -> None:
+    """Whatever further calls a solver makes: the changes are those between the estimates at two levels."""
+    states: dict[int, list[Tensor]] = {}
+    run = setup(Adaptive(0.02, largest=5.0), 400, solver=solver).but(record={"x0"})
+    for step in DiffusionLoop(Oracle(), *run, 4).steps(requests(range(8))):
+        for row, x0 in zip(step.state.row.tolist(), step.state.signals["x0"], strict=True):
+            states.setdefault(row, []).append(x0)
+    moves = [after - before for path in states.values() for before, after in itertools.pairwise(path)]
+    changes = torch.stack(moves).square().sum(-1).mean(1).sqrt() / Oracle().rho
+    assert float(changes.mean()) == pytest.approx(0.02, abs=0.008)

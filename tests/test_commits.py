@@ -258,6 +258,34 @@ def test_the_end_of_a_block_is_seen_when_it_is_committed_before_the_rest() -> No
         assert condition.ahead[0].tolist() == [i < 3 and place > 2 for place in range(N)]
 
 
+class Broken(Oracle):
+    """Its logits are not numbers at one position."""
+
+    def denoise(self, z: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        made = super().denoise(z, t, condition)
+        made.logits[:, 2] = torch.nan
+        return made
+
+
+@pytest.mark.parametrize("policy", [*ASK, *FORCED], ids=repr)
+def test_logits_that_are_not_numbers_are_not_committed(policy: Policy) -> None:
+    with pytest.raises(CdlmError, match="not numbers"):
+        outcomes(setup(policy), requests(range(3)), denoiser=Broken())
+
+
+@pytest.mark.parametrize("policy", [LLaDA(2, block=1), Dream(2, block=1)], ids=repr)
+def test_a_schedule_shorter_than_its_blocks_has_a_step_for_each(policy: Policy) -> None:
+    for tokens, calls, full, _ in outcomes(setup(policy), requests(range(3))).values():
+        assert (len(tokens), calls, full) == (N, N, True)
+
+
+def test_the_steps_of_a_policy_begin_anew_in_each_block() -> None:
+    asked = [Request(0, torch.zeros(2 * N, dtype=torch.long), torch.zeros(2 * N, dtype=torch.bool))]
+    loop = DiffusionLoop(Oracle(), *setup(DreamThreshold(3, 0.0), block=N), 1)
+    decided = [int((step.canvas[0] >= 0).sum()) for step in loop.steps(asked) if step.canvas is not None]
+    assert decided == [2, 4, 6, 8, 10, 12]
+
+
 # --- policies ---
 
 
@@ -356,3 +384,19 @@ def test_the_command_line_and_recordings(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_every_policy_is_tried_here(name: str) -> None:
     assert any(type(policy).__name__ == name for policy in (*ASK, *FORCED))
+
+
+def test_a_run_whose_tokens_a_rule_settles_is_no_recording() -> None:
+    session = open_session(with_tokenizer(), steps=6).with_criterion(JoT(1.01, 1.0)).recorded()
+    samples = session.run(session.requests(n=3))
+    with pytest.raises(CdlmError, match="settles tokens on the way"):
+        recording_of(samples, session)
+
+
+def test_text_is_settled_with_all_calls_live_and_replayed() -> None:
+    model = with_tokenizer()
+    session = open_session(model, steps=12, commit=LLaDA(12, block=1)).recorded()
+    samples = session.run(session.requests(n=4))
+    recording = recording_of(samples, session)
+    again = replayed(recording, Never(), model.need_tokenizer())
+    assert again.settled.tolist() == samples.settled.tolist() == samples.nfe.tolist()

@@ -1,6 +1,7 @@
 """Ways to sample beside each other at equal entropy."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -172,7 +173,14 @@ def test_bad_samples_are_refused() -> None:
         frontier(curve("mine", 3), rivals=["nothing"])
 
 
-def test_the_band_is_about_the_entropy_alone() -> None:
+def test_a_rival_that_is_further_from_real_text_or_nearer_is_not_as_sharp() -> None:
+    mine = replace(point("mine", 1.0, [H], 3.0, 50), columns={"frechet": 0.2})
+    for distance, there in ((0.215, True), (0.185, True), (0.23, False), (0.17, False)):
+        other = replace(point("plain", 1.0, [H], 3.0, 50), columns={"frechet": distance})
+        assert (frontier([mine], [other]).match(mine, "plain", JUDGE) is not None) == there
+
+
+def test_the_band_of_entropies() -> None:
     mine = point("mine", 1.0, [H], 3.0, 50)
     for distance, there in ((0.9, True), (1.1, False), (-0.9, True), (-1.1, False)):
         other = point("plain", 1.0, [H + distance * BAND], 3.0, 50)

@@ -19,6 +19,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.rng import ORDER, TOKENS, PositionNoise, Site
 from cdlm.halting import Full, Never
 from cdlm.masked.model import Constants
+from cdlm.policies import parse_policy
 from cdlm.policies.confidence import Factor, Threshold
 from cdlm.policies.dream import Dream, DreamThreshold, filtered
 from cdlm.policies.entropy import EntropyBound, entropy_bounded
@@ -488,3 +489,8 @@ def test_settings_out_of_range(policy: Any, settings_: dict[str, Any], message: 
         policy(**settings_)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("policy", [EntropyBound(INF), Threshold(INF), Factor(INF)], ids=repr)
+def test_an_infinite_setting_is_written_and_read(policy: Policy) -> None:
+    assert parse_policy(repr(policy)) == policy

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from oracle import SelfConditioned, loop
+from oracle import SelfConditioned, draws, loop
 from test_continuous_solvers import order, walk
 from torch import Tensor
 
@@ -86,3 +86,26 @@ def test_each_block_starts_with_a_fresh_memory() -> None:
     list(run.steps(requests(prompt=0)))
     assert len(solver.notes) == ROWS * 3 * 2  # of three steps of a block the third is read out
     assert all(fresh == (taken % 3 == 0) for taken, fresh in solver.notes)
+
+
+def test_a_decided_position_is_where_its_token_is_and_not_beyond() -> None:
+    """The state of a decided position follows its embedding exactly, also at the step of the decision."""
+    z, e = torch.randn(2, 3, 4, dtype=torch.float64), torch.ones(2, 3, 4, dtype=torch.float64)
+    t, then = torch.tensor([2.0, 1.0], dtype=torch.float64), torch.tensor([1.0, 0.8], dtype=torch.float64)
+    memory = Before(torch.randn_like(z), torch.tensor([3.0, 1.5], dtype=torch.float64))
+    fixed = torch.tensor([[True, False, False], [True, True, True]])
+    solver = TwoStep()
+    interval = Interval(z, e, t, then, draws(2))
+    known = solver.decided(memory, fixed, e)
+    _, moved = solver.advance(known, interval, lambda *_: (e, e))
+    straight = e + (then / t)[:, None, None] * (z - e)
+    torch.testing.assert_close(moved.z[fixed], straight[fixed])
+    assert not torch.allclose(moved.z[~fixed], straight[~fixed])
+
+
+def test_equal_levels_are_no_division_by_zero() -> None:
+    z, e = torch.randn(2, 3, 4, dtype=torch.float64), torch.ones(2, 3, 4, dtype=torch.float64)
+    t = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    for then in (t, t / 2):
+        _, moved = TwoStep().advance(Before(0 * e, t), Interval(z, e, t, then, draws(2)), lambda *_: (e, e))
+        torch.testing.assert_close(moved.z, e + (then / t)[:, None, None] * (z - e))

@@ -30,8 +30,6 @@ class Seen(NamedTuple):
     step: Int[Tensor, " b"]
     x0: Float[Tensor, "b n d"]
     """The estimate at t."""
-    before: Float[Tensor, "b n d"]
-    """That of the step before; zero at the first."""
     open: Bool[Tensor, "b n"]
 
 
@@ -43,8 +41,8 @@ class Walk(ABC):
     def begin(self) -> float:
         """Noise level of the first step."""
 
-    def start(self, rows: int, device: torch.device) -> Any:
-        """Memory of rows that begin, or begin their next block."""
+    def start(self, z: Float[Tensor, "b n d"]) -> Any:
+        """Memory of rows that begin, or begin their next block, in the states `z`."""
         return ()
 
     @abstractmethod
@@ -202,9 +200,18 @@ class Adaptive(Grid):
         return OwnLevels(self, schedule.t_max, min(end, schedule.t_max), steps, rho)
 
 
+class LastStep(NamedTuple):
+    """What a row with steps of its own keeps of the last."""
+
+    length: Float[Tensor, " b"]
+    """In ln t."""
+    x0: Float[Tensor, "b n d"]
+    """The estimate at its beginning: a solver with further calls leaves another one to self-conditioning."""
+
+
 @dataclass(frozen=True)
 class OwnLevels(Walk):
-    """Rows whose steps are as long as `Adaptive` allows; the memory is the length of the last."""
+    """Rows whose steps are as long as `Adaptive` allows."""
 
     grid: Adaptive
     top: float
@@ -216,16 +223,17 @@ class OwnLevels(Walk):
     def begin(self) -> float:
         return self.top
 
-    def start(self, rows: int, device: torch.device) -> Float[Tensor, " b"]:
-        return torch.full((rows,), self.grid.first, dtype=torch.float64, device=device)
+    def start(self, z: Float[Tensor, "b n d"]) -> LastStep:
+        length = torch.full((len(z),), self.grid.first, dtype=torch.float64, device=z.device)
+        return LastStep(length, torch.zeros_like(z))
 
-    def next(self, memory: Float[Tensor, " b"], seen: Seen) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    def next(self, memory: LastStep, seen: Seen) -> tuple[LastStep, Float[Tensor, " b"]]:
         grid = self.grid
-        moved = (seen.x0 - seen.before).double().square().sum(-1) / self.rho**2 * seen.open
+        moved = (seen.x0 - memory.x0).double().square().sum(-1) / self.rho**2 * seen.open
         change = (moved.sum(1) / seen.open.sum(1).clamp(min=1)).sqrt()
-        other = memory * (grid.tolerance / change.clamp(min=TINY)).clamp(grid.shrink, grid.grow)
-        length = torch.where(seen.step == 0, memory, other.clamp(grid.smallest, grid.largest))
-        return length, (seen.t * (-length).exp()).clamp(min=self.end)
+        other = memory.length * (grid.tolerance / change.clamp(min=TINY)).clamp(grid.shrink, grid.grow)
+        length = torch.where(seen.step == 0, memory.length, other.clamp(grid.smallest, grid.largest))
+        return LastStep(length, seen.x0), (seen.t * (-length).exp()).clamp(min=self.end)
 
     def ended(self, t: Float[Tensor, " b"], step: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
         return (t <= self.end) | (step == self.steps - 1)

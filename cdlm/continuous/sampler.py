@@ -290,7 +290,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         condition = Condition(clean * (~left & real)[..., None], now, torch.zeros_like(z), valid, behind(now))
         past = first_past(self.needs, z, beside)
         t = torch.full((len(index),), self.walk.begin, dtype=torch.float64, device=self.device)
-        solver, grid = self.sampling.solver.start(z), self.walk.start(len(index), self.device)
+        solver, grid = self.sampling.solver.start(z), self.walk.start(z)
         return DiffusionRows(
             index, zero, before, nfe, t, z, tokens, now, later, condition, past, memory, solver, grid,
             self._plan(now, tokens),
@@ -337,7 +337,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
             state, done, decision.halt, full & ~decision.halt, tokens[done], decision.info, self._canvas(live),
             taken=live.before + live.step + 1,
         )  # fmt: skip
-        seen = Seen(t, live.step, prediction.x0, live.condition.x0, statistics.open)
+        seen = Seen(t, live.step, prediction.x0, statistics.open)
         grid, t_next = self.walk.next(live.grid, seen)
         live = live._replace(nfe=nfe, past=past, memory=memory, grid=grid)
         live = live._replace(condition=live.condition._replace(x0=self._held(live, prediction.x0)))
@@ -367,7 +367,10 @@ class DiffusionLoop(Loop[DiffusionRows]):
             return self._held(some, driving), self._held(some, prediction.x0)
 
         interval = Interval(live.z, carried.x0, live.t, carried.t_next, self._draws(live))
-        memory, moved = self.sampling.solver.advance(live.solver, interval, estimate)
+        solver, known = self.sampling.solver, live.solver
+        if self.decides:
+            known = solver.decided(known, live.block & ~live.open, carried.x0)
+        memory, moved = solver.advance(known, interval, estimate)
         condition = live.condition if moved.x0 is None else live.condition._replace(x0=moved.x0)
         nfe = live.nfe + moved.evaluations * guidance.calls
         return live._replace(
@@ -380,11 +383,15 @@ class DiffusionLoop(Loop[DiffusionRows]):
         if policy is None or plan is None:
             return live
         candidates = live.open & (plan.block_of <= plan.block[:, None])
-        step, level = live.before + live.step, t / self.denoiser.rho
-        view = View(statistics, candidates, live.row, step, plan, level, 0.0, None, self.position_noise)
+        level = t / self.denoiser.rho
+        # Of the block: no position is drawn for in two blocks, so that the draws differ all the same.
+        view = View(statistics, candidates, live.row, live.step, plan, level, 0.0, None, self.position_noise)
         choice = policy.choose(view)
         doubted = self._doubted(live, statistics.logits)
-        live = self._give(live, choice.commit & candidates, choice.tokens)
+        commit = choice.commit & candidates
+        if bool(statistics.logits[commit].isnan().any()):
+            raise _broken()
+        live = self._give(live, commit, choice.tokens)
         if doubted is not None:
             clean = live.condition.clean.masked_fill(doubted[..., None], 0)
             live = live._replace(condition=live.condition._replace(clean=clean, target=live.open | doubted))
@@ -430,11 +437,15 @@ def behind(block: Bool[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
     return block.flip(1).cumsum(1).flip(1) == 0
 
 
+def _broken() -> CdlmError:
+    return CdlmError("the model gave logits that are not numbers (NaN): its weights or its precision are broken")
+
+
 def _read_out(prediction: Prediction, live: DiffusionRows, ended: Bool[Tensor, " b"]) -> Int[Tensor, "b n"]:
     """The tokens of each row, read out of the prediction where the block has ended."""
     tokens = live.tokens.clone()
     for row in ended.nonzero().squeeze(1).tolist():  # row by row: no copy of the logits
         if bool((prediction.logits[row].isnan().any(-1) & live.open[row]).any()):
-            raise CdlmError("the model gave logits that are not numbers (NaN): its weights or its precision are broken")
+            raise _broken()
         tokens[row] = torch.where(live.open[row], most_likely(prediction.logits[row]), tokens[row])
     return tokens

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.core.checks import check_number
@@ -56,6 +56,10 @@ class Solver(ABC):
         """Memory of rows that begin, or begin their next block, in the states `z`; by default there is none."""
         return ()
 
+    def decided(self, memory: Memory, fixed: Bool[Tensor, "b n"], x0: Float[Tensor, "b n d"]) -> Memory:
+        """The memory when the estimate at the `fixed` positions is `x0` from now on: they are decided."""
+        return memory
+
     @abstractmethod
     def advance(self, memory: Memory, interval: Interval, estimate: Estimate) -> tuple[Memory, Advance]:
         """The next memory of each row, and where the row is at the end of the interval."""
@@ -91,6 +95,10 @@ class Heun(Solver):
         return memory, Advance(z + (then - now) / 2 * slope, plain, _no_calls(t) + 1)
 
 
+TINY = 1e-12
+"""Least length of an interval in ln t that is divided by."""
+
+
 class Before(NamedTuple):
     """What a two-step method keeps of the interval before."""
 
@@ -104,15 +112,19 @@ class TwoStep(Solver):
     """Second order without a further call: the estimate is carried on along ln t (DPM-Solver++(2M), arXiv 2211.01095).
 
     `z' = (t'/t) z + (1 - t'/t) (x0 + h / (2 h_before) (x0 - x0_before))`, h = ln t - ln t'. The factor is 1 at most: a
-    step that is much longer than the one before is not trusted further.
+    step that is much longer than the one before is not trusted further, and one after a step of no length not at all.
     """
 
     def start(self, z: Float[Tensor, "b n d"]) -> Before:
         return Before(torch.zeros_like(z), torch.full((len(z),), torch.inf, dtype=torch.float64, device=z.device))
 
+    def decided(self, memory: Before, fixed: Bool[Tensor, "b n"], x0: Float[Tensor, "b n d"]) -> Before:
+        return memory._replace(x0=torch.where(fixed[..., None], x0, memory.x0))
+
     def advance(self, memory: Before, interval: Interval, estimate: Estimate) -> tuple[Before, Advance]:
         z, x0, t, t_next, _ = interval
-        share = ((t / t_next).log() / (2 * (memory.t / t).log())).clamp(max=1)
+        before = (memory.t / t).log()
+        share = torch.where(before > 0, (t / t_next).log() / (2 * before.clamp(min=TINY)), 0).clamp(max=1)
         ahead = x0 + share.to(z.dtype)[:, None, None] * (x0 - memory.x0)
         return Before(x0, t), Advance(_lerp(z, ahead, t, t_next), None, _no_calls(t))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import math
 import operator
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Generic, TypeVar
@@ -75,6 +76,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         match node:
             case ast.Constant(value=bool() | int() | float() | str() | None):
                 return node.value
+            case ast.Name(id="inf"):
+                return math.inf
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
                 return -value
             case ast.Tuple() | ast.List():

@@ -4,10 +4,12 @@ One temperature is a trap: whatever sharpens the samples lowers their AR-NLL, an
 temperature is lowered. So a way is a curve, AR-NLL over the entropy inside a sample, and ways are compared where their
 entropies meet (CANDI, arXiv 2510.22510, does so by eye). Two such comparisons are made.
 
-The first takes the rival's best temperature within `BAND` of the point's entropy: paired, and hard on the point, for
-the rival may be the sharper one. The second moves the rival along its curve to the very entropy of the point. A curve
-is steep, often ten nats of AR-NLL for one of entropy, and the noise of the entropies is in its interval: it is wide.
-Draw all ways at the same temperatures; a rival whose sharpest one decides might be better still at a lower one.
+The first takes the rival's best temperature where its samples are as sharp as the point's: entropies within `BAND`, and
+Frechet distances to real text within a factor of `DISTANCE_BAND`, since on simple text a temperature moves the entropy
+inside a sample by less than its noise, and the distance by more. It is paired, and hard on the point, for the rival may
+be the sharper one inside the bands. The second moves the rival along its curve to the very entropy of the point. A
+curve is steep, often ten nats of AR-NLL for one of entropy, and the noise of the entropies is in its interval: it is
+wide. Draw all ways at the same temperatures; a rival whose sharpest one decides might be better still at a lower one.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from cdlm.evaluation.texts import Corpus, Entry, RealText
 
 BAND = 0.02
 """Nats within which two entropies inside a sample count as equal."""
+DISTANCE_BAND = 1.1
+"""Factor within which two Frechet distances count as equal."""
 SAME_CALLS = 1.02
 """Calls count as equal up to this factor."""
 SPLITS = 5
@@ -117,7 +121,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Match:
-    """A point beside another way, at that way's best temperature within `BAND` of the point's entropy."""
+    """A point beside another way, at that way's best temperature of those that are as sharp as the point."""
 
     rival: str
     sampling: str
@@ -154,7 +158,7 @@ class Saving:
     not_worse: Match | None
     """The same with the fewest calls that is not surely worse."""
     unmatched: tuple[str, ...]
-    """Rivals that were not drawn at this entropy."""
+    """Rivals that were not drawn as sharp as the point."""
 
     @property
     def saved(self) -> float | None:
@@ -221,10 +225,10 @@ class Frontier:
         )  # fmt: skip
 
     def match(self, point: Point, rival: str, judge: str) -> Match | None:
-        """A point beside a way; None where the way was not drawn at such an entropy."""
+        """A point beside a way; None where the way was not drawn as sharp."""
         entropy, ar_nll = point.seen_by(judge)
         curve = [(other, *other.seen_by(judge)) for other in self.curve(rival)]
-        near = [each for each in curve if abs(each[1].value - entropy.value) <= BAND]
+        near = [each for each in curve if abs(each[1].value - entropy.value) <= BAND and _as_far(each[0], point)]
         if not near:
             return None
         best, there, nats = min(near, key=lambda each: each[2].value)
@@ -236,6 +240,12 @@ class Frontier:
             rival, best.drawn.sampling, best.calls, nats.value, there.value, difference.value, *difference.interval95,
             *ends, sharpest=len(curve) > 1 and nats.value == min(nll.value for _, _, nll in curve),
         )  # fmt: skip
+
+
+def _as_far(first: Point, second: Point) -> bool:
+    """Whether both are about as far from real text; of too few samples nobody knows, and all are."""
+    here, there = (point.columns.get("frechet") for point in (first, second))
+    return here is None or there is None or max(here, there) <= DISTANCE_BAND * min(here, there)
 
 
 def _cheapest(matches: Sequence[Match]) -> Match | None:

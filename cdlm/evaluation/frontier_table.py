@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cdlm.core.files import write_json, write_text
-from cdlm.evaluation.frontier import BAND, Frontier, Point, Saving
+from cdlm.evaluation.frontier import BAND, DISTANCE_BAND, Frontier, Point, Saving
 from cdlm.evaluation.plots.panels import Line, Panel, draw
 
 
@@ -58,17 +58,18 @@ def markdown(frontier: Frontier) -> str:
             _number(row.get("frechet"), ".3f"), _number(row.get("grammar"), ".1%"), f"{row['dist_3']:.3f}",
         ])  # fmt: skip
     against = [["way", "at", "judge", "calls", "hardest rival with as many", "difference", "at the same entropy",
-                "as good", "saved", "not at this entropy"], [":--", ":--", ":--", *["--:"] * 7]]  # fmt: skip
+                "as good", "saved", "not as sharp"], [":--", ":--", ":--", *["--:"] * 7]]  # fmt: skip
     against += [_against(frontier, saving) for saving in frontier.savings()]
     return "\n\n".join([_table(lines), _table(against), NOTE]) + "\n"
 
 
 NOTE = (
     "AR-NLL in nats per token, 95 % intervals over samples. Differences are AR-NLL of the point less that of the rival,"
-    f" below 0 the point is better: first at the rival's best temperature within {BAND} nats of the point's entropy,"
-    " which is hard on the point, then at the same entropy, whose noise is in the interval. As good is the rival with"
-    " the fewest calls whose AR-NLL is not above the point's, and in brackets the one that is not surely worse; the"
-    " second saving is the careful one. A star: the rival is at its sharpest, and might do better at a lower one."
+    " below 0 the point is better: first at the best of the rival's temperatures that are as sharp (entropies within"
+    f" {BAND} nats, Fréchet distances within {DISTANCE_BAND - 1:.0%}), then at the same entropy, whose noise is in the"
+    " interval. As good is the rival with the fewest calls whose AR-NLL is not above the point's, and in brackets the"
+    " one that is not surely worse; the second saving is the careful one. A star: the rival is at its sharpest, and"
+    " might do better at a lower temperature."
 )
 
 

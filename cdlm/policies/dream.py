@@ -76,7 +76,7 @@ class Dream(Policy):
             check_blocks("Dream", length, self.block, self.steps)
 
     def schedule(self, plan: Plan) -> Int[Tensor, " b"] | None:
-        return None if self.steps is None else self.steps // (plan.last + 1)
+        return None if self.steps is None else (self.steps // (plan.last + 1)).clamp(min=1)
 
     def budget(self, masks: Int[Tensor, " b"], blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         return masks if self.steps is None else torch.full_like(masks, self.steps)

@@ -71,7 +71,8 @@ class LLaDA(Policy):
         return super().due(block_of, block, open_)
 
     def schedule(self, plan: Plan) -> Int[Tensor, " b"] | None:
-        return None if self.steps is None else self.steps // (plan.last + 1)
+        # One step a block at least: on a continuous model nobody checks that the blocks divide the steps.
+        return None if self.steps is None else (self.steps // (plan.last + 1)).clamp(min=1)
 
     def budget(self, masks: Int[Tensor, " b"], blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         return masks if self.steps is None else torch.full_like(masks, self.steps)

@@ -73,7 +73,7 @@ class Record:
         """Calls after which the text up to the first place where it may end was decided, of samples that leave at their
         own `last` step; of a continuous model all calls."""
         when = np.broadcast_to(last[:, None], given.shape).copy()
-        if self.commits is not None:
+        if self.commits is not None and self.masked:
             step = self.commits.step.astype(np.int64)
             early = step < last[self.commits.sample]
             when[self.commits.sample[early], self.commits.position[early]] = step[early]

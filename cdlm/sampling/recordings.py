@@ -29,7 +29,7 @@ def recording_of(samples: Samples, session: Session) -> Recording:
     """The recorded samples of a session as something to write and replay.
 
     Raises:
-        CdlmError: they have no record, or a rule halted some of them.
+        CdlmError: they have no record, or a rule halted some of them or settled their tokens.
     """
     if samples.record is None:
         raise CdlmError("the samples have no record to write: draw them with record=True")
@@ -38,6 +38,11 @@ def recording_of(samples: Samples, session: Session) -> Recording:
         raise CdlmError(
             f"replay needs full-length runs, and {halted} of {len(samples)} samples halted early:"
             " record without a halting rule"
+        )
+    if session.criterion.freezes:
+        raise CdlmError(
+            f"replay needs full-length runs, and {session.criterion!r} settles tokens on the way: record without a"
+            " halting rule"
         )
     return Recording(
         samples.record, samples.tokens, samples.given, samples.valid, samples.index, samples.seed, session.model.name,

@@ -44,7 +44,7 @@ def replay(recordings: Path, *, halt: list[str] | None = None, out: Path | None 
 
 
 def _line(samples: Samples, recording: Recording, rule: str) -> str:
-    saved = 1 - samples.nfe.sum() / recording.record.nfe[-1].sum()
+    saved = 1 - samples.nfe.sum() / recording.record.nfe.max(0).sum()  # a row may end before the others
     halted = sum(reason is HaltReason.CRITERION for reason in samples.reason) / len(samples)
     same = agreement(samples.tokens, recording).mean()
     return (
