@@ -55,6 +55,7 @@ def calibrate(
             raise CdlmError(f"{run} has no folder to write the choice to: calibrate a model of your own")
         candidates = sweep(rule, session.steps_of(session.requests(length=length)[0]))
         check_recorded(candidates)
+        session.check_made_for(candidates)
         check_readable(folder)
         bench = api.open_bench(
             session, n, length=length, judge=judge.judge, judge_steps=judge.judge_steps, recordings=recordings

@@ -144,4 +144,5 @@ def _plan(
     requests = session.requests(length=length)
     families = {rule: sweep(rule, session.steps_of(requests[0])) for rule in rules or RULES_TO_COMPARE}
     check_recorded(chain.from_iterable(families.values()))
+    session.check_made_for(chain.from_iterable(families.values()))
     return _Plan(model, session, families, not session.replayable(requests))
