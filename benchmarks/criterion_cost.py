@@ -71,7 +71,8 @@ def rules() -> dict[str, Criterion]:
 
 
 def _rule(made: Any, folder: str, settings: tuple[float, ...]) -> Criterion:
-    return made(folder, *settings) if issubclass(made, ByHead) else made(*settings)
+    arguments = (folder, *settings) if issubclass(made, ByHead) else settings
+    return made(*arguments)
 
 
 def _head() -> Head:

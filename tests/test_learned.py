@@ -370,7 +370,7 @@ def test_mistakes_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None
         (("calibrate", other, "--steps", 8, "--rule", swept), "other weights"),
         (("compare", other, "--steps", 8, "--rules", swept, "--out", tmp_path / "c"), "other weights"),
         (("sample", run, "--halt", f"Learned({str(tmp_path)!r}, 0.9)"), "has no halting_head.json"),
-        (("sample", run, "--halt", f"Learned({str(run)!r}, 2)"), "0 <= threshold <= 1"),
+        (("sample", run, "--halt", f"Learned({str(run)!r}, 2.0)"), "0 <= threshold <= 1"),
         (("sample", run, "--halt", f"Stop({str(run)!r}, -1.0)"), "price >= 0"),
         (("train-halting", tmp_path, tmp_path / "out"), "holds no recordings"),
         (("train-halting", run / "kept", tmp_path / "out", "--n", 3), "at least 16"),
