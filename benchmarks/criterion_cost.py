@@ -9,7 +9,9 @@ out. The last column is the largest tensor that the signals make over a vocabula
 
 import argparse
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +25,9 @@ from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.types import Prediction
 from cdlm.halting import RULES, Criterion
 from cdlm.halting.criterion import Pair
+from cdlm.halting.head import FEATURES, Head, write_head
+from cdlm.halting.head import untrained as untrained_layers
+from cdlm.halting.rules.learned import ByHead
 from cdlm.halting.signals import EmbeddingState, StepStatistics, first_past, observe
 from cdlm.sampling.session import Session
 
@@ -31,6 +36,7 @@ TINY, HUGE, LATE = 1e-30, 1e30, 10**6
 NEVER: dict[str, tuple[float, ...]] = {
     "Patience": (LATE,),
     "KL": (TINY,),
+    "Learned": (1.0,),
     "AngleConvergence": (TINY,),
     "Entropy": (TINY,),
     "FixedSteps": (LATE,),
@@ -41,8 +47,11 @@ NEVER: dict[str, tuple[float, ...]] = {
     "Prophet": (HUGE, HUGE, HUGE),
     "SchED": (HUGE, HUGE),
     "StableAndConfident": (LATE,),
+    "Stop": (0.0,),
 }
-"""Arguments with which a rule looks at every step and never fires."""
+"""Arguments with which a rule looks at every step and never fires; those by a head are given its folder first."""
+NOWHERE = "0" * 64
+"""Weights of a head that was trained on none."""
 WIDE = 50304
 """Vocabulary at which the largest tensor is looked for, with four rows."""
 COMBINATORS = {"For", "FromStep"}
@@ -56,7 +65,21 @@ MODELS = {
 def rules() -> dict[str, Criterion]:
     """Every rule that has a name, but for those made of other rules."""
     plain = [name for name, made in RULES.items() if name not in COMBINATORS and not _joins(made)]
-    return {name: RULES[name](*NEVER[name]) for name in plain}
+    with TemporaryDirectory() as folder:
+        write_head(Path(folder), _head())
+        return {name: _rule(RULES[name], folder, NEVER[name]) for name in plain}
+
+
+def _rule(made: Any, folder: str, settings: tuple[float, ...]) -> Criterion:
+    arguments = (folder, *settings) if issubclass(made, ByHead) else settings
+    return made(*arguments)
+
+
+def _head() -> Head:
+    """A head that reads all there is, for any model."""
+    names = tuple(FEATURES)
+    none = torch.zeros(len(names), dtype=torch.float64)
+    return Head(names, none, none + 1, untrained_layers(names), NOWHERE, {}, {})
 
 
 def _joins(made: Any) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from coverage_of_bounds import Pool, differ, failures, nats, pool
 from evaluation_toys import random_judge
+from heads import HEAD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import TEXT, VOCAB, tokenizer, with_tokenizer
@@ -21,6 +22,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Bootstrap, Scores, bootstrap
 from cdlm.evaluation.bench import MEASURES, Bench, Outcome
 from cdlm.evaluation.compare import FULL, PLAIN, Comparison, markdown
+from cdlm.evaluation.oracles import ORACLES
 from cdlm.evaluation.texts import REAL
 from cdlm.halting import RULES, Criterion, FixedSteps, For, FromStep, JoT, Never, Patience, parse_criterion, sweep
 from cdlm.halting.calibration import (
@@ -292,11 +294,23 @@ def test_a_file_of_version_1_is_read_and_written_anew_with_the_names_of_today(tm
 
 # --- sweeps as text ---
 
+BY_HEAD = ("Learned", "Stop")
+
 
 @pytest.mark.parametrize("name", sorted(set(RULES) - {"Full", "Never", "For", "FromStep", "And", "Or"}))
 @pytest.mark.parametrize("budget", [1, 7, 200])
 def test_a_name_is_its_sweep(name: str, budget: int) -> None:
-    assert sweep(name, budget) == sweep(f" {name}(...) ", budget) == list(RULES[name].sweep(budget))
+    fixed = {"path": str(HEAD)} if name in BY_HEAD else {}
+    text = f"{name}(..., path={str(HEAD)!r})" if fixed else name
+    assert sweep(text, budget) == list(RULES[name].sweep(budget, **fixed))
+    if not fixed:
+        assert sweep(name, budget) == sweep(f" {name}(...) ", budget)
+
+
+@pytest.mark.parametrize("name", BY_HEAD)
+def test_a_sweep_by_a_head_needs_the_head(name: str) -> None:
+    with pytest.raises(CdlmError, match=rf"cannot sweep '{name}\(\.\.\.\)' .*: it is {name}\(path: str"):
+        sweep(name, 20)
 
 
 def test_what_stands_around_a_sweep_stays() -> None:
@@ -448,7 +462,7 @@ def test_the_distance_to_real_text_is_that_of_the_full_run_and_its_change(bench:
 def test_rules_that_freeze_are_left_out_when_nothing_may_run(bench: Bench) -> None:
     made = Comparison(bench, Goal(0.2), "agreement", "toy", live=0, fewer=(6,), with_rivals=False)
     points = made.table({"JoT": [JoT()], "Patience": [Patience(3)]})
-    assert {p.family for p in points} == {FULL, REAL["held out"], PLAIN, "Patience"}
+    assert {p.family for p in points} == {FULL, REAL["held out"], *ORACLES, PLAIN, "Patience"}
 
 
 def test_recordings_serve_a_bench(place: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,7 +518,7 @@ def test_compare_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[
         rows = list(csv.DictReader(file))
     assert {row["steps"] for row in rows} == {"6", "8"}
     assert {row["family"] for row in rows} == {
-        FULL, REAL["held out"], PLAIN, *OTHER_PLAIN, "Patience", "FromStep(Entropy(...), 3)",
+        FULL, REAL["held out"], *ORACLES, PLAIN, *OTHER_PLAIN, "Patience", "FromStep(Entropy(...), 3)",
     }  # fmt: skip
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "QPS" in (tmp_path / "compare.md").read_text()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from heads import HEAD
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
@@ -39,12 +40,14 @@ from cdlm.halting import (
     FromStep,
     Full,
     JoT,
+    Learned,
     Never,
     NormConvergence,
     Patience,
     Prophet,
     SchED,
     StableAndConfident,
+    Stop,
     parse_criterion,
 )
 from cdlm.halting.signals import SIGNALS, EmbeddingState, StepStatistics, first_past, observe
@@ -69,6 +72,8 @@ PLAIN = (
     SchED(10.0, 1.0, schedule="linear", variant="paper"),
     SchED(10.0, 0.0, schedule="exp", k=2.0, variant="paper"),
     For(Entropy(0.8), 2),
+    Learned(str(HEAD), 0.85),
+    Stop(str(HEAD), 0.06),
     FromStep(KL(0.01, warmup=0.0), 10),
     (Entropy(0.8) & SchED(9.0, 3.0)) | KL(0.001),
 )

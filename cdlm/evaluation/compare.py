@@ -23,6 +23,7 @@ from cdlm.core.stats import Bootstrap, Scores
 from cdlm.evaluation.bench import OWN_ROWS, Bench, Outcome, RealSample, fewest, tried
 from cdlm.evaluation.metrics.diversity import sample_entropy, unigram_entropy
 from cdlm.evaluation.metrics.reference import DISTANCES, Spread
+from cdlm.evaluation.oracles import ORACLES, oracles
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel
 from cdlm.evaluation.rivals import Duel, Rivals, Verdict, verdict
 from cdlm.evaluation.texts import REAL, Part
@@ -52,7 +53,7 @@ class Point:
     steps: int
     """Of the full run."""
     family: str
-    """What the setting belongs to: a rule's name, a plain sampler, the full run, or real text."""
+    """What the setting belongs to: a rule's name, a plain sampler, an oracle, the full run, or real text."""
     setting: str
     samples: int
     ar_nll: float
@@ -162,7 +163,7 @@ class Comparison:
         return self.rivals.reporting
 
     def table(self, families: Mapping[str, Sequence[Criterion]]) -> list[Point]:
-        """The full run, real text, the plain samplers, and every setting of every family, from strict to loose.
+        """The full run, real text, oracles, the plain samplers, and every setting of every family, strict to loose.
 
         Raises:
             CdlmError: the goal is a share of the gap to real text, and the gap is within noise.
@@ -171,6 +172,7 @@ class Comparison:
             self.choosing.check_gap(self.goal.confidence)
         full = self.reporting.full_run
         points = [self.point(FULL, "Never()", Outcome(full.tokens, full.nfe)), *self.real()]
+        points += [self.point(o.name, o.setting, o.outcome) for o in oracles(self.reporting, self.goal, self.measure)]
         points += self.plain()
         shown = self.bench.session.progress
         for family, rules in progress(families.items(), total=len(families), label="rules compared", shown=shown):
@@ -405,16 +407,24 @@ def _note(goal: Goal, measure: str) -> str:
         " half of the samples; all numbers are of the other half. Intervals are 95 %, bootstrap over samples. The gap"
         " is from the full run to real text. QPS is the step speed-up times (AR-NLL of the full run / AR-NLL) **"
         f" {GAMMA}. The last column is AR-NLL less that of the rival that decides, with as many calls on the"
-        " same samples: better is better than every rival, worse is worse than one.\n"
+        " same samples: better is better than every rival, worse is worse than one. The oracles are no"
+        " rules, they know the full run: one ends each sample at its last change of a token, the other spends what the"
+        " goal allows where it saves most.\n"
     )
 
 
 def _is_reference(point: Point) -> bool:
-    return point.family in REFERENCES or point.family.startswith("plain sampler")
+    return point.family in (*REFERENCES, *ORACLES) or _is_plain(point)
+
+
+def _is_plain(point: Point) -> bool:
+    return point.family.startswith("plain sampler")
 
 
 def _cells(p: Point, answered: bool) -> list[str]:
     name = p.family if p.family in REFERENCES else p.setting
+    if p.family in ORACLES:
+        name = f"{p.family}: {p.setting}" if p.setting else p.family
     name += "" if p.bounded or _is_reference(p) else f" {UNBOUNDED}"
     found, against = p.verdict, "-"
     if found is not None:
@@ -468,6 +478,6 @@ def _curve(name: str, own: Sequence[Point], full: Point) -> Curve:
         [p.ar_nll for p in own],
         [p.ar_nll_low for p in own],
         [p.ar_nll_high for p in own],
-        rival=_is_reference(own[0]),
+        rival=_is_plain(own[0]),
         chosen=place,
     )

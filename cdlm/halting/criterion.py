@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,15 @@ class Criterion(SignalReader, ABC):
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
         """Settings to try on runs of `budget` steps, from strict to loose; `fixed` are the parameters not swept."""
         raise CdlmError(f"{cls.__name__} has no settings to sweep: write it with its arguments")
+
+    def check_made_for(self, has_weights: Callable[[str], bool], settings: Mapping[str, Any]) -> None:
+        """Raise if the rule was made for another model or sampler; a rule that was made for none fits all.
+
+        Args:
+            has_weights: whether the model's weights are those of a fingerprint.
+            settings: of the sampler.
+        """
+        return
 
     @abstractmethod
     def start(self, rows: NewRows) -> Memory:
@@ -83,6 +92,10 @@ class Pair(Criterion):
     @property
     def freezes(self) -> bool:
         return self.first.freezes or self.second.freezes
+
+    def check_made_for(self, has_weights: Callable[[str], bool], settings: Mapping[str, Any]) -> None:
+        self.first.check_made_for(has_weights, settings)
+        self.second.check_made_for(has_weights, settings)
 
     def start(self, rows: NewRows) -> Memory:
         return self.first.start(rows), self.second.start(rows)
@@ -145,6 +158,9 @@ class For(Criterion):
     def waits(self) -> bool:
         return self.rule.waits
 
+    def check_made_for(self, has_weights: Callable[[str], bool], settings: Mapping[str, Any]) -> None:
+        self.rule.check_made_for(has_weights, settings)
+
     def start(self, rows: NewRows) -> Memory:
         runs = torch.zeros_like(rows.open, dtype=torch.int64) if self.freezes else None
         return self.rule.start(rows), torch.zeros_like(rows.budget), runs
@@ -179,6 +195,9 @@ class FromStep(Criterion):
     @property
     def waits(self) -> bool:
         return self.rule.waits
+
+    def check_made_for(self, has_weights: Callable[[str], bool], settings: Mapping[str, Any]) -> None:
+        self.rule.check_made_for(has_weights, settings)
 
     def start(self, rows: NewRows) -> Memory:
         return self.rule.start(rows)

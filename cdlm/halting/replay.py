@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -39,21 +39,10 @@ def replay(recording: Recording, rule: Criterion) -> Replayed:
     """
     check_replayable(recording, rule)
     record, m = recording.record, len(recording)
-    open_, frames = torch.from_numpy(~recording.given), _Open(recording)
-    budget, row = torch.from_numpy(record.budgets.astype(np.int64)), torch.from_numpy(np.array(recording.index))
-    signals = {name: torch.from_numpy(record.signals[name]) for name in rule.needs & record.signals.keys()}
-    if "switches" in rule.needs:
-        signals["switches"] = torch.from_numpy(record.switch_counts())
-    t, nfe = torch.from_numpy(np.array(record.t)), torch.from_numpy(record.nfe).long()
-    tokens = _Tokens(recording) if "tokens" in rule.needs else None
-    memory = rule.start(NewRows(open_, budget, torch.from_numpy(recording.valid)))
+    memory = rule.start(new_rows(recording))
     end = last = torch.from_numpy(record.last_step(committed=not rule.waits))
     halted = torch.zeros(m, dtype=torch.bool)
-    for k in range(record.steps):
-        now = {name: values[k] for name, values in signals.items()}
-        if tokens is not None:
-            now["tokens"] = tokens.after(k)
-        state = StepState(row, torch.full((m,), k), budget, t[k], nfe[k], frames.at(k), now)
+    for k, state in enumerate(states(recording, rule.needs)):
         memory, decision = rule.look(memory, state)
         fresh = decision.halt & ~halted & (k <= end)
         last, halted = torch.where(fresh, k, last), halted | fresh
@@ -65,8 +54,31 @@ def replay(recording: Recording, rule: Criterion) -> Replayed:
     return Replayed(step + 1, fired, calls, np.where(fired[:, None], tokens_then, recording.tokens))
 
 
+def new_rows(recording: Recording) -> NewRows:
+    """The samples as they entered the run."""
+    budget = torch.from_numpy(recording.record.budgets.astype(np.int64))
+    return NewRows(torch.from_numpy(~recording.given), budget, torch.from_numpy(recording.valid))
+
+
+def states(recording: Recording, needs: frozenset[str]) -> Iterator[StepState]:
+    """All samples at one step after the other, with the signals in `needs`; those that have left hold NaN."""
+    record, m = recording.record, len(recording)
+    budget, row = torch.from_numpy(record.budgets.astype(np.int64)), torch.from_numpy(np.array(recording.index))
+    signals = {name: torch.from_numpy(record.signals[name]) for name in needs & record.signals.keys()}
+    if "switches" in needs:
+        signals["switches"] = torch.from_numpy(record.switch_counts())
+    t, nfe = torch.from_numpy(np.array(record.t)), torch.from_numpy(record.nfe).long()
+    frames, tokens = _Open(recording), _Tokens(recording) if "tokens" in needs else None
+    for k in range(record.steps):
+        now = {name: values[k] for name, values in signals.items()}
+        if tokens is not None:
+            now["tokens"] = tokens.after(k)
+        yield StepState(row, torch.full((m,), k), budget, t[k], nfe[k], frames.at(k), now)
+
+
 def check_replayable(recording: Recording, rule: Criterion) -> None:
-    """Raise unless the recording holds all that the rule needs."""
+    """Raise unless the recording holds all that the rule needs, and is of the model that it was made for."""
+    rule.check_made_for(lambda weights: weights == recording.weights, recording.settings)
     if rule.freezes:
         raise CdlmError(
             f"{rule!r} freezes positions, which changes the steps that follow; a recording cannot tell how:"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,6 +98,17 @@ class Record:
             kept = Switches(*(part[before] for part in self.commits))
             tokens[kept.sample, kept.position] = kept.token
         return tokens
+
+    def walk(self, start: Int[np.ndarray, "m n"]) -> Iterator[Int[np.ndarray, "m n"]]:
+        """`tokens_at` of one step after the other, the same for all samples."""
+        now, changes = start.copy(), [part for part in (self.switches, self.commits) if part is not None]
+        ends = [np.searchsorted(part.step, np.arange(self.steps + 1)) for part in changes]
+        for step in range(self.steps):
+            # Switches count at their own step, commits from the next one on.
+            for part, end, late in zip(changes, ends, (0, 1), strict=False):
+                here = slice(end[max(step - late, 0)], end[step + 1 - late])
+                now[part.sample[here], part.position[here]] = part.token[here]
+            yield now.copy()
 
     def canvases(
         self, start: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], mask_id: int

@@ -236,6 +236,7 @@ class Session:
     def __post_init__(self) -> None:
         check_family(self.sampling, self.model)
         self._check_signals(self.options.needs)
+        self.check_made_for([self.criterion])
         object.__setattr__(self, "device", self.model.device)
 
     @property
@@ -313,6 +314,11 @@ class Session:
                 f"a run of {self.blocks_of(requests)} blocks cannot be {what}: its steps are not kept, because to halt"
                 " one block changes the next, and a rule has to be run"
             )
+
+    def check_made_for(self, rules: Iterable[Criterion]) -> None:
+        """Raise if a rule was made for another model or sampler."""
+        for rule in rules:
+            rule.check_made_for(self.model.has_weights, self.settings)
 
     def refuses(self, criterion: Criterion) -> str:
         """Why the model has no use for a rule; empty if it has."""

@@ -21,6 +21,9 @@ COMMANDS = (
     Command("sample", "cdlm.cli.commands.sample", "draw samples from a model, with adaptive halting"),
     Command("replay", "cdlm.cli.commands.replay", "try halting rules on recorded runs, without the model"),
     Command("calibrate", "cdlm.cli.commands.calibrate", "choose a rule's setting by the quality it may lose"),
+    Command(
+        "train-halting", "cdlm.cli.commands.train_halting", "train a small head on recorded runs that says when to halt"
+    ),
     Command("compare", "cdlm.cli.commands.compare", "draw quality over calls of halting rules: table and plot"),
     Command("frontier", "cdlm.cli.commands.frontier", "compare ways to sample at equal entropy: table and plot"),
     Command("study", "cdlm.studies.command", "small experiments about halting: cdlm study NAME", own=True),

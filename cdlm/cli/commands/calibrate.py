@@ -60,6 +60,7 @@ def calibrate(
         requests, _ = api.ask(session, n, length, workload)
         candidates = sweep(rule, session.steps_of(longest(requests)))
         check_recorded(candidates)
+        session.check_made_for(candidates)
         check_readable(folder)
         bench = api.open_bench(
             session, n, length=length, workload=workload, judge=judge.judge, judge_steps=judge.judge_steps,

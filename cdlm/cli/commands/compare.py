@@ -147,4 +147,5 @@ def _plan(
     requests, _ = api.ask(session, full.n, full.length, full.workload)
     families = {rule: sweep(rule, session.steps_of(longest(requests))) for rule in rules or RULES_TO_COMPARE}
     check_recorded(chain.from_iterable(families.values()))
+    session.check_made_for(chain.from_iterable(families.values()))
     return _Plan(model, session, families, not session.replayable(requests))
