@@ -260,14 +260,18 @@ def test_ways_to_sample_are_compared(place: Place, tmp_path: Path, capsys: pytes
                 out = tmp_path / way / f"{temperature}-{seed}.jsonl"
                 rest = ["--n", "3", "--score-temperature", temperature, "--seed", seed, "--out", str(out), "--quiet"]
                 main(["sample", str(place.run), "--steps", steps, *rest])
-    ways, out = [str(tmp_path / "few"), str(tmp_path / "many")], tmp_path / "frontier"
-    main(["frontier", str(place.run), *ways, "--rivals", "many", "--judge_steps", "3", "--out", str(out)])
+    ways, out = [str(tmp_path / "few"), str(tmp_path / "many")], tmp_path.parent / "frontier"
+    for given in (ways, [str(tmp_path)]):
+        main(["frontier", str(place.run), *given, "--rivals", "ma*", "--judge_steps", "3", "--out", str(out)])
     found = json.loads((out / "frontier.json").read_text())
     assert [(row["way"], row["n"], row["calls"]) for row in found["rows"]] == [("few", 6, 3)] * 2 + [("many", 6, 6)] * 2
     assert {row["point"] for row in found["rows"]} == {"score_temperature=0.9", "score_temperature=1.0"}
     assert [saving["way"] for saving in found["savings"]] == ["few"] * 2
     assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "hardest rival" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["frontier", str(place.run), *ways, "--rivals", "mani"])
+    assert "there is no way 'mani' (did you mean many?) to compare with: there is few, many" in capsys.readouterr().err
 
 
 def test_a_judge_that_read_the_training_text_is_named(place: Place, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
 from cdlm.core.parallel import Workers
+from cdlm.core.parsing import nearest
 from cdlm.evaluation.frontier import check_noise, drawn_from, measure
 from cdlm.evaluation.frontier_table import save
 from cdlm.evaluation.judge import Readers
@@ -37,9 +39,10 @@ def frontier(
 
     Args:
         run: the run folder whose text the samples are compared with.
-        ways: folders, one for each way to sample, named after it. Each holds files of cdlm sample --out, drawn with
-            several temperatures; those that differ in the seed alone are taken together.
-        rivals: names of the ways that the others are compared with, such as the plain samplers; by default the first.
+        ways: folders, one for each way to sample, named after it; or a folder of such folders. Each holds files of cdlm
+            sample --out, drawn with several temperatures; those that differ in the seed alone are taken together.
+        rivals: names of the ways that the others are compared with, or patterns such as "plain-*"; by default the
+            first.
         few: samples that judges after the first read; by default all.
         out: folder for frontier.json, frontier.md and frontier.png.
     """
@@ -47,6 +50,7 @@ def frontier(
         raise CdlmError(f"few is a number of samples >= 1, got {few}: leave it out to read all")
     check_places(out / "frontier.json")
     files = _read(ways)
+    compared = _named(rivals, list(files))
     config = read_run(run)
     text = RunText.of(config, hub.read_tokenizer(Path(run)))
     real, small = api.real_text(config, text), api.small_judge(config, text, judge.judge_steps)
@@ -57,7 +61,7 @@ def frontier(
     try:
         readers = [Readers(opened(machine.device), pool) for opened, pool in zip(opens, pools, strict=True)]
         found = measure(
-            drawn, real, readers, rivals or [next(iter(files))], few=few, shown=not machine.quiet
+            drawn, real, readers, compared, few=few, shown=not machine.quiet
         )  # fmt: skip
     finally:
         for pool in pools:
@@ -67,10 +71,28 @@ def frontier(
         print(table)
 
 
+def _named(rivals: list[str] | None, ways: list[str]) -> list[str]:
+    """The ways that the rivals name, in the order of the ways."""
+    if rivals is None:
+        return ways[:1]
+    for rival in rivals:
+        if not fnmatch.filter(ways, rival):
+            raise CdlmError(
+                f"there is no way {rival!r}{nearest(rival, ways)} to compare with: there is {', '.join(ways)}"
+            )
+    return [way for way in ways if any(fnmatch.fnmatchcase(way, rival) for rival in rivals)]
+
+
+def _folders(way: Path) -> list[Path]:
+    """The folder, or those in it."""
+    inside = sorted(path for path in way.iterdir() if path.is_dir()) if way.is_dir() else []
+    return inside or [way]
+
+
 def _read(ways: list[Path]) -> dict[str, list[Entry]]:
     """The samples of each way."""
     found: dict[str, list[Entry]] = {}
-    for way in ways:
+    for way in (inner for outer in ways for inner in _folders(outer)):
         files = sorted(way.glob("*.jsonl")) if way.is_dir() else []
         if not files:
             raise CdlmError(f"{way} is no folder with .jsonl files: draw some with cdlm sample --out {way}/NAME.jsonl")
