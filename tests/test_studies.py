@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -217,15 +217,12 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         " --policies Threshold(0.5) EntropyBound".split()
     ),
     "ladder": tuple("--n 20 --splits 2 --features NGrams() LastState() --judge-steps 1".split()),
-    "systems": tuple(
-        "--n 4 --steps 8 --rules Patience Entropy FixedSteps --max-change 0.5 --confidence 0.9 --judge-steps 1".split()
-    ),
 }
 MASKED = {"accuracy"}
 """Studies of masked models."""
 LINES = {  # lines of the table
     "zero-switch": 3, "patience-sweep": 4, "t-max": 1, "norms": 2, "norm-causality": 1 + 2 + 1 + 2 + 1, "more-steps": 3,
-    "accuracy": 1, "systems": 3, "ladder": 2,
+    "accuracy": 1, "ladder": 2,
 }  # fmt: skip
 
 
@@ -264,8 +261,6 @@ def test_a_study_leaves_a_table_its_numbers_and_a_picture(
 @pytest.mark.parametrize(
     ("name", "settings", "advice"),
     [
-        ("systems", {"rules": ["Patience", "Patiense"]}, "did you mean Patience"),
-        ("systems", {"rules": ["Prophet(..., region=(0, 5))"]}, "no recording keeps"),
         ("more-steps", {"rule": "Patiense"}, "did you mean Patience"),
         ("norms", {"grids": ["LogT()", "LogTee()"]}, "did you mean LogT"),
         ("patience-sweep", {"grid": "LogTee()"}, "did you mean LogT"),
@@ -296,13 +291,6 @@ SEVERAL: dict[str, dict[str, Any]] = {
     "norm-causality": {"steps": 3, "factors": [2.0], "noise": [1.0], "at": [0.5]},
     "more-steps": {"steps": [4, 6], "vanilla": [2, 3], "judge_steps": 1},
     "t-max": {"steps": 3, "judge_steps": 1},
-    "systems": {
-        "steps": 4,
-        "rules": ["Patience", "FixedSteps"],
-        "max_change": 0.5,
-        "confidence": 0.9,
-        "judge_steps": 1,
-    },
     "accuracy": {"new_tokens": 4, "steps": [1], "rules": ["Patience"], "policies": ["EntropyBound"]},
 }
 """Settings with several grids, seeds, prompts, steps or rules for each model."""
@@ -331,7 +319,7 @@ def test_a_study_that_fails_closes_its_models(run: str, tmp_path: Path, monkeypa
     assert closed == [Path(run)]
 
 
-@pytest.mark.parametrize("name", sorted(set(SETTINGS) - MASKED - {"systems", "ladder"}))
+@pytest.mark.parametrize("name", sorted(set(SETTINGS) - MASKED - {"ladder"}))
 def test_a_masked_model_is_refused_before_any_work(
     name: str, run: str, masked_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,23 +344,6 @@ def test_answers_are_decoded_at_temperature_zero(base: str, masked_run: str) -> 
     assert exam.decoded(Threshold(0.5)).session.settings == Unmasking(Threshold(0.5), temperature=0.0).settings
 
 
-def test_systems_are_sampled_in_the_steps_given_or_one_for_each_position(run: str, masked_run: str) -> None:
-    study: Any = studies.make("systems", models=[run, masked_run], steps=7, seed=3)
-    for model, steps in ((run, 7), (masked_run, 64)):
-        session = study.sampled(model)
-        assert session.steps_of(session.requests()[0]) == steps
-        assert session.seed == 3
-        assert session.settings | {"steps": None} == session.model.defaults.settings | {"steps": None}
-
-
-def test_blocks_share_the_steps_of_a_row(run: str) -> None:
-    study: Any = studies.make("systems", models=[run], steps=7)
-    session = study.session(run)
-    study._sessions[run] = session.with_sampling(replace(session.sampling, block=5))  # 12 positions are three blocks
-    session = study.sampled(run)
-    assert session.steps_of(session.requests()[0]) == 2
-
-
 def test_continuous_studies_take_euler_steps_whatever_a_paper_does(run: str) -> None:
     study: Any = studies.make("norms", models=[run], score_temperature=0.8)
     session = study.session(run)
@@ -384,7 +355,7 @@ def test_continuous_studies_take_euler_steps_whatever_a_paper_does(run: str) -> 
 
 def test_a_judged_study_needs_the_text_of_every_run(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("config.yaml"))
-    for name in ("systems", "t-max"):
+    for name in ("more-steps", "t-max"):
         kind, _ = studies.find(name)
         monkeypatch.setattr(kind, "find", lambda self: pytest.fail("at work"))
         with pytest.raises(CdlmError, match=r"no config\.yaml"):
