@@ -345,6 +345,13 @@ class Bench:
         return 1 + int(np.abs(spent - calls).argmin())
 
     @property
+    def mean_steps(self) -> float:
+        """Steps that a sample of the full run takes: fewer than its `steps` where rows end by themselves."""
+        if self.recording is None:
+            return float(self.steps)
+        return 1 + float(self.recording.record.last_step(committed=True).mean())
+
+    @property
     def steps_taken(self) -> Recording:
         """The recording, of a study that looks at single steps.
 

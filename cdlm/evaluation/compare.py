@@ -131,7 +131,7 @@ class Comparison:
         measure: of the goal, see `cdlm.evaluation.bench.MEASURES`.
         label: what the model is called in the table.
         live: samples of what has to be run: rules that freeze, and wall time (0 leaves both out).
-        fewer: steps of the plain sampler; by default `SHARES` of the full run's.
+        fewer: steps of the plain sampler; by default `SHARES` of what a sample of the full run takes.
         with_rivals: whether chosen settings are compared with their rivals, which takes as long as all else.
     """
 
@@ -235,7 +235,7 @@ class Comparison:
 
     def _fewer(self, way: Session) -> Iterator[tuple[int, Outcome]]:
         bench = self.reporting
-        budgets = self.fewer or [max(1, round(share * bench.steps)) for share in SHARES]
+        budgets = self.fewer or [max(1, round(share * bench.mean_steps)) for share in SHARES]
         for steps in way.sampling.fewer_steps([b for b in budgets if b < bench.steps], bench.longest):
             yield steps, self.rivals.drawn(way.with_steps(steps), len(bench.full_run))
 
