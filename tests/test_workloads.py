@@ -361,6 +361,14 @@ def test_the_table_of_a_comparison(place: Path, workload: Workload) -> None:
 
 
 def test_entropy_is_that_of_what_was_generated(bench: Bench) -> None:
+    all_right = replace(bench, full_run=replace(bench.full_run, tokens=bench.work.real))
+    some = bench.work.real.copy()
+    some[:3] = bench.full_run.tokens[:3]  # an untrained model's
+    lost = all_right.loss(Outcome(some, bench.full_run.nfe), "answers", True)
+    assert (lost.value, lost.bound) == (3 / 8, "binomial")
+    assert (
+        bench.loss(Outcome(bench.work.real, bench.full_run.nfe), "answers", True).value == 0
+    )  # what is won is no loss
     made = Comparison(bench, Goal(0.9), "agreement", "toy", live=0, with_rivals=False)
     half = made.reporting.full_run
     found = made.point(FULL, "Never()", Outcome(half.tokens, half.nfe))
@@ -403,6 +411,8 @@ def test_recordings_of_other_requests_are_refused(place: Path, bench: Bench, tmp
     again = bench_of(place, MixedPrompts(), 9, recordings=tmp_path)
     assert np.array_equal(again.full_run.tokens, bench.full_run.tokens[:9])
     assert np.array_equal(again.under(Patience(2), 0).nfe, bench.under(Patience(2), 0).nfe[:9])
+    with pytest.raises(CdlmError, match="answers is a measure of problems"):
+        bench.loss(Outcome(bench.full_run.tokens, bench.full_run.nfe), "answers", True)
     for other in (None, MixedPrompts(0.0, 0.9), MixedLengths(), MixedPrompts(given="prefix")):
         with pytest.raises(CdlmError, match="no recording of 9 samples with"):
             bench_of(place, other, 9, recordings=tmp_path)

@@ -107,13 +107,13 @@ class OutputOptions:
 class GoalOptions:
     """What a rule may change."""
 
-    measure: Literal["gap", "nats", "ar-nll", "agreement", "texts"] = "gap"
+    measure: Literal["gap", "nats", "ar-nll", "agreement", "texts", "answers"] = "gap"
     """What is measured against the full run: the change of AR-NLL as a share of the gap between the full run and real
     text (gap), in nats per token (nats) or as a share of the full run's (ar-nll); the share of tokens (agreement) or of
-    whole samples (texts) that differ."""
+    whole samples (texts) that differ, or of problems whose right answer is lost (answers)."""
     max_change: str | None = None
     """The most that the measure may change in either direction, such as 5% or 0.05: text that becomes easier to predict
-    is sharper, not better. By default 5% of gap and texts, 1% of ar-nll and agreement, 0.01 nats."""
+    is sharper, not better. By default 5% of gap and texts, 1% of ar-nll, agreement and answers, 0.01 nats."""
     max_loss: str | None = None
     """In its place, the most that may be lost, whatever is gained."""
     min_agreement: str | None = None
@@ -138,7 +138,7 @@ class GoalOptions:
         return Goal(share(limit), self.confidence, two_sided=self.max_loss is None, agreement=agreement)
 
 
-LIMITS = {"gap": "5%", "nats": "0.01", "ar-nll": "1%", "agreement": "1%", "texts": "5%"}
+LIMITS = {"gap": "5%", "nats": "0.01", "ar-nll": "1%", "agreement": "1%", "texts": "5%", "answers": "1%"}
 """What a measure may change unless it is said."""
 
 

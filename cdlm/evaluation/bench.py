@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 JUDGED = ("gap", "nats", "ar-nll")
 """Measures of AR-NLL. They have no largest value and are bounded by a bootstrap."""
-BOUNDS = {"agreement": Bounded.bound, "texts": Binary.bound}
+BOUNDS = {"agreement": Bounded.bound, "texts": Binary.bound, "answers": Binary.bound}
 """How the other measures are bounded."""
 FEWEST_TO_RESAMPLE = 100
 """Samples that a bootstrap needs."""
@@ -315,9 +315,21 @@ class Bench:
 
     def right(self, outcome: Outcome) -> float | None:
         """Share of right answers; None where the workload asks for none."""
+        asked = self.work is not None and self.work.answers
+        return float(self.answered(outcome).mean()) if asked else None
+
+    def answered(self, outcome: Outcome) -> Float[np.ndarray, " m"]:
+        """1.0 where a sample has the right answer.
+
+        Raises:
+            CdlmError: the workload asks for no answers.
+        """
         if self.work is None or not self.work.answers:
-            return None
-        return float(self.work.right(self.texts(outcome)).mean())
+            raise CdlmError(
+                "answers is a measure of problems, and these samples answer nothing: give --workload 'Arithmetic()', or"
+                " take another measure"
+            )
+        return self.work.right(self.texts(outcome))
 
     def score(self, tokens: Int[np.ndarray, "m n"]) -> Scores:
         """AR-NLL of the first samples of the bench, with these tokens."""
@@ -430,15 +442,23 @@ def _texts(bench: Bench, outcome: Outcome, two_sided: bool) -> Loss:
     return Binary((bench.differ(outcome) > 0).astype(np.float64))
 
 
+def _answers(bench: Bench, outcome: Outcome, two_sided: bool) -> Loss:
+    full = bench.full_run
+    before = bench.answered(Outcome(full.tokens[: len(outcome.tokens)], full.nfe[: len(outcome.tokens)]))
+    return Binary(((before == 1) & (bench.answered(outcome) == 0)).astype(np.float64))
+
+
 MEASURES: dict[str, Callable[[Bench, Outcome, bool], Loss]] = {
     "gap": _gap,
     "nats": _nats,
     "ar-nll": _relative,
     "agreement": _tokens,
     "texts": _texts,
+    "answers": _answers,
 }
 """What a rule loses, by name: AR-NLL as a share of the gap to real text, in nats, relative to the full run's; the share
-of tokens that differ; the share of samples that differ at all."""
+of tokens that differ; the share of samples that differ at all; the share of problems whose right answer is lost,
+whatever else is won."""
 
 
 def tried(bench: Bench, outcome: Outcome, goal: Goal, measure: str) -> Tried:
