@@ -361,14 +361,6 @@ def test_the_table_of_a_comparison(place: Path, workload: Workload) -> None:
 
 
 def test_entropy_is_that_of_what_was_generated(bench: Bench) -> None:
-    all_right = replace(bench, full_run=replace(bench.full_run, tokens=bench.work.real))
-    some = bench.work.real.copy()
-    some[:3] = bench.full_run.tokens[:3]  # an untrained model's
-    lost = all_right.loss(Outcome(some, bench.full_run.nfe), "answers", True)
-    assert (lost.value, lost.bound) == (3 / 8, "binomial")
-    assert (
-        bench.loss(Outcome(bench.work.real, bench.full_run.nfe), "answers", True).value == 0
-    )  # what is won is no loss
     made = Comparison(bench, Goal(0.9), "agreement", "toy", live=0, with_rivals=False)
     half = made.reporting.full_run
     found = made.point(FULL, "Never()", Outcome(half.tokens, half.nfe))
@@ -435,6 +427,13 @@ def test_answers_are_marked_in_the_table(tmp_path: Path) -> None:
         assert half.work is not None
         assert half.right(Outcome(half.work.real, half.full_run.nfe)) == 1
         assert half.right(Outcome(half.work.real[::-1].copy(), half.full_run.nfe)) != 1
+    all_right = replace(bench, full_run=replace(bench.full_run, tokens=bench.work.real))
+    some = bench.work.real.copy()
+    some[:3] = bench.full_run.tokens[:3]  # an untrained model's
+    lost = all_right.loss(Outcome(some, bench.full_run.nfe), "answers", True)
+    assert (lost.value, lost.bound) == (3 / 8, "binomial")
+    won = bench.loss(Outcome(bench.work.real, bench.full_run.nfe), "answers", True)
+    assert won.value == 0
     made = Comparison(bench, Goal(0.9), "agreement", "toy", live=0, fewer=(2,), with_rivals=False)
     points = made.table({"FixedSteps": [FixedSteps(3)]})
     assert all(p.right == 0 for p in points if p.family != OWN_ROWS)
