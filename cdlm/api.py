@@ -280,8 +280,8 @@ def generate(
         chat: of a masked model, the prompts are a user's messages, put into its chat template.
         settings: what `sampling` is to have otherwise, under the names of the command line: `steps`; of continuous
             models `solver`, `grid`, `projection`, `softmax_temperature`, `score_temperature`, `guidance`,
-            `init_scale`, `commit`; of masked models `policy`, `temperature`, `cfg_scale`, `cache`; of autoregressive
-            ones `temperature`. Objects or their texts.
+            `init_scale`, `commit`, `reopen`; of masked models `policy`, `temperature`, `cfg_scale`, `cache`; of
+            autoregressive ones `temperature`. Objects or their texts.
 
     Raises:
         CdlmError: a setting is out of range, unknown or of another family, or a prompt leaves nothing to generate.

@@ -142,7 +142,9 @@ def test_a_choice_has_a_ring_and_a_label_one_colour_in_all_panels():
         Panel("m", "calls", "nats", [c.line for c in (curve("plain", True), *rest)])
         for rest in ([curve("a")], [curve("b", chosen=1), curve("a")])
     )
-    assert styles([first, second]) == {"a": (COLORS[0], MARKERS[0]), "b": (COLORS[1], MARKERS[1])}
+    found = styles([first, second])
+    assert found.pop("plain")[0] == "black"
+    assert found == {"a": (COLORS[0], MARKERS[0]), "b": (COLORS[1], MARKERS[1])}
     assert [line.ring for line in second.lines] == [None, 1, None]
     assert [line.band is not None for line in second.lines] == [True, False, False]
 

@@ -311,15 +311,18 @@ OTHER: dict[str, dict[str, Any]] = {
     "continuous": {
         "solver": "Heun()", "grid": "LogT()", "projection": "Greedy()", "softmax_temperature": 0.9,
         "score_temperature": 0.8, "guidance": 2.0, "init_scale": 0.7, "commit": "Threshold(0.6)",
+        "reopen": 0.3,
     },
     "masked": {"policy": "Threshold(0.6)", "temperature": 0.4, "cfg_scale": 1.5, "cache": "dual"},
 }  # fmt: skip
 """A value of each flat setting that is not its default."""
+BESIDE: dict[str, dict[str, Any]] = {"reopen": {"commit": "Threshold(0.6)"}}
+"""What a setting needs beside it."""
 FLAT = {"continuous": DiffusionSettings, "masked": UnmaskingSettings}
 
 
 def speaking(kind: str) -> Model:
-    return with_tokenizer() if kind == "continuous" else masked_with_tokenizer()
+    return with_tokenizer(wrong_given=0.1) if kind == "continuous" else masked_with_tokenizer()
 
 
 @both
@@ -327,14 +330,15 @@ def test_every_flat_setting_is_one_of_generate(kind: str) -> None:
     assert OTHER[kind].keys() == {field.name for field in fields(FLAT[kind])}
     model = speaking(kind)
     for name, value in OTHER[kind].items():
-        session = api.open_session(model, **{name: value})
+        beside = BESIDE.get(name, {})
+        session = api.open_session(model, **{name: value}, **beside)
         assert session.sampling != model.sampling, name
         assert session.settings != model.sampling.settings, name
         if name == "cache":
             with pytest.raises(CdlmError, match="keeps no keys and values"):
                 cdlm.generate(model, cache=value)
             continue
-        steps: dict[str, Any] = {} if name == "policy" else {"steps": 3}
+        steps: dict[str, Any] = beside if name == "policy" else {"steps": 3, **beside}
         other, plain = ({name: chosen, **steps} for chosen in (value, None))  # None: as in the model's paper
         assert cdlm.generate(model, **other).made_by["sampling"] != cdlm.generate(model, **plain).made_by["sampling"]
 

@@ -90,7 +90,7 @@ def call(function: Callable[..., Any], settings: dict[str, Any]) -> Any:
 
 
 def _help() -> str:
-    lines = "\n".join(f"  {command.name:<13}{command.help}" for command in COMMANDS)
+    lines = "\n".join(f"  {command.name:<15}{command.help}" for command in COMMANDS)
     return (
         f"usage: cdlm COMMAND [settings]\n\n{lines}\n\n"
         "cdlm COMMAND --help lists the settings of a command, cdlm --version prints the version."

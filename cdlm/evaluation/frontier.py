@@ -154,7 +154,8 @@ class Saving:
     hardest: Match | None
     """Of the rivals with at most as many calls, the one that is hardest to rule out; None without any."""
     as_good: Match | None
-    """The rival with the fewest calls whose AR-NLL is not above that of the point; None if no rival is as good."""
+    """The rival with the fewest calls whose AR-NLL is not above that of the point; None if no rival is as good, or none
+    was drawn with so few calls that it is not."""
     not_worse: Match | None
     """The same with the fewest calls that is not surely worse."""
     unmatched: tuple[str, ...]
@@ -219,8 +220,8 @@ class Frontier:
         return Saving(
             point.drawn.way, point.drawn.sampling, judge, point.calls,
             hardest=max(cheaper, key=lambda match: match.high, default=None),
-            as_good=_cheapest([match for match in matches if match.difference >= 0]),
-            not_worse=_cheapest([match for match in matches if match.high >= 0]),
+            as_good=_least(point.calls, matches, [match for match in matches if match.difference >= 0]),
+            not_worse=_least(point.calls, matches, [match for match in matches if match.high >= 0]),
             unmatched=tuple(rival for rival, match in found.items() if match is None),
         )  # fmt: skip
 
@@ -248,8 +249,13 @@ def _as_far(first: Point, second: Point) -> bool:
     return here is None or there is None or max(here, there) <= DISTANCE_BAND * min(here, there)
 
 
-def _cheapest(matches: Sequence[Match]) -> Match | None:
-    return min(matches, key=lambda match: match.calls, default=None)
+def _least(calls: float, matches: Sequence[Match], passing: Sequence[Match]) -> Match | None:
+    """The rival with the fewest calls that passes. It has to be known that fewer would not do: a rival with fewer calls
+    fails, or it takes no more calls than the point itself."""
+    best = min(passing, key=lambda match: match.calls, default=None)
+    if best is None or best.calls <= SAME_CALLS * calls or any(match.calls < best.calls for match in matches):
+        return best
+    return None
 
 
 def _at(curve: Sequence[tuple[Bootstrap, Bootstrap]], entropy: Bootstrap) -> Bootstrap | None:

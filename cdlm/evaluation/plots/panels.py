@@ -73,6 +73,8 @@ class Panel:
     y_limits: tuple[float, float] | None = None
 
 
+RIVALS = ".x+1"
+"""Markers of dashed lines."""
 Style = tuple[str, str]
 """Colour and marker of a line."""
 
@@ -109,9 +111,11 @@ def draw(panels: Sequence[Panel], path: Path, *, columns: int = 3, width: float 
 
 
 def styles(panels: Sequence[Panel]) -> dict[str, Style]:
-    """Colour and marker of each label, in the order of the lines; dashed lines have black."""
-    labels = dict.fromkeys(line.label for panel in panels for line in panel.lines if not line.dashed)
-    return {label: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, label in enumerate(labels)}
+    """Colour and marker of each label, in the order of the lines; dashed lines are black and differ by their marker."""
+    lines = [line for panel in panels for line in panel.lines]
+    colored, black = (dict.fromkeys(x.label for x in lines if x.dashed is dashed) for dashed in (False, True))
+    found = {label: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, label in enumerate(colored)}
+    return found | {label: ("black", RIVALS[i % len(RIVALS)]) for i, label in enumerate(black)}
 
 
 def _add_legend(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
@@ -123,11 +127,12 @@ def _add_legend(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
 
 def _draw(axis: Axes, panel: Panel, style: Mapping[str, Style]) -> None:
     for line in panel.lines:
-        color, marker = ("black", ".") if line.dashed else style[line.label]
+        color, marker = style[line.label]
         (_draw_dots if panel.ticks else _draw_curve)(axis, line, color, marker)
-    for name, value in panel.levels:
+    for i, (name, value) in enumerate(panel.levels):
         axis.axhline(value, color=GREY, linewidth=0.9, linestyle=":")
-        axis.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, color=GREY, ha="left",
+        place, side = (0.99, "right") if i % 2 else (0.01, "left")  # levels may lie upon each other
+        axis.annotate(name, (place, value), xycoords=("axes fraction", "data"), fontsize=8, color=GREY, ha=side,
                       va="bottom")  # fmt: skip
     axis.set_xscale(panel.x_scale)
     axis.set_yscale(panel.y_scale, **({"linthresh": panel.linear_below} if panel.y_scale == "symlog" else {}))

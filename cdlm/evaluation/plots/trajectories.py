@@ -35,7 +35,7 @@ MOST_LINES = 12
 """Single rows drawn behind the median, evenly spaced over the rows; more would hide each other."""
 
 CAPTION = "Thick line: median of the samples still running; band: 10th to 90th percentile; thin lines: single samples."
-HALT_CAPTION = "Red: halting steps, dashed at their median."
+HALT_CAPTION = "Orange red: halting steps, dashed at their median."
 
 
 @dataclass(frozen=True)
