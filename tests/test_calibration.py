@@ -371,7 +371,8 @@ def bench(place: Path) -> Bench:
 
 def test_the_full_run_loses_nothing(bench: Bench) -> None:
     full = bench.under(Never(), live=0)
-    assert [bench.loss(full, measure, True).value for measure in MEASURES] == [0] * len(MEASURES)
+    for measure in MEASURES.keys() - {"answers"}:  # which asks for problems: tests/test_workloads.py
+        assert bench.loss(full, measure, True).value == 0, measure
     assert bench.agreement(full) == 1
     assert np.array_equal(full.nfe, bench.full_calls)
 
