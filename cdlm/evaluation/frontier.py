@@ -5,7 +5,7 @@ temperature is lowered. So a way is a curve, AR-NLL over the entropy inside a sa
 entropies meet (CANDI, arXiv 2510.22510, does so by eye). Two such comparisons are made.
 
 The first takes the rival's best temperature where its samples are as sharp as the point's: entropies within `BAND`, and
-Frechet distances to real text within a factor of `DISTANCE_BAND`, since on simple text a temperature moves the entropy
+Fréchet distances to real text within a factor of `DISTANCE_BAND`, since on simple text a temperature moves the entropy
 inside a sample by less than its noise, and the distance by more. It is paired, and hard on the point, for the rival may
 be the sharper one inside the bands. The second moves the rival along its curve to the very entropy of the point. A
 curve is steep, often ten nats of AR-NLL for one of entropy, and the noise of the entropies is in its interval: it is
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 from cdlm.core.errors import CdlmError
 from cdlm.core.progress import progress
 from cdlm.core.stats import Bootstrap, Scores
+from cdlm.evaluation.bench import FEWEST_ROWS, SPLITS
 from cdlm.evaluation.evaluate import read_by
 from cdlm.evaluation.judge import Readers
 from cdlm.evaluation.metrics.diversity import sample_entropy
@@ -35,13 +37,9 @@ from cdlm.evaluation.texts import Corpus, Entry, RealText
 BAND = 0.02
 """Nats within which two entropies inside a sample count as equal."""
 DISTANCE_BAND = 1.1
-"""Factor within which two Frechet distances count as equal."""
+"""Factor within which two Fréchet distances count as equal."""
 SAME_CALLS = 1.02
 """Calls count as equal up to this factor."""
-SPLITS = 5
-"""Of the real text, for the Fréchet distance."""
-FEWEST_ROWS = 20
-"""On each side of a split."""
 SHOWN = ("unigram_entropy", "dist_3", "duplicate_rate", "mean_nfe")
 """Further columns of a point."""
 
@@ -115,8 +113,12 @@ class Point:
 
     def seen_by(self, judge: str) -> tuple[Bootstrap, Bootstrap]:
         """Entropy and AR-NLL of the samples that a judge read."""
-        nats = self.nats[judge]
-        return self.entropies.first(len(nats.total)).bootstrap(), nats.bootstrap()
+        return self._seen[judge]
+
+    @cached_property
+    def _seen(self) -> dict[str, tuple[Bootstrap, Bootstrap]]:
+        return {judge: (self.entropies.first(len(nats.total)).bootstrap(), nats.bootstrap())
+                for judge, nats in self.nats.items()}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 from cdlm.core.files import write_json, write_text
 from cdlm.evaluation.frontier import BAND, DISTANCE_BAND, Frontier, Point, Saving
 from cdlm.evaluation.plots.panels import Line, Panel, draw
+from cdlm.evaluation.table import markdown_table
 
 
 def to_dict(frontier: Frontier) -> dict[str, Any]:
@@ -19,9 +20,13 @@ def to_dict(frontier: Frontier) -> dict[str, Any]:
     return {
         "judges": list(frontier.judges),
         "rivals": list(frontier.rivals),
-        "rows": [_row(frontier, point) for way in frontier.ways for point in frontier.curve(way)],
+        "rows": _rows(frontier),
         "savings": [saving.to_dict() for saving in frontier.savings()],
     }
+
+
+def _rows(frontier: Frontier) -> list[dict[str, Any]]:
+    return [_row(frontier, point) for way in frontier.ways for point in frontier.curve(way)]
 
 
 def _row(frontier: Frontier, point: Point) -> dict[str, Any]:
@@ -49,8 +54,8 @@ def markdown(frontier: Frontier) -> str:
     """Two tables to read: the points, and what they save against the rivals."""
     judged = [f"AR-NLL ({short(judge)})" for judge in frontier.judges]
     heads = ["way", "at", "n", "calls", *judged, "H sample", "Fréchet", "grammar", "dist-3"]
-    lines = [heads, [":--", ":--", *["--:"] * (len(heads) - 2)]]
-    for row in to_dict(frontier)["rows"]:
+    lines = [heads]
+    for row in _rows(frontier):
         judged = [row, *row.get("judged", {}).values()]
         nats = [f"{one['ar_nll']:.3f} [{one['ar_nll_ci'][0]:.3f}, {one['ar_nll_ci'][1]:.3f}]" for one in judged]
         lines.append([
@@ -58,9 +63,9 @@ def markdown(frontier: Frontier) -> str:
             _number(row.get("frechet"), ".3f"), _number(row.get("grammar"), ".1%"), f"{row['dist_3']:.3f}",
         ])  # fmt: skip
     against = [["way", "at", "judge", "calls", "hardest rival with as many", "difference", "at the same entropy",
-                "as good", "saved", "not as sharp"], [":--", ":--", ":--", *["--:"] * 7]]  # fmt: skip
+                "as good", "saved", "not as sharp"]]  # fmt: skip
     against += [_against(frontier, saving) for saving in frontier.savings()]
-    return "\n\n".join([_table(lines), _table(against), NOTE]) + "\n"
+    return "\n\n".join([markdown_table(lines), markdown_table(against), NOTE]) + "\n"
 
 
 NOTE = (
@@ -108,10 +113,6 @@ def short(judge: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def panels(frontier: Frontier) -> list[Panel]:

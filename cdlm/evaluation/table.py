@@ -38,7 +38,7 @@ class Evaluation:
 
     def markdown(self) -> str:
         """Two Markdown tables, the notes, and the line that names judge and settings."""
-        tables = [_markdown_table(lines) for lines in _two_tables(self.rows)]
+        tables = [markdown_table(lines) for lines in _two_tables(self.rows)]
         notes = [f"> **Note:** {note}" for note in self.notes]
         return "\n\n".join([*tables, *notes, self._footer()]) + "\n"
 
@@ -100,7 +100,8 @@ def _lines(rows: Sequence[Row], fixed: Sequence[str], metrics: Sequence[Metric])
     return [heads, *([str(row[key]) for key in fixed] + [metric.show(row) for metric in metrics] for row in rows)]
 
 
-def _markdown_table(lines: list[list[str]]) -> str:
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the heading first, as Markdown: the first column on the left, the others on the right."""
     head, *body = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     ruler = [":--"] + ["--:"] * (len(head) - 1)
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ruler, *body])

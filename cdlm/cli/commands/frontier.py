@@ -60,9 +60,7 @@ def frontier(
     pools = [Workers(opened, machine.devices, machine.device) for opened in opens]
     try:
         readers = [Readers(opened(machine.device), pool) for opened, pool in zip(opens, pools, strict=True)]
-        found = measure(
-            drawn, real, readers, compared, few=few, shown=not machine.quiet
-        )  # fmt: skip
+        found = measure(drawn, real, readers, compared, few=few, shown=not machine.quiet)
     finally:
         for pool in pools:
             pool.close()
