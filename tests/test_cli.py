@@ -124,8 +124,8 @@ def test_samples_are_json_lines(place: Place, tmp_path: Path) -> None:
     lines = read(out)
     assert len(lines) == 3
     for index, line in enumerate(lines):
-        made_by = {"prompt", "model", "weights", "sampling", "halt", "version"}
-        assert set(line) == {"text", "tokens", "nfe", "steps", "budget", "reason", "seed", "index", "given"} | made_by
+        made_by = {"prompt", "given", "generated", "model", "weights", "sampling", "halt", "version"}
+        assert set(line) == {"text", "tokens", "nfe", "steps", "budget", "reason", "seed", "index"} | made_by
         assert (line["prompt"], line["halt"], line["version"]) == ("the cat", "FixedSteps(steps=2)", cdlm.__version__)
         assert line["text"].startswith("the cat")
         assert (line["nfe"], line["steps"], line["budget"], line["reason"]) == (2, 2, 6, "criterion")

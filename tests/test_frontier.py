@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Scores
-from cdlm.evaluation.frontier import BAND, Drawn, Frontier, Point, check_noise, drawn_from
-from cdlm.evaluation.frontier_table import label, markdown, panels, to_dict
+from cdlm.evaluation.frontier import BAND, Drawn, Frontier, Point, _entropies, check_noise, drawn_from
+from cdlm.evaluation.frontier_table import label, markdown, over_calls, panels, to_dict
 from cdlm.evaluation.texts import Corpus, Entry
 
 Floats = Sequence[float]
@@ -185,3 +185,47 @@ def test_the_band_of_entropies() -> None:
     for distance, there in ((0.9, True), (1.1, False), (-0.9, True), (-1.1, False)):
         other = point("plain", 1.0, [H + distance * BAND], 3.0, 50)
         assert (frontier([mine], [other]).match(mine, "plain", JUDGE) is not None) == there
+
+
+def test_of_prompted_samples_only_what_was_generated_counts() -> None:
+    parts: list[list[tuple[int, int]]] = [[(0, 3)], []]
+    corpus = Corpus("a", [[5, 5, 6, 7], [8, 8, 9, 9]], ["one two", "three"], parts, [[(1, 4)], [(0, 4)]])
+    assert corpus.prompted
+    assert corpus.made() == [[5, 6, 7], [8, 8, 9, 9]]
+    assert corpus.first(1).made() == [[5, 6, 7]]
+    assert _entropies(corpus).total == pytest.approx([np.log(3), np.log(2)])
+    with pytest.raises(CdlmError, match="do not say which tokens were generated"):
+        replace(corpus, generated=None).made()
+    assert replace(corpus, given=None, generated=None).made() == corpus.tokens
+
+
+def test_ways_with_other_prompts_are_refused() -> None:
+    def drawn(way: str, text: str) -> Drawn:
+        return Drawn(way, "", Corpus(way, [[1, 2]], [text], [[(0, 3)]], [[(1, 2)]]), ((0, 0),))
+
+    check_noise([drawn("a", "one two"), drawn("b", "one three")])
+    with pytest.raises(CdlmError, match="the samples of b have other prompts than those of a"):
+        check_noise([drawn("a", "one two"), drawn("b", "two two")])
+
+
+def test_settings_of_a_halting_rule_are_points_of_their_own() -> None:
+    def entry(halt: str) -> Entry:
+        return Entry("x", [1], nfe=3, seed=0, index=0, sampling="Diffusion(steps=9)", halt=halt)
+
+    found = drawn_from("entropy", [entry("Never()"), entry("Entropy(0.1)")], lambda name, e: Corpus(name, [[1]], ["x"]))
+    assert [each.sampling for each in found] == ["Diffusion(steps=9)", "Diffusion(steps=9), halt=Entropy(0.1)"]
+
+
+def test_over_calls_ways_that_differ_in_a_number_are_one_curve_at_one_temperature() -> None:
+    curves = [curve("plain-8", 8), curve("plain-16", 16), curve("commit-8", 8, -0.1), curve("commit-4", 4, -0.1)]
+    found = replace(frontier(*curves, rivals=("plain-8", "plain-16")), real=point("real text", 0.9, [H - 0.02], 30, 0))
+    (panel,) = over_calls(found)
+    assert [(c.label, c.rival) for c in panel.curves] == [
+        ("plain, score_temperature=0.8", True), ("commit, score_temperature=0.8", False),
+    ]  # fmt: skip
+    assert [c.calls for c in panel.curves] == [[8, 16], [4, 8]]
+    assert panel.curves[1].value == pytest.approx([10 * (H - 0.03) - 0.1] * 2)
+    assert panel.levels == [("real text", pytest.approx(30))]
+    (without,) = over_calls(replace(found, real=None))
+    assert without.curves[0].label == "plain, score_temperature=0.9"
+    assert without.levels == []

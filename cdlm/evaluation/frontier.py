@@ -15,7 +15,7 @@ wide. Draw all ways at the same temperatures; a rival whose sharpest one decides
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -42,6 +42,8 @@ SAME_CALLS = 1.02
 """Calls count as equal up to this factor."""
 SHOWN = ("unigram_entropy", "dist_3", "duplicate_rate", "mean_nfe")
 """Further columns of a point."""
+SHOWN_OF_PROMPTED = ("unigram_entropy", "mean_nfe")
+"""Those of samples with prompts: what is generated there are pieces, and no texts."""
 
 Noise = tuple[int | None, int | None]
 """Seed and number of a sample."""
@@ -53,7 +55,7 @@ class Drawn:
 
     Args:
         way: its name.
-        sampling: how the samples were drawn, in full.
+        sampling: how the samples were drawn, in full; the halting rule too, if there is one.
         corpus: the texts, in the order of their noise.
         noise: of each sample.
     """
@@ -80,7 +82,8 @@ def drawn_from(way: str, entries: Sequence[Entry], corpus: Callable[[str, Sequen
                 f"the samples of {way} do not say how they were drawn: give files of cdlm sample --out, which have"
                 " sampling, seed, index and nfe of each"
             )
-        groups.setdefault(entry.sampling, []).append(entry)
+        rule = "" if entry.halt in (None, "Never()") else f", halt={entry.halt}"
+        groups.setdefault(entry.sampling + rule, []).append(entry)
     found = []
     for sampling, members in groups.items():
         members = sorted(members, key=lambda entry: (entry.seed, entry.index))
@@ -96,7 +99,7 @@ class Point:
     """A way at one temperature, measured.
 
     Args:
-        entropies: of the tokens inside each sample, in nats.
+        entropies: of the tokens that were generated, inside each sample, in nats.
         nats: AR-NLL by judge, of all samples or of the first ones.
         columns: what else there is to say of it.
     """
@@ -186,6 +189,7 @@ class Frontier:
         points: of all ways.
         rivals: ways that all others are compared with.
         judges: their names.
+        real: text like that the model was trained on, measured alike; None where the samples are no whole texts.
 
     Raises:
         CdlmError: a rival that is no way.
@@ -194,6 +198,7 @@ class Frontier:
     points: Sequence[Point]
     rivals: Sequence[str]
     judges: Sequence[str]
+    real: Point | None = None
 
     def __post_init__(self) -> None:
         if missing := [name for name in self.rivals if name not in self.ways]:
@@ -207,7 +212,14 @@ class Frontier:
     def curve(self, way: str) -> list[Point]:
         """The points of a way, from low to high entropy."""
         own = [point for point in self.points if point.drawn.way == way]
-        return sorted(own, key=lambda point: point.seen_by(self.judges[0])[0].value)
+        return sorted(own, key=self._entropy)
+
+    def entropy(self, points: Sequence[Point]) -> float:
+        """Inside a sample, the mean over points."""
+        return float(np.mean([self._entropy(point) for point in points]))
+
+    def _entropy(self, point: Point) -> float:
+        return point.seen_by(self.judges[0])[0].value
 
     def savings(self) -> list[Saving]:
         """Of every point of every way that is no rival, under each judge."""
@@ -297,16 +309,30 @@ def measure(
         CdlmError: nothing to measure, samples of other noise, or a rival that is no way.
     """
     check_noise(drawn)
-    reference = _reference(drawn, text, readers[0])
+    prompted = any(each.corpus.prompted for each in drawn)
+    reference = None if prompted else _reference(drawn, text, readers[0])
     points = [
         Point(each, _entropies(each.corpus), *_measured(each, readers, few, reference))
         for each in progress(drawn, total=len(drawn), label="points measured", shown=shown)
     ]
-    return Frontier(points, rivals, [reader.judge.name for reader in readers])
+    real = None if prompted else _real(text, len(drawn[0].noise), readers, few, reference)
+    return Frontier(points, rivals, [reader.judge.name for reader in readers], real)
+
+
+def _real(
+    text: RealText, count: int, readers: Sequence[Readers], few: int | None, reference: Reference | None
+) -> Point:
+    """As many rows of the text that samples are compared with; their distance is that of real text to real text."""
+    part = text.reference_part
+    corpus = text.corpus(part, min(count, len(text.rows(part))))
+    nats, columns = _measured(Drawn(corpus.name, "", corpus, ()), readers, few, None)
+    if reference is not None:
+        columns |= reference.ceiling({"frechet": DISTANCES["frechet"]})["frechet"].columns("frechet")
+    return Point(Drawn(corpus.name, "", corpus, ()), _entropies(corpus), nats, columns)
 
 
 def check_noise(drawn: Sequence[Drawn]) -> None:
-    """Raise unless all samples are of the same noise: differences are paired.
+    """Raise unless all samples are of the same noise and have the same prompts: differences are paired.
 
     Raises:
         CdlmError: they are not, or there are none.
@@ -319,6 +345,11 @@ def check_noise(drawn: Sequence[Drawn]) -> None:
                 f"the samples of {each.way} are not of the same seeds and numbers as those of {drawn[0].way}"
                 f" ({len(each.noise)} and {len(drawn[0].noise)} samples): draw all ways with the same --n and --seed"
             )
+        if _prompts(each.corpus) != _prompts(drawn[0].corpus):
+            raise CdlmError(
+                f"the samples of {each.way} have other prompts than those of {drawn[0].way}: draw all ways with the same"
+                " --prompt or --workload"
+            )
 
 
 def _reference(drawn: Sequence[Drawn], text: RealText, readers: Readers) -> Reference | None:
@@ -326,8 +357,14 @@ def _reference(drawn: Sequence[Drawn], text: RealText, readers: Readers) -> Refe
     return Reference.of(text.splits(side, SPLITS), NGrams(), readers) if side >= FEWEST_ROWS else None
 
 
+def _prompts(corpus: Corpus) -> list[list[str]]:
+    """The parts of each text that were given."""
+    given = corpus.given or [[] for _ in corpus.texts]
+    return [[text[start:end] for start, end in spans] for text, spans in zip(corpus.texts, given, strict=True)]
+
+
 def _entropies(corpus: Corpus) -> Scores:
-    each = np.array([sample_entropy([tokens]) for tokens in corpus.tokens])
+    each = np.array([sample_entropy([tokens]) for tokens in corpus.made()])
     return Scores(each, np.ones(len(each)))
 
 
@@ -339,7 +376,9 @@ def _measured(
     score = read_by(first, drawn.corpus)
     nats = {first.judge.name: score.scores}
     nats |= {reader.judge.name: read_by(reader, drawn.corpus.first(few)).scores for reader in others}
-    columns = {m.key: m.measure(JudgedTexts(drawn.corpus, score)) for m in METRICS if m.key in SHOWN}
+    shown = SHOWN_OF_PROMPTED if drawn.corpus.prompted else SHOWN
+    made = JudgedTexts(replace(drawn.corpus, tokens=drawn.corpus.made()), score)
+    columns = {m.key: m.measure(made) for m in METRICS if m.key in shown}
     if reference is not None:
         spread = reference.compare(drawn.corpus, {"frechet": DISTANCES["frechet"]})["frechet"]
         columns |= spread.columns("frechet")

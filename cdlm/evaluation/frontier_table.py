@@ -12,6 +12,7 @@ import numpy as np
 from cdlm.core.files import write_json, write_text
 from cdlm.evaluation.frontier import BAND, DISTANCE_BAND, Frontier, Point, Saving
 from cdlm.evaluation.plots.panels import Line, Panel, draw
+from cdlm.evaluation.plots.pareto import Curve, CurvePanel, plot_pareto
 from cdlm.evaluation.table import markdown_table
 
 
@@ -21,6 +22,7 @@ def to_dict(frontier: Frontier) -> dict[str, Any]:
         "judges": list(frontier.judges),
         "rivals": list(frontier.rivals),
         "rows": _rows(frontier),
+        "real": [] if frontier.real is None else [_row(frontier, frontier.real)],
         "savings": [saving.to_dict() for saving in frontier.savings()],
     }
 
@@ -36,9 +38,10 @@ def _row(frontier: Frontier, point: Point) -> dict[str, Any]:
         found = {"n": len(point.nats[judge].total), "ar_nll": nats.value, "ar_nll_ci": list(nats.interval95),
                  "sample_entropy": entropy.value}  # fmt: skip
         row |= found if place == 0 else {"judged": {**row.get("judged", {}), judge: found}}
-    settings = label(drawn.sampling, [p.drawn.sampling for p in frontier.curve(drawn.way)])
+    settings = label(drawn.sampling, [drawn.sampling, *(p.drawn.sampling for p in frontier.curve(drawn.way))])
+    calls = None if drawn.corpus.nfe is None else point.calls
     return {
-        "way": drawn.way, "point": settings, "rival": drawn.way in frontier.rivals, "calls": point.calls, **row,
+        "way": drawn.way, "point": settings, "rival": drawn.way in frontier.rivals, "calls": calls, **row,
         **point.columns, "sampling": drawn.sampling,
     }  # fmt: skip
 
@@ -55,12 +58,12 @@ def markdown(frontier: Frontier) -> str:
     judged = [f"AR-NLL ({short(judge)})" for judge in frontier.judges]
     heads = ["way", "at", "n", "calls", *judged, "H sample", "Fréchet", "grammar", "dist-3"]
     lines = [heads]
-    for row in _rows(frontier):
+    for row in [*_rows(frontier), *([] if frontier.real is None else [_row(frontier, frontier.real)])]:
         judged = [row, *row.get("judged", {}).values()]
         nats = [f"{one['ar_nll']:.3f} [{one['ar_nll_ci'][0]:.3f}, {one['ar_nll_ci'][1]:.3f}]" for one in judged]
         lines.append([
-            row["way"], row["point"], str(row["n"]), f"{row['calls']:.1f}", *nats, f"{row['sample_entropy']:.3f}",
-            _number(row.get("frechet"), ".3f"), _number(row.get("grammar"), ".1%"), f"{row['dist_3']:.3f}",
+            row["way"], row["point"], str(row["n"]), _number(row["calls"], ".1f"), *nats, f"{row['sample_entropy']:.3f}",
+            _number(row.get("frechet"), ".3f"), _number(row.get("grammar"), ".1%"), _number(row.get("dist_3"), ".3f"),
         ])  # fmt: skip
     against = [["way", "at", "judge", "calls", "hardest rival with as many", "difference", "at the same entropy",
                 "as good", "saved", "not as sharp"]]  # fmt: skip
@@ -131,10 +134,52 @@ def _line(frontier: Frontier, way: str, judge: str) -> Line:
     return Line(f"{way}, {calls:.0f} calls", x, y, dots=True)
 
 
+def over_calls(frontier: Frontier) -> list[CurvePanel]:
+    """AR-NLL over calls under each judge. Ways whose names differ in a number at the end, such as plain-32 and
+    plain-64, are one curve, at the one temperature whose mean entropy is nearest to that of real text; without real text
+    to that of the rivals."""
+    families: dict[str, list[str]] = {}
+    for way in frontier.ways:
+        families.setdefault(re.sub(r"-[\d.]+$", "", way), []).append(way)
+    shown = {name: _at_one_temperature(frontier, ways) for name, ways in families.items()}
+    levels = [] if frontier.real is None else [(frontier.real.drawn.way, frontier.real)]
+    return [
+        CurvePanel(
+            judge,
+            [_curve(f"{name}, {at}" if at else name, points, judge, families[name][0] in frontier.rivals)
+             for name, (at, points) in shown.items()],
+            [(name, point.seen_by(judge)[1].value) for name, point in levels],
+        )
+        for judge in frontier.judges
+    ]  # fmt: skip
+
+
+def _at_one_temperature(frontier: Frontier, ways: Sequence[str]) -> tuple[str, list[Point]]:
+    """A point of each way, from few calls to many, at what is particular to them all."""
+    rivals = [point for point in frontier.points if point.drawn.way in frontier.rivals]
+    target = frontier.entropy(rivals if frontier.real is None else [frontier.real])
+    found: dict[str, list[Point]] = {}
+    for way in ways:
+        curve = frontier.curve(way)
+        for point in curve:
+            found.setdefault(label(point.drawn.sampling, [p.drawn.sampling for p in curve]), []).append(point)
+    most = max(len(points) for points in found.values())
+    best = min((name for name, points in found.items() if len(points) == most),
+               key=lambda name: abs(frontier.entropy(found[name]) - target))  # fmt: skip
+    return best, sorted(found[best], key=lambda point: point.calls)
+
+
+def _curve(name: str, points: Sequence[Point], judge: str, rival: bool) -> Curve:
+    nats = [point.seen_by(judge)[1] for point in points]
+    low, high = ([each.interval95[end] for each in nats] for end in (0, 1))
+    return Curve(name, [point.calls for point in points], [each.value for each in nats], low, high, rival)
+
+
 def save(frontier: Frontier, folder: Path) -> str:
-    """Write frontier.json, frontier.md and frontier.png, and return the table."""
+    """Write frontier.json, frontier.md, frontier.png and calls.png, and return the table."""
     text = markdown(frontier)
     write_json(folder / "frontier.json", to_dict(frontier))
     write_text(folder / "frontier.md", text)
     draw(panels(frontier), folder / "frontier.png", columns=2, width=7.0, shared=True)
+    plot_pareto(over_calls(frontier), folder / "calls.png")
     return text

@@ -35,6 +35,7 @@ class Corpus:
         tokens: the generator's own token ids of each text, without padding.
         texts: the decoded texts.
         given: character spans of each text that came from a prompt and are not scored; None for no prompts.
+        generated: token spans of each text that did not come from a prompt; None where that is not known.
         nfe: model calls spent on each text; None where nothing was generated, or the calls are not known.
         extra: more columns of this row, by name (grammar rate, steps, ...).
         serial: texts stand in the order of a file, where neighbours may belong together: intervals draw blocks of them.
@@ -45,13 +46,14 @@ class Corpus:
     tokens: list[list[int]]
     texts: list[str]
     given: Spans | None = None
+    generated: Spans | None = None
     nfe: list[int] | None = None
     extra: Mapping[str, Value] = field(default_factory=dict)
     serial: bool = False
     foreign: bool = False
 
     def __post_init__(self) -> None:
-        for what in ("tokens", "given", "nfe"):
+        for what in ("tokens", "given", "generated", "nfe"):
             part = getattr(self, what)
             if part is not None and len(part) != len(self.texts):
                 count = len(self.texts)
@@ -75,8 +77,31 @@ class Corpus:
         return self._of(chosen)
 
     def _of(self, chosen: Sequence[int]) -> Corpus:
-        parts = {name: getattr(self, name) for name in ("tokens", "texts", "given", "nfe")}
+        parts = {name: getattr(self, name) for name in ("tokens", "texts", "given", "generated", "nfe")}
         return replace(self, **{name: part and [part[i] for i in chosen] for name, part in parts.items()})
+
+    @property
+    def prompted(self) -> bool:
+        """Whether a part of some text was given."""
+        return any(self.given or [])
+
+    def made(self) -> list[list[int]]:
+        """The tokens of each text that were generated: all of them where nothing was given.
+
+        Raises:
+            CdlmError: texts with prompts that do not say it.
+        """
+        if not self.prompted:
+            return self.tokens
+        if self.generated is None:
+            raise CdlmError(
+                f"the texts of {self.name!r} have prompts and do not say which tokens were generated: draw them again"
+                " with cdlm sample --out"
+            )
+        return [
+            [token for start, end in spans for token in line[start:end]]
+            for line, spans in zip(self.tokens, self.generated, strict=True)
+        ]
 
     def shuffled(self, decode: Callable[[list[int]], str], seed: int) -> Corpus:
         """The same tokens in random order inside each text; scored whole, since no prompt stays in its place."""
@@ -103,22 +128,26 @@ class Entry:
     Attributes:
         tokens: ids of the generator.
         given: [start, end) characters of the text that came from a prompt.
+        generated: [start, end) tokens that did not.
         nfe: calls of the model.
         budget: steps of the full run.
         reason: why the sample was returned, a name of `HaltReason` in lower case.
         seed, index: of the sample's noise.
         sampling: how it was sampled.
+        halt: the halting rule.
     """
 
     text: str
     tokens: list[int] | None = None
     given: list[tuple[int, int]] | None = None
+    generated: list[tuple[int, int]] | None = None
     nfe: int | None = None
     budget: int | None = None
     reason: str | None = None
     seed: int | None = None
     index: int | None = None
     sampling: str | None = None
+    halt: str | None = None
 
 
 def read_texts(path: Path) -> list[Entry]:
@@ -157,7 +186,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _from_cell(name: str, cell: Any) -> Any:
-    if not cell or name not in FIELDS or name in ("reason", "sampling"):
+    if not cell or name not in FIELDS or name in ("reason", "sampling", "halt"):
         return cell or None
     try:
         return json.loads(cell)
@@ -190,15 +219,17 @@ def _is_spans(value: Any) -> bool:
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tokens": (_is_tokens, "a list of token ids"),
     "given": (_is_spans, "a list of [start, end] characters"),
+    "generated": (_is_spans, "a list of [start, end] tokens"),
     "nfe": (_is_count, "a whole number"),
     "budget": (_is_count, "a whole number"),
     "reason": (lambda value: isinstance(value, str), "a text"),
     "seed": (_is_count, "a whole number"),
     "index": (_is_count, "a whole number"),
     "sampling": (lambda value: isinstance(value, str), "a text"),
+    "halt": (lambda value: isinstance(value, str), "a text"),
 }
 """What an `Entry` has beside its text: how to tell that it is right, and what it is."""
-COMMON = frozenset({"seed", "index", "sampling"})
+COMMON = frozenset({"seed", "index", "sampling", "halt", "generated"})
 """Fields whose names others use for other things: what is not right in them is passed over."""
 
 
@@ -211,8 +242,8 @@ def _entry(row: Any, place: str) -> Entry:
             del known[name]
         elif not is_right(value):
             raise CdlmError(f"{place}: expected {what} in {name!r}, got {value!r:.60}; leave the field out or mend it")
-    if "given" in known:
-        known["given"] = [(start, end) for start, end in known["given"]]
+    for name in known.keys() & {"given", "generated"}:
+        known[name] = [(start, end) for start, end in known[name]]
     return Entry(text, **known)
 
 
@@ -339,12 +370,15 @@ class RealText:
         texts = [entry.text for entry in entries]
         bare = iter(encode_batch(self.tokenizer, [entry.text for entry in entries if entry.tokens is None] or [""]))
         tokens = [next(bare) if entry.tokens is None else entry.tokens for entry in entries]
-        nfe, budgets, reasons = ([getattr(entry, name) for entry in entries] for name in ("nfe", "budget", "reason"))
+        nfe, budgets, reasons, generated = (
+            [getattr(entry, name) for entry in entries] for name in ("nfe", "budget", "reason", "generated")
+        )
         return Corpus(
             name,
             tokens,
             texts,
             [entry.given or [] for entry in entries],
+            None if None in generated else generated,
             None if None in nfe else nfe,
             {
                 "steps": None if None in budgets else max(budgets),

@@ -19,7 +19,7 @@ from cdlm.halting.signals import RECORDED
 from cdlm.recording.record import Record
 from cdlm.recording.writer import Recorder
 from cdlm.sampling.requests import Request
-from cdlm.sampling.texts import given_spans, shown_of, texts_of
+from cdlm.sampling.texts import given_spans, shown_of, spans_where, texts_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -48,7 +48,9 @@ class Sample:
     seed: int
     prompt: str | None
     given: Spans
-    """Parts of the text that came from the prompt."""
+    """Characters of the text that came from the prompt: [start, end) of each part."""
+    generated: Spans
+    """Tokens of the text that did not."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,9 +103,10 @@ class Samples:
             i = range(len(self))[index]  # counts from the end as well
         except IndexError:
             raise IndexError(f"there is no sample {index}: the run has {len(self)}") from None
+        shown = self.shown[i]
         return Sample(
             text=self.texts[i] if self.texts else "",
-            tokens=self.tokens[i][self.shown[i]],
+            tokens=self.tokens[i][shown],
             nfe=int(self.nfe[i]),
             steps=int(self.steps[i]),
             reason=self.reason[i],
@@ -111,6 +114,7 @@ class Samples:
             seed=self.seed,
             prompt=self.prompts[i] if self.prompts else None,
             given=self.spans[i] if self.spans else [],
+            generated=spans_where(~self.given[i][shown]),
         )
 
     def __iter__(self) -> Iterator[Sample]:
@@ -160,7 +164,7 @@ class Samples:
                 "text": sample.text, "tokens": sample.tokens.tolist(), "nfe": sample.nfe, "steps": sample.steps,
                 "budget": self.budget, "reason": sample.reason.name.lower(), "seed": sample.seed,
                 "index": sample.index, "prompt": sample.prompt, "given": [list(span) for span in sample.given],
-                **self.made_by,
+                "generated": [list(span) for span in sample.generated], **self.made_by,
             }
             for sample in self
         ]  # fmt: skip

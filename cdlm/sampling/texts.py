@@ -70,9 +70,15 @@ def given_spans(
     tokenizer: PreTrainedTokenizerFast, ids: list[int], given: Bool[np.ndarray, " n"]
 ) -> list[tuple[int, int]]:
     """Characters [start, end) of the decoded text that came from a prompt."""
-    edges = np.flatnonzero(np.diff(given.astype(np.int8), prepend=0, append=0))
-    at = [len(text_of(tokenizer, ids[:edge])) for edge in edges.tolist()]
-    return list(zip(at[::2], at[1::2], strict=True))
+    return [
+        (len(text_of(tokenizer, ids[:start])), len(text_of(tokenizer, ids[:end]))) for start, end in spans_where(given)
+    ]
+
+
+def spans_where(mask: Bool[np.ndarray, " n"]) -> list[tuple[int, int]]:
+    """The stretches [start, end) in which a mask is true."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
