@@ -347,8 +347,8 @@ def check_noise(drawn: Sequence[Drawn]) -> None:
             )
         if _prompts(each.corpus) != _prompts(drawn[0].corpus):
             raise CdlmError(
-                f"the samples of {each.way} have other prompts than those of {drawn[0].way}: draw all ways with the same"
-                " --prompt or --workload"
+                f"the samples of {each.way} have other prompts than those of {drawn[0].way}: draw all ways with the"
+                " same --prompt or --workload"
             )
 
 

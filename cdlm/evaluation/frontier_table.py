@@ -62,8 +62,9 @@ def markdown(frontier: Frontier) -> str:
         judged = [row, *row.get("judged", {}).values()]
         nats = [f"{one['ar_nll']:.3f} [{one['ar_nll_ci'][0]:.3f}, {one['ar_nll_ci'][1]:.3f}]" for one in judged]
         lines.append([
-            row["way"], row["point"], str(row["n"]), _number(row["calls"], ".1f"), *nats, f"{row['sample_entropy']:.3f}",
-            _number(row.get("frechet"), ".3f"), _number(row.get("grammar"), ".1%"), _number(row.get("dist_3"), ".3f"),
+            row["way"], row["point"], str(row["n"]), _number(row["calls"], ".1f"), *nats,
+            _number(row["sample_entropy"], ".3f"), _number(row.get("frechet"), ".3f"),
+            _number(row.get("grammar"), ".1%"), _number(row.get("dist_3"), ".3f"),
         ])  # fmt: skip
     against = [["way", "at", "judge", "calls", "hardest rival with as many", "difference", "at the same entropy",
                 "as good", "saved", "not as sharp"]]  # fmt: skip
@@ -136,8 +137,8 @@ def _line(frontier: Frontier, way: str, judge: str) -> Line:
 
 def over_calls(frontier: Frontier) -> list[CurvePanel]:
     """AR-NLL over calls under each judge. Ways whose names differ in a number at the end, such as plain-32 and
-    plain-64, are one curve, at the one temperature whose mean entropy is nearest to that of real text; without real text
-    to that of the rivals."""
+    plain-64, are one curve, at the one temperature whose mean entropy is nearest to that of real text, or
+    of the rivals where there is none."""
     families: dict[str, list[str]] = {}
     for way in frontier.ways:
         families.setdefault(re.sub(r"-[\d.]+$", "", way), []).append(way)
