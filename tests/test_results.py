@@ -112,6 +112,7 @@ def built(tmp_path: Path, small: bool = False, **changes: Any) -> tuple[dict[str
         ({"each": {"seed": 3}}, "expected each.seed to be a list of values"),
         ({"models": {"work": "--width 3"}}, "'work' is the name of two things"),
         ({"rows": [{"file": "{work}/x.json", "only": {"system": "C"}}]}, "only names 'C' of system: it has A, B"),
+        ({"images": {"a.png": "{wrok}/a.png"}}, r"\{wrok\} of image a.png stands for nothing \(did you mean work"),
         ({"quick": {"each": {"sead": [0]}}}, r"quick.each names a loop 'sead' \(did you mean seed"),
         ({"quick": {"replace": {"n": 3}}}, "expected an option such as --n"),
         ({"quick": {"append": {"sample": "--judge {juge}"}}}, r"\{juge\} of quick.append stands for nothing"),
@@ -204,6 +205,15 @@ def test_a_table_keeps_its_rows_with_the_values_of_loops(tmp_path: Path) -> None
                                    "notes": ["few texts"]}  # fmt: skip
     assert content["seeds"] == {"--training.seed": ["0", "1"], "--seed": ["0", "1"]}
     assert content["rows"][0]["loss"] is None  # NaN is no JSON
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_pictures_are_copied_into_the_documentation_by_the_real_version(small: bool, tmp_path: Path) -> None:
+    images = tmp_path / "docs" / "images"
+    built(tmp_path, small, images={"a.png": "{work}/all-1.json"})
+    assert [file.name for file in images.iterdir()] == ["a.png"] if not small else not images.exists()
+    with pytest.raises(CdlmError, match=r"there is no \{work\}/b.png to make the picture b.png of"):
+        built(tmp_path, small, images={"b.png": "{work}/b.png"})
 
 
 def test_a_table_names_no_path_of_this_machine(tmp_path: Path) -> None:

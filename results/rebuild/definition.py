@@ -82,6 +82,7 @@ class Table:
     Args:
         data: files that it needs, and for each what it is and where it comes from.
         each: of every loop its values by label; a value that is a mapping is read with `{loop.key}`.
+        images: pictures of docs/images, and the file that each is a copy of.
         threads: of every command.
         digest: hash of the file's content, comments and the small version apart.
     """
@@ -93,6 +94,7 @@ class Table:
     models: tuple[Entry, ...]
     steps: tuple[Entry, ...]
     rows: tuple[Entry, ...]
+    images: Mapping[str, str]
     quick: Quick
     threads: int
     digest: str
@@ -173,7 +175,7 @@ class _Reader:
     def table(self, content: Any) -> Table:
         kinds = {
             "title": str, "data": dict, "threads": int, "each": dict, "models": dict, "steps": list, "rows": list,
-            "quick": dict,
+            "images": dict, "quick": dict,
         }  # fmt: skip
         of = _fields("a table", content, kinds, ("title", "steps", "rows"))
         each = {self._name("a loop", name): self._loop(name, values) for name, values in of.get("each", {}).items()}
@@ -181,13 +183,14 @@ class _Reader:
         steps = [self._step(i, value) for i, value in enumerate(of["steps"], 1)]
         rows = [self._rows(i, value) for i, value in enumerate(of["rows"], 1)]
         data = {str(name): _text(f"data {name}", what) for name, what in of.get("data", {}).items()}
+        images = {str(name): _text(f"image {name}", file) for name, file in of.get("images", {}).items()}
         names = [WORK, *each, *(model.name for model in models), *data]
         if twice := [name for name in names if names.count(name) > 1]:
             raise CdlmError(f"{twice[0]!r} is the name of two things: give each placeholder its own")
         if of.get("threads", 1) < 1:
             raise CdlmError(f"expected threads >= 1, got {of['threads']}")
         table = Table(
-            self.name, of["title"], data, each, tuple(models), tuple(steps), tuple(rows), self._quick(of, each),
+            self.name, of["title"], data, each, tuple(models), tuple(steps), tuple(rows), images, self._quick(of, each),
             of.get("threads", 1), digest({key: value for key, value in of.items() if key != "quick"}),
         )  # fmt: skip
         for entry in (*models, *steps, *rows):
@@ -289,7 +292,8 @@ def _check_placeholders(table: Table) -> None:
     models = {model.name for model in table.models}
     known = {WORK, *table.data, *models, *(f"{name}*" for name in models), *(f"{name}.name" for name in models)}
     appended = [Entry("quick.append", text) for text in table.quick.append.values()]
-    for entry in (*table.models, *table.steps, *table.rows, *appended):
+    images = [Entry(f"image {name}", file) for name, file in table.images.items()]
+    for entry in (*table.models, *table.steps, *table.rows, *images, *appended):
         allowed = set(table.data) if entry in table.models else known
         for loops in table.loops_of(entry, quick=False):
             texts = [entry.text, *map(str, [*entry.where.values(), *entry.set.values()])]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import write_text
+from cdlm.core.files import replacing, write_text
 from cdlm.core.parsing import nearest
 from rebuild import document
 from rebuild.commands import Runner, replaced, shown
@@ -54,7 +54,7 @@ class Builder:
         """Train the models of a table, run its steps, and write its JSON file.
 
         Raises:
-            CdlmError: data is missing, a command fails, or rows are not where they should be.
+            CdlmError: data is missing, a command fails, or rows or pictures are not where they should be.
         """
         start, made = time.monotonic(), {"threads": table.threads, **self.origin()}
         steps = list(self._steps(table))
@@ -70,11 +70,22 @@ class Builder:
             "data": self.data.described(places.data), "models": models, "steps": ran,
             "files": [about for about, _ in kept], "rows": [row for _, rows in kept for row in rows],
         }  # fmt: skip
+        self._copy_images(table, places)
         file = self.out / f"{table.name}.json"
         document.write(places.cleaned(content), file)
         journal.close()
         self.say(f"{table.name}: {len(content['rows'])} rows, after {time.monotonic() - start:.0f} s, in {file}")
         return file
+
+    def _copy_images(self, table: Table, places: Places) -> None:
+        """Into the documentation; those of the small version are only looked for."""
+        for name, text in table.images.items():
+            (word,) = replaced([text], places.of({}))
+            if not Path(word).is_file():
+                raise CdlmError(f"{table.name}: there is no {text} to make the picture {name} of")
+            if not self.quick:
+                with replacing(self.root / "docs" / "images" / name) as temporary:
+                    shutil.copyfile(word, temporary)
 
     def train(self, table: Table) -> list[dict[str, Any]]:
         """Train the models of a table that are not trained, and say of each how it was made."""
