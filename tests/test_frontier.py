@@ -226,6 +226,9 @@ def test_over_calls_ways_that_differ_in_a_number_are_one_curve_at_one_temperatur
     assert [c.calls for c in panel.curves] == [[8, 16], [4, 8]]
     assert panel.curves[1].value == pytest.approx([10 * (H - 0.03) - 0.1] * 2)
     assert panel.levels == [("real text", pytest.approx(30))]
+    shown = [(row["way"], row["point"]) for row in to_dict(found)["rows"] if row["on_calls"]]
+    assert shown == [(way, "score_temperature=0.8") for way in ("plain-8", "plain-16", "commit-8", "commit-4")]
+    assert [one["way"] for one in to_dict(found)["savings"] if one["on_calls"]] == ["commit-8", "commit-4"]
     (without,) = over_calls(replace(found, real=None))
     assert without.curves[0].label == "plain, score_temperature=0.9"
     assert without.levels == []

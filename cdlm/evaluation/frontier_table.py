@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,18 @@ def to_dict(frontier: Frontier) -> dict[str, Any]:
         "rivals": list(frontier.rivals),
         "rows": _rows(frontier),
         "real": [] if frontier.real is None else [_row(frontier, frontier.real)],
-        "savings": [saving.to_dict() for saving in frontier.savings()],
+        "savings": [_saving(frontier, saving) for saving in frontier.savings()],
     }
 
 
 def _rows(frontier: Frontier) -> list[dict[str, Any]]:
     return [_row(frontier, point) for way in frontier.ways for point in frontier.curve(way)]
+
+
+def _saving(frontier: Frontier, saving: Saving) -> dict[str, Any]:
+    at = label(saving.sampling, [point.drawn.sampling for point in frontier.curve(saving.way)])
+    drawn = {(point.drawn.way, point.drawn.sampling) for family in families(frontier) for point in family.points}
+    return {**saving.to_dict(), "point": at, "on_calls": (saving.way, saving.sampling) in drawn}
 
 
 def _row(frontier: Frontier, point: Point) -> dict[str, Any]:
@@ -43,6 +50,7 @@ def _row(frontier: Frontier, point: Point) -> dict[str, Any]:
     return {
         "way": drawn.way, "point": settings, "rival": drawn.way in frontier.rivals, "calls": calls, **row,
         **point.columns, "sampling": drawn.sampling,
+        "on_calls": any(point is other for family in families(frontier) for other in family.points),
     }  # fmt: skip
 
 
@@ -135,45 +143,60 @@ def _line(frontier: Frontier, way: str, judge: str) -> Line:
     return Line(f"{way}, {calls:.0f} calls", x, y, dots=True)
 
 
-def over_calls(frontier: Frontier) -> list[CurvePanel]:
-    """AR-NLL over calls under each judge. Ways whose names differ in a number at the end, such as plain-32 and
-    plain-64, are one curve, at the one temperature whose mean entropy is nearest to that of real text, or
-    of the rivals where there is none."""
-    families: dict[str, list[str]] = {}
+@dataclass(frozen=True)
+class Family:
+    """Ways that differ in a number at the end of their names, such as plain-32 and plain-64, at one temperature.
+
+    Args:
+        at: the temperature, or whatever else sets these points apart from the others of their ways.
+        points: one of each way, from few calls to many.
+    """
+
+    name: str
+    at: str
+    points: Sequence[Point]
+
+
+def families(frontier: Frontier) -> list[Family]:
+    """All ways, each family at the temperature whose mean entropy is nearest to that of real text, or to that of the
+    rivals where there is none."""
+    ways: dict[str, list[str]] = {}
     for way in frontier.ways:
-        families.setdefault(re.sub(r"-[\d.]+$", "", way), []).append(way)
-    shown = {name: _at_one_temperature(frontier, ways) for name, ways in families.items()}
-    levels = [] if frontier.real is None else [(frontier.real.drawn.way, frontier.real)]
-    return [
-        CurvePanel(
-            judge,
-            [_curve(f"{name}, {at}" if at else name, points, judge, families[name][0] in frontier.rivals)
-             for name, (at, points) in shown.items()],
-            [(name, point.seen_by(judge)[1].value) for name, point in levels],
-        )
-        for judge in frontier.judges
-    ]  # fmt: skip
+        ways.setdefault(re.sub(r"-[\d.]+$", "", way), []).append(way)
+    return [_family(frontier, name, members) for name, members in ways.items()]
 
 
-def _at_one_temperature(frontier: Frontier, ways: Sequence[str]) -> tuple[str, list[Point]]:
-    """A point of each way, from few calls to many, at what is particular to them all."""
+def _family(frontier: Frontier, name: str, ways: Sequence[str]) -> Family:
     rivals = [point for point in frontier.points if point.drawn.way in frontier.rivals]
     target = frontier.entropy(rivals if frontier.real is None else [frontier.real])
     found: dict[str, list[Point]] = {}
-    for way in ways:
-        curve = frontier.curve(way)
+    for curve in map(frontier.curve, ways):
         for point in curve:
             found.setdefault(label(point.drawn.sampling, [p.drawn.sampling for p in curve]), []).append(point)
-    most = max(len(points) for points in found.values())
-    best = min((name for name, points in found.items() if len(points) == most),
-               key=lambda name: abs(frontier.entropy(found[name]) - target))  # fmt: skip
-    return best, sorted(found[best], key=lambda point: point.calls)
+    most = max(map(len, found.values()))
+    best = min((at for at, points in found.items() if len(points) == most),
+               key=lambda at: abs(frontier.entropy(found[at]) - target))  # fmt: skip
+    return Family(name, best, sorted(found[best], key=lambda point: point.calls))
 
 
-def _curve(name: str, points: Sequence[Point], judge: str, rival: bool) -> Curve:
-    nats = [point.seen_by(judge)[1] for point in points]
+def over_calls(frontier: Frontier) -> list[CurvePanel]:
+    """AR-NLL over calls under each judge, a curve for each family."""
+    real = [] if frontier.real is None else [(frontier.real.drawn.way, frontier.real)]
+    return [
+        CurvePanel(
+            judge,
+            [_curve(family, judge, family.points[0].drawn.way in frontier.rivals) for family in families(frontier)],
+            [(name, point.seen_by(judge)[1].value) for name, point in real],
+        )
+        for judge in frontier.judges
+    ]
+
+
+def _curve(family: Family, judge: str, rival: bool) -> Curve:
+    nats = [point.seen_by(judge)[1] for point in family.points]
     low, high = ([each.interval95[end] for each in nats] for end in (0, 1))
-    return Curve(name, [point.calls for point in points], [each.value for each in nats], low, high, rival)
+    name = ", ".join(part for part in (family.name, family.at) if part)
+    return Curve(name, [point.calls for point in family.points], [each.value for each in nats], low, high, rival)
 
 
 def save(frontier: Frontier, folder: Path) -> str:
