@@ -26,7 +26,7 @@ TEXTS = ["the cat sat.", "a dog, and a cat", "mice"]
 SAMPLE: dict[str, Any] = {
     "text": "the cat sat.", "tokens": [5, 3, 3], "nfe": 7, "steps": 7, "budget": 10, "reason": "criterion",
     "seed": 1, "index": 0, "sampling": "Diffusion(steps=10)", "given": [[0, 3]],
-    "generated": [[1, 3]], "halt": "Patience(2)",
+    "generated": [[1, 3]], "halt": "Patience(2)", "answer": "3",
 }  # fmt: skip
 
 
@@ -58,9 +58,8 @@ def test_texts_alone_are_read_from_every_kind_of_file(kind: str, tmp_path: Path)
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
 def test_all_that_a_sample_knows_is_read(kind: str, tmp_path: Path) -> None:
     (found,) = read_texts(written(tmp_path / f"a{kind}", [SAMPLE]))
-    assert found == Entry(
-        "the cat sat.", [5, 3, 3], [(0, 3)], [(1, 3)], 7, 10, "criterion", 1, 0, "Diffusion(steps=10)", "Patience(2)"
-    )
+    drawn = (7, 10, "criterion", 1, 0, "Diffusion(steps=10)", "Patience(2)", "3")
+    assert found == Entry("the cat sat.", [5, 3, 3], [(0, 3)], [(1, 3)], *drawn)
 
 
 def test_fields_that_others_use_for_other_things_are_passed_over(tmp_path: Path) -> None:
@@ -149,6 +148,13 @@ def test_texts_without_tokens_get_those_of_the_tokenizer(tmp_path: Path) -> None
     expected = encode_batch(toys.tokenizer(), ["the cat", "the mat"])
     assert corpus.tokens == [expected[0], [1, 2, 3], expected[1]]
     assert corpus.texts == ["the cat", "a dog", "the mat"]
+
+
+def test_the_share_of_right_answers_is_known_where_all_texts_have_a_problem(tmp_path: Path) -> None:
+    held = held_out(tmp_path)
+    solved, wrong = Entry("1 + 2 = 3. #### 3", answer="3"), Entry("1 + 2 = 4. #### 4", answer="3")
+    assert held.samples("problems", [solved, wrong]).extra["right"] == 0.5
+    assert "right" not in held.samples("texts", [solved, Entry("a")]).extra
 
 
 def test_what_any_text_does_not_know_is_blank(tmp_path: Path) -> None:

@@ -117,16 +117,23 @@ def test_a_panel_without_a_rival_and_with_one_point_can_be_drawn(tmp_path):
     png_size(plot_pareto([CurvePanel("m", [single], [])], tmp_path / "p.png"))
 
 
+def test_what_was_not_measured_is_not_shown(tmp_path):
+    unknown = Curve("of empty texts", [7.0], [np.nan], [np.nan], [np.nan], rival=True)
+    assert limits(CurvePanel("m", [unknown], [])) is None
+    png_size(plot_pareto([CurvePanel("m", [unknown], [])], tmp_path / "none.png"))
+    assert limits(CurvePanel("m", [unknown, curve("a")], [])) == limits(CurvePanel("m", [curve("a")], []))
+
+
 def test_rules_that_fail_badly_do_not_flatten_the_picture():
     wild = Curve("wild", [3.0], [1e6], [1e6], [1e6])
-    low, high = limits(CurvePanel("m", [curve("plain", True), wild], [("real", 0.7)]))
+    low, high = limits(CurvePanel("m", [curve("plain", True), wild], [("real", 0.7)])) or (0, 0)
     assert low < 0.7
     assert high == pytest.approx(1.35 * 0.9)
 
 
 def test_rules_that_collapse_do_not_hide_the_full_run():
     collapsed = Curve("collapsed", [3.0], [0.1], [0.1], [0.1])
-    low, high = limits(CurvePanel("m", [curve("plain", True), collapsed], [("full run", 0.9), ("real", 0.7)]))
+    low, high = limits(CurvePanel("m", [curve("plain", True), collapsed], [("full run", 0.9), ("real", 0.7)])) or (0, 0)
     assert 0.1 < low < 0.7
     assert high == pytest.approx(1.35 * 0.9)
 

@@ -14,11 +14,12 @@ import hashlib
 import json
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import Float64
 
 from cdlm.core.errors import CdlmError
 
@@ -133,6 +134,16 @@ def is_correct(text: str, answer: str) -> bool:
     if (expected := _canonical(answer)) is None:
         raise CdlmError(f"expected a number as the answer to compare with, got {answer!r}; give digits, such as '19'")
     return answer_of(text) == expected
+
+
+def right(texts: Sequence[str], answers: Sequence[str]) -> Float64[np.ndarray, " m"]:
+    """1.0 where a text has its answer, else 0.0."""
+    return np.array([is_correct(text, answer) for text, answer in zip(texts, answers, strict=True)], np.float64)
+
+
+def is_number(text: object) -> bool:
+    """Whether this is the text of a number, as answers are."""
+    return isinstance(text, str) and _canonical(text) is not None
 
 
 def grammar_fingerprint() -> str:

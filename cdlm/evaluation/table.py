@@ -78,7 +78,7 @@ def _named(judge: Mapping[str, Value]) -> str:
 # --- how numbers look -------------------------------------------------------------------------------------------------
 
 KEYS = {"name", "n", "judged", *(metric.key for metric in METRICS)}
-PERCENT = {"halted", "grammar"}
+PERCENT = {"halted", "grammar", "right"}
 """Extra columns that are shares."""
 
 

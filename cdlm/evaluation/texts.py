@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from cdlm.core.errors import CdlmError
+from cdlm.data import arithmetic
 from cdlm.data.sources import Source, csv_rows, jsonl_rows, parquet_rows, text_of, txt_documents
 from cdlm.data.store import PackedRows, TextRows
 from cdlm.data.tokenizer import encode_batch
@@ -135,6 +136,7 @@ class Entry:
         seed, index: of the sample's noise.
         sampling: how it was sampled.
         halt: the halting rule.
+        answer: the right one, of a problem.
     """
 
     text: str
@@ -148,6 +150,7 @@ class Entry:
     index: int | None = None
     sampling: str | None = None
     halt: str | None = None
+    answer: str | None = None
 
 
 def read_texts(path: Path) -> list[Entry]:
@@ -186,7 +189,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _from_cell(name: str, cell: Any) -> Any:
-    if not cell or name not in FIELDS or name in ("reason", "sampling", "halt"):
+    if not cell or name not in FIELDS or name in ("reason", "sampling", "halt", "answer"):
         return cell or None
     try:
         return json.loads(cell)
@@ -227,9 +230,10 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "index": (_is_count, "a whole number"),
     "sampling": (lambda value: isinstance(value, str), "a text"),
     "halt": (lambda value: isinstance(value, str), "a text"),
+    "answer": (arithmetic.is_number, "a number as text"),
 }
 """What an `Entry` has beside its text: how to tell that it is right, and what it is."""
-COMMON = frozenset({"seed", "index", "sampling", "halt", "generated"})
+COMMON = frozenset({"seed", "index", "sampling", "halt", "generated", "answer"})
 """Fields whose names others use for other things: what is not right in them is passed over."""
 
 
@@ -365,13 +369,13 @@ class RealText:
     def samples(self, name: str, entries: Sequence[Entry]) -> Corpus:
         """Texts of a file as a row of the table. What some of them do not know is left blank.
 
-        Texts without tokens get those of the run's tokenizer.
+        Texts without tokens get those of the run's tokenizer. `right` is the share of problems that are solved.
         """
         texts = [entry.text for entry in entries]
         bare = iter(encode_batch(self.tokenizer, [entry.text for entry in entries if entry.tokens is None] or [""]))
         tokens = [next(bare) if entry.tokens is None else entry.tokens for entry in entries]
-        nfe, budgets, reasons, generated = (
-            [getattr(entry, name) for entry in entries] for name in ("nfe", "budget", "reason", "generated")
+        nfe, budgets, reasons, generated, answers = (
+            [getattr(entry, name) for entry in entries] for name in ("nfe", "budget", "reason", "generated", "answer")
         )
         return Corpus(
             name,
@@ -383,6 +387,7 @@ class RealText:
             {
                 "steps": None if None in budgets else max(budgets),
                 "halted": None if None in reasons else reasons.count("criterion") / len(reasons),
+                **({} if None in answers else {"right": float(arithmetic.right(texts, answers).mean())}),
                 **self.source.measures(texts),
             },
             foreign=any(entry.tokens is None for entry in entries),

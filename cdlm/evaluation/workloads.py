@@ -72,12 +72,7 @@ class Work:
 
     def right(self, texts: Sequence[str]) -> Float64[np.ndarray, " m"]:
         """1.0 where one of the first texts has the right answer."""
-        return right(texts, self.answers[: len(texts)])
-
-
-def right(texts: Sequence[str], answers: Sequence[str]) -> Float64[np.ndarray, " m"]:
-    """1.0 where a text has its answer."""
-    return np.array([arithmetic.is_correct(t, answer) for t, answer in zip(texts, answers, strict=True)], np.float64)
+        return arithmetic.right(texts, self.answers[: len(texts)])
 
 
 class Workload(ABC):
@@ -100,7 +95,7 @@ class Workload(ABC):
         requests = [
             Request(
                 i, torch.from_numpy(np.where(item.open, 0, item.real)), torch.from_numpy(~item.open),
-                torch.from_numpy(item.valid) if padded else None, prompt=item.prompt,
+                torch.from_numpy(item.valid) if padded else None, prompt=item.prompt, answer=item.answer or None,
             )
             for i, item in enumerate(items)
         ]  # fmt: skip

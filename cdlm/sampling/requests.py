@@ -35,6 +35,8 @@ class Request:
     """Where generation begins, from which blocks are counted; by default at the first open position."""
     prompt: str | None = None
     """The text that the tokens came from; None if there was none."""
+    answer: str | None = None
+    """The number that a right solution ends with, where the sample is to solve a problem."""
 
 
 def requests(

@@ -84,6 +84,8 @@ class Samples:
     """Characters of each text that came from its prompt."""
     prompts: list[str | None] = field(default_factory=list)
     """The prompt of each sample."""
+    answers: list[str | None] = field(default_factory=list)
+    """The right answer of each problem; None where none was asked for."""
     made_by: Mapping[str, str] = field(default_factory=dict)
     """Model, fingerprint of its weights, sampling, rule and version."""
     record: Record | None = None
@@ -164,10 +166,14 @@ class Samples:
                 "text": sample.text, "tokens": sample.tokens.tolist(), "nfe": sample.nfe, "steps": sample.steps,
                 "budget": self.budget, "reason": sample.reason.name.lower(), "seed": sample.seed,
                 "index": sample.index, "prompt": sample.prompt, "given": [list(span) for span in sample.given],
-                "generated": [list(span) for span in sample.generated], **self.made_by,
+                "generated": [list(span) for span in sample.generated], **answer, **self.made_by,
             }
-            for sample in self
+            for sample, answer in zip(self, self._answers(), strict=True)
         ]  # fmt: skip
+
+    def _answers(self) -> list[dict[str, str]]:
+        """A column for problems."""
+        return [{} if answer is None else {"answer": answer} for answer in self.answers] or [{} for _ in self.nfe]
 
     def to_pandas(self) -> DataFrame:
         """The rows as a table of pandas."""
@@ -191,6 +197,7 @@ class Samples:
 
 PER_SAMPLE = (
     "tokens", "texts", "nfe", "steps", "reason", "index", "given", "valid", "shown", "settled", "spans", "prompts",
+    "answers",
 )  # fmt: skip
 """Fields of samples with an entry for each."""
 
@@ -299,6 +306,7 @@ def collect(
         settled=settled,
         spans=[] if tokenizer is None else spans_of(tokenizer, tokens.numpy(), given, shown),
         prompts=[request.prompt for request in requests],
+        answers=[request.answer for request in requests],
         record=None if recorder is None else recorder.record(),
     )
 

@@ -15,11 +15,10 @@ from jaxtyping import Float, Int
 
 from cdlm.core.checks import check_whole
 from cdlm.core.stats import Scores, bootstrap
-from cdlm.data.arithmetic import Problem, problems
+from cdlm.data.arithmetic import Problem, problems, right
 from cdlm.data.gsm8k import read_problems
 from cdlm.evaluation.bench import Outcome
 from cdlm.evaluation.plots.panels import Line, Panel
-from cdlm.evaluation.workloads import right
 from cdlm.halting import Criterion, Full, sweep
 from cdlm.halting.losses import Binary
 from cdlm.policies import sweep_policy

@@ -62,8 +62,9 @@ def plot_pareto(panels: Sequence[CurvePanel], path: Path, label: str = "AR-NLL, 
 
 
 def _panel(panel: CurvePanel, label: str) -> Panel:
-    low, high = limits(panel)
-    shown = [x for c in panel.curves for x, y in zip(c.calls, c.value, strict=True) if low <= y <= high]
+    ends = limits(panel)
+    points = [(x, y) for c in panel.curves for x, y in zip(c.calls, c.value, strict=True)]
+    shown = [x for x, y in points if ends is None or ends[0] <= y <= ends[1]]
     return Panel(
         panel.title,
         "mean calls a sample",
@@ -72,14 +73,17 @@ def _panel(panel: CurvePanel, label: str) -> Panel:
         x_scale="log",
         levels=panel.levels,
         x_limits=(0.85 * min(shown), 1.1 * max(shown)),
-        y_limits=(low, high),
+        y_limits=ends,
     )
 
 
-def limits(panel: CurvePanel) -> tuple[float, float]:
+def limits(panel: CurvePanel) -> tuple[float, float] | None:
     """From the lowest level or rival to a little over the best or the highest level, so that settings that fail badly,
-    or collapse to text that is too easy, do not flatten it."""
-    rival = [v for c in panel.curves if c.rival for v in c.low]
-    low = min([*(value for _, value in panel.levels), *(rival or [v for c in panel.curves for v in c.value])])
-    best = max([min(v for c in panel.curves for v in c.value), *(value for _, value in panel.levels)])
+    or collapse to text that is too easy, do not flatten it. None if nothing was measured, as of empty texts."""
+    values = [v for c in panel.curves for v in c.value if np.isfinite(v)]
+    if not values:
+        return None
+    rival = [v for c in panel.curves if c.rival for v in c.low if np.isfinite(v)]
+    low = min([*(value for _, value in panel.levels), *(rival or values)])
+    best = max([min(values), *(value for _, value in panel.levels)])
     return low - 0.05 * (MOST * best - low), MOST * best
