@@ -124,7 +124,7 @@ def test_samples_are_json_lines(place: Place, tmp_path: Path) -> None:
     lines = read(out)
     assert len(lines) == 3
     for index, line in enumerate(lines):
-        made_by = {"prompt", "given", "generated", "model", "weights", "sampling", "halt", "version"}
+        made_by = {"prompt", "given", "generated", "length", "model", "weights", "sampling", "halt", "version"}
         assert set(line) == {"text", "tokens", "nfe", "steps", "budget", "reason", "seed", "index"} | made_by
         assert (line["prompt"], line["halt"], line["version"]) == ("the cat", "FixedSteps(steps=2)", cdlm.__version__)
         assert line["text"].startswith("the cat")

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from cdlm.cli.main import main
 from cdlm.continuous.grids import LogT
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.sampler import Diffusion, DiffusionLoop, behind
-from cdlm.continuous.solvers import Ancestral, Euler, Heun, Solver
+from cdlm.continuous.solvers import Ancestral, Euler, Heun, Interval, Solver, TwoStep
 from cdlm.core.errors import CdlmError
-from cdlm.core.types import Condition, HaltReason, Prediction
+from cdlm.core.types import Condition, Decision, HaltReason, NewRows, Prediction, StepState
 from cdlm.halting import KL, Criterion, Entropy, FixedSteps, JoT, Never, Patience
+from cdlm.halting.criterion import Memory
 from cdlm.halting.replay import replay
 from cdlm.policies import POLICIES, parse_policy
 from cdlm.policies.confidence import Factor, FallingThreshold, Threshold
@@ -174,6 +176,52 @@ def test_rows_with_second_thoughts_are_the_same_in_any_batch() -> None:
     assert run(1) == run(3) == run(7)
 
 
+@dataclass(frozen=True)
+class FreezeAll(Criterion):
+    """Everything at the first look."""
+
+    freezes = True
+    needs = frozenset({"tokens"})
+
+    def start(self, rows: NewRows) -> Memory:
+        return ()
+
+    def look(self, memory: Memory, state: StepState) -> tuple[Memory, Decision]:
+        return memory, Decision(torch.zeros_like(state.row, dtype=torch.bool), state.open)
+
+
+def test_what_is_frozen_now_is_not_doubted_by_the_prediction_that_froze_it() -> None:
+    unsure = Loyal(t_min=1.0)
+    once = outcomes(setup(Threshold(2.0), FreezeAll()), requests([0, 1], 2), 2, unsure)
+    assert outcomes(setup(Threshold(2.0), FreezeAll(), reopen=0.9), requests([0, 1], 2), 2, unsure) == once
+
+
+def test_a_token_that_is_taken_back_is_no_estimate_of_the_step_before() -> None:
+    """The first step of second order after it is one of Euler's."""
+
+    class Spy(TwoStep):
+        def advance(self, memory: Any, interval: Interval, estimate: Any) -> Any:
+            extrapolated.append(~torch.isclose(memory.x0, interval.x0).all(-1)[0])
+            return super().advance(memory, interval, estimate)
+
+    extrapolated, opened = list[Tensor](), list[Tensor]()
+    asked = [Request(0, torch.zeros(12, dtype=torch.long), torch.zeros(12, dtype=torch.bool))]
+    loop = DiffusionLoop(lively(wrong_given=0.1), *setup(Threshold(0.6), solver=Spy(), reopen=0.9, steps=20), 1)
+    stepped = loop.step
+
+    def step(live: Any) -> Any:
+        opened.append(live.open[0].clone())
+        return stepped(live)
+
+    loop.step = step  # ty: ignore
+    for _ in loop.steps(asked):
+        pass
+    back = [now & ~before for before, now in itertools.pairwise(opened)]
+    assert sum(int(places.sum()) for places in back) > 5
+    assert not any(bool((moved & places).any()) for moved, places in zip(extrapolated, back, strict=False))
+    assert torch.stack(extrapolated).any()
+
+
 def test_bad_second_thoughts_are_refused() -> None:
     with pytest.raises(CdlmError, match="takes back what was committed, and nothing is"):
         Diffusion(reopen=0.5)
@@ -182,6 +230,9 @@ def test_bad_second_thoughts_are_refused() -> None:
     with pytest.raises(CdlmError, match="train it with wrong_given"):
         outcomes(setup(Threshold(0.8), reopen=0.5), requests([0]))
     session = open_session(with_tokenizer(wrong_given=0.1), commit=Threshold(0.8), reopen=0.5, steps=3)
+    assert not session.replayable(session.requests(n=2))
+    with pytest.raises(CdlmError, match="cannot be plotted: leave out reopen"):
+        session.check_recordable(session.requests(n=2), "plotted")
     with pytest.raises(CdlmError, match="cannot be recorded"):
         session.recorded().run(session.requests(n=2))
     assert session.run(session.requests(n=2)).tokens.shape[0] == 2

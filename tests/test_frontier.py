@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Scores
 from cdlm.evaluation.frontier import BAND, Drawn, Frontier, Point, _entropies, check_noise, drawn_from
-from cdlm.evaluation.frontier_table import label, markdown, over_calls, panels, to_dict
+from cdlm.evaluation.frontier_table import families, label, markdown, over_calls, panels, to_dict
 from cdlm.evaluation.texts import Corpus, Entry
 
 Floats = Sequence[float]
@@ -201,11 +201,43 @@ def test_of_prompted_samples_only_what_was_generated_counts() -> None:
 
 def test_ways_with_other_prompts_are_refused() -> None:
     def drawn(way: str, text: str) -> Drawn:
-        return Drawn(way, "", Corpus(way, [[1, 2]], [text], [[(0, 3)]], [[(1, 2)]]), ((0, 0),))
+        return Drawn(way, "", replace(corpus(way, [1, 2]), texts=[text]), ((0, 0),))
 
     check_noise([drawn("a", "one two"), drawn("b", "one three")])
-    with pytest.raises(CdlmError, match="the samples of b have other prompts than those of a"):
-        check_noise([drawn("a", "one two"), drawn("b", "two two")])
+    with pytest.raises(CdlmError, match="the samples of b have other prompts or lengths than those of a"):
+        check_noise([drawn("a", "one two"), replace(drawn("b", "one two"), corpus=corpus("b", [3, 2]))])
+
+
+def test_a_way_with_one_temperature_stands_with_those_of_its_family() -> None:
+    """And a way that was not drawn at the family's is named."""
+    curves = [[point("plain-8", 0.8, [H], 30, 8)], curve("plain-16", 16), curve("plain-32", 32)[1:]]
+    found = frontier(*curves, rivals=("plain-8", "plain-16", "plain-32"))
+    (low,) = families(replace(found, real=point("real text", 0.9, [H - 0.03], 30, 0)))
+    assert (low.at, [p.calls for p in low.points]) == ("score_temperature=0.8, without plain-32", [8, 16])
+    (high,) = families(replace(found, real=point("real text", 0.9, [H + 0.03], 30, 0)))
+    assert (high.at, [p.calls for p in high.points]) == ("score_temperature=1.0, without plain-8", [16, 32])
+
+
+def test_prompts_are_compared_by_their_tokens() -> None:
+    """A given token that is a part of a character decodes as what was generated beside it lets it."""
+    one, two = (replace(corpus("a", [1, 2]), texts=[text], given=[[(0, 1)]]) for text in ("\u00e9", "\ufffdx"))
+    check_noise([Drawn("a", "", one, ((0, 0),)), Drawn("b", "", two, ((0, 0),))])
+
+
+def test_ways_of_other_lengths_are_refused_and_texts_of_several_are_no_whole_ones() -> None:
+    def drawn(way: str, lengths: list[int]) -> Drawn:
+        return Drawn(way, "", Corpus(way, [[1], [2]], ["a", "b"], lengths=lengths), ((0, 0), (0, 1)))
+
+    check_noise([drawn("a", [4, 5]), drawn("b", [4, 5])])
+    with pytest.raises(CdlmError, match="other prompts or lengths"):
+        check_noise([drawn("a", [4, 5]), drawn("b", [5, 5])])
+    assert drawn("a", [5, 5]).corpus.whole
+    assert not drawn("a", [4, 5]).corpus.whole
+
+
+def corpus(way: str, tokens: list[int]) -> Corpus:
+    """One text of two tokens, of which the first was given."""
+    return Corpus(way, [tokens], ["one two"], [[(0, 3)]], [[(1, 2)]], [2])
 
 
 def test_settings_of_a_halting_rule_are_points_of_their_own() -> None:

@@ -22,8 +22,20 @@ from cdlm import api
 from cdlm.cli import main as cli
 from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.core.errors import CdlmError
-from cdlm.halting import Criterion, FixedSteps, For, FromStep, Learned, Patience, Stop, for_transformers, sweep
-from cdlm.halting.fit import Fitting, auc, examples_of, features_in, fit, kept_by_step
+from cdlm.halting import (
+    Criterion,
+    FixedSteps,
+    For,
+    FromStep,
+    Learned,
+    Patience,
+    Stop,
+    for_transformers,
+    parse_criterion,
+    sweep,
+)
+from cdlm.halting.calibration import Calibration, Goal, calibrated_rule, write_calibration
+from cdlm.halting.fit import Fitting, auc, examples_of, features_in, fit, kept_by_step, once_each
 from cdlm.halting.head import ABOUT, FEATURES, WEIGHTS, Head, read_head, untrained, write_head
 from cdlm.halting.replay import replay
 from cdlm.policies.confidence import Threshold
@@ -106,6 +118,14 @@ def test_a_head_that_can_know_something_beats_the_mean() -> None:
     assert report["held_out"] == 16
 
 
+def test_a_sample_that_was_recorded_again_counts_once() -> None:
+    """Else its copy would be held out, and the head be measured on what it was trained on."""
+    once, twice = fit([runs(24)], Fitting(epochs=2)), fit([runs(24), runs(20), runs(24)], Fitting(epochs=2))
+    assert once.report == twice.report
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(once.layers, twice.layers, strict=True))
+    assert once_each([runs(5), runs(3, first=3)]).tolist() == [0, 1, 2, 3, 4, 7]
+
+
 def test_a_seed_fixes_the_head_and_the_global_generator_stays() -> None:
     before = torch.get_rng_state()
     first, again, other = (fit([runs(24)], Fitting(epochs=2, seed=seed)) for seed in (1, 1, 2))
@@ -170,6 +190,7 @@ def test_a_rows_answer_does_not_depend_on_the_rows_beside_it(rows: int, seed: in
     answers, together = head(x), head.logits(x)
     assert ((answers > 0) & (answers < 1)).all()
     assert torch.allclose(answers, together.sigmoid())
+    assert torch.equal(answers, torch.cat([head(row[None]) for row in x]))
     assert torch.equal(together, torch.cat([head.logits(row[None]) for row in x]))
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(head.logits(x[order]), together[order])
@@ -358,6 +379,25 @@ def test_train_sample_and_replay_on_the_command_line(run: Path, tmp_path: Path, 
         assert np.array_equal(samples.tokens, expected.tokens)
 
 
+def test_a_calibrated_head_holds_wherever_its_folder_is(run: Path, tmp_path: Path, monkeypatch) -> None:
+    model = api.load(run)
+    entry = Calibration(
+        {"steps": 8}, f"Learned(path={str(run)!r}, threshold=0.9)", "nats", "", Goal(0.1), 9, 0, None, []
+    )
+    write_calibration(run, model.need_fingerprint(), model.has_weights, entry)
+    (moved := tmp_path / "moved").mkdir()
+    for name in (ABOUT, WEIGHTS, "halting.json"):
+        (moved / name).write_bytes((run / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    rule = calibrated_rule(Path("moved"), model.has_weights, {"steps": 8})
+    assert rule == "Learned(path='moved', threshold=0.9)"
+    assert isinstance(parse_criterion(rule), Learned)
+    outside = replace(entry, rule="Learned(path='.', threshold=0.9)")
+    write_calibration(run, model.need_fingerprint(), model.has_weights, outside)
+    assert f"path={str(tmp_path)!r}" in calibrated_rule(run, model.has_weights, {"steps": 8})
+    (run / "halting.json").unlink()
+
+
 def test_mistakes_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None:
     other, rule = tmp_path / "other", f"Learned({str(run)!r}, 0.9)"
     with_tokenizer(seed=1).save_pretrained(other)
@@ -376,6 +416,7 @@ def test_mistakes_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None
         (("train-halting", run / "kept", tmp_path / "out", "--n", 3), "at least 16"),
         (("train-halting", run / "kept", tmp_path / "out", "--n", 0), "must be >= 1"),
         (("train-halting", run / "kept", run / "config.json"), "cannot write"),
+        (("train-halting", run / "kept", run / "kept"), "is the folder of the recordings"),
     ):
         with pytest.raises(SystemExit) as caught:
             say(*words)

@@ -24,7 +24,7 @@ from cdlm.data import arithmetic, sources
 from cdlm.data.sources import Source, Stories
 from cdlm.data.store import DocumentRows, FilledRows, PackedRows, build_store
 from cdlm.data.tokenizer import train_tokenizer
-from cdlm.evaluation.bench import OWN_ROWS, Bench, Outcome
+from cdlm.evaluation.bench import OWN_ROWS, Bench, Outcome, check_answers
 from cdlm.evaluation.compare import FULL, PLAIN, Comparison, markdown
 from cdlm.evaluation.metrics.ar_nll import ar_nll
 from cdlm.evaluation.metrics.diversity import sample_entropy
@@ -403,6 +403,10 @@ def test_recordings_of_other_requests_are_refused(place: Path, bench: Bench, tmp
     again = bench_of(place, MixedPrompts(), 9, recordings=tmp_path)
     assert np.array_equal(again.full_run.tokens, bench.full_run.tokens[:9])
     assert np.array_equal(again.under(Patience(2), 0).nfe, bench.under(Patience(2), 0).nfe[:9])
+    check_answers("nats", bench.work)
+    for work in (bench.work, None):
+        with pytest.raises(CdlmError, match="answers is a measure of problems"):
+            check_answers("answers", work)
     with pytest.raises(CdlmError, match="answers is a measure of problems"):
         bench.loss(Outcome(bench.full_run.tokens, bench.full_run.nfe), "answers", True)
     for other in (None, MixedPrompts(0.0, 0.9), MixedLengths(), MixedPrompts(given="prefix")):

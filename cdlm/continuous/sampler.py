@@ -125,6 +125,10 @@ class Diffusion(Sampling):
         more |= {} if self.reopen is None else {"reopen": self.reopen}
         return {"steps": self.steps, **parts, **self.guidance.settings, "init_scale": float(self.init_scale), **more}
 
+    @property
+    def keeps(self) -> bool:
+        return self.reopen is None
+
     def with_flat(self, **settings: Any) -> Diffusion:
         given = {name: value for name, value in settings.items() if value is not None}
         parts = {name: PARTS[name](given.pop(name)) for name in PARTS if name in given}
@@ -259,7 +263,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         if not self.denoiser.doubts:
             raise CdlmError("reopen asks the model which given tokens are wrong: train it with wrong_given above 0")
         if self.options.record >= self.sampling.recorded:
-            raise CdlmError("a run that takes commits back cannot be recorded: leave out reopen, or the recording")
+            raise CdlmError("a run that takes commits back cannot be recorded: leave out reopen")
 
     def budget(self, requests: Sequence[Request]) -> int:
         return self.sampling.steps * max(self.sampling.blocks_of(request) for request in requests)
@@ -328,7 +332,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         memory, decision = self.options.criterion.look(live.memory, state)
         if decision.freeze is not None:
             live = self._give(live, decision.freeze & live.open, statistics.tokens)
-        live = self._commit(live, statistics, t)
+        live = self._commit(live, statistics, t, x0)
         full = ~live.open.any(1)
         ended = decision.halt | full | self.walk.ended(t, live.step)
         done = ended & ~live.later.any(1)
@@ -377,7 +381,9 @@ class DiffusionLoop(Loop[DiffusionRows]):
             z=moved.z, t=carried.t_next, step=live.step + 1, nfe=nfe, condition=condition, solver=memory
         )
 
-    def _commit(self, live: DiffusionRows, statistics: StepStatistics, t: Float[Tensor, " b"]) -> DiffusionRows:
+    def _commit(
+        self, live: DiffusionRows, statistics: StepStatistics, t: Float[Tensor, " b"], x0: Float[Tensor, "b n d"]
+    ) -> DiffusionRows:
         """What the policy decides is given from now on."""
         policy, plan = self.sampling.commit, live.plan
         if policy is None or plan is None:
@@ -387,20 +393,23 @@ class DiffusionLoop(Loop[DiffusionRows]):
         # Of the block: no position is drawn for in two blocks, so that the draws differ all the same.
         view = View(statistics, candidates, live.row, live.step, plan, level, 0.0, None, self.position_noise)
         choice = policy.choose(view)
-        doubted = self._doubted(live, statistics.logits)
+        doubted = self._doubted(live, statistics)
         commit = choice.commit & candidates
         if bool(statistics.logits[commit].isnan().any()):
             raise _broken()
         live = self._give(live, commit, choice.tokens)
         if doubted is not None:
             clean = live.condition.clean.masked_fill(doubted[..., None], 0)
-            live = live._replace(condition=live.condition._replace(clean=clean, target=live.open | doubted))
+            condition = live.condition._replace(clean=clean, target=live.open | doubted)
+            # The token that was there is no estimate of an earlier step.
+            live = live._replace(condition=condition, solver=self.sampling.solver.decided(live.solver, doubted, x0))
         plan = plan._replace(inner=plan.inner + 1, own=choice.own)
         return live._replace(plan=enter(policy, plan, live.open, waits=False))
 
-    def _doubted(self, live: DiffusionRows, logits: Float[Tensor, "b n v"]) -> Bool[Tensor, "b n"] | None:
-        """Committed positions whose token has too little probability by now; None if nothing is taken back."""
-        committed = live.block & ~live.open
+    def _doubted(self, live: DiffusionRows, statistics: StepStatistics) -> Bool[Tensor, "b n"] | None:
+        """Positions committed before this step whose token has too little probability by now; None if nothing is taken
+        back."""
+        committed, logits = live.block & ~statistics.open, statistics.logits
         if self.sampling.reopen is None or not bool(committed.any()):
             return None
         tokens = live.tokens[committed][:, None]

@@ -57,7 +57,7 @@ class Solver(ABC):
         return ()
 
     def decided(self, memory: Memory, fixed: Bool[Tensor, "b n"], x0: Float[Tensor, "b n d"]) -> Memory:
-        """The memory when the estimate at the `fixed` positions is `x0` from now on: they are decided."""
+        """The memory when the estimate at the `fixed` positions is `x0` from now on: they are decided, or no longer."""
         return memory
 
     @abstractmethod

@@ -324,11 +324,8 @@ class Bench:
         Raises:
             CdlmError: the workload asks for no answers.
         """
-        if self.work is None or not self.work.answers:
-            raise CdlmError(
-                "answers is a measure of problems, and these samples answer nothing: give --workload 'Arithmetic()', or"
-                " take another measure"
-            )
+        check_answers("answers", self.work)
+        assert self.work is not None
         return self.work.right(self.texts(outcome))
 
     def score(self, tokens: Int[np.ndarray, "m n"]) -> Scores:
@@ -494,6 +491,22 @@ def calibrate(bench: Bench, candidates: Sequence[Criterion], goal: Goal, measure
         gap=bench.described_gap if measure == "gap" else None,
         trials=trials,
     )
+
+
+NO_ANSWERS = (
+    "answers is a measure of problems, and these samples answer nothing: give --workload 'Arithmetic()', or take"
+    " another measure"
+)
+
+
+def check_answers(measure: str, work: Work | None) -> None:
+    """Raise if the measure is of answers, and the samples give none.
+
+    Raises:
+        CdlmError: they give none.
+    """
+    if measure == "answers" and (work is None or not work.answers):
+        raise CdlmError(NO_ANSWERS)
 
 
 def fewest(goal: Goal, measure: str) -> int:

@@ -309,13 +309,13 @@ def measure(
         CdlmError: nothing to measure, samples of other noise, or a rival that is no way.
     """
     check_noise(drawn)
-    prompted = any(each.corpus.prompted for each in drawn)
-    reference = None if prompted else _reference(drawn, text, readers[0])
+    whole = all(each.corpus.whole for each in drawn)
+    reference = _reference(drawn, text, readers[0]) if whole else None
     points = [
         Point(each, _entropies(each.corpus), *_measured(each, readers, few, reference))
         for each in progress(drawn, total=len(drawn), label="points measured", shown=shown)
     ]
-    real = None if prompted else _real(text, len(drawn[0].noise), readers, few, reference)
+    real = _real(text, len(drawn[0].noise), readers, few, reference) if whole else None
     return Frontier(points, rivals, [reader.judge.name for reader in readers], real)
 
 
@@ -345,10 +345,10 @@ def check_noise(drawn: Sequence[Drawn]) -> None:
                 f"the samples of {each.way} are not of the same seeds and numbers as those of {drawn[0].way}"
                 f" ({len(each.noise)} and {len(drawn[0].noise)} samples): draw all ways with the same --n and --seed"
             )
-        if _prompts(each.corpus) != _prompts(drawn[0].corpus):
+        if _asked(each.corpus) != _asked(drawn[0].corpus):
             raise CdlmError(
-                f"the samples of {each.way} have other prompts than those of {drawn[0].way}: draw all ways with the"
-                " same --prompt or --workload"
+                f"the samples of {each.way} have other prompts or lengths than those of {drawn[0].way}: draw all ways"
+                " with the same --prompt, --length or --workload"
             )
 
 
@@ -357,10 +357,21 @@ def _reference(drawn: Sequence[Drawn], text: RealText, readers: Readers) -> Refe
     return Reference.of(text.splits(side, SPLITS), NGrams(), readers) if side >= FEWEST_ROWS else None
 
 
-def _prompts(corpus: Corpus) -> list[list[str]]:
-    """The parts of each text that were given."""
-    given = corpus.given or [[] for _ in corpus.texts]
-    return [[text[start:end] for start, end in spans] for text, spans in zip(corpus.texts, given, strict=True)]
+def _asked(corpus: Corpus) -> list[Any]:
+    """What each text was to be: the tokens that were given, in their places, and its length. Of texts that do not know
+    their tokens, the parts that were given."""
+    lengths = corpus.lengths or [None] * len(corpus.texts)
+    if not corpus.prompted:
+        return lengths
+    if corpus.generated is None:
+        given = corpus.given or []
+        return [[text[start:end] for start, end in spans] for text, spans in zip(corpus.texts, given, strict=True)]
+    made = [{place for span in spans for place in range(*span)} for spans in corpus.generated]
+    given = [
+        [(place, token) for place, token in enumerate(line) if place not in there]
+        for line, there in zip(corpus.tokens, made, strict=True)
+    ]
+    return list(zip(given, lengths, strict=True))
 
 
 def _entropies(corpus: Corpus) -> Scores:

@@ -56,9 +56,18 @@ def _row(frontier: Frontier, point: Point) -> dict[str, Any]:
 
 def label(sampling: str, others: Sequence[str]) -> str:
     """What is particular to a way of sampling among others, such as `score_temperature=0.9`."""
-    parts = [re.findall(r"\w+=[^,()]+", text) for text in others]
-    common = set(parts[0]).intersection(*parts)
-    return ", ".join(part for part in re.findall(r"\w+=[^,()]+", sampling) if part not in common)
+    common = set.intersection(*(set(_parts(text)) for text in others))
+    return ", ".join(part for part in _parts(sampling) if part not in common)
+
+
+def _parts(sampling: str) -> list[str]:
+    return re.findall(r"\w+=[^,()]+", sampling)
+
+
+def _varied(samplings: Sequence[str]) -> set[str]:
+    """Names of the settings that are not the same in all."""
+    parts = [set(_parts(sampling)) for sampling in samplings]
+    return {part.split("=")[0] for part in set.union(*parts) - set.intersection(*parts)}
 
 
 def markdown(frontier: Frontier) -> str:
@@ -149,7 +158,8 @@ class Family:
     """Ways that differ in a number at the end of their names, such as plain-32 and plain-64, at one temperature.
 
     Args:
-        at: the temperature, or whatever else sets these points apart from the others of their ways.
+        at: the temperature, or whatever else sets these points apart from the others of their ways; and the ways that
+            were not drawn so.
         points: one of each way, from few calls to many.
     """
 
@@ -170,14 +180,18 @@ def families(frontier: Frontier) -> list[Family]:
 def _family(frontier: Frontier, name: str, ways: Sequence[str]) -> Family:
     rivals = [point for point in frontier.points if point.drawn.way in frontier.rivals]
     target = frontier.entropy(rivals if frontier.real is None else [frontier.real])
+    curves = [frontier.curve(way) for way in ways]
+    varied = {name for curve in curves for name in _varied([point.drawn.sampling for point in curve])}
     found: dict[str, list[Point]] = {}
-    for curve in map(frontier.curve, ways):
-        for point in curve:
-            found.setdefault(label(point.drawn.sampling, [p.drawn.sampling for p in curve]), []).append(point)
+    for point in (point for curve in curves for point in curve):
+        at = ", ".join(part for part in _parts(point.drawn.sampling) if part.split("=")[0] in varied)
+        found.setdefault(at, []).append(point)
     most = max(map(len, found.values()))
     best = min((at for at, points in found.items() if len(points) == most),
                key=lambda at: abs(frontier.entropy(found[at]) - target))  # fmt: skip
-    return Family(name, best, sorted(found[best], key=lambda point: point.calls))
+    points = sorted(found[best], key=lambda point: point.calls)
+    left_out = [way for way in ways if way not in {point.drawn.way for point in points}]
+    return Family(name, ", ".join([best, *(f"without {way}" for way in left_out)]), points)
 
 
 def over_calls(frontier: Frontier) -> list[CurvePanel]:

@@ -27,6 +27,10 @@ Spans = list[list[tuple[int, int]]]
 """For each text, the [start, end) character spans that were given (a prompt), not generated."""
 
 
+PARTS = ("tokens", "given", "generated", "lengths", "nfe")
+"""Lists of a corpus with an entry for each text."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Texts of one origin, in the order of their tokens.
@@ -37,6 +41,7 @@ class Corpus:
         texts: the decoded texts.
         given: character spans of each text that came from a prompt and are not scored; None for no prompts.
         generated: token spans of each text that did not come from a prompt; None where that is not known.
+        lengths: positions that the model had for each text; None where that is not known.
         nfe: model calls spent on each text; None where nothing was generated, or the calls are not known.
         extra: more columns of this row, by name (grammar rate, steps, ...).
         serial: texts stand in the order of a file, where neighbours may belong together: intervals draw blocks of them.
@@ -48,13 +53,14 @@ class Corpus:
     texts: list[str]
     given: Spans | None = None
     generated: Spans | None = None
+    lengths: list[int] | None = None
     nfe: list[int] | None = None
     extra: Mapping[str, Value] = field(default_factory=dict)
     serial: bool = False
     foreign: bool = False
 
     def __post_init__(self) -> None:
-        for what in ("tokens", "given", "generated", "nfe"):
+        for what in PARTS:
             part = getattr(self, what)
             if part is not None and len(part) != len(self.texts):
                 count = len(self.texts)
@@ -78,13 +84,18 @@ class Corpus:
         return self._of(chosen)
 
     def _of(self, chosen: Sequence[int]) -> Corpus:
-        parts = {name: getattr(self, name) for name in ("tokens", "texts", "given", "generated", "nfe")}
+        parts = {name: getattr(self, name) for name in ("texts", *PARTS)}
         return replace(self, **{name: part and [part[i] for i in chosen] for name, part in parts.items()})
 
     @property
     def prompted(self) -> bool:
         """Whether a part of some text was given."""
         return any(self.given or [])
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are texts from nothing that had equally many positions, as rows of real text have."""
+        return not self.prompted and len(set(self.lengths or [])) <= 1
 
     def made(self) -> list[list[int]]:
         """The tokens of each text that were generated: all of them where nothing was given.
@@ -130,6 +141,7 @@ class Entry:
         tokens: ids of the generator.
         given: [start, end) characters of the text that came from a prompt.
         generated: [start, end) tokens that did not.
+        length: positions that the model had for it.
         nfe: calls of the model.
         budget: steps of the full run.
         reason: why the sample was returned, a name of `HaltReason` in lower case.
@@ -143,6 +155,7 @@ class Entry:
     tokens: list[int] | None = None
     given: list[tuple[int, int]] | None = None
     generated: list[tuple[int, int]] | None = None
+    length: int | None = None
     nfe: int | None = None
     budget: int | None = None
     reason: str | None = None
@@ -223,6 +236,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tokens": (_is_tokens, "a list of token ids"),
     "given": (_is_spans, "a list of [start, end] characters"),
     "generated": (_is_spans, "a list of [start, end] tokens"),
+    "length": (_is_count, "a whole number"),
     "nfe": (_is_count, "a whole number"),
     "budget": (_is_count, "a whole number"),
     "reason": (lambda value: isinstance(value, str), "a text"),
@@ -233,7 +247,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "answer": (arithmetic.is_number, "a number as text"),
 }
 """What an `Entry` has beside its text: how to tell that it is right, and what it is."""
-COMMON = frozenset({"seed", "index", "sampling", "halt", "generated", "answer"})
+COMMON = frozenset({"seed", "index", "sampling", "halt", "generated", "length", "answer"})
 """Fields whose names others use for other things: what is not right in them is passed over."""
 
 
@@ -374,8 +388,9 @@ class RealText:
         texts = [entry.text for entry in entries]
         bare = iter(encode_batch(self.tokenizer, [entry.text for entry in entries if entry.tokens is None] or [""]))
         tokens = [next(bare) if entry.tokens is None else entry.tokens for entry in entries]
-        nfe, budgets, reasons, generated, answers = (
-            [getattr(entry, name) for entry in entries] for name in ("nfe", "budget", "reason", "generated", "answer")
+        nfe, budgets, reasons, generated, lengths, answers = (
+            [getattr(entry, name) for entry in entries]
+            for name in ("nfe", "budget", "reason", "generated", "length", "answer")
         )
         return Corpus(
             name,
@@ -383,6 +398,7 @@ class RealText:
             texts,
             [entry.given or [] for entry in entries],
             None if None in generated else generated,
+            None if None in lengths else lengths,
             None if None in nfe else nfe,
             {
                 "steps": None if None in budgets else max(budgets),

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from cdlm.halting.criterion import Criterion
 from cdlm.halting.losses import Loss
 
 FILE = "halting.json"
+BESIDE = "path='.'"
+"""Of a rule with a head that lies beside the weights."""
 VERSION = 3
 """Versions 1 and 2 are still read: 1 wrote the rule `FromStep` as `AfterStep`, and both had one-sided goals alone."""
 ROUNDING = 1e-9
@@ -200,6 +202,8 @@ def write_calibration(folder: Path, weights: str, has_weights: Callable[[str], b
     before = _read(folder) if (folder / FILE).exists() else {"weights": weights, "calibrations": []}
     valid = before["calibrations"] if has_weights(before["weights"]) else []
     others = [item for item in valid if item["settings"] != dict(entry.settings)]
+    trials = [replace(trial, rule=_from_folder(trial.rule, folder)) for trial in entry.trials]
+    entry = replace(entry, rule=_from_folder(entry.rule, folder), trials=trials)
     content = {"cdlm_halting": VERSION, "weights": weights, "calibrations": [*others, asdict(entry)]}
     write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
     return folder / FILE
@@ -221,12 +225,23 @@ def calibrated_rule(folder: Path, has_weights: Callable[[str], bool], settings: 
         raise CdlmError(f"{folder / FILE} was made for other weights than those beside it: run cdlm calibrate again")
     for item in content["calibrations"]:
         if item["settings"] == dict(settings):
-            return str(item["rule"])
+            return str(item["rule"]).replace(BESIDE, f"path={str(folder)!r}")
     known = "; ".join(_short(item["settings"]) for item in content["calibrations"])
     raise CdlmError(
         f"{folder / FILE} has no rule for {_short(settings)}, only for {known}:"
         " sample with these, or run cdlm calibrate with yours"
     )
+
+
+def _from_folder(rule: str, folder: Path) -> str:
+    """The text of a rule in which the model's folder is ".", so that it holds wherever that is moved, and other folders
+    are whole paths."""
+
+    def named(path: re.Match[str]) -> str:
+        place = Path(path[2]).resolve()
+        return BESIDE if place == folder.resolve() else f"path={str(place)!r}"
+
+    return re.sub(r"path=(['\"])(.*?)\1", named, rule)
 
 
 def _short(settings: Mapping[str, Any]) -> str:

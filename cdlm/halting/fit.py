@@ -114,10 +114,10 @@ def fit(recordings: Sequence[Recording], fitting: Fitting = Fitting()) -> Head:
         CdlmError: the recordings are of different samplers, or of too few samples, or there is nothing to learn.
     """
     names, settings = _same(recordings)
-    examples = examples_of(recordings, names)
-    count = sum(map(len, recordings))
+    examples, different = examples_of(recordings, names), once_each(recordings)
+    count = len(different)
     generator = torch.Generator().manual_seed(fitting.seed)
-    order = torch.randperm(count, generator=generator)
+    order = different[torch.randperm(count, generator=generator)]
     held = examples.of(order[: max(1, round(HELD_OUT * count))])
     train = examples.of(order[max(1, round(HELD_OUT * count)) :])
     for part in (train, held):
@@ -128,12 +128,22 @@ def fit(recordings: Sequence[Recording], fitting: Fitting = Fitting()) -> Head:
     return _honest(head, held, {"samples": count, "epochs": epochs, "seed": fitting.seed, "share": fitting.share})
 
 
+def once_each(recordings: Sequence[Recording]) -> Int[Tensor, " s"]:
+    """The numbers of the samples, of those that were recorded several times the first."""
+    first: dict[tuple[int, int, bytes, bytes], int] = {}
+    number = 0
+    for recording in recordings:
+        for index, given, tokens in zip(recording.index, recording.given, recording.tokens, strict=True):
+            key = (recording.seed, int(index), given.tobytes(), tokens[given].tobytes())
+            first.setdefault(key, number)
+            number += 1
+    return torch.tensor(list(first.values()))
+
+
 def _same(recordings: Sequence[Recording]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Features and sampler that the recordings have in common."""
-    if sum(map(len, recordings)) < FEWEST:
-        raise CdlmError(
-            f"a halting head needs at least {FEWEST} recorded samples, got {sum(map(len, recordings))}: record more"
-        )
+    if (count := len(once_each(recordings))) < FEWEST:
+        raise CdlmError(f"a halting head needs at least {FEWEST} different samples, got {count}: record more")
     samplers = {json.dumps(sampler_of(recording.settings), sort_keys=True) for recording in recordings}
     if len(samplers) > 1 or len({recording.weights for recording in recordings}) > 1:
         raise CdlmError(

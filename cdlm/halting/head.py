@@ -108,6 +108,8 @@ def features_of(names: Sequence[str], memory: RowMemory, state: StepState) -> Fl
     return torch.stack([FEATURES[name].compute(memory, state).double() for name in names], 1)
 
 
+WHOLE = 8
+"""Copies of two numbers that fill whole vectors of any processor."""
 Layer = tuple[Float[Tensor, "_out _in"], Float[Tensor, " _out"]]
 """Weights and biases, float64; each layer has widths of its own."""
 
@@ -151,7 +153,8 @@ class Head:
     def __call__(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b 2"]:
         """Chance that a row's tokens are those of its full run, and the expected share of them that are not; both
         inside (0, 1)."""
-        return self.logits(features).sigmoid()
+        # Whole vectors of the processor: what is left over is computed otherwise, and differs in the last bit.
+        return self.logits(features).repeat(1, WHOLE).sigmoid()[:, :2]
 
     def logits(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b 2"]:
         """The logits of both answers. Those of a row do not depend on the rows beside it, to the last bit."""

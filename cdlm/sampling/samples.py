@@ -166,9 +166,10 @@ class Samples:
                 "text": sample.text, "tokens": sample.tokens.tolist(), "nfe": sample.nfe, "steps": sample.steps,
                 "budget": self.budget, "reason": sample.reason.name.lower(), "seed": sample.seed,
                 "index": sample.index, "prompt": sample.prompt, "given": [list(span) for span in sample.given],
-                "generated": [list(span) for span in sample.generated], **answer, **self.made_by,
+                "generated": [list(span) for span in sample.generated], "length": int(length), **answer,
+                **self.made_by,
             }
-            for sample, answer in zip(self, self._answers(), strict=True)
+            for sample, length, answer in zip(self, self.valid.sum(1), self._answers(), strict=True)
         ]  # fmt: skip
 
     def _answers(self) -> list[dict[str, str]]:

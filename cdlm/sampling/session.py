@@ -176,6 +176,11 @@ class Sampling(ABC):
         """Runs in a row that a sample takes, each from fresh noise."""
         return 1
 
+    @property
+    def keeps(self) -> bool:
+        """Whether what is committed stays: a record does not say what is taken back."""
+        return True
+
     @abstractmethod
     def with_temperature_times(self: S, factor: float) -> S:
         """The same with its temperature multiplied: below 1 sharpens. A temperature of 0 stays."""
@@ -300,8 +305,8 @@ class Session:
 
     def replayable(self, requests: Sequence[Request]) -> bool:
         """Whether rules can be tried on a record of these requests. They cannot where a sample is several runs in a
-        row: to halt one block changes the next."""
-        return self.blocks_of(requests) == 1
+        row: to halt one block changes the next. Nor where commits are taken back."""
+        return self.blocks_of(requests) == 1 and self.sampling.keeps
 
     def check_recordable(self, requests: Sequence[Request], what: str = "recorded") -> None:
         """Raise unless the steps of these requests can be kept.
@@ -309,6 +314,8 @@ class Session:
         Args:
             what: is to be done with them, for the error.
         """
+        if not self.sampling.keeps:
+            raise CdlmError(f"a run that takes commits back cannot be {what}: leave out reopen")
         if not self.replayable(requests):
             raise CdlmError(
                 f"a run of {self.blocks_of(requests)} blocks cannot be {what}: its steps are not kept, because to halt"

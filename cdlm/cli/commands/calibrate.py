@@ -11,7 +11,7 @@ from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.evaluation.bench import calibrate as calibrated
-from cdlm.evaluation.bench import longest
+from cdlm.evaluation.bench import check_answers, longest
 from cdlm.halting import sweep
 from cdlm.halting.calibration import check_readable, write_calibration
 from cdlm.halting.replay import check_recorded
@@ -57,7 +57,8 @@ def calibrate(
         folder = session.model.folder
         if folder is None:
             raise CdlmError(f"{run} has no folder to write the choice to: calibrate a model of your own")
-        requests, _ = api.ask(session, n, length, workload)
+        requests, work = api.ask(session, n, length, workload)
+        check_answers(goal.measure, work)
         candidates = sweep(rule, session.steps_of(longest(requests)))
         check_recorded(candidates)
         session.check_made_for(candidates)

@@ -16,7 +16,7 @@ from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places, write_text
-from cdlm.evaluation.bench import fewest, longest
+from cdlm.evaluation.bench import check_answers, fewest, longest
 from cdlm.evaluation.compare import Comparison, Point, markdown, panels, save_json, too_few, write_csv
 from cdlm.evaluation.plots.pareto import plot_pareto
 from cdlm.halting import Criterion, sweep
@@ -100,7 +100,9 @@ def compare(
         }
         settings = flat_settings(diffusion, unmasking)
         plans = [
-            _plan(model, session, {**settings, **({} if steps is None else {"steps": steps})}, rules, full)
+            _plan(
+                model, session, {**settings, **({} if steps is None else {"steps": steps})}, rules, full, goal.measure
+            )
             for (model, session), steps in product(sessions.items(), dict.fromkeys(full.steps or [None]))
         ]
         needed = fewest(goal.goal, goal.measure)
@@ -141,10 +143,12 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    model: str, session: Session, settings: dict[str, object], rules: Sequence[str] | None, full: FullRunOptions
-) -> _Plan:
+    model: str, session: Session, settings: dict[str, object], rules: Sequence[str] | None, full: FullRunOptions,
+    measure: str,
+) -> _Plan:  # fmt: skip
     session = session.with_sampling(api.configured(session.sampling, settings, lenient=True))
-    requests, _ = api.ask(session, full.n, full.length, full.workload)
+    requests, work = api.ask(session, full.n, full.length, full.workload)
+    check_answers(measure, work)
     families = {rule: sweep(rule, session.steps_of(longest(requests))) for rule in rules or RULES_TO_COMPARE}
     check_recorded(chain.from_iterable(families.values()))
     session.check_made_for(chain.from_iterable(families.values()))

@@ -26,6 +26,8 @@ def train_halting(
         quiet: print errors only.
     """
     check_places(out / ABOUT)
+    if out.resolve() == (recordings.parent if recordings.is_file() else recordings).resolve():
+        raise CdlmError(f"{out} is the folder of the recordings: write the head elsewhere, best beside the model")
     runs = [Recording.read(recordings)] if recordings.is_file() else list(read_folder(recordings).values())
     if n is not None and n < 1:
         raise CdlmError(f"n is the number of samples to train on and must be >= 1, got {n}")
