@@ -1,5 +1,6 @@
 """Laws of learned halting: labels, the head and its file, the two rules, and whom a head is refused to."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from heads import HEAD, POSITIONS, STEPS, request, runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
+from safetensors.torch import load_file, save_file
 from setups import diffusion, unmasking
 from test_masked_replay import recording as masked
 from test_masked_replay import run as masked_run
@@ -230,9 +232,20 @@ def not_numbers(folder: Path) -> None:
     write_head(folder, replace(golden(), mean=golden().mean * torch.nan))
 
 
+def of_other_shapes(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, "mean": tensors["mean"][:, None].repeat(1, 3)}, folder / WEIGHTS)
+    say_otherwise(digest=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:8])(folder)
+
+
+def of_no_scale(folder: Path) -> None:
+    write_head(folder, replace(golden(), scale=0 * golden().scale))
+
+
 @pytest.mark.parametrize(
     "damage",
-    [cut, lose, of_another, not_numbers, say_otherwise(features=["progress"]), say_otherwise(features=["a"] * 11),
+    [cut, lose, of_another, not_numbers, of_other_shapes, of_no_scale,
+     say_otherwise(features=["progress"]), say_otherwise(features=["a"] * 11),
      say_otherwise(settings=3), say_otherwise(digest=None)],
 )  # fmt: skip
 def test_damaged_heads_are_refused_in_one_line(damage: Callable[[Path], None], tmp_path: Path) -> None:

@@ -245,8 +245,10 @@ def _head(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
     widths = [len(names), *(len(bias) for _, bias in layers)]
     shapes = [(tuple(weight.shape), tuple(bias.shape)) for weight, bias in layers]
     fitting = shapes == [((b, a), (b,)) for a, b in pairwise(widths)] and widths[-1] == 2
-    if not fitting or {len(tensors["mean"]), len(tensors["scale"])} != {len(names)}:
+    if not fitting or any(tuple(tensors[name].shape) != (len(names),) for name in ("mean", "scale")):
         raise ValueError("shapes that do not fit")
+    if not bool((tensors["scale"] > 0).all()):
+        raise ValueError("a scale that is not above 0")
     if set(names) - set(FEATURES) or not all(bool(part.isfinite().all()) for part in tensors.values()):
         raise ValueError("features that there are not, or values that are not numbers")
     mean, scale = tensors["mean"].double(), tensors["scale"].double()
