@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,20 @@ from cdlm.evaluation.table import markdown_table
 
 
 def to_dict(frontier: Frontier) -> dict[str, Any]:
-    """Plain data for JSON: a row for each point, and what each saves."""
+    """Plain data for JSON: a row for each point, and what each saves. `on_calls`: the picture over calls shows it."""
+    drawn = {(point.drawn.way, point.drawn.sampling) for family in families(frontier) for point in family.points}
     return {
         "judges": list(frontier.judges),
         "rivals": list(frontier.rivals),
-        "rows": _rows(frontier),
+        "rows": [{**row, "on_calls": _name(row) in drawn} for row in _rows(frontier)],
         "real": [] if frontier.real is None else [_row(frontier, frontier.real)],
-        "savings": [_saving(frontier, saving) for saving in frontier.savings()],
-    }
+        "savings": [{**_saving(frontier, saving), "on_calls": (saving.way, saving.sampling) in drawn}
+                    for saving in frontier.savings()],
+    }  # fmt: skip
+
+
+def _name(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row["way"], row["sampling"]
 
 
 def _rows(frontier: Frontier) -> list[dict[str, Any]]:
@@ -34,8 +40,7 @@ def _rows(frontier: Frontier) -> list[dict[str, Any]]:
 
 def _saving(frontier: Frontier, saving: Saving) -> dict[str, Any]:
     at = label(saving.sampling, [point.drawn.sampling for point in frontier.curve(saving.way)])
-    drawn = {(point.drawn.way, point.drawn.sampling) for family in families(frontier) for point in family.points}
-    return {**saving.to_dict(), "point": at, "on_calls": (saving.way, saving.sampling) in drawn}
+    return {**saving.to_dict(), "point": at}
 
 
 def _row(frontier: Frontier, point: Point) -> dict[str, Any]:
@@ -50,7 +55,6 @@ def _row(frontier: Frontier, point: Point) -> dict[str, Any]:
     return {
         "way": drawn.way, "point": settings, "rival": drawn.way in frontier.rivals, "calls": calls, **row,
         **point.columns, "sampling": drawn.sampling,
-        "on_calls": any(point is other for family in families(frontier) for other in family.points),
     }  # fmt: skip
 
 
