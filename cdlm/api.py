@@ -219,7 +219,7 @@ def _text_of(session: Session) -> tuple[RunConfig, RunText]:
 
 def real_text(config: RunConfig, text: RunText) -> RealText:
     """The real text of a run, that samples are compared with."""
-    return RealText(text.valid, text.unread, text.tokenizer, config.source)
+    return RealText(text.valid, text.unread, text.tokenizer, config.source, text.train.store)
 
 
 def small_judge(config: RunConfig, text: RunText, steps: int) -> SmallJudge:

@@ -43,7 +43,7 @@ class Order:
     def rows(self, positions: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
         """The rows at several positions, each at least 0."""
         epoch, index = np.divmod(positions.astype(np.uint64), np.uint64(self.n_rows))
-        key = _mix(_mix(np.full_like(epoch, self.seed % 2**64)) + epoch)
+        key = mix(mix(np.full_like(epoch, self.seed % 2**64)) + epoch)
         index = self._permute(index, key)
         while (outside := index >= self.n_rows).any():
             index[outside] = self._permute(index[outside], key[outside])
@@ -55,8 +55,8 @@ class Order:
         b = np.uint64(-(-self.n_rows // int(a)))
         left, right = np.divmod(index, b)
         for turn in range(0, _ROUNDS, 2):
-            left = (left + _mix(key + np.uint64(turn) ^ _mix(right)) % a) % a
-            right = (right + _mix(key + np.uint64(turn + 1) ^ _mix(left)) % b) % b
+            left = (left + mix(key + np.uint64(turn) ^ mix(right)) % a) % a
+            right = (right + mix(key + np.uint64(turn + 1) ^ mix(left)) % b) % b
         return left * b + right
 
 
@@ -142,8 +142,9 @@ class _Endless:
         return self._indices
 
 
-def _mix(x: UInt64[np.ndarray, " b"]) -> UInt64[np.ndarray, " b"]:
-    """The 64-bit finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), after one step of its counter."""
+def mix(x: UInt64[np.ndarray, " b"]) -> UInt64[np.ndarray, " b"]:
+    """Numbers spread over 64 bits: the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), after one step of its
+    counter."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -207,6 +207,10 @@ class FilledRows(DocumentRows):
         return Row(np.where(valid, tokens, self.store.eos_id), np.ones_like(valid))
 
 
+StoredRows = PackedRows | DocumentRows
+"""Rows of a store."""
+
+
 def _key(source: Source, split: Split, tokenizer: "PreTrainedTokenizerFast") -> str:
     parts = [_FORMAT, source.fingerprint(), split, tokenizer_hash(tokenizer)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -60,11 +60,13 @@ class Beside:
         rows: sets of it, the held-out one first; what the AR-NLL and the entropy of samples are compared with is last.
         splits: pairs of disjoint sets that distances are computed from, of `RealText.splits`.
         decode: turns the generator's tokens into text.
+        copied: share of a set's tokens that are copied from the training text, see `RealText.copied`.
     """
 
     rows: Sequence[Corpus]
     decode: Callable[[list[int]], str]
     splits: Sequence[tuple[Corpus, Corpus]] = ()
+    copied: Callable[[Corpus], float | None] = lambda corpus: None
 
     @property
     def side(self) -> int:
@@ -82,7 +84,7 @@ class Beside:
         if text.unread is not None:
             rows.append(text.corpus("like training", min(count, len(text.unread))))
         side = min(count, text.most)
-        return Beside(rows, text.decode, text.splits(side, splits) if side and splits else ())
+        return Beside(rows, text.decode, text.splits(side, splits) if side and splits else (), text.copied)
 
 
 def evaluate_files(
@@ -152,7 +154,7 @@ def evaluate(
     if reference is not None:
         for corpus in samples:
             reference.check_copies(corpus)
-    far = [_distances(corpus, reference, distances) for corpus in corpora]
+    far = [{**_distances(corpus, reference, distances), "copied": beside.copied(corpus)} for corpus in corpora]
     rows = [{**row, **more} for row, more in zip(_judged(corpora, readers, seed), far, strict=True)]
     real = rows[len(samples) + len(beside.rows) - 1]
     found = [note for row in rows[: len(samples)] for note in _notes(row, real, target.name)]

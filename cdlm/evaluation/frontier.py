@@ -312,7 +312,7 @@ def measure(
     whole = all(each.corpus.whole for each in drawn)
     reference = _reference(drawn, text, readers[0]) if whole else None
     points = [
-        Point(each, _entropies(each.corpus), *_measured(each, readers, few, reference))
+        Point(each, _entropies(each.corpus), *_measured(each, readers, few, reference, text))
         for each in progress(drawn, total=len(drawn), label="points measured", shown=shown)
     ]
     real = _real(text, len(drawn[0].noise), readers, few, reference) if whole else None
@@ -325,7 +325,7 @@ def _real(
     """As many rows of the text that samples are compared with; their distance is that of real text to real text."""
     part = text.reference_part
     corpus = text.corpus(part, min(count, len(text.rows(part))))
-    nats, columns = _measured(Drawn(corpus.name, "", corpus, ()), readers, few, None)
+    nats, columns = _measured(Drawn(corpus.name, "", corpus, ()), readers, few, None, text)
     if reference is not None:
         columns |= reference.ceiling({"frechet": DISTANCES["frechet"]})["frechet"].columns("frechet")
     return Point(Drawn(corpus.name, "", corpus, ()), _entropies(corpus), nats, columns)
@@ -380,7 +380,7 @@ def _entropies(corpus: Corpus) -> Scores:
 
 
 def _measured(
-    drawn: Drawn, readers: Sequence[Readers], few: int | None, reference: Reference | None
+    drawn: Drawn, readers: Sequence[Readers], few: int | None, reference: Reference | None, text: RealText
 ) -> tuple[dict[str, Scores], dict[str, Any]]:
     """AR-NLL by judge, and the further columns."""
     first, *others = readers
@@ -389,7 +389,7 @@ def _measured(
     nats |= {reader.judge.name: read_by(reader, drawn.corpus.first(few)).scores for reader in others}
     shown = SHOWN_OF_PROMPTED if drawn.corpus.prompted else SHOWN
     made = JudgedTexts(replace(drawn.corpus, tokens=drawn.corpus.made()), score)
-    columns = {m.key: m.measure(made) for m in METRICS if m.key in shown}
+    columns = {m.key: m.measure(made) for m in METRICS if m.key in shown} | {"copied": text.copied(drawn.corpus)}
     if reference is not None:
         spread = reference.compare(drawn.corpus, {"frechet": DISTANCES["frechet"]})["frechet"]
         columns |= spread.columns("frechet")

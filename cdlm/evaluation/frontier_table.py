@@ -78,7 +78,7 @@ def markdown(frontier: Frontier) -> str:
     """Two tables to read: the points, and what they save against the rivals."""
     judged = [f"AR-NLL ({short(judge)})" for judge in frontier.judges]
     shares = [name for name in ("grammar", "right") if any(name in row for row in _rows(frontier))]
-    heads = ["way", "at", "n", "calls", *judged, "H sample", "Fréchet", *shares, "dist-3"]
+    heads = ["way", "at", "n", "calls", *judged, "H sample", "Fréchet", *shares, "dist-3", "copied"]
     lines = [heads]
     for row in [*_rows(frontier), *([] if frontier.real is None else [_row(frontier, frontier.real)])]:
         judged = [row, *row.get("judged", {}).values()]
@@ -86,7 +86,7 @@ def markdown(frontier: Frontier) -> str:
         lines.append([
             row["way"], row["point"], str(row["n"]), _number(row["calls"], ".1f"), *nats,
             _number(row["sample_entropy"], ".3f"), _number(row.get("frechet"), ".3f"),
-            *(_number(row.get(name), ".1%") for name in shares), _number(row.get("dist_3"), ".3f"),
+            *(_number(row.get(name), ".1%") for name in shares), _number(row.get("dist_3"), ".3f"), _number(row.get("copied"), ".1%"),
         ])  # fmt: skip
     against = [["way", "at", "judge", "calls", "hardest rival with as many", "difference", "at the same entropy",
                 "as good", "saved", "not as sharp"]]  # fmt: skip

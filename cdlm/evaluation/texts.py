@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,8 +15,9 @@ from jaxtyping import Int64
 from cdlm.core.errors import CdlmError
 from cdlm.data import arithmetic
 from cdlm.data.sources import Source, csv_rows, jsonl_rows, parquet_rows, text_of, txt_documents
-from cdlm.data.store import PackedRows, TextRows
+from cdlm.data.store import PackedRows, TextRows, TokenStore
 from cdlm.data.tokenizer import encode_batch
+from cdlm.evaluation.metrics.copying import Runs
 from cdlm.sampling import texts as decoding
 from cdlm.sampling.texts import special_of, text_ids
 
@@ -288,12 +290,23 @@ class RealText:
             None if there are none.
         tokenizer: of the run.
         source: where the text is from; it may have a measure of its own.
+        trained: what the generator was trained on, to look for copies in; None where that is not known.
     """
 
     held_out: TextRows
     unread: TextRows | None
     tokenizer: PreTrainedTokenizerFast
     source: Source
+    trained: TokenStore | None = None
+
+    @cached_property
+    def _runs(self) -> Runs | None:
+        return None if self.trained is None else Runs.of(self.trained)
+
+    def copied(self, corpus: Corpus) -> float | None:
+        """Share of the tokens that stand word for word in the training text, see `metrics.copying`; None of texts with
+        given parts, whose generated pieces are no texts, and where the training text is not known."""
+        return None if self._runs is None or corpus.prompted else self._runs.copied(corpus.tokens)
 
     @property
     def eos_id(self) -> int | None:

@@ -17,7 +17,7 @@ from cdlm.core.files import write_text
 from cdlm.data.division import Division, Part, Share
 from cdlm.data.masking import MASKINGS
 from cdlm.data.order import RowLoader, fixed_batches
-from cdlm.data.store import DocumentRows, FilledRows, PackedRows, TextRows, build_store
+from cdlm.data.store import DocumentRows, FilledRows, PackedRows, StoredRows, TextRows, build_store
 from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
 from cdlm.models import hub
 from cdlm.models.hub import Folder
@@ -38,7 +38,7 @@ class RunText:
 
     config: RunConfig
     tokenizer: PreTrainedTokenizerFast
-    train: TextRows
+    train: StoredRows
     """What the generator reads."""
     valid: TextRows
 
@@ -67,7 +67,7 @@ class RunText:
         return rows_of(self.config, self.tokenizer, "unread") if self.config.division.has("unread") else None
 
 
-def rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerFast, part: Part | Literal["valid"]) -> TextRows:
+def rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerFast, part: Part | Literal["valid"]) -> StoredRows:
     """Rows of one part of a run's text; what is tokenised is cached."""
     if part == "valid" or config.division == Division():
         source = config.source

@@ -93,5 +93,6 @@ METRICS = (
     Metric("zipf", "Zipf", lambda of: diversity.zipf_coefficient(of.corpus.tokens)),
     Metric("mean_tokens", "tokens", _mean_tokens, decimals=1),
     Metric("duplicate_rate", "duplicate", lambda of: diversity.duplicate_rate(of.corpus.texts), percent=True),
+    Metric("copied", "copied", lambda of: None, percent=True),  # needs the training text: `evaluate` fills it
     Metric("empty_rate", "empty", lambda of: diversity.empty_rate(of.corpus.texts), percent=True),
 )
