@@ -5,6 +5,8 @@ A soak (`make test-soak`) draws new ones, and many: it is where a rare counterex
 cdlm must not be imported here: the shape-checking import hook is installed after this file is read.
 """
 
+import os
+
 import pytest
 import torch
 from hypothesis import is_hypothesis_test, settings
@@ -14,6 +16,12 @@ settings.register_profile("soak", deadline=None, max_examples=500, print_blob=Tr
 settings.load_profile("fixed")  # --hypothesis-profile comes later and wins
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are of the CPU, unless `-m gpu` asks for those of a GPU: `auto` would take one that is there."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,12 +13,12 @@ EOS = 99
 
 def store(documents: list[list[int]]) -> TokenStore:
     offsets = np.cumsum([0, *map(len, documents)])
-    return TokenStore(Path(), np.array(sum(documents, []), dtype=np.uint16), offsets, EOS, EOS, "")
+    return TokenStore(Path(), np.concatenate(documents).astype(np.uint16), offsets, EOS, EOS, "")
 
 
 def by_hand(documents: list[list[int]], texts: list[list[int]]) -> float:
     """The definition: a token is copied if it is in a run that stands in the joined training text."""
-    joined = sum(([*document, EOS] for document in documents), [])
+    joined = [token for document in documents for token in (*document, EOS)]
     known = {tuple(joined[i : i + RUN]) for i in range(len(joined) - RUN + 1)}
     covered = 0
     for text in texts:

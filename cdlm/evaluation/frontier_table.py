@@ -86,7 +86,8 @@ def markdown(frontier: Frontier) -> str:
         lines.append([
             row["way"], row["point"], str(row["n"]), _number(row["calls"], ".1f"), *nats,
             _number(row["sample_entropy"], ".3f"), _number(row.get("frechet"), ".3f"),
-            *(_number(row.get(name), ".1%") for name in shares), _number(row.get("dist_3"), ".3f"), _number(row.get("copied"), ".1%"),
+            *(_number(row.get(name), ".1%") for name in shares), _number(row.get("dist_3"), ".3f"),
+            _number(row.get("copied"), ".1%"),
         ])  # fmt: skip
     against = [["way", "at", "judge", "calls", "hardest rival with as many", "difference", "at the same entropy",
                 "as good", "saved", "not as sharp"]]  # fmt: skip

@@ -1,0 +1,100 @@
+"""Laws that hold on a CUDA device: `pytest -m gpu`. All other tests are of the CPU, also where a GPU is there."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cdlm
+from cdlm.cli.main import main
+from cdlm.halting import KL, Criterion, Entropy, Patience
+from cdlm.halting.replay import replay
+from cdlm.sampling.recordings import recording_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CONFIG = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
+TEXT = ["--source.n", "2000", "--batch_size", "16", "--validation_rows", "16", "--preview", "2"]
+TRAINING = ["--training.validate_every", "40", "--training.checkpoint_every", "20", "--training.final_lr_ratio", "1"]
+
+
+def train(folder: Path, cache: Path, *options: str, steps: int = 80) -> Path:
+    words = ["train", "--config", CONFIG, *TEXT, *TRAINING, "--training.steps", str(steps), "--cache", str(cache)]
+    main([*words, "--out", str(folder), "--quiet", *options])
+    return folder
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True, map_location="cpu")["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    return train(tmp_path_factory.mktemp("run") / "run", cache)
+
+
+def test_training_takes_the_gpu_and_learns(run: Path) -> None:
+    losses = np.genfromtxt(run / "metrics.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")["loss"]
+    losses = losses[np.isfinite(losses)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(run: Path, tmp_path: Path, cache: Path) -> None:
+    cut = train(tmp_path / "cut", cache, steps=40)
+    main(["train", "--resume", str(cut), "--training.steps", "80", "--quiet"])
+    for name, value in weights(run).items():
+        torch.testing.assert_close(weights(cut)[name], value, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("option", ["--training.precision=bf16", "--training.compile=true"])
+def test_other_arithmetic_trains_as_well(option: str, run: Path, tmp_path: Path, cache: Path) -> None:
+    other = train(tmp_path / "other", cache, option, steps=20)
+    texts = cdlm.generate(cdlm.load(other, device="cuda"), n=4, steps=8, seed=0).texts
+    assert len(texts) == 4
+
+
+WAYS: list[dict[str, Any]] = [
+    {}, {"solver": "Ancestral()"}, {"solver": "Heun()"}, {"solver": "Ancestral()", "commit": "Threshold(0.5)"},
+    {"grid": "Adaptive(0.1)", "solver": "TwoStep()"}, {"halt": "Entropy(0.5)"}, {"softmax_temperature": 0.8},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_samples_are_those_of_the_cpu_but_for_rounding(way: dict[str, Any], run: Path) -> None:
+    """The noise is drawn on the CPU for every device. Rounding may tip a token, and with it what comes after."""
+    here, there = (
+        cdlm.generate(cdlm.load(run, device=name), n=16, steps=16, seed=0, **way) for name in ("cuda", "cpu")
+    )
+    assert (here.tokens == there.tokens).mean() > 0.8
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_sample_does_not_depend_on_the_batch_but_for_rounding(way: dict[str, Any], run: Path) -> None:
+    model = cdlm.load(run, device="cuda")
+    together, apart = (cdlm.generate(model, n=8, steps=16, seed=0, batch_size=size, **way) for size in (8, 1))
+    assert (together.tokens == apart.tokens).mean() > 0.8
+
+
+def test_the_same_run_twice_is_the_same_run(run: Path) -> None:
+    model = cdlm.load(run, device="cuda")
+    first, second = (cdlm.generate(model, n=8, steps=16, seed=0, solver="Ancestral()") for _ in range(2))
+    assert np.array_equal(first.tokens, second.tokens)
+
+
+@pytest.mark.parametrize("rule", [Entropy(0.5), Patience(2), KL(0.1)], ids=str)
+def test_a_rule_halts_a_recording_where_it_halts_a_run(rule: Criterion, run: Path) -> None:
+    session = cdlm.open_session(cdlm.load(run, device="cuda"), steps=16, batch_size=8)
+    requests = session.requests(n=8)
+    recording = recording_of(session.recorded().run(requests), session)
+    live, replayed = session.with_criterion(rule).run(requests), replay(recording, rule)
+    assert np.array_equal(live.nfe, replayed.nfe)
+    assert (
+        live.tokens == replayed.tokens
+    ).mean() > 0.95  # rows that halt leave a smaller batch, which rounds otherwise
