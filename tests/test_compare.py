@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from cdlm.api import open_session
 from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Bootstrap, Scores
 from cdlm.evaluation.bench import Bench, FullRun, Outcome, Scorer, fewest
-from cdlm.evaluation.compare import PLAIN, Comparison, Point, markdown, save_json, write_csv
+from cdlm.evaluation.compare import PLAIN, Comparison, Point, markdown, save_json, terminal, write_csv
 from cdlm.evaluation.metrics.diversity import sample_entropy
 from cdlm.evaluation.rivals import Duel, Rivals, verdict
 from cdlm.evaluation.texts import RealText
@@ -303,3 +304,13 @@ def test_the_files_hold_every_point_and_the_verdict(tmp_path: Path) -> None:
     assert content["rows"][0]["verdict"]["word"] == "better"
     assert content["rows"][1]["verdict"] is None
     assert "better: -0.500 [-0.600, -0.400], ancestral (10, LogT())" in markdown(points, GOAL, "nats")
+
+
+def test_a_terminal_shows_the_columns_that_decide() -> None:
+    points = [replace(point(2, 15), chosen=True), replace(point(3, 5), family=PLAIN)]
+    head, _, *lines = terminal(points, GOAL, "nats").split("\n")
+    assert re.split(r"\s{2,}", head) == [
+        "rule", "calls", "saved", "AR-NLL", "change, nats", "agreement", "beside its hardest rival",
+    ]  # fmt: skip
+    assert [re.split(r"\s{2,}", line)[0] for line in lines[:2]] == [one.setting for one in points]
+    assert re.split(r"\s{2,}", terminal([*points, replace(points[0], steps=7)], GOAL, "nats"))[0] == "steps"

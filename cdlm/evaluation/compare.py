@@ -26,6 +26,7 @@ from cdlm.evaluation.metrics.reference import DISTANCES, Spread
 from cdlm.evaluation.oracles import ORACLES, oracles
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel
 from cdlm.evaluation.rivals import Duel, Rivals, Verdict, verdict
+from cdlm.evaluation.table import aligned_table
 from cdlm.evaluation.texts import REAL, Part
 from cdlm.halting import Criterion, FixedSteps, Never
 from cdlm.halting.calibration import Goal
@@ -370,25 +371,50 @@ COLUMNS = (
     "model", "steps", "rule", "n", "calls", "saved", "AR-NLL", "change, nats", "share of the gap", "agreement",
     "H sample", "Fréchet", "its change", "QPS", "wall", "beside its hardest rival",
 )  # fmt: skip
+SHOWN = ("rule", "calls", "saved", "AR-NLL", "change, nats", "agreement", "right", "beside its hardest rival")
+"""Columns that a terminal shows."""
 
 
 def markdown(points: Sequence[Point], goal: Goal, measure: str) -> str:
     """The table to read: the ends, the plain samplers, and of each rule the setting within the goal."""
+    head, *body = _lines(points)
+    ruler = ["--:" if i not in (0, 2) else ":--" for i in range(len(head))]
+    lines = [_line(cells) for cells in (head, ruler, *body)]
+    return "\n".join(lines) + "\n\n" + _note(goal, measure) + _marks(points, goal, measure)
+
+
+def terminal(points: Sequence[Point], goal: Goal, measure: str) -> str:
+    """The columns of the same table that decide, as aligned plain text."""
+    head, *body = _lines(points)
+    several = {name for name in ("model", "steps") if len({line[head.index(name)] for line in body}) > 1}
+    chosen = [i for i, name in enumerate(head) if name in SHOWN or name in several]
+    chosen.sort(key=lambda i: (head[i] not in several, head[i] != "rule", i))
+    lines = [[line[i] for i in chosen] for line in (head, *body)]
+    return aligned_table(lines) + "\n" + _marks(points, goal, measure)
+
+
+def _marks(points: Sequence[Point], goal: Goal, measure: str) -> str:
+    unbounded = any(p.chosen and not p.bounded for p in points)
+    needed = fewest(goal, measure)
+    mark = f"\n{UNBOUNDED} Fewer than {needed} samples: the change is a mean, without a bound.\n" if unbounded else ""
+    return mark + _note_on_work(points)
+
+
+def _lines(points: Sequence[Point]) -> list[list[str]]:
+    """Heading and lines of all columns."""
     rules = dict.fromkeys(p.family for p in points if not _is_reference(p))
     answered = any(point.right is not None for point in points)
     columns = (*COLUMNS[:-1], "right", COLUMNS[-1]) if answered else COLUMNS
-    lines = [_line(columns), _line("--:" if i not in (0, 2) else ":--" for i in range(len(columns)))]
-    lines += [_line(_cells(point, answered)) for point in points if point.chosen or _is_reference(point)]
+    lines: list[list[str]] = [list(columns)]
+    lines += [_cells(point, answered) for point in points if point.chosen or _is_reference(point)]
     for model, steps in dict.fromkeys((p.model, p.steps) for p in points):
         there = [p for p in points if (p.model, p.steps) == (model, steps)]
         for family in rules:
             own = [p for p in there if p.family == family]
             if own and not any(p.chosen for p in own):
-                why = "saves no call within the goal"
-                lines.append(_line([model, steps, family, own[0].samples, "-", why] + [""] * (len(columns) - 6)))
-    needed, unbounded = fewest(goal, measure), any(p.chosen and not p.bounded for p in points)
-    mark = f"\n{UNBOUNDED} Fewer than {needed} samples: the change is a mean, without a bound.\n" if unbounded else ""
-    return "\n".join(lines) + "\n\n" + _note(goal, measure) + mark + _note_on_work(points)
+                said = [model, str(steps), family, str(own[0].samples), "-", "saves no call within the goal"]
+                lines.append(said + [""] * (len(columns) - len(said)))
+    return lines
 
 
 def _note_on_work(points: Sequence[Point]) -> str:

@@ -44,7 +44,7 @@ class Evaluation:
 
     def terminal(self) -> str:
         """The same as aligned plain text."""
-        tables = [_aligned_table(lines) for lines in _two_tables(self.rows)]
+        tables = [aligned_table(lines) for lines in _two_tables(self.rows)]
         notes = [f"note: {note}" for note in self.notes]
         return "\n\n".join([*tables, *notes, self._footer()])
 
@@ -107,7 +107,8 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ruler, *body])
 
 
-def _aligned_table(lines: list[list[str]]) -> str:
+def aligned_table(lines: list[list[str]]) -> str:
+    """The same as plain text, the columns as wide as their widest cells."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     head, *body = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines

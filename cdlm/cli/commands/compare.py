@@ -17,7 +17,7 @@ from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places, write_text
 from cdlm.evaluation.bench import check_answers, fewest, longest
-from cdlm.evaluation.compare import Comparison, Point, markdown, panels, save_json, too_few, write_csv
+from cdlm.evaluation.compare import Comparison, Point, markdown, panels, save_json, terminal, too_few, write_csv
 from cdlm.evaluation.plots.pareto import plot_pareto
 from cdlm.halting import Criterion, sweep
 from cdlm.halting.calibration import Goal
@@ -122,11 +122,11 @@ def compare(
             points += comparison.table(plan.families)
             write_csv(points, out / "compare.csv")  # after each model: long work is not lost
             save_json(points, goal.goal, goal.measure, out / "compare.json")
-    text = markdown(points, goal.goal, goal.measure)
-    write_text(out / "compare.md", text)
+    write_text(out / "compare.md", markdown(points, goal.goal, goal.measure))
     plot_pareto(panels(points), out / "compare.png")
     if not machine.quiet:
-        print(text)
+        print(terminal(points, goal.goal, goal.measure))
+        print(f"all columns, and what they mean: {out / 'compare.md'}")
 
 
 class _Plan(NamedTuple):
