@@ -1,10 +1,13 @@
-"""Does halting save the time that it saves calls?
+"""Does halting save the time that it saves calls, and do commits?
 
-Draws the same samples with a halting rule and without, in alternating pairs, and divides: the ratio of wall times
-should be at most 1.1 times the ratio of denoiser calls. Without a run folder, an untrained system stands in, and each
-row halts at a step of its own, drawn from its number, so that rows leave the batch one by one as they do in earnest.
+Draws the same samples with a halting rule or commits and without, in alternating pairs, and divides: the ratio of wall
+times should be at most 1.1 times the ratio of denoiser calls, and within 5 % of it on a workload. Without a run folder,
+an untrained system stands in, and each row halts at a step of its own, drawn from its number, so that rows leave the
+batch one by one as they do in earnest.
 
     python benchmarks/halting_walltime.py RUN --halt "Patience(60)"
+    python benchmarks/halting_walltime.py RUN --workload "MixedPrompts()" --solver "Ancestral()" \\
+        --commit "FallingThreshold(0.95)"
     python benchmarks/halting_walltime.py --width 384 --depth 8
 """
 
@@ -17,6 +20,7 @@ import torch
 from untrained import parameters, untrained
 
 import cdlm
+from cdlm.api import ask, with_halt
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.types import Decision, StepState
 from cdlm.halting import Criterion, Stateless
@@ -45,17 +49,27 @@ class Cost:
     calls: float
 
 
-def cost(model: cdlm.Model, args: argparse.Namespace, halt: str | Criterion | None) -> Cost:
+def cost(model: cdlm.Model, args: argparse.Namespace, halt: str | Criterion | None, commit: str | None) -> Cost:
     """One run, decoded texts included: wall seconds, processor seconds and mean calls of a sample."""
+    session = cdlm.open_session(
+        model, steps=args.steps, batch_size=args.batch_size, solver=args.solver, grid=args.grid, commit=commit
+    )
+    requests, work = ask(session, args.n, workload=args.workload)
+    session = with_halt(session, halt, requests, work)
     wall, cpu = time.perf_counter(), time.process_time()
-    samples = cdlm.generate(model, n=args.n, steps=args.steps, halt=halt, seed=0, batch_size=args.batch_size)
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu, float(samples.nfe.mean()))
+    samples = session.run(requests)
+    seconds = time.perf_counter() - wall, time.process_time() - cpu
+    return Cost(*seconds, float(samples.nfe.mean()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="run folder; without one, an untrained system")
-    parser.add_argument("--halt", default="Patience(20)", help="halting rule, for a run folder")
+    parser.add_argument("--halt", help="halting rule; Patience(20) if there is no --commit either")
+    parser.add_argument("--commit", help="policy of the second run of a pair")
+    parser.add_argument("--workload", help="of both runs")
+    parser.add_argument("--solver", default="Euler()")
+    parser.add_argument("--grid", default="Warped()")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the processor")
     for name, value in dict(n=256, steps=50, batch_size=64, repeats=3).items():
@@ -65,17 +79,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.run:
-        model, halt = cdlm.load(args.run, device=args.device), args.halt
+        model = cdlm.load(args.run, device=args.device)
+        halt = args.halt or (None if args.commit else "Patience(20)")
     else:
         settings = CDCD(width=args.width, depth=args.depth, heads=args.heads)
         model, halt = untrained(settings, args.vocab, args.length).to(args.device), Scattered()
-    print(f"{parameters(model)}, {args.n} samples, {args.batch_size} in flight, {args.steps} steps, {halt}")
+    print(
+        f"{parameters(model)}, {args.n} samples, {args.batch_size} in flight, {args.steps} steps, {halt or args.commit}"
+    )
 
     cdlm.generate(model, n=args.batch_size, steps=3)  # warm up
     print("pair  full, s halted, s wall ratio CPU ratio calls ratio wall/calls")
     rows = []
     for pair in range(args.repeats):
-        full, halted = cost(model, args, None), cost(model, args, halt)
+        full, halted = cost(model, args, None, None), cost(model, args, halt, args.commit)
         wall, cpu, calls = halted.seconds / full.seconds, halted.cpu / full.cpu, halted.calls / full.calls
         rows.append((full.seconds, halted.seconds, wall, cpu, calls, wall / calls))
         _print(str(pair + 1), rows[-1])
