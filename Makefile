@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist w
 TESTS  := tests
 
 DEMO   := runs/demo
-SAMPLE := --n 256 --steps 100 --grid "LogT()" --score_temperature 0.9
+SAMPLE := --n 256 --solver "Ancestral()"
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-soak results results-quick results-check lint format clean
@@ -27,11 +27,12 @@ SAMPLE := --n 256 --steps 100 --grid "LogT()" --score_temperature 0.9
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-demo: $(VENV)/.demo  ## Train a small model, sample it with adaptive halting, evaluate it
+demo: $(VENV)/.demo  ## Train a small model, sample it with all calls and with fewer, evaluate both
 	rm -rf $(DEMO)
 	$(VENV)/bin/cdlm train --config configs/demo.yaml --out $(DEMO)
-	$(VENV)/bin/cdlm sample $(DEMO) $(SAMPLE) --out $(DEMO)/full.jsonl
-	$(VENV)/bin/cdlm sample $(DEMO) $(SAMPLE) --halt "Patience(15)" --out $(DEMO)/samples.jsonl --plot $(DEMO)/plot.png
+	$(VENV)/bin/cdlm sample $(DEMO) $(SAMPLE) --steps 128 --out $(DEMO)/full.jsonl
+	$(VENV)/bin/cdlm sample $(DEMO) $(SAMPLE) --steps 64 --commit "FallingThreshold(0.95)" --out $(DEMO)/samples.jsonl \
+		--plot $(DEMO)/plot.png
 	$(VENV)/bin/cdlm evaluate $(DEMO) $(DEMO)/samples.jsonl $(DEMO)/full.jsonl
 
 test: $(VENV)/.dev  ## Run the tests, with shapes checked at run time

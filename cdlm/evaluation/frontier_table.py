@@ -173,9 +173,14 @@ class Family:
     points: Sequence[Point]
 
 
+BROKEN = 2.0
+"""Times the least Fréchet distance of a family beyond which a temperature has broken its text, which may then have any
+entropy."""
+
+
 def families(frontier: Frontier) -> list[Family]:
     """All ways, each family at the temperature whose mean entropy is nearest to that of real text, or to that of the
-    rivals where there is none."""
+    rivals where there is none; temperatures that break the text are left out."""
     ways: dict[str, list[str]] = {}
     for way in frontier.ways:
         ways.setdefault(re.sub(r"-[\d.]+$", "", way), []).append(way)
@@ -192,11 +197,18 @@ def _family(frontier: Frontier, name: str, ways: Sequence[str]) -> Family:
         at = ", ".join(part for part in _parts(point.drawn.sampling) if part.split("=")[0] in varied)
         found.setdefault(at, []).append(point)
     most = max(map(len, found.values()))
-    best = min((at for at, points in found.items() if len(points) == most),
-               key=lambda at: abs(frontier.entropy(found[at]) - target))  # fmt: skip
+    whole = {at: points for at, points in found.items() if len(points) == most}
+    least = min(map(_distance, whole.values()))
+    best = min((at for at, points in whole.items() if _distance(points) <= BROKEN * least),
+               key=lambda at: abs(frontier.entropy(whole[at]) - target))  # fmt: skip
     points = sorted(found[best], key=lambda point: point.calls)
     left_out = [way for way in ways if way not in {point.drawn.way for point in points}]
     return Family(name, ", ".join([best, *(f"without {way}" for way in left_out)]), points)
+
+
+def _distance(points: Sequence[Point]) -> float:
+    """Fréchet distance to real text, the mean over points; 0 where it is not known."""
+    return float(np.mean([point.columns.get("frechet") or 0.0 for point in points]))
 
 
 def over_calls(frontier: Frontier) -> list[CurvePanel]:

@@ -10,6 +10,8 @@ import numpy as np
 
 from cdlm.evaluation.plots.panels import Line, Panel, draw
 
+LEAST = 0.85
+"""Share of the lowest rival or level at which the axis ends at the latest."""
 MOST = 1.35
 """Upper end of the axis over the full run's value: the region in which one would want to be."""
 
@@ -78,12 +80,15 @@ def _panel(panel: CurvePanel, label: str) -> Panel:
 
 
 def limits(panel: CurvePanel) -> tuple[float, float] | None:
-    """From the lowest level or rival to a little over the best or the highest level, so that settings that fail badly,
-    or collapse to text that is too easy, do not flatten it. None if nothing was measured, as of empty texts."""
+    """From the lowest value to a little over the best rival or the highest level, so that settings that fail badly do
+    not flatten it; and no lower than `LEAST` of the rivals and levels, for text that collapses is too easy. None if
+    nothing was measured, as of empty texts."""
     values = [v for c in panel.curves for v in c.value if np.isfinite(v)]
     if not values:
         return None
-    rival = [v for c in panel.curves if c.rival for v in c.low if np.isfinite(v)]
-    low = min([*(value for _, value in panel.levels), *(rival or values)])
-    best = max([min(values), *(value for _, value in panel.levels)])
-    return low - 0.05 * (MOST * best - low), MOST * best
+    levels = [value for _, value in panel.levels]
+    rivals = [v for c in panel.curves if c.rival for v in c.value if np.isfinite(v)] or values
+    lows = [v for c in panel.curves if c.rival for v in c.low if np.isfinite(v)]
+    low = min([*levels, *lows, max(min(values), LEAST * min([*rivals, *levels]))])
+    high = MOST * max([min(rivals), *levels])
+    return low - 0.05 * (high - low), high
