@@ -477,6 +477,16 @@ def test_a_table_takes_its_cells_from_expressions(pages: Callable[..., str]) -> 
     ]  # fmt: skip
 
 
+def test_the_small_version_may_lack_a_row_that_a_page_asks_for(pages: Callable[..., str], tmp_path: Path) -> None:
+    text = "{% for one in rows('t', system='C') %}{{ one.ar_nll }}{% else %}-{% endfor %}"
+    with pytest.raises(CdlmError, match="no row with system 'C'"):
+        pages(text)
+    file = tmp_path / "json" / "t.json"
+    document.write({**document.read(file), "quick": True}, file)
+    page = Pages(tmp_path / "pages", tmp_path / "json", tmp_path / "docs").render("p.md")
+    assert page.split("-->\n\n")[1].startswith("-\n")
+
+
 def test_rows_of_a_group_are_one_line(pages: Callable[..., str]) -> None:
     columns = "{'s': 'system', 'loss': 'ar_nll | spread', 'n': 'calls', 'x': 'share | spread(1, percent=true)'}"
     lines = pages(f"{{{{ table('t', {columns}, by='system') }}}}").splitlines()

@@ -80,8 +80,17 @@ class Tables:
         return found[0]
 
     def rows(self, name: str, /, **where: Any) -> list[Row]:
-        """All rows with these values, or one of a list of values, of columns; at least one."""
-        return _chosen([Row(row) for row in self._content(name)["rows"]], name, where)
+        """All rows with these values, or one of a list of values, of columns; at least one.
+
+        The small version has fewer, and perhaps none.
+        """
+        content = self._content(name)
+        try:
+            return _chosen([Row(row) for row in content["rows"]], name, where)
+        except CdlmError:
+            if content["quick"]:
+                return []
+            raise
 
     def values(self, name: str, column: str, /, **where: Any) -> list[Any]:
         """A column of such rows, of those that have it."""
