@@ -4,6 +4,7 @@ long."""
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -472,6 +473,16 @@ def test_sample_files_carry_what_was_given(place: Path, tmp_path: Path) -> None:
     samples = session.run(requests)
     assert [entry.text for entry in entries] == samples.texts
     assert [entry.given for entry in entries] == samples.spans
+
+
+def test_a_terminal_marks_what_was_given(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say("sample", place / "toy", "--workload", "MixedPrompts()", "--n", 6, "--steps", 4, "--device", "cpu")
+    shown = re.split(r"--- sample .*\n", capsys.readouterr().out)[1:]
+    session = api.open_session(place / "toy", device="cpu", steps=4)
+    samples = session.run(api.ask(session, 6, workload="MixedPrompts()")[0])
+    assert [re.sub(r"[\[\]]", "", text).strip() for text in shown] == [text.strip() for text in samples.texts]
+    for text, sample in zip(shown, samples, strict=True):
+        assert re.findall(r"\[(.*?)\]", text, re.DOTALL) == [sample.text[start:end] for start, end in sample.given]
 
 
 def test_compare_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

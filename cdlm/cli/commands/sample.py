@@ -17,7 +17,7 @@ from cdlm.masked.sampler import UnmaskingSettings
 from cdlm.recording.file import check_same_model
 from cdlm.sampling.recordings import recording_of, write_recording
 from cdlm.sampling.requests import Request
-from cdlm.sampling.samples import Samples
+from cdlm.sampling.samples import Sample, Samples
 from cdlm.sampling.session import Session
 
 PROMPTS, OUTPUT, MACHINE = PromptOptions(), OutputOptions(), MachineOptions()
@@ -58,7 +58,10 @@ def sample(
             session.check_recordable(requests, "plotted" if output.record is None else "recorded")
             session = session.recorded()
         samples = session.run(requests)
-    _write(samples, session, output, f"{run}, {samples.budget} steps, {halt or 'no halting'}", machine.quiet)
+    commit = getattr(session.sampling, "commit", None)
+    ends = halt or ("no halting" if commit is None else f"commits by {commit!r}")
+    title = f"{run}, {samples.budget} steps, {ends}"
+    _write(samples, session, output, title, machine.quiet, marked=work is not None)
 
 
 def _asked(session: Session, texts: list[str] | None, prompts: PromptOptions) -> tuple[list[Request], Work | None]:
@@ -68,7 +71,7 @@ def _asked(session: Session, texts: list[str] | None, prompts: PromptOptions) ->
     return made, None
 
 
-def _write(samples: Samples, session: Session, output: OutputOptions, title: str, quiet: bool) -> None:
+def _write(samples: Samples, session: Session, output: OutputOptions, title: str, quiet: bool, marked: bool) -> None:
     if output.record is not None:
         file = write_recording(recording_of(samples, session), session, output.record)
         if not quiet:
@@ -81,10 +84,22 @@ def _write(samples: Samples, session: Session, output: OutputOptions, title: str
         return
     if output.out is None and output.record is None:
         for one in samples:
-            print(f"--- sample {one.index}, {one.nfe} calls, {one.reason.name.lower()}\n{one.text.strip()}")
+            text = _marked(one) if marked else one.text
+            print(f"--- sample {one.index}, {one.nfe} calls, {one.reason.name.lower()}\n{text.strip()}")
+        if marked:
+            print("what was given stands in [ ]", file=sys.stderr)
     late = samples.calls_after_end.mean()
     after = f", {late:.1f} of them after the end of the text" if late > 0 else ""
     print(
         f"{len(samples)} samples, {samples.nfe.mean():.1f} calls a sample of {samples.budget} steps{after}",
         file=sys.stderr,
     )
+
+
+def _marked(sample: Sample) -> str:
+    """The text with what was given in square brackets."""
+    parts, end = [], 0
+    for start, stop in sample.given:
+        parts += [sample.text[end:start], f"[{sample.text[start:stop]}]"]
+        end = stop
+    return "".join([*parts, sample.text[end:]])
