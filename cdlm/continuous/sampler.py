@@ -49,7 +49,8 @@ class DiffusionSettings:
             Adaptive(0.04), in which each row takes its own steps.
         projection: how logits drive the state: Expectation(), Greedy(), Drawn(0.9), MultiHot(0.2) or Uneven(0.2).
         softmax_temperature: divides the logits; below 1 sharpens.
-        score_temperature: divides the score; below 1 sharpens.
+        score_temperature: divides the score; below 1 sharpens. It breaks LangFlow, whose noise spans too many orders of
+            magnitude: sharpen that by softmax_temperature.
         guidance: scale of classifier-free guidance; 1 is off, others double the calls.
         init_scale: scale of the noise that a sample starts from.
         commit: a policy, such as Threshold(0.9) or FallingThreshold(0.95): what it is sure of is given from then on; by
