@@ -25,7 +25,7 @@ from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.types import Decision, StepState
 from cdlm.halting import Criterion, Stateless
 
-TARGET = 1.1
+TARGET, TARGET_OF_WORKLOADS = 1.1, 1.05
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def main() -> None:
     for name, value in dict(width=128, depth=3, heads=4, vocab=512, length=64).items():
         parser.add_argument(f"--{name}", type=int, default=value, help="of the untrained system")
     args = parser.parse_args()
+    if not args.run and (args.halt or args.commit or args.workload):
+        parser.error("a rule, commits or a workload need a run folder: name one")
     torch.set_num_threads(args.threads)
     if args.run:
         model = cdlm.load(args.run, device=args.device)
@@ -88,7 +90,8 @@ def main() -> None:
         f"{parameters(model)}, {args.n} samples, {args.batch_size} in flight, {args.steps} steps, {halt or args.commit}"
     )
 
-    cdlm.generate(model, n=args.batch_size, steps=3)  # warm up
+    warm = argparse.Namespace(**{**vars(args), "n": args.batch_size, "steps": 3})
+    cost(model, warm, None, args.commit)
     print("pair  full, s halted, s wall ratio CPU ratio calls ratio wall/calls")
     rows = []
     for pair in range(args.repeats):
@@ -98,7 +101,8 @@ def main() -> None:
         _print(str(pair + 1), rows[-1])
     middle = tuple(median(column) for column in zip(*rows, strict=True))
     _print("med.", middle)
-    print(f"target: wall/calls <= {TARGET}: {'met' if middle[-1] <= TARGET else 'missed'}")
+    target = TARGET_OF_WORKLOADS if args.workload else TARGET
+    print(f"target: wall/calls <= {target}: {'met' if middle[-1] <= target else 'missed'}")
 
 
 def _print(name: str, row: tuple[float, ...]) -> None:

@@ -267,6 +267,7 @@ def test_ways_to_sample_are_compared(place: Place, tmp_path: Path, capsys: pytes
     assert [(row["way"], row["n"], row["calls"]) for row in found["rows"]] == [("few", 6, 3)] * 2 + [("many", 6, 6)] * 2
     assert {row["point"] for row in found["rows"]} == {"score_temperature=0.9", "score_temperature=1.0"}
     assert [saving["way"] for saving in found["savings"]] == ["few"] * 2
+    assert all(row["copied"] is None or 0 <= row["copied"] <= 1 for row in (*found["rows"], *found["real"]))
     assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "hardest rival" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -286,6 +287,7 @@ def test_a_judge_that_read_the_training_text_is_named(place: Place, tmp_path: Pa
         main(["evaluate", str(run), str(tmp_path / "mine.jsonl"), "--judge_steps", "3", "--splits", "0", "--quiet"])
         found = json.loads((run / "evaluation.json").read_text())
         assert any("copying that text is rewarded" in note for note in found["notes"]) == says
+        assert all("copied" in row for row in found["rows"])
         assert ("like the training text" in str(found["rows"])) != says
 
 

@@ -1,5 +1,6 @@
 """Ways to sample beside each other at equal entropy."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -216,6 +217,27 @@ def test_a_way_with_one_temperature_stands_with_those_of_its_family() -> None:
     assert (low.at, [p.calls for p in low.points]) == ("score_temperature=0.8, without plain-32", [8, 16])
     (high,) = families(replace(found, real=point("real text", 0.9, [H + 0.03], 30, 0)))
     assert (high.at, [p.calls for p in high.points]) == ("score_temperature=1.0, without plain-8", [16, 32])
+
+
+@pytest.mark.parametrize("broken", [2.0, math.nan, None])
+def test_a_family_is_shown_where_it_is_nearest_to_real_text(broken: float | None) -> None:
+    """A temperature that breaks the text may have the entropy of real text."""
+    distances = (0.2, broken, 0.1)
+    points = [replace(one, columns={"frechet": far}) for one, far in zip(curve("a-8", 8), distances, strict=True)]
+    (shown,) = families(replace(frontier(points, rivals=("a-8",)), real=point("real text", 0.9, [H], 30, 0)))
+    assert shown.at == "score_temperature=1.0"
+
+
+def test_a_point_between_two_rivals_saves_what_the_cheaper_one_takes() -> None:
+    """It is surely better than the rival with 16 calls, and surely worse than that with 64."""
+    mine = [point("mine", 0.9, [H], 10 * H + 0.05, 24)]
+    rivals = curve("plain-16", 16, shift=0.2), curve("plain-64", 64)
+    (saving,) = frontier(mine, *rivals, rivals=("plain-16", "plain-64")).savings()
+    assert saving.not_worse is not None
+    assert (saving.not_worse.rival, saving.not_worse.low > 0, saving.worse) == ("plain-64", True, 16)
+    assert saving.saved_surely == pytest.approx(1 - 24 / 16)
+    (equal,) = frontier([point("mine", 0.9, [H], 10 * H, 24)], *rivals, rivals=("plain-16", "plain-64")).savings()
+    assert equal.saved_surely == pytest.approx(1 - 24 / 64)
 
 
 def test_prompts_are_compared_by_their_tokens() -> None:

@@ -9,6 +9,8 @@ import torch
 
 import cdlm
 from cdlm.cli.main import main
+from cdlm.continuous.system import EmbeddingDiffusion
+from cdlm.core.types import Condition
 from cdlm.halting import KL, Criterion, Entropy, Patience
 from cdlm.halting.replay import replay
 from cdlm.sampling.recordings import recording_of
@@ -40,7 +42,22 @@ def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     return train(tmp_path_factory.mktemp("run") / "run", cache)
 
 
-def test_training_takes_the_gpu_and_learns(run: Path) -> None:
+def test_training_takes_the_gpu_and_learns(run: Path, tmp_path: Path, cache: Path, capfd: Any) -> None:
+    main(
+        [
+            "train",
+            "--config",
+            CONFIG,
+            *TEXT,
+            "--training.steps",
+            "2",
+            "--cache",
+            str(cache),
+            "--out",
+            str(tmp_path / "r"),
+        ]
+    )
+    assert "training on cuda" in capfd.readouterr().err
     losses = np.genfromtxt(run / "metrics.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")["loss"]
     losses = losses[np.isfinite(losses)]
     assert losses[-1] < 0.8 * losses[0]
@@ -66,20 +83,36 @@ WAYS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+def test_the_network_says_what_it_says_on_the_cpu(run: Path) -> None:
+    said = []
+    for device in ("cuda", "cpu"):
+        model = cdlm.load(run, device=device)
+        assert isinstance(model, EmbeddingDiffusion)
+        assert model.device.type == device
+        source = torch.Generator().manual_seed(0)
+        z = torch.randn(4, model.length, model.dim, generator=source).to(device)
+        t = torch.tensor([0.5, 2.0, 8.0, 30.0], dtype=torch.float64, device=device)
+        open_ = torch.ones(z.shape[:2], dtype=torch.bool, device=device)
+        with torch.no_grad():
+            logits = model.denoise(z, t, Condition(torch.zeros_like(z), open_, torch.zeros_like(z))).logits
+        said.append(logits.float().cpu())
+    torch.testing.assert_close(*said, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_samples_are_those_of_the_cpu_but_for_rounding(way: dict[str, Any], run: Path) -> None:
     """The noise is drawn on the CPU for every device. Rounding may tip a token, and with it what comes after."""
     here, there = (
         cdlm.generate(cdlm.load(run, device=name), n=16, steps=16, seed=0, **way) for name in ("cuda", "cpu")
     )
-    assert (here.tokens == there.tokens).mean() > 0.8
+    assert (here.tokens == there.tokens).mean() > 0.97
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_sample_does_not_depend_on_the_batch_but_for_rounding(way: dict[str, Any], run: Path) -> None:
     model = cdlm.load(run, device="cuda")
     together, apart = (cdlm.generate(model, n=8, steps=16, seed=0, batch_size=size, **way) for size in (8, 1))
-    assert (together.tokens == apart.tokens).mean() > 0.8
+    assert (together.tokens == apart.tokens).mean() > 0.97
 
 
 def test_the_same_run_twice_is_the_same_run(run: Path) -> None:

@@ -163,6 +163,8 @@ class Saving:
     was drawn with so few calls that it is not."""
     not_worse: Match | None
     """The same with the fewest calls that is not surely worse."""
+    worse: float | None
+    """The most calls of a rival below that, which is surely worse; None without any."""
     unmatched: tuple[str, ...]
     """Rivals that were not drawn as sharp as the point."""
 
@@ -173,8 +175,12 @@ class Saving:
 
     @property
     def saved_surely(self) -> float | None:
-        """Share of the calls of the rival that is not surely worse: the careful number."""
-        return None if self.not_worse is None else 1 - self.calls / self.not_worse.calls
+        """Share of the calls of the rival that is not surely worse: the careful number. If that rival is surely better,
+        the point stands between it and the next cheaper one, and the share is of the calls of the cheaper one."""
+        if self.not_worse is None:
+            return None
+        between = self.not_worse.low > 0 and self.worse is not None
+        return 1 - self.calls / (self.worse if between and self.worse else self.not_worse.calls)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -231,11 +237,13 @@ class Frontier:
         found = {rival: self.match(point, rival, judge) for rival in self.rivals}
         matches = [match for match in found.values() if match is not None]
         cheaper = [match for match in matches if match.calls <= SAME_CALLS * point.calls]
+        not_worse = _least(point.calls, matches, [match for match in matches if match.high >= 0])
+        worse = [match.calls for match in matches if not_worse is not None and match.calls < not_worse.calls]
         return Saving(
             point.drawn.way, point.drawn.sampling, judge, point.calls,
             hardest=max(cheaper, key=lambda match: match.high, default=None),
             as_good=_least(point.calls, matches, [match for match in matches if match.difference >= 0]),
-            not_worse=_least(point.calls, matches, [match for match in matches if match.high >= 0]),
+            not_worse=not_worse, worse=max(worse, default=None),
             unmatched=tuple(rival for rival, match in found.items() if match is None),
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -173,14 +174,9 @@ class Family:
     points: Sequence[Point]
 
 
-BROKEN = 2.0
-"""Times the least Fréchet distance of a family beyond which a temperature has broken its text, which may then have any
-entropy."""
-
-
 def families(frontier: Frontier) -> list[Family]:
-    """All ways, each family at the temperature whose mean entropy is nearest to that of real text, or to that of the
-    rivals where there is none; temperatures that break the text are left out."""
+    """All ways, each family at the temperature whose samples are nearest to real text by the Fréchet distance, the mean
+    over the family. Where that is not known, its mean entropy is nearest to that of real text or of the rivals."""
     ways: dict[str, list[str]] = {}
     for way in frontier.ways:
         ways.setdefault(re.sub(r"-[\d.]+$", "", way), []).append(way)
@@ -198,17 +194,16 @@ def _family(frontier: Frontier, name: str, ways: Sequence[str]) -> Family:
         found.setdefault(at, []).append(point)
     most = max(map(len, found.values()))
     whole = {at: points for at, points in found.items() if len(points) == most}
-    least = min(map(_distance, whole.values()))
-    best = min((at for at, points in whole.items() if _distance(points) <= BROKEN * least),
-               key=lambda at: abs(frontier.entropy(whole[at]) - target))  # fmt: skip
+    best = min(whole, key=lambda at: (_distance(whole[at]), abs(frontier.entropy(whole[at]) - target)))
     points = sorted(found[best], key=lambda point: point.calls)
     left_out = [way for way in ways if way not in {point.drawn.way for point in points}]
     return Family(name, ", ".join([best, *(f"without {way}" for way in left_out)]), points)
 
 
 def _distance(points: Sequence[Point]) -> float:
-    """Fréchet distance to real text, the mean over points; 0 where it is not known."""
-    return float(np.mean([point.columns.get("frechet") or 0.0 for point in points]))
+    """Fréchet distance to real text, the mean over points; infinite where it is not known."""
+    found = [point.columns.get("frechet") for point in points]
+    return float(np.mean([math.inf if one is None or math.isnan(one) else one for one in found]))
 
 
 def over_calls(frontier: Frontier) -> list[CurvePanel]:
