@@ -151,7 +151,7 @@ class Diffusion(Sampling):
         return 1 if self.block is None else math.ceil(int((~request.given).sum()) / self.block)
 
     def with_temperature_times(self, factor: float) -> Diffusion:
-        score = self.guidance.score_temperature * factor
+        score = round(self.guidance.score_temperature * factor, 9)  # 0.9 * 0.7 is to be shown as 0.63
         return replace(self, guidance=replace(self.guidance, score_temperature=score))
 
     def rivals(self) -> Mapping[str, Sequence[Diffusion]]:

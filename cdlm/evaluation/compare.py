@@ -25,7 +25,7 @@ from cdlm.evaluation.metrics.diversity import sample_entropy, unigram_entropy
 from cdlm.evaluation.metrics.reference import DISTANCES, Spread
 from cdlm.evaluation.oracles import ORACLES, oracles
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel
-from cdlm.evaluation.rivals import Duel, Rivals, Verdict, verdict
+from cdlm.evaluation.rivals import FEWEST_SAMPLES, Duel, Rivals, Verdict, verdict
 from cdlm.evaluation.table import aligned_table
 from cdlm.evaluation.texts import REAL, Part
 from cdlm.halting import Criterion, FixedSteps, Never
@@ -433,7 +433,8 @@ def _note(goal: Goal, measure: str) -> str:
         " half of the samples; all numbers are of the other half. Intervals are 95 %, bootstrap over samples. The gap"
         " is from the full run to real text. QPS is the step speed-up times (AR-NLL of the full run / AR-NLL) **"
         f" {GAMMA}. The last column is AR-NLL less that of the rival that decides, with as many calls on the"
-        " same samples: better is better than every rival, worse is worse than one. The oracles are no"
+        " same samples: better is better than every rival, worse is worse than one, and of fewer than"
+        f" {FEWEST_SAMPLES} samples it is unclear. The oracles are no"
         " rules, they know the full run: one ends each sample at its last change of a token, the other spends what the"
         " goal allows where it saves most.\n"
     )
