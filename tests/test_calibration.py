@@ -514,7 +514,8 @@ def test_compare_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[
     say("compare", place / "toy", "--rules", "Patience", "FromStep(Entropy(...), 3)", "--steps", 6, 8, "--n", 10,
         "--fewer", 2, 4, "--max-loss", "50%", "--measure", "agreement", "--judge", place / "judge", "--live", 4,
         "--out", tmp_path, "--device", "cpu")  # fmt: skip
-    assert capsys.readouterr().out.startswith("| model |")
+    assert capsys.readouterr().out.split()[:2] == ["steps", "rule"]
+    assert (tmp_path / "compare.md").read_text().startswith("| model |")
     with (tmp_path / "compare.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["steps"] for row in rows} == {"6", "8"}

@@ -371,6 +371,7 @@ COLUMNS = (
     "model", "steps", "rule", "n", "calls", "saved", "AR-NLL", "change, nats", "share of the gap", "agreement",
     "H sample", "Fréchet", "its change", "QPS", "wall", "beside its hardest rival",
 )  # fmt: skip
+NOTHING = "saves no call within the goal"
 SHOWN = ("rule", "calls", "saved", "AR-NLL", "change, nats", "agreement", "right", "beside its hardest rival")
 """Columns that a terminal shows."""
 
@@ -389,7 +390,7 @@ def terminal(points: Sequence[Point], goal: Goal, measure: str) -> str:
     several = {name for name in ("model", "steps") if len({line[head.index(name)] for line in body}) > 1}
     chosen = [i for i, name in enumerate(head) if name in SHOWN or name in several]
     chosen.sort(key=lambda i: (head[i] not in several, head[i] != "rule", i))
-    lines = [[line[i] for i in chosen] for line in (head, *body)]
+    lines = [["none" if line[i] == NOTHING else line[i] for i in chosen] for line in (head, *body)]
     return aligned_table(lines) + "\n" + _marks(points, goal, measure)
 
 
@@ -412,7 +413,7 @@ def _lines(points: Sequence[Point]) -> list[list[str]]:
         for family in rules:
             own = [p for p in there if p.family == family]
             if own and not any(p.chosen for p in own):
-                said = [model, str(steps), family, str(own[0].samples), "-", "saves no call within the goal"]
+                said = [model, str(steps), family, str(own[0].samples), "-", NOTHING]
                 lines.append(said + [""] * (len(columns) - len(said)))
     return lines
 
