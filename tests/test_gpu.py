@@ -43,20 +43,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 
 def test_training_takes_the_gpu_and_learns(run: Path, tmp_path: Path, cache: Path, capfd: Any) -> None:
-    main(
-        [
-            "train",
-            "--config",
-            CONFIG,
-            *TEXT,
-            "--training.steps",
-            "2",
-            "--cache",
-            str(cache),
-            "--out",
-            str(tmp_path / "r"),
-        ]
-    )
+    words = ["train", "--config", CONFIG, *TEXT, "--training.steps", "2", "--cache", str(cache)]
+    main([*words, "--out", str(tmp_path / "run")])
     assert "training on cuda" in capfd.readouterr().err
     losses = np.genfromtxt(run / "metrics.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")["loss"]
     losses = losses[np.isfinite(losses)]

@@ -179,8 +179,9 @@ class Saving:
         the point stands between it and the next cheaper one, and the share is of the calls of the cheaper one."""
         if self.not_worse is None:
             return None
-        between = self.not_worse.low > 0 and self.worse is not None
-        return 1 - self.calls / (self.worse if between and self.worse else self.not_worse.calls)
+        if self.not_worse.low > 0 and self.worse is not None:
+            return 1 - self.calls / self.worse
+        return 1 - self.calls / self.not_worse.calls
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
