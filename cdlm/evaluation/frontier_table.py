@@ -90,8 +90,8 @@ def markdown(frontier: Frontier) -> str:
             *(_number(row.get(name), ".1%") for name in shares), _number(row.get("dist_3"), ".3f"),
             _number(row.get("copied"), ".1%"),
         ])  # fmt: skip
-    against = [["way", "at", "judge", "calls", "hardest rival with at most as many", "difference", "at the same entropy",
-                "as good", "saved", "not as sharp"]]  # fmt: skip
+    against = [["way", "at", "judge", "calls", "hardest rival with at most as many", "difference",
+                "at the same entropy", "as good", "saved", "not as sharp"]]  # fmt: skip
     against += [_against(frontier, saving) for saving in frontier.savings()]
     return "\n\n".join([markdown_table(lines), markdown_table(against), NOTE]) + "\n"
 
