@@ -17,6 +17,7 @@ from cdlm.core.files import read_json
 from cdlm.core.parallel import Workers
 from cdlm.core.parsing import nearest
 from cdlm.core.types import Constants
+from cdlm.data.masking import MASKINGS
 from cdlm.evaluation.bench import Bench, settings_of
 from cdlm.evaluation.small_judge import SmallJudge, open_judge
 from cdlm.evaluation.texts import RealText
@@ -226,6 +227,21 @@ def small_judge(config: RunConfig, text: RunText, steps: int) -> SmallJudge:
     """How the small judge of a run's text is trained; it is kept in the cache of the run."""
     cache = Path(config.cache).expanduser() / "judges"
     return SmallJudge(text.judge, text.tokenizer, config.batch_size, cache, steps)
+
+
+def warning_of_commits(session: Session) -> str | None:
+    """What is to be said of a session that commits with a model that was not trained for it; None if nothing is, or its
+    training is not known."""
+    folder = session.model.folder
+    if getattr(session.sampling, "commit", None) is None or folder is None or not (folder / "config.yaml").exists():
+        return None
+    masking = names.read_run(folder).masking
+    if MASKINGS.parse(masking).subsets:
+        return None
+    return (
+        f"this model was trained with masking {masking}, under which it never saw single tokens given: commits may ruin"
+        " its text; train with a Mixture that has RandomSubset()"
+    )
 
 
 def with_halt(

@@ -275,6 +275,19 @@ def test_ways_to_sample_are_compared(place: Place, tmp_path: Path, capsys: pytes
     assert "there is no way 'mani' (did you mean many?) to compare with: there is few, many" in capsys.readouterr().err
 
 
+def test_commits_of_a_model_that_was_not_trained_for_them_are_warned_of(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "prefixes"
+    shutil.copytree(place.run, other)
+    settings = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(re.sub(r"masking: .*", "masking: Prefix()", settings))
+    words = ["--n", "1", "--steps", "2", "--commit", "Threshold(0.9)"]
+    for run, more, warned in ((other, [], True), (other, ["--quiet"], False), (place.run, [], False)):
+        main(["sample", str(run), *words, *more])
+        assert ("masking Prefix(), under which it never saw single tokens given" in capsys.readouterr().err) == warned
+
+
 def test_a_judge_that_read_the_training_text_is_named(place: Place, tmp_path: Path) -> None:
     """Of an old run, whose text was not divided, and which has no real text like its training text to show."""
     old = tmp_path / "old"

@@ -37,6 +37,11 @@ class Masking(ABC):
         return self
 
     @property
+    def subsets(self) -> bool:
+        """Whether any subset of the positions may be given, as by commits."""
+        return False
+
+    @property
     def blocks(self) -> frozenset[int]:
         """Sizes of the blocks that the law teaches a system to generate; empty for a law without blocks."""
         return frozenset()
@@ -59,6 +64,11 @@ class RandomSubset(Masking):
 
     The size is uniform, so this is not independent coin flips, which would give nearly half of every long row.
     """
+
+    @property
+    def subsets(self) -> bool:
+        """That is what it does."""
+        return True
 
     def __call__(
         self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], generator: torch.Generator
@@ -199,6 +209,11 @@ class Mixture(Masking):
             raise CdlmError(f"Mixture: expected one or more laws with positive weights, got weights {weights}")
         if not all(isinstance(law, Masking) for _, law in self.parts):
             raise CdlmError(f"Mixture: expected pairs of a weight and a law, got {self.parts}")
+
+    @property
+    def subsets(self) -> bool:
+        """Whether one of its laws does."""
+        return any(law.subsets for _, law in self.parts)
 
     @property
     def blocks(self) -> frozenset[int]:

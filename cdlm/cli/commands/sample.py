@@ -52,6 +52,8 @@ def sample(
     with session_on(machine, run, prompts.seed, **settings) as session:
         requests, work = _asked(session, texts, prompts)
         session = api.with_halt(session, halt, requests, work)
+        if not machine.quiet and (warning := api.warning_of_commits(session)):
+            print(f"cdlm: {warning}", file=sys.stderr)
         if output.record is not None:
             check_same_model(output.record, session.model.has_weights)
         if output.record is not None or output.plot is not None:
