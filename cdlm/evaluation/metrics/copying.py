@@ -16,7 +16,7 @@ RUN = 16
 """Tokens in a row that the training text must have for them to count as copied; a power of two. Everyday phrases are
 shorter: compare with the value of real text that was not trained on."""
 MOST_TOKENS = 10_000_000
-"""Of the training text that are searched: the first ones. They take half a minute and 0.6 GB."""
+"""Of the training text that are searched: the first ones. Three million took 8 s of one core and 0.2 GB."""
 _BASE = 0x9E3779B97F4A7C15
 """Of the polynomial that hashes a run modulo 2**64."""
 
