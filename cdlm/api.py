@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,9 +98,7 @@ def open_session(
     """
     place = resolve_device(device)
     loaded = model if isinstance(model, Model) else load(model, device=place, precision=precision)
-    base = loaded.sampling if sampling is None else sampling
-    check_family(base, loaded)
-    chosen = configured(base, settings)
+    chosen = sampling_of(loaded, sampling, settings)
     workers = None
     if devices != 1:
         if loaded.folder is None:
@@ -123,6 +120,23 @@ def _load_on(folder: str, precision: Precision | None, device: str) -> Model:
     return load(folder, device=device, precision=precision)
 
 
+def sampling_of(
+    model: Model, sampling: Sampling | None, settings: Mapping[str, Any], *, lenient: bool = False
+) -> Sampling:
+    """How a model is sampled: with some flat settings of `sampling` replaced, or of what the model is sampled by.
+
+    Args:
+        lenient: pass over settings of other families.
+
+    Raises:
+        CdlmError: as `configured`, or the sampling is of another family.
+    """
+    named = {name for name, value in settings.items() if value is not None}
+    base = model.base_of(named) if sampling is None else sampling
+    check_family(base, model)
+    return configured(base, settings, lenient=lenient)
+
+
 def configured(sampling: S, settings: Mapping[str, Any], *, lenient: bool = False) -> S:
     """The sampling with some flat settings replaced; None leaves a setting as it is.
 
@@ -133,9 +147,9 @@ def configured(sampling: S, settings: Mapping[str, Any], *, lenient: bool = Fals
         CdlmError: a setting that there is not, or of another family.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    known = flat_names(type(sampling))
+    known = sampling.flat_names()
     for name in sorted(given.keys() - known):
-        others = [f"{family.family} models" for family in FAMILIES if name in flat_names(family)]
+        others = [f"{family.family} models" for family in FAMILIES if name in family.flat_names()]
         if not others:
             raise CdlmError(f"there is no setting {name!r}{nearest(name, all_flat_names())}: {_list(sampling)}")
         if not lenient:
@@ -145,18 +159,13 @@ def configured(sampling: S, settings: Mapping[str, Any], *, lenient: bool = Fals
     return sampling.with_flat(**{name: value for name, value in given.items() if name in known})
 
 
-def flat_names(family: type[Sampling]) -> set[str]:
-    """Flat settings of a family."""
-    return {"steps", *(field.name for field in fields(family.flat))}
-
-
 def all_flat_names() -> list[str]:
     """Flat settings of all families."""
-    return sorted({name for family in FAMILIES for name in flat_names(family)})
+    return sorted({name for family in FAMILIES for name in family.flat_names()})
 
 
 def _list(sampling: Sampling) -> str:
-    return f"{sampling.family} models have {', '.join(sorted(flat_names(type(sampling))))}"
+    return f"{sampling.family} models have {', '.join(sorted(sampling.flat_names()))}"
 
 
 def open_bench(
@@ -286,7 +295,9 @@ def generate(
         prompts: prefixes, or templates such as "The [8] sat on the [2]." whose numbers are tokens to generate.
         n: samples of each prompt, or in all when there are none.
         length: positions of a sample; by default those of training.
-        sampling: a `Diffusion`, an `Unmasking` or a `LeftToRight`, by default `model.sampling`.
+        sampling: a `Diffusion`, an `Unmasking` or a `LeftToRight`. By default `model.sampling`: what the model's folder
+            recommends, if anything, and else its paper's. A recommended sampler holds as a whole: where steps, solver,
+            grid or commit is given, the rest is as in the paper.
         halt: a halting rule, as an object or as its text; "auto" is the one that cdlm calibrate has chosen.
         seed: with the number of a sample it fixes the sample, whatever the batch.
         batch_size: samples in flight; by default 64 (4 of a foreign model).
@@ -302,8 +313,8 @@ def generate(
     Raises:
         CdlmError: a setting is out of range, unknown or of another family, or a prompt leaves nothing to generate.
     """
-    session = open_session(model, sampling=sampling, seed=seed, batch_size=batch_size, progress=bool(progress))
-    session = session.with_sampling(configured(session.sampling, settings))
+    session = open_session(model, seed=seed, batch_size=batch_size, progress=bool(progress))
+    session = session.with_sampling(sampling_of(session.model, sampling, settings))
     requests = session.requests(prompts, n, length, new_tokens=new_tokens, chat=chat)
     return with_halt(session, halt, requests).recorded(record).run(requests)
 
@@ -341,7 +352,7 @@ def decode(
             holds the mask.
     """
     model = as_masked_model(logits_fn, constants)
-    session = open_session(model, sampling=sampling, seed=seed, batch_size=batch_size)
-    session = session.with_sampling(configured(session.sampling, settings))
+    session = open_session(model, seed=seed, batch_size=batch_size)
+    session = session.with_sampling(sampling_of(session.model, sampling, settings))
     requests = canvases(prompts, length, n, constraints)
     return with_halt(session, halt, requests).recorded(record).run(requests)

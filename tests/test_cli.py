@@ -288,6 +288,25 @@ def test_commits_of_a_model_that_was_not_trained_for_them_are_warned_of(
         assert ("masking Prefix(), under which it never saw single tokens given" in capsys.readouterr().err) == warned
 
 
+def test_what_the_model_recommends_is_said_and_can_be_replaced(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "with-commits"
+    shutil.copytree(place.run, other)
+    config = json.loads((other / "config.json").read_text())
+    config["sampling"] = {"steps": 3, "solver": "Ancestral()", "commit": "Threshold(0.7)"}
+    (other / "config.json").write_text(json.dumps(config))
+    for words, recommended in (([], True), (["--score-temperature", "0.9"], True), (["--steps", "3"], False)):
+        main(["sample", str(other), "--n", "1", *words])
+        said = capsys.readouterr().err
+        assert ("recommends, steps 3, solver Ancestral(), commit Threshold(0.7); if one of commit, grid" in said) == (
+            recommended
+        )
+        assert "of 3 steps" in said
+    main(["sample", str(other), "--n", "1", "--quiet"])
+    assert capsys.readouterr().err == ""
+
+
 def test_a_judge_that_read_the_training_text_is_named(place: Place, tmp_path: Path) -> None:
     """Of an old run, whose text was not divided, and which has no real text like its training text to show."""
     old = tmp_path / "old"

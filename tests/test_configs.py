@@ -13,6 +13,7 @@ from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.continuous.systems.langflow import LangFlow
 from cdlm.continuous.systems.plaid import Plaid
 from cdlm.data.sources import Files, Stories
+from cdlm.models.system import SystemConfig
 from cdlm.runs.config import RunConfig, parse_run, read_run
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -107,3 +108,23 @@ def test_a_system_that_is_named_has_its_own_defaults() -> None:
     assert parse_run(["--system", "Plaid", "--system.width", "256"]).system == Plaid(width=256)
     config = parse_run(["--config", str(CONFIGS[0].parent / "langflow.yaml")])
     assert config.system == LangFlow(width=128, depth=3, heads=4, dim=64, gates=False)
+
+
+COMMITTING = {"steps": 64, "solver": "Ancestral()", "commit": "Threshold(0.9)"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_commits_are_recommended_where_they_were_measured_to_help(path: Path) -> None:
+    helped = path.stem in {"ddlm", "demo", "e2e", "langflow", "speeches"}
+    assert parse_run(["--config", str(path)]).preset == (COMMITTING if helped else {})
+
+
+@pytest.mark.parametrize("system", [CDCD(), LangFlow()])
+def test_they_are_not_where_the_masks_do_not_teach_them(system: SystemConfig) -> None:
+    for masking in ("Prefix()", "Unconditional()", "Completion()", "Mixture(((1.0, Prefix()),))"):
+        assert RunConfig(system=system, masking=masking).preset == {}
+    assert RunConfig(system=system, masking="RandomSubset()").preset == COMMITTING
+
+
+def test_they_are_not_of_a_network_that_takes_given_tokens_for_noisy_ones() -> None:
+    assert RunConfig(system=LangFlow(network="released", dim=128)).preset == {}

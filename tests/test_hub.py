@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from toys import loaded, tokenizer, with_tokenizer
 
 from cdlm import api
+from cdlm.continuous.sampler import Diffusion
+from cdlm.continuous.solvers import Ancestral
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing, write_text
 from cdlm.core.types import Condition
+from cdlm.policies import Threshold
 from cdlm.runs.config import build_system
 
 OURS = {"config.json", "model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"}
@@ -63,6 +66,16 @@ def test_the_schedule_travels_with_the_model(model: EmbeddingDiffusion, folder: 
     save_file(weights, folder / "model.safetensors")
     u = torch.tensor([0.3], dtype=torch.float64)
     assert not torch.equal(loaded(folder).schedule.t_of_u(u), model.schedule.t_of_u(u))
+
+
+def test_the_recommended_sampler_travels_with_the_model(folder: Path, tmp_path: Path) -> None:
+    assert "sampling" not in json.loads((folder / "config.json").read_text())
+    edit(lambda c: c.update(sampling={"steps": 3, "solver": "Ancestral()", "commit": "Threshold(0.7)"}))(folder)
+    found = loaded(folder)
+    assert found.sampling == Diffusion(3, solver=Ancestral(), commit=Threshold(0.7))
+    found.save_pretrained(tmp_path / "again")
+    assert loaded(tmp_path / "again").preset == found.preset
+    assert loaded(tmp_path / "again").sampling == found.sampling
 
 
 def test_saving_what_was_loaded_changes_no_byte(folder: Path, tmp_path: Path) -> None:
@@ -167,6 +180,13 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "field out of range": (edit(lambda c: c["model"].update(t_min=-1.0)), "t_min"),
     "no vocabulary": (edit(lambda c: c["model"].pop("vocab")), "system"),
     "another size": (edit(lambda c: c["model"].update(dim=16)), "config.json asks for"),
+    "sampling that is no object": (edit(lambda c: c.update(sampling=3)), "has sampling 3"),
+    "unknown setting of sampling": (edit(lambda c: c.update(sampling={"stepps": 3})), "expected some of commit"),
+    "sampling of another family": (edit(lambda c: c.update(sampling={"policy": "LLaDA()"})), "expected some of commit"),
+    "unknown solver": (edit(lambda c: c.update(sampling={"solver": "Eulr()"})), "there is no solver 'Eulr'"),
+    "solver that is a call": (edit(lambda c: c.update(sampling={"solver": "open('x')"})), "there is no solver 'open'"),
+    "steps that are no number": (edit(lambda c: c.update(sampling={"steps": "many"})), "sampling that cannot be used"),
+    "steps that are none": (edit(lambda c: c.update(sampling={"steps": 0})), "needs a whole number steps >= 1"),
     "no weights": (drop("model.safetensors"), "no model.safetensors"),
     "empty weights": (cut(0.0), "truncated or damaged"),
     "truncated header": (cut(0.01), "truncated or damaged"),

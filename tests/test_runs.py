@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cdlm.api import generate
+from cdlm.api import generate, load
 from cdlm.cli import train as command
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.cdcd import CDCD
@@ -95,6 +95,8 @@ def test_the_model_that_training_returns_is_the_model_in_the_folder(trained: tup
     assert system.state_dict().keys() == saved.weights.keys()
     assert all(torch.equal(value, saved.weights[name]) for name, value in system.state_dict().items())
     assert not system.training
+    assert (system.preset, system.sampling) == (load(out).preset, load(out).sampling)
+    assert bool(system.preset) == isinstance(system, EmbeddingDiffusion)
     assert isinstance(system, EmbeddingDiffusion | MaskedModel)
     assert generate(system, n=2, length=8).tokens.shape == (2, 8)
 

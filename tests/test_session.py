@@ -488,6 +488,38 @@ def test_the_sampling_of_a_model_can_be_seen_and_changed(kind: str) -> None:
     assert explicit.made_by["sampling"] == repr(paper.with_steps(4))
 
 
+RECOMMENDED = {"steps": 5, "solver": "Ancestral()", "commit": "Threshold(0.7)"}
+
+
+def test_a_recommended_sampler_holds_as_a_whole() -> None:
+    model = with_tokenizer()
+    paper, bare = model.defaults, cdlm.generate(model, n=3, seed=1)
+    model.preset = RECOMMENDED
+    whole = Diffusion(5, solver=Ancestral(), commit=Threshold(0.7))
+    assert model.sampling == whole
+    assert model.defaults == paper
+    assert cdlm.generate(model, n=3, seed=1).made_by["sampling"] == repr(whole)
+    walk: list[dict[str, Any]] = [{"steps": 7}, {"solver": "Euler()"}, {"grid": "LogT()"}, {"commit": "Threshold(0.8)"}]
+    for named in walk:
+        assert api.open_session(model, **named).sampling == paper.with_flat(**named)
+        assert cdlm.generate(model, **named).made_by["sampling"] == repr(paper.with_flat(**named))
+    sharp = api.open_session(model, score_temperature=0.9, softmax_temperature=None, steps=None)
+    assert sharp.sampling == whole.with_flat(score_temperature=0.9)
+    plain = cdlm.generate(model, n=3, seed=1, commit="none")
+    assert plain.made_by["sampling"] == repr(paper)
+    assert (plain.tokens == bare.tokens).all()
+
+
+def test_an_assigned_sampler_comes_before_the_recommended_one() -> None:
+    model = with_tokenizer()
+    model.preset = RECOMMENDED
+    model.sampling = mine = Diffusion(4, commit=Threshold(0.6))
+    assert api.open_session(model).sampling == mine
+    assert api.open_session(model, steps=3).sampling == mine.with_steps(3)
+    assert api.open_session(model, commit="none").sampling == Diffusion(4)
+    assert api.open_session(model, sampling=Diffusion(9), solver="Ancestral()").sampling == Diffusion(9, Ancestral())
+
+
 @both
 def test_the_sampling_of_the_other_family_is_refused(kind: str) -> None:
     model, other = speaking(kind), Unmasking() if kind == "continuous" else Diffusion()

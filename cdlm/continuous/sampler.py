@@ -41,7 +41,8 @@ from cdlm.sampling.session import Sampling
 
 @dataclass(frozen=True)
 class DiffusionSettings:
-    """Sampling of continuous models, as in the model's paper unless given.
+    """Sampling of continuous models. Without steps, solver, grid and commit it is what the model's folder recommends,
+    if anything; what is not given otherwise is as in the model's paper.
 
     Args:
         solver: Euler(), Heun(), TwoStep(), TorchDiffEq("rk4"), TorchDiffEq("dopri5"), ..., Ancestral() or Renoise().
@@ -53,8 +54,8 @@ class DiffusionSettings:
             magnitude: sharpen that by softmax_temperature.
         guidance: scale of classifier-free guidance; 1 is off, others double the calls.
         init_scale: scale of the noise that a sample starts from.
-        commit: a policy, such as Threshold(0.9) or FallingThreshold(0.95): what it is sure of is given from then on; by
-            default none.
+        commit: a policy, such as Threshold(0.9) or FallingThreshold(0.95): what it is sure of is given from then on;
+            none commits nothing.
         reopen: least probability that a committed token must keep; below it, it is taken back. For models that were
             trained with wrong_given.
     """
@@ -90,6 +91,7 @@ class Diffusion(Sampling):
 
     family = "continuous"
     flat = DiffusionSettings
+    walk = frozenset({"steps", "solver", "grid", "commit"})
     signals = frozenset(SIGNALS)
     recorded = frozenset({"tokens", *RECORDED})
 
@@ -175,7 +177,7 @@ PARTS: Mapping[str, Callable[[Any], Any]] = {
     "solver": SOLVERS.parse,
     "grid": GRIDS.parse,
     "projection": PROJECTIONS.parse,
-    "commit": parse_policy,
+    "commit": lambda text: None if text == "none" else parse_policy(text),
 }
 """Flat settings that are objects, and what reads their text."""
 BEGINNINGS = (0.75, 0.6, 0.5)

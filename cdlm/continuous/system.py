@@ -177,6 +177,10 @@ def _without_future(condition: Condition) -> Condition:
     return condition._replace(valid=seen if condition.valid is None else seen & condition.valid)
 
 
+COMMITTING: Mapping[str, int | float | str] = {"steps": 64, "solver": "Ancestral()", "commit": "Threshold(0.9)"}
+"""The sampler that systems recommend which commits help."""
+
+
 @dataclass(frozen=True)
 class ContinuousConfig(SystemConfig):
     """Settings of a system in embedding space."""
@@ -185,6 +189,14 @@ class ContinuousConfig(SystemConfig):
     def sampling(self) -> Diffusion:
         """The sampler of its paper."""
         return Diffusion()
+
+    @property
+    def committing(self) -> bool:
+        """Whether commits were measured to save calls on it, trained with masks of random subsets (docs/calls.md)."""
+        return False
+
+    def preset(self, subsets: bool) -> dict[str, int | float | str]:
+        return dict(COMMITTING) if self.committing and subsets else {}
 
     @abstractmethod
     def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion: ...

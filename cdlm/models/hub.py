@@ -69,6 +69,8 @@ class Pretrained(nn.Module, Model):
 
         folder = Path(folder)
         config = {"cdlm_format": FORMAT, "length": self.length, "ends": self.ends, "model": self.config}
+        if self.preset:
+            config["sampling"] = dict(self.preset)
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -103,6 +105,8 @@ class Folder:
     config: dict[str, Any]
     length: int
     ends: bool
+    sampling: Any
+    """Flat settings of the sampler that it recommends, not yet checked."""
     weights: Mapping[str, Tensor]
     fingerprint: str
     tokenizer: PreTrainedTokenizerFast
@@ -135,8 +139,9 @@ def read(path: Path, config: dict[str, Any] | None = None) -> Folder:
         raise CdlmError(f"{path} has weights of {vocab} tokens and a tokenizer of {len(tokenizer)}: copy both again")
     ends = bool(config.get("ends", False))
     return Folder(
-        path, config["model"], int(config["length"]), ends, renamed(weights), fingerprint_of(weights), tokenizer
-    )
+        path, config["model"], int(config["length"]), ends, config.get("sampling", {}), renamed(weights),
+        fingerprint_of(weights), tokenizer,
+    )  # fmt: skip
 
 
 def load_weights(module: Pretrained, folder: Folder) -> None:
@@ -145,6 +150,28 @@ def load_weights(module: Pretrained, folder: Folder) -> None:
     module.load_state_dict(dict(folder.weights))
     module.tokenizer, module.length, module.folder = folder.tokenizer, folder.length, folder.path
     module.ends, module.fingerprint = folder.ends, folder.fingerprint
+    module.preset = checked_preset(module, folder)
+
+
+def checked_preset(module: Pretrained, folder: Folder) -> dict[str, int | float | str]:
+    """The sampler that a folder recommends, as flat settings that its model has.
+
+    Raises:
+        CdlmError: it is none.
+    """
+    file, known = folder.path / "config.json", module.defaults.flat_names()
+    if not isinstance(folder.sampling, dict) or not folder.sampling.keys() <= known:
+        raise CdlmError(
+            f"{file} has sampling {folder.sampling!r}, expected some of {', '.join(sorted(known))}: mend it, or leave"
+            " it out"
+        )
+    try:
+        module.defaults.with_flat(**folder.sampling)
+    except (CdlmError, TypeError) as error:
+        raise CdlmError(
+            f"{file} has sampling that cannot be used ({first_line(error)}): mend it, or leave it out"
+        ) from error
+    return folder.sampling
 
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,9 +15,6 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.types import Batch
 from cdlm.models.hub import Pretrained
 from cdlm.sampling.texts import Special
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -129,6 +125,14 @@ class SystemConfig(ABC):
     @abstractmethod
     def build(self, vocab: int, special: Special | None = None) -> System:
         """A freshly initialised system over `vocab` tokens. Draws from torch's global generator: seed it first."""
+
+    def preset(self, subsets: bool) -> dict[str, int | float | str]:
+        """Flat settings of the sampler that a trained model is to recommend; by default none.
+
+        Args:
+            subsets: whether its masks gave any subset of the positions, as commits do.
+        """
+        return {}
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("width", "depth", "heads", "mlp_ratio")}

@@ -96,6 +96,12 @@ class RunConfig:
         """How the training documents are divided."""
         return Division(float(self.judge_share), float(self.unread_share))
 
+    @property
+    def preset(self) -> dict[str, int | float | str]:
+        """Flat settings of the sampler that its model is to recommend; empty if none was measured to be better than the
+        paper's."""
+        return self.system.preset(MASKINGS.parse(self.masking).subsets)
+
     def to_yaml(self) -> str:
         """The settings as a YAML file, which `read_run` and `--config` read back."""
         import yaml

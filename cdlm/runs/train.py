@@ -161,6 +161,7 @@ def _finished(config: RunConfig, folder: Folder) -> System:
 
 def _described(config: RunConfig, system: System, tokenizer: PreTrainedTokenizerFast) -> System:
     system.tokenizer, system.length, system.ends = tokenizer, config.length, config.rows != "pack"
+    system.preset = config.preset
     return system
 
 
@@ -214,7 +215,8 @@ def card(config: RunConfig, system: System, step: int) -> str:
         "Training": f"{size:.1f} M parameters, {shape}, on text of `{source}`.\n\n```yaml\n{settings.strip()}\n```",
         "Numbers": "See `evaluation.md` in this folder if the model was evaluated.",
     }
-    return hub.model_card({"length": system.length, "model": system.config}, sections, system.kind)
+    sampling = {"sampling": dict(system.preset)} if system.preset else {}
+    return hub.model_card({"length": system.length, **sampling, "model": system.config}, sections, system.kind)
 
 
 def _without_folders(value: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -51,6 +51,8 @@ class Model(ABC):
     """Arithmetic of its network alone; everything around it is at least float32."""
     mask_id: int | None = None
     """The mask, of a masked model."""
+    preset: Mapping[str, int | float | str] = {}
+    """Flat settings of the sampler that its folder recommends; empty if it recommends none."""
     _sampling: Sampling | None = None
 
     @property
@@ -60,13 +62,22 @@ class Model(ABC):
 
     @property
     def sampling(self) -> Sampling:
-        """How it is sampled unless a call says otherwise: its paper's defaults, until another is assigned."""
-        return self._sampling or self.defaults
+        """How it is sampled unless a call says otherwise: as its folder recommends, or else as in its paper, until
+        another is assigned."""
+        return self._sampling or self.defaults.with_flat(**self.preset)
 
     @sampling.setter
     def sampling(self, sampling: Sampling) -> None:
         check_family(sampling, self)
         self._sampling = sampling
+
+    def base_of(self, settings: Collection[str]) -> Sampling:
+        """What flat settings of these names are to replace parts of.
+
+        A recommended sampler is one whole: where a setting of its walk is named, all else is as in the paper.
+        """
+        named = self._sampling is None and not self.defaults.walk.isdisjoint(settings)
+        return self.defaults if named else self.sampling
 
     @property
     def device(self) -> torch.device:
@@ -142,10 +153,17 @@ class Sampling(ABC):
     """For messages, such as "continuous"."""
     flat: ClassVar[type[Any]]
     """Its settings as plain values, each None for what the model's paper does: those of the command line."""
+    walk: ClassVar[frozenset[str]] = frozenset({"steps"})
+    """Flat settings that say which steps are taken, and what they commit."""
     signals: ClassVar[frozenset[str]]
     """Signals that its steps have."""
     recorded: ClassVar[frozenset[str]]
     """Signals that a record of its runs needs."""
+
+    @classmethod
+    def flat_names(cls) -> set[str]:
+        """Its flat settings."""
+        return {"steps", *(field.name for field in fields(cls.flat))}
 
     @property
     @abstractmethod

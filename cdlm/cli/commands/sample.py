@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from cdlm import api
 from cdlm.cli.groups import OutputOptions, PromptOptions, flat_settings, session_on
@@ -39,8 +41,8 @@ def sample(
 
     Args:
         run: run folder or Hub id, also of LLaDA, Dream and LangFlow in their published formats.
-        steps: of a continuous model grid points, by default 200, of each block if it generates in blocks; of a masked
-            model steps, by default one for each position.
+        steps: of a continuous model grid points, by default 200 or what the model recommends, of each block if it
+            generates in blocks; of a masked model steps, by default one for each position.
         halt: halting rule, such as "Patience(20)" or "For(NormConvergence(0.01), 5) | Patience(40)"; auto is the one
             that cdlm calibrate has chosen.
     """
@@ -52,8 +54,8 @@ def sample(
     with session_on(machine, run, prompts.seed, **settings) as session:
         requests, work = _asked(session, texts, prompts)
         session = api.with_halt(session, halt, requests, work)
-        if not machine.quiet and (warning := api.warning_of_commits(session)):
-            print(f"cdlm: {warning}", file=sys.stderr)
+        if not machine.quiet:
+            _say_how(session, settings)
         if output.record is not None:
             check_same_model(output.record, session.model.has_weights)
         if output.record is not None or output.plot is not None:
@@ -64,6 +66,21 @@ def sample(
     ends = halt or ("no halting" if commit is None else f"commits by {commit!r}")
     title = f"{run}, {samples.budget} steps, {ends}"
     _write(samples, session, output, title, machine.quiet, marked=work is not None)
+
+
+def _say_how(session: Session, settings: Mapping[str, Any]) -> None:
+    """What is to be known of the sampler before it runs."""
+    preset, walk = session.model.preset, session.sampling.walk
+    if preset and walk.isdisjoint(settings):
+        recommended = ", ".join(f"{name} {value}" for name, value in preset.items())
+        names = ", ".join(sorted(walk))
+        print(
+            f"cdlm: sampled as the model recommends, {recommended}; if one of {names} is given, the rest is as in its"
+            " paper",
+            file=sys.stderr,
+        )
+    if warning := api.warning_of_commits(session):
+        print(f"cdlm: {warning}", file=sys.stderr)
 
 
 def _asked(session: Session, texts: list[str] | None, prompts: PromptOptions) -> tuple[list[Request], Work | None]:

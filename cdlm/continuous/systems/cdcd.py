@@ -50,6 +50,10 @@ class CDCD(ContinuousConfig):
         check_number("CDCD", least=0, most=1, guidance_dropout=self.guidance_dropout)
         check_number("CDCD", least=0, most=1, wrong_given=self.wrong_given)
 
+    @property
+    def committing(self) -> bool:
+        return True
+
     def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion:
         embedding = TokenEmbedding(vocab, self.dim)
         return EmbeddingDiffusion(

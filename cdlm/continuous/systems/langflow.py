@@ -142,6 +142,10 @@ class LangFlow(ContinuousConfig):
                 f" width={self.width}, mlp_ratio={self.mlp_ratio}, gates={self.gates}"
             )
 
+    @property
+    def committing(self) -> bool:
+        return self.network == "shared"  # the released one takes what is given for noisy
+
     def build(self, vocab: int, special: Special | None = None) -> EmbeddingDiffusion:
         released = self.network == "released"
         embedding = TokenEmbedding(vocab, self.dim, init_std=(3 * self.dim) ** -0.5 if released else 1e-3)
