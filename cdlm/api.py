@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -315,6 +316,8 @@ def generate(
     """
     session = open_session(model, seed=seed, batch_size=batch_size, progress=bool(progress))
     session = session.with_sampling(sampling_of(session.model, sampling, settings))
+    if warning := warning_of_commits(session):
+        warnings.warn(warning, stacklevel=2)
     requests = session.requests(prompts, n, length, new_tokens=new_tokens, chat=chat)
     return with_halt(session, halt, requests).recorded(record).run(requests)
 

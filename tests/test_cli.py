@@ -286,6 +286,10 @@ def test_commits_of_a_model_that_was_not_trained_for_them_are_warned_of(
     for run, more, warned in ((other, [], True), (other, ["--quiet"], False), (place.run, [], False)):
         main(["sample", str(run), *words, *more])
         assert ("masking Prefix(), under which it never saw single tokens given" in capsys.readouterr().err) == warned
+    with pytest.warns(UserWarning, match="masking Prefix\\(\\), under which"):
+        cdlm.generate(cdlm.load(other), n=1, steps=2, commit="Threshold(0.9)")
+    cdlm.generate(cdlm.load(other), n=1, steps=2)
+    cdlm.generate(cdlm.load(place.run), n=1, steps=2, commit="Threshold(0.9)")
 
 
 def test_what_the_model_recommends_is_said_and_can_be_replaced(
