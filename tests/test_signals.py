@@ -183,6 +183,43 @@ def test_a_row_is_the_same_in_any_batch(n: int, vocabulary: int) -> None:
         assert all(torch.equal(alone[name][0], together[name][row]) for name in EVERYTHING)
 
 
+@given(
+    vocabulary=st.sampled_from([480, 2048, 5000]), seed=st.integers(0, 99), scale=st.floats(0.1, 8.0),
+    least=st.lists(st.floats(0.0, 1.1), min_size=3, max_size=3),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_a_chance_is_exact_from_the_least_that_matters(
+    vocabulary: int, seed: int, scale: float, least: list[float]
+) -> None:
+    logits, floor = scale * logits_of(3, 6, vocabulary, seed=seed), torch.tensor(least, dtype=torch.float64)
+    over = torch.rand(3, 6, generator=torch.Generator().manual_seed(seed)) < 0.7
+    plain, found = logits.softmax(-1).amax(-1), statistics(logits).chance_from(floor, over)
+    sure = over & (plain > floor[:, None] + 1e-6)
+    torch.testing.assert_close(found[sure], plain[sure], rtol=1e-5, atol=0)
+    unsure = over & (plain < floor[:, None] - 1e-6)
+    assert (found < floor[:, None])[unsure].all()
+    assert (found[~over] == 0).all()
+    alone = [statistics(logits[[i]]).chance_from(floor[[i]], over[[i]]) for i in range(3)]
+    assert torch.equal(torch.cat(alone), found)
+
+
+def test_a_nan_has_no_chance_and_what_is_ruled_out_none_of_its_own() -> None:
+    logits = logits_of(1, 3, 4096)
+    logits[0, 0, 5], logits[0, 1, 64:], logits[0, 2, :4000] = torch.nan, -torch.inf, -torch.inf
+    found = statistics(logits).chance_from(torch.tensor([0.0]), torch.ones(1, 3, dtype=torch.bool))
+    assert found[0, 0].isnan()
+    torch.testing.assert_close(found[0, 1:], logits[0, 1:].softmax(-1).amax(-1))
+
+
+def test_a_chance_that_cannot_be_large_costs_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise AssertionError("a sum over the vocabulary")
+
+    monkeypatch.setattr("cdlm.halting.signals._sums", none)
+    flat = statistics(logits_of(2, 5, 4096) / 10, needs=frozenset({"tokens"}))
+    assert (flat.chance_from(torch.tensor([0.5, 0.9]), torch.ones(2, 5, dtype=torch.bool)) < 0.5).all()
+
+
 def test_positions_of_a_view_are_read_where_they_lie() -> None:
     now, before = logits_of(2, 9, 2100)[:, 1:, 3:], logits_of(2, 9, 2100, seed=1)[:, 1:, 3:]
     there, copied = look(now, before), look(now.contiguous(), before.contiguous())

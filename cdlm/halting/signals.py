@@ -53,6 +53,8 @@ class Sums(NamedTuple):
 ENTROPIES = frozenset({"entropy", "mean_entropy"})
 SUMMED = ENTROPIES | {"logsumexp", "mean_kl"}
 """Signals that are made from sums over the vocabulary."""
+ROUNDING = 1e-5
+"""Of probabilities, as a share: more than float32 loses in a sum over a vocabulary."""
 RANKED = frozenset({"tokens", "switches", "top1", "top2", "margin", "span_margin"})
 """Signals that are made from the one or two largest logits."""
 
@@ -104,6 +106,26 @@ class StepStatistics:
     @cached_property
     def scale(self) -> Float[Tensor, "b n 2"]:
         return torch.stack([self.sums.peak, self.sums.total.log()], -1)
+
+    @property
+    def chance(self) -> Float[Tensor, "b n"]:
+        """Probability of the most likely token."""
+        return (-self.scale[..., 1]).exp()  # the scale is relative to the largest logit
+
+    def chance_from(self, least: Float[Tensor, " b"], over: Bool[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        """The same at the positions of `over` where it is at least `least`; elsewhere something smaller.
+
+        The chunks' largest logits alone bound the probability from above, and where much is unsure that is enough.
+        """
+        if self.peaks.shape[-1] == 1:  # a small vocabulary is one chunk
+            return self.chance.where(over, 0)
+        bound = 1 / (self.peaks - self.peaks.amax(-1, keepdim=True)).exp().sum(-1).where(over, torch.inf)
+        near = over & (bound >= least[:, None] * (1 - ROUNDING))
+        for rows in _apart(self.logits):  # so that the last bit does not depend on the batch
+            if bool(near[rows].any()):
+                some = _sums(self.logits[rows][near[rows]][None], None, frozenset({"logsumexp"}))
+                bound[rows] = bound[rows].masked_scatter(near[rows], 1 / some.total)
+        return bound
 
     @cached_property
     def entropy(self) -> Float[Tensor, "b n"]:
@@ -192,6 +214,12 @@ def _sums(logits: Float[Tensor, "b n v"], before: Float[Tensor, "b n v"] | None,
     pasts = [None] * len(pieces) if before is None else _pieces(before)
     sums = [_piece_sums(piece, past, needs) for piece, past in zip(pieces, pasts, strict=True)]
     return Sums(*map(whole, zip(*sums, strict=True)))
+
+
+def _apart(logits: Float[Tensor, "b n v"]) -> list[slice]:
+    """Rows whose sums are found together: on a CPU one by one, on a GPU all."""
+    one_by_one = logits.device.type == "cpu"
+    return [slice(row, row + 1) for row in range(len(logits))] if one_by_one else [slice(None)]
 
 
 def _pieces(logits: Float[Tensor, "b n v"]) -> list[Float[Tensor, "k v"]]:

@@ -34,6 +34,8 @@ class Threshold(Policy):
         calls: quirk: a block is left after so many steps, full or not (Fast-dLLM's dual cache since 2026).
     """
 
+    needs = frozenset({"tokens"})
+
     tau: float = 0.9
     block: int | None = None
     calls: int | None = None
@@ -54,7 +56,7 @@ class Threshold(Policy):
         return masks if self.calls is None else blocks * self.calls
 
     def choose(self, view: View) -> Choice:
-        tokens, confidence = proposal(view)
+        tokens, confidence = proposal(view, self.tau)
         count = (view.candidates & (confidence >= self.tau)).sum(1).clamp(min=view.least)
         return Choice(best(confidence, view.candidates, count), tokens)
 
@@ -73,6 +75,8 @@ class FallingThreshold(Policy):
             shares of the positions that are open.
         block: positions of a block; by default one block.
     """
+
+    needs = frozenset({"tokens"})
 
     first: float = 0.95
     last: float = 0.0
@@ -96,8 +100,9 @@ class FallingThreshold(Policy):
         return self.first + (self.last - self.first) * way.clamp(0, 1)
 
     def choose(self, view: View) -> Choice:
-        tokens, confidence = proposal(view)
-        count = (view.candidates & (confidence >= self.tau(view.level)[:, None])).sum(1).clamp(min=view.least)
+        tau = self.tau(view.level)
+        tokens, confidence = proposal(view, tau)
+        count = (view.candidates & (confidence >= tau[:, None])).sum(1).clamp(min=view.least)
         return Choice(best(confidence, view.candidates, count), tokens)
 
 

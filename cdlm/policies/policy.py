@@ -180,11 +180,21 @@ def enter(policy: Policy, plan: Plan, open_: Bool[Tensor, "b n"], waits: bool) -
     return plan._replace(block=block, inner=inner, masks=masks)
 
 
-def proposal(view: View) -> tuple[Int[Tensor, "b q"], Float[Tensor, "b q"]]:
-    """The most likely token, or one drawn at the temperature, and its probability at temperature 1 (LLaDA)."""
+def proposal(
+    view: View, least: Float[Tensor, " b"] | float | None = None
+) -> tuple[Int[Tensor, "b q"], Float[Tensor, "b q"]]:
+    """The most likely token, or one drawn at the temperature, and its probability at temperature 1 (LLaDA).
+
+    Args:
+        least: where no position has to be committed, smaller probabilities need not be exact, which saves most of the
+            work; what is given in place of one is smaller too.
+    """
     statistics = view.statistics
     if view.temperature == 0:
-        return statistics.tokens, (-statistics.scale[..., 1]).exp()  # the scale is relative to the largest logit
+        if least is None or view.least > 0:
+            return statistics.tokens, statistics.chance
+        floor = torch.as_tensor(least, device=view.row.device).expand(len(view.row))
+        return statistics.tokens, statistics.chance_from(floor, view.candidates)
     logits = statistics.logits[view.candidates]
     drawn = view.draws.token(view.site, logits, view.temperature)
     chance = logits.log_softmax(-1).gather(1, drawn[:, None]).squeeze(1).exp()
