@@ -22,7 +22,7 @@ from cdlm.evaluation.bench import Bench
 from cdlm.evaluation.compare import Comparison, Point, markdown, panels
 from cdlm.evaluation.oracles import HINDSIGHT, LAST_CHANGE, losses_by_step, oracles
 from cdlm.evaluation.texts import RealText
-from cdlm.halting import FixedSteps, sweep
+from cdlm.halting import Criterion, FixedSteps, sweep
 from cdlm.halting.calibration import Goal
 from cdlm.halting.oracles import hindsight, last_change
 from cdlm.policies import LLaDA
@@ -186,6 +186,15 @@ def test_oracles_are_rows_of_every_comparison_and_no_rules() -> None:
     drawn = {curve.label: curve for curve in panel.curves}
     assert not drawn[LAST_CHANGE].rival
     assert len(drawn[LAST_CHANGE].calls) == 1
+    assert list(drawn)[-2:] == [LAST_CHANGE, HINDSIGHT], "single points are drawn over the rest"
+
+
+@pytest.mark.parametrize("other", [{}, {"FixedSteps(..., path='b')": [FixedSteps(7)]}])
+def test_the_picture_names_a_family_as_shortly_as_it_can(other: dict[str, list[Criterion]]) -> None:
+    comparison = Unreal(bench(n=40), Goal(0.5), "nats", "toy", live=0, fewer=(), with_rivals=False)
+    (panel,) = panels(comparison.table({"FixedSteps(..., path='a')": [FixedSteps(11)], **other}))
+    labels = [curve.label for curve in panel.curves if curve.label.startswith("FixedSteps")]
+    assert labels == (["FixedSteps(..., path='a')", *other] if other else ["FixedSteps"])
 
 
 def test_a_run_without_a_record_has_no_oracles() -> None:

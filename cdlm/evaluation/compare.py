@@ -7,7 +7,7 @@ chose it flatters itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import takewhile
@@ -490,10 +490,18 @@ def panels(points: Sequence[Point]) -> list[CurvePanel]:
         there = [p for p in points if (p.model, p.steps) == (model, steps)]
         (full,) = (p for p in there if p.family == FULL)
         families = dict.fromkeys(p.family for p in there if p.family not in REFERENCES)
-        curves = [_curve(name, [p for p in there if p.family == name], full) for name in families]
+        last = sorted(families, key=lambda name: name in ORACLES)  # oracles are single points, and drawn over the rest
+        curves = [_curve(name, [p for p in there if p.family == name], full) for name in last]
+        curves = [replace(curve, label=_short(curve.label, last)) for curve in curves]
         levels = [(p.family, p.ar_nll) for p in there if p.family in REFERENCES]
         out.append(CurvePanel(f"{model}, {steps} steps", curves, levels))
     return out
+
+
+def _short(name: str, names: Collection[str]) -> str:
+    """A family without the arguments that all its settings share, if that says which it is."""
+    short = name.partition("(")[0]
+    return short if [other.partition("(")[0] for other in names].count(short) == 1 else name
 
 
 def _curve(name: str, own: Sequence[Point], full: Point) -> Curve:
