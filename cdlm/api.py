@@ -298,7 +298,8 @@ def generate(
         length: positions of a sample; by default those of training.
         sampling: a `Diffusion`, an `Unmasking` or a `LeftToRight`. By default `model.sampling`: what the model's folder
             recommends, if anything, and else its paper's. A recommended sampler holds as a whole: where steps, solver,
-            grid or commit is given, the rest is as in the paper.
+            grid or commit is given, the rest is as in the paper. Of a sampling that is given, or was assigned to the
+            model, settings replace one by one.
         halt: a halting rule, as an object or as its text; "auto" is the one that cdlm calibrate has chosen.
         seed: with the number of a sample it fixes the sample, whatever the batch.
         batch_size: samples in flight; by default 64 (4 of a foreign model).
@@ -309,7 +310,8 @@ def generate(
         settings: what `sampling` is to have otherwise, under the names of the command line: `steps`; of continuous
             models `solver`, `grid`, `projection`, `softmax_temperature`, `score_temperature`, `guidance`,
             `init_scale`, `commit`, `reopen`; of masked models `policy`, `temperature`, `cfg_scale`, `cache`; of
-            autoregressive ones `temperature`. Objects or their texts.
+            autoregressive ones `temperature`. Objects or their texts; None is as if it were not given, and the text
+            "none" commits nothing.
 
     Raises:
         CdlmError: a setting is out of range, unknown or of another family, or a prompt leaves nothing to generate.

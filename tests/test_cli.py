@@ -303,12 +303,29 @@ def test_what_the_model_recommends_is_said_and_can_be_replaced(
     for words, recommended in (([], True), (["--score-temperature", "0.9"], True), (["--steps", "3"], False)):
         main(["sample", str(other), "--n", "1", *words])
         said = capsys.readouterr().err
-        assert ("recommends, steps 3, solver Ancestral(), commit Threshold(0.7); if one of commit, grid" in said) == (
-            recommended
-        )
+        words = "commit Threshold(tau=0.7, block=None, calls=None), solver Ancestral(), steps 3; if one of commit, grid"
+        assert (f"recommends, {words}" in said) == recommended
         assert "of 3 steps" in said
     main(["sample", str(other), "--n", "1", "--quiet"])
     assert capsys.readouterr().err == ""
+    config["sampling"] = {"solver": "Ancestral()  # \x1b[31m of a text only what it means is shown"}
+    (other / "config.json").write_text(json.dumps(config))
+    main(["sample", str(other), "--n", "1"])
+    assert "recommends, solver Ancestral(); if" in (said := capsys.readouterr().err)
+    assert "\x1b" not in said
+
+
+def test_compare_samples_as_in_the_paper_whatever_a_model_recommends(place: Place, tmp_path: Path) -> None:
+    other, out = tmp_path / "with-commits", tmp_path / "comparison"
+    shutil.copytree(place.run, other)
+    config = json.loads((other / "config.json").read_text())
+    config["sampling"] = {"steps": 3, "solver": "Ancestral()", "commit": "Threshold(0.7)"}
+    (other / "config.json").write_text(json.dumps(config))
+    words = ["--rules", "FixedSteps(3)", "--n", "8", "--steps", "4", "--live", "0", "--fewer", "2", "--measure", "nats"]
+    main(["compare", str(other), *words, "--judge_steps", "3", "--quiet", "--out", str(out)])
+    rows = json.loads((out / "compare.json").read_text())["rows"]
+    plain = [(row["family"], row["setting"]) for row in rows if row["family"] == "plain sampler, the same grid"]
+    assert plain == [("plain sampler, the same grid", "2 steps, Warped(), Euler()")]
 
 
 def test_a_judge_that_read_the_training_text_is_named(place: Place, tmp_path: Path) -> None:

@@ -186,6 +186,14 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown solver": (edit(lambda c: c.update(sampling={"solver": "Eulr()"})), "there is no solver 'Eulr'"),
     "solver that is a call": (edit(lambda c: c.update(sampling={"solver": "open('x')"})), "there is no solver 'open'"),
     "steps that are no number": (edit(lambda c: c.update(sampling={"steps": "many"})), "sampling that cannot be used"),
+    "number of thousands of digits": (
+        edit(lambda c: c.update(sampling={"commit": f"Threshold(0x{'F' * 8000})"})),
+        "is below 2**63",
+    ),
+    "steps of a policy that are endless": (
+        edit(lambda c: c.update(sampling={"commit": f"LLaDA(0x{'F' * 8000})"})),
+        "is below 2**63",
+    ),
     "steps that are none": (edit(lambda c: c.update(sampling={"steps": 0})), "needs a whole number steps >= 1"),
     "no weights": (drop("model.safetensors"), "no model.safetensors"),
     "empty weights": (cut(0.0), "truncated or damaged"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,20 @@ def validation(config: RunConfig, system: System) -> Tensor:
 
 
 # --- the folder and the model ---
+
+
+def test_a_finished_run_recommends_what_its_folder_does(
+    trained: tuple[RunConfig, Path, System], tmp_path: Path
+) -> None:
+    config, out, system = trained
+    old = tmp_path / "old"
+    shutil.copytree(out, old)
+    settings = json.loads((old / "config.json").read_text())
+    settings.pop("sampling", None)
+    (old / "config.json").write_text(json.dumps(settings))
+    again = train(config, old, resume=True, progress=False)
+    assert (again.preset, again.sampling) == ({}, load(old).sampling)
+    assert train(config, out, resume=True, progress=False).preset == system.preset
 
 
 def test_the_model_that_training_returns_is_the_model_in_the_folder(trained: tuple[RunConfig, Path, System]) -> None:

@@ -177,7 +177,7 @@ PARTS: Mapping[str, Callable[[Any], Any]] = {
     "solver": SOLVERS.parse,
     "grid": GRIDS.parse,
     "projection": PROJECTIONS.parse,
-    "commit": lambda text: None if text == "none" else parse_policy(text),
+    "commit": lambda text: None if str(text).strip().lower() == "none" else parse_policy(text),
 }
 """Flat settings that are objects, and what reads their text."""
 BEGINNINGS = (0.75, 0.6, 0.5)
@@ -250,7 +250,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         super().__init__(options, batch_size, device)
         self.denoiser, self.sampling = denoiser, sampling
         self._check_reopen()
-        policy = frozenset() if sampling.commit is None else sampling.commit.needs
+        policy = frozenset() if sampling.commit is None else sampling.commit.needs - sampling.commit.spared
         self.needs = options.needs | (policy & {"mean_kl"})
         """Signals of a step: those that are read, and those whose past the policy needs."""
         self.glanced = self.needs | policy

@@ -74,6 +74,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     def build(self, node: ast.expr) -> Any:
         """The object, number, text or tuple that a part of a syntax tree describes."""
         match node:
+            case ast.Constant(value=int() as value) if abs(value) >= 2**63:
+                raise CdlmError(f"a number of a {self.what} is below 2**63, and one here has {value.bit_length()} bits")
             case ast.Constant(value=bool() | int() | float() | str() | None):
                 return node.value
             case ast.Name(id="inf"):

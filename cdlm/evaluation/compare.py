@@ -315,7 +315,7 @@ class Comparison:
 
 def _way(session: Session, steps: int) -> str:
     """How a plain sampler is sampled."""
-    parts = [str(session.settings[name]) for name in ("grid", "solver") if name in session.settings]
+    parts = [str(session.settings[name]) for name in ("grid", "solver", "commit") if name in session.settings]
     return ", ".join([f"{steps} steps", *parts])
 
 

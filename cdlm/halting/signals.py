@@ -64,7 +64,8 @@ class StepStatistics:
     """What the signals of one step are computed from; intermediate results are computed once.
 
     The cost lies in the sums over the vocabulary, most of it in reading the logits from memory. So the logits are read
-    piece by piece, each piece once for all sums, and no intermediate tensor is larger than a piece.
+    piece by piece, each piece once for all sums, and no intermediate tensor is larger than a piece (`chance_from`
+    copies the positions that it sums).
     """
 
     logits: Float[Tensor, "b n v"]
@@ -117,7 +118,7 @@ class StepStatistics:
 
         The chunks' largest logits alone bound the probability from above, and where much is unsure that is enough.
         """
-        if self.peaks.shape[-1] == 1:  # a small vocabulary is one chunk
+        if self.peaks.shape[-1] == 1 or not self.needs.isdisjoint(SUMMED):  # useless, or known
             return self.chance.where(over, 0)
         bound = 1 / (self.peaks - self.peaks.amax(-1, keepdim=True)).exp().sum(-1).where(over, torch.inf)
         near = over & (bound >= least[:, None] * (1 - ROUNDING))
@@ -217,9 +218,9 @@ def _sums(logits: Float[Tensor, "b n v"], before: Float[Tensor, "b n v"] | None,
 
 
 def _apart(logits: Float[Tensor, "b n v"]) -> list[slice]:
-    """Rows whose sums are found together: on a CPU one by one, on a GPU all."""
-    one_by_one = logits.device.type == "cpu"
-    return [slice(row, row + 1) for row in range(len(logits))] if one_by_one else [slice(None)]
+    """Rows whose sums are found together: on a CPU one by one, on a GPU about a piece."""
+    together = 1 if logits.device.type == "cpu" else max(1, 2**24 // max(1, logits[0].numel()))
+    return [slice(row, row + together) for row in range(0, len(logits), together)]
 
 
 def _pieces(logits: Float[Tensor, "b n v"]) -> list[Float[Tensor, "k v"]]:

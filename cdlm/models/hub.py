@@ -167,7 +167,7 @@ def checked_preset(module: Pretrained, folder: Folder) -> dict[str, int | float 
         )
     try:
         module.defaults.with_flat(**folder.sampling)
-    except (CdlmError, TypeError) as error:
+    except (CdlmError, TypeError, ValueError) as error:
         raise CdlmError(
             f"{file} has sampling that cannot be used ({first_line(error)}): mend it, or leave it out"
         ) from error

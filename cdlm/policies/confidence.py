@@ -34,7 +34,7 @@ class Threshold(Policy):
         calls: quirk: a block is left after so many steps, full or not (Fast-dLLM's dual cache since 2026).
     """
 
-    needs = frozenset({"tokens"})
+    spared = frozenset({"logsumexp"})
 
     tau: float = 0.9
     block: int | None = None
@@ -76,7 +76,7 @@ class FallingThreshold(Policy):
         block: positions of a block; by default one block.
     """
 
-    needs = frozenset({"tokens"})
+    spared = frozenset({"logsumexp"})
 
     first: float = 0.95
     last: float = 0.0

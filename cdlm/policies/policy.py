@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,6 +95,8 @@ class Policy(SignalReader, ABC):
     """
 
     needs = LIGHT
+    spared: ClassVar[frozenset[str]] = frozenset()
+    """Of these, what it can do without where no position has to be committed, as on continuous models."""
 
     @property
     def size(self) -> int | None:

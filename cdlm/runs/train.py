@@ -156,7 +156,7 @@ def _finished(config: RunConfig, folder: Folder) -> System:
     system = config.system.build(len(folder.tokenizer), special_of(folder.tokenizer))
     _check_same_system(system, folder)
     hub.load_weights(system, folder)
-    return _described(config, system, folder.tokenizer).eval()
+    return system.eval()
 
 
 def _described(config: RunConfig, system: System, tokenizer: PreTrainedTokenizerFast) -> System:

@@ -36,8 +36,7 @@ class FullRunOptions:
     """The full runs."""
 
     steps: list[int] | None = None
-    """Steps of the full runs, one or more; by default 200 or what the model recommends, of a masked model one for each
-    position."""
+    """Steps of the full runs, one or more; by default 200, of a masked model one for each position."""
     n: int = 1024
     """Samples of each full run: settings are chosen on one half of them and reported on the other."""
     length: int | None = None
@@ -88,6 +87,8 @@ def compare(
     machine: MachineOptions = MACHINE,
 ) -> None:
     """Draw quality over calls of halting rules, and of the plain sampler with fewer steps: table, CSV and plot.
+
+    A model is sampled as in its paper but for the settings given, whatever sampler it recommends.
 
     Args:
         models: run folders, of continuous and of masked models; settings of the other family do not matter to a model.
@@ -147,7 +148,7 @@ def _plan(
     model: str, session: Session, settings: dict[str, object], rules: Sequence[str] | None, full: FullRunOptions,
     measure: str,
 ) -> _Plan:  # fmt: skip
-    session = session.with_sampling(api.sampling_of(session.model, None, settings, lenient=True))
+    session = session.with_sampling(api.sampling_of(session.model, session.model.defaults, settings, lenient=True))
     requests, work = api.ask(session, full.n, full.length, full.workload)
     check_answers(measure, work)
     families = {rule: sweep(rule, session.steps_of(longest(requests))) for rule in rules or RULES_TO_COMPARE}

@@ -70,9 +70,10 @@ def sample(
 
 def _say_how(session: Session, settings: Mapping[str, Any]) -> None:
     """What is to be known of the sampler before it runs."""
-    preset, walk = session.model.preset, session.sampling.walk
+    walk = session.sampling.walk
+    preset = walk & session.model.preset.keys()
     if preset and walk.isdisjoint(settings):
-        recommended = ", ".join(f"{name} {value}" for name, value in preset.items())
+        recommended = ", ".join(f"{name} {session.settings.get(name)}" for name in sorted(preset))
         names = ", ".join(sorted(walk))
         print(
             f"cdlm: sampled as the model recommends, {recommended}; if one of {names} is given, the rest is as in its"
