@@ -8,10 +8,12 @@ out. The last column is the largest tensor that the signals make over a vocabula
 """
 
 import argparse
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.types import Prediction
 from cdlm.halting import RULES, Criterion
 from cdlm.halting.criterion import Pair
-from cdlm.halting.head import FEATURES, Head, write_head
+from cdlm.halting.head import FEATURES, Head, sampler_of, write_head
 from cdlm.halting.head import untrained as untrained_layers
 from cdlm.halting.rules.learned import ByHead
 from cdlm.halting.signals import EmbeddingState, StepStatistics, first_past, observe
@@ -62,11 +64,11 @@ MODELS = {
 """Settings, vocabulary and rows."""
 
 
-def rules() -> dict[str, Criterion]:
-    """Every rule that has a name, but for those made of other rules."""
+def rules(settings: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Criterion]:
+    """Every rule that has a name, but for those made of other rules; heads are of a sampler with these settings."""
     plain = [name for name, made in RULES.items() if name not in COMBINATORS and not _joins(made)]
     with TemporaryDirectory() as folder:
-        write_head(Path(folder), _head())
+        write_head(Path(folder), _head(settings))
         return {name: _rule(RULES[name], folder, NEVER[name]) for name in plain}
 
 
@@ -75,11 +77,11 @@ def _rule(made: Any, folder: str, settings: tuple[float, ...]) -> Criterion:
     return made(*arguments)
 
 
-def _head() -> Head:
-    """A head that reads all there is, for any model."""
+def _head(settings: Mapping[str, Any]) -> Head:
+    """A head that reads all there is."""
     names = tuple(FEATURES)
     none = torch.zeros(len(names), dtype=torch.float64)
-    return Head(names, none, none + 1, untrained_layers(names), NOWHERE, {}, {})
+    return Head(names, none, none + 1, untrained_layers(names), NOWHERE, sampler_of(settings), {})
 
 
 def _joins(made: Any) -> bool:
@@ -133,9 +135,10 @@ def measure(name: str, args: argparse.Namespace) -> None:
     settings, vocab, rows = MODELS[name]
     system = untrained(settings, vocab, args.length).to(args.device)
     timed = Timed(system, clock_of(args.device))
+    timed.fingerprint = NOWHERE
     session = Session(timed, Diffusion(args.steps), batch_size=rows)
     sessions = {"no rule": session}
-    sessions |= {name: session.with_criterion(rule) for name, rule in rules().items()}
+    sessions |= {name: session.with_criterion(rule) for name, rule in rules(session.settings).items()}
     sessions["everything recorded"] = session.recorded()
     inside, outside = seconds(timed, sessions, rows, args.repeats)
     plain = outside.pop("no rule")
