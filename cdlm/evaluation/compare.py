@@ -491,8 +491,7 @@ def panels(points: Sequence[Point]) -> list[CurvePanel]:
         (full,) = (p for p in there if p.family == FULL)
         families = dict.fromkeys(p.family for p in there if p.family not in REFERENCES)
         last = sorted(families, key=lambda name: name in ORACLES)  # oracles are single points, and drawn over the rest
-        curves = [_curve(name, [p for p in there if p.family == name], full) for name in last]
-        curves = [replace(curve, label=_short(curve.label, last)) for curve in curves]
+        curves = [_curve(_short(name, last), [p for p in there if p.family == name], full) for name in last]
         levels = [(p.family, p.ar_nll) for p in there if p.family in REFERENCES]
         out.append(CurvePanel(f"{model}, {steps} steps", curves, levels))
     return out

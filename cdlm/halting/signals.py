@@ -120,7 +120,8 @@ class StepStatistics:
         """
         if self.peaks.shape[-1] == 1 or not self.needs.isdisjoint(SUMMED):  # useless, or known
             return self.chance.where(over, 0)
-        bound = 1 / (self.peaks - self.peaks.amax(-1, keepdim=True)).exp().sum(-1).where(over, torch.inf)
+        least_sum = (self.peaks - self.peaks.amax(-1, keepdim=True)).exp().sum(-1)
+        bound = (1 / least_sum).where(over, 0)
         near = over & (bound >= least[:, None] * (1 - ROUNDING))
         for rows in _apart(self.logits):  # so that the last bit does not depend on the batch
             if bool(near[rows].any()):

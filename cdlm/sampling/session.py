@@ -71,13 +71,16 @@ class Model(ABC):
         check_family(sampling, self)
         self._sampling = sampling
 
-    def base_of(self, settings: Collection[str]) -> Sampling:
-        """What flat settings of these names are to replace parts of.
+    def recommends(self, settings: Collection[str]) -> bool:
+        """Whether it is sampled as its folder recommends where flat settings of these names are given.
 
-        A recommended sampler is one whole: where a setting of its walk is named, all else is as in the paper.
+        A recommended sampler is one whole: where a setting of the walk is given, all else is as in the paper.
         """
-        named = self._sampling is None and not self.defaults.walk.isdisjoint(settings)
-        return self.defaults if named else self.sampling
+        return bool(self.preset) and self._sampling is None and self.defaults.walk.isdisjoint(settings)
+
+    def base_of(self, settings: Collection[str]) -> Sampling:
+        """The sampling that flat settings of these names replace parts of."""
+        return self.sampling if self.recommends(settings) else self._sampling or self.defaults
 
     @property
     def device(self) -> torch.device:

@@ -72,7 +72,7 @@ def _say_how(session: Session, settings: Mapping[str, Any]) -> None:
     """What is to be known of the sampler before it runs."""
     walk = session.sampling.walk
     preset = walk & session.model.preset.keys()
-    if preset and walk.isdisjoint(settings):
+    if preset and session.model.recommends(settings):
         recommended = ", ".join(f"{name} {session.settings.get(name)}" for name in sorted(preset))
         names = ", ".join(sorted(walk))
         print(
