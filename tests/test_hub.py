@@ -160,7 +160,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (drop("config.json"), "no config.json"),
     "empty config": (write("config.json", b""), "not valid JSON"),
     "broken config": (write("config.json", b'{"cdlm_format": 1,'), "not valid JSON"),
-    "config that is no text": (write("config.json", b"\xff\xfe\x00"), "not valid JSON"),
+    "config that is no text": (write("config.json", b"\xff\xfe\x00"), "not UTF-8"),
     "config that is a list": (write("config.json", b"[]"), "not a JSON object"),
     "foreign config": (write("config.json", b'{"model_type": "gpt2"}'), "model_type is 'gpt2', expected one of"),
     "later format": (edit(lambda c: c.update(cdlm_format=99)), "cdlm_format 2"),

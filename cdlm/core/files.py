@@ -1,4 +1,4 @@
-"""Small files: written so that a reader sees the old content or the new, never half of it."""
+"""Files: written so that a reader sees the old content or the new, never half of it, and read with one-line errors."""
 
 from __future__ import annotations
 
@@ -12,33 +12,83 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
 
 from cdlm.core.errors import CdlmError
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+_WORKPLACE, _LOCK = ".writing", "lock"
+"""How the name of a folder ends that `replacing` writes in, and the file in it that a living process has locked."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write a file or a folder to; it takes the place of `path` when the block ends well.
 
-    Parent folders are made. On any failure nothing is left behind and what stood at `path` is untouched.
+    Parent folders are made. On any failure nothing is left behind and what stood at `path` is untouched. What killed
+    processes left beside `path` is removed. Files get the permissions that the umask gives, whatever wrote them.
 
     Raises:
         CdlmError: the disk is full, or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _put(temporary, path)
-    except BaseException as error:
-        _remove(temporary)
-        if isinstance(error, OSError):
-            raise cannot_write(path, error) from error
-        raise
+        remove_leftovers(path.parent)
+        with _workplace(path) as place:
+            yield place / path.name
+            _open_up(place / path.name)
+            _put(place / path.name, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `replacing` was writing in a folder when its process was killed."""
+    from filelock import FileLock, Timeout
+
+    for place in folder.glob(f".*{_WORKPLACE}"):
+        with suppress(OSError, Timeout), FileLock(place / _LOCK, blocking=False):  # a living process holds it
+            shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _workplace(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write in, that is gone after the block. It is locked for as long as this process lives:
+    the lock tells others that it is no leftover."""
+    place, lock = _locked(path)
+    try:
+        yield place
+    finally:
+        lock.release()
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _locked(path: Path) -> tuple[Path, BaseFileLock]:
+    from filelock import FileLock
+
+    while True:
+        place = path.with_name(f".{uuid4().hex[:16]}{_WORKPLACE}")
+        place.mkdir()
+        try:
+            lock = FileLock(place / _LOCK)
+            lock.acquire()
+            return place, lock
+        except FileNotFoundError:  # another process took it for a leftover before it was locked
+            continue
+
+
+def _open_up(path: Path) -> None:
+    """Give files the permissions that new files have here: libraries make them readable by their owner alone."""
+    umask = os.umask(0o077)  # there is no way to read it
+    os.umask(umask)
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
 
 
 def check_places(*paths: Path | None) -> None:
@@ -88,6 +138,34 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+@contextmanager
+def reading(path: Path, advice: str = "copy it again") -> Iterator[None]:
+    """Turn what the system refuses while `path` is read into one line that says why.
+
+    Args:
+        advice: what to do.
+
+    Raises:
+        CdlmError: there is no such file, it may not be read, or it is no UTF-8.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise CdlmError(f"cannot read {path} (not UTF-8 at byte {error.start}); {advice}") from error
+    except OSError as error:
+        raise CdlmError(f"cannot read {path} ({_reason(error)}); {advice}") from error
+
+
+def check_readable(path: Path, advice: str = "copy it again") -> None:
+    """Raise if a file is not there or may not be read; libraries do not always say which.
+
+    Raises:
+        CdlmError: as `reading`.
+    """
+    with reading(path, advice), path.open("rb"):
+        pass
+
+
 def read_json(file: Path, of: str) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -95,17 +173,26 @@ def read_json(file: Path, of: str) -> dict[str, Any]:
         of: what its folder is expected to be, for the error.
 
     Raises:
-        CdlmError: there is no such file, or no JSON object in it.
+        CdlmError: there is no such file, it may not be read, or there is no JSON object in it.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CdlmError(f"{file.parent} has no {file.name}: expected the folder of {of}") from error
+        with reading(file):
+            content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except ValueError as error:
         raise CdlmError(f"{file} is not valid JSON ({error}); copy it again") from error
+    except RecursionError as error:
+        raise CdlmError(f"{file} is not valid JSON (nested too deeply); copy it again") from error
+    except CdlmError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            raise CdlmError(f"{file.parent} has no {file.name}: expected the folder of {of}") from error
+        raise
     if not isinstance(content, dict):
         raise CdlmError(f"{file} is not a JSON object: expected that of {of}")
     return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def cannot_write(path: Path, error: OSError) -> CdlmError:
@@ -115,30 +202,26 @@ def cannot_write(path: Path, error: OSError) -> CdlmError:
         return CdlmError(
             f"no space left to write {path}: {free:,} bytes are free; free some space or choose another folder"
         )
-    return CdlmError(f"cannot write {path} ({error.strerror or error}); choose another folder")
+    return CdlmError(f"cannot write {path} ({_reason(error)}); choose another folder")
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
 
 
 def _put(temporary: Path, path: Path) -> None:
     if not temporary.is_dir() or not path.exists():
         os.replace(temporary, path)
         return
-    old = path.with_name(f".{path.name}.{uuid4().hex[:8]}")  # a folder with content cannot be replaced in one call
+    old = temporary.with_name("old")  # a folder with content cannot be replaced in one call
     os.replace(path, old)
     try:
         os.replace(temporary, path)
     except BaseException:
         os.replace(old, path)
         raise
-    shutil.rmtree(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
 
 
 def _existing(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
+    """The nearest folder above a path that is there."""
+    return next(parent for parent in path.absolute().parents if os.path.exists(parent))  # false of a name too long
