@@ -97,7 +97,7 @@ def test_a_folder_is_not_readable_as_a_file(tmp_path: Path) -> None:
 
 BAD_JSON = {
     "no file": None, "deep": b"[" * 100_000, "deep object": b'{"a":' * 100_000, "not UTF-8": b"\xff\xfe", "empty": b"",
-    "half": b'{"a": 1', "NaN": b'{"a": NaN}', "infinite": b'{"a": -Infinity}', "list": b"[]", "number": b"5",
+    "half": b'{"a": 1', "list": b"[]", "number": b"5",
     "long number": b'{"a": ' + 5000 * b"9" + b"}",
 }  # fmt: skip
 

@@ -5,38 +5,83 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from io import TextIOWrapper
+from typing import TYPE_CHECKING, Any, cast
 
 from cdlm.cli.commands import COMMANDS, Command
 from cdlm.core.devices import DeviceOptions
-from cdlm.core.errors import CdlmError
+from cdlm.core.errors import CdlmError, is_out_of_memory
+from cdlm.core.inert import Inert
 from cdlm.core.parsing import nearest
-from cdlm.core.progress import drop_announced, show_announced
+from cdlm.core.progress import drop_announced, show_announced, to_stderr
 
 if TYPE_CHECKING:
     from cdlm.cli.args import CommandParser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command; bad input ends with one line on standard error and exit code 2."""
+    """Run a command; bad input ends with one line on standard error and exit code 2.
+
+    So does a system that refuses to go on: a full disk, a closed standard output, no more memory. What is printed for
+    people holds no control characters. Where whoever read the output has left, the command ends silently with code 141.
+    """
     # Before torch is imported. Threads that spin at barriers take each other's cores on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with _standard_streams():
+        try:
+            _dispatch(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
+        except CdlmError as error:
+            _fail(str(error), error.exit_code)
+        except argparse.ArgumentError as error:
+            _fail(f"{error} (cdlm train --help lists the settings)", 2)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+        except BrokenPipeError:
+            _give_up_output()
+            raise SystemExit(141) from None
+        except OSError as error:
+            _give_up_output()
+            place = error.filename or "standard output"
+            _fail(f"cannot read or write {place} ({error.strerror or error}): free it, or choose another place", 2)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            _fail("out of memory: take a smaller --batch-size, fewer samples or a shorter length", 2)
+        finally:
+            drop_announced()
+
+
+@contextmanager
+def _standard_streams() -> Iterator[None]:
+    """Standard output for people, in place of the plain one.
+
+    A closed stream gets its number back: else the next file that is opened would have it, and what is printed. Standard
+    output that was closed refuses what is written; errors that nobody can read are dropped.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of characters that the terminal does not have
+    shown = open(1, "w", closefd=False) if sys.stdout is None else Inert(sys.stdout)
+    errors = open(2, "w", closefd=False) if sys.stderr is None else sys.stderr
+    with redirect_stdout(cast(Any, shown)), redirect_stderr(errors):
+        yield
+
+
+def _give_up_output() -> None:
+    """If nothing can be written to standard output, let it end in nothing: Python writes once more as it ends."""
     try:
-        _dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
-    except CdlmError as error:
-        _fail(str(error), error.exit_code)
-    except argparse.ArgumentError as error:
-        _fail(f"{error} (cdlm train --help lists the settings)", 2)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except BrokenPipeError:  # whoever read the output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
-        raise SystemExit(141) from None
-    finally:
-        drop_announced()
+    except OSError:
+        with suppress(OSError):  # a stream without a number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(argv: list[str]) -> None:
@@ -99,5 +144,6 @@ def _help() -> str:
 
 def _fail(message: str, code: int) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a parallel run all fail alike
-        print("cdlm: " + " ".join(message.split()), file=sys.stderr)
+        with suppress(OSError):
+            to_stderr("cdlm: " + " ".join(message.split()))
     raise SystemExit(code)

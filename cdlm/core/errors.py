@@ -16,3 +16,9 @@ class CdlmError(Exception):
 def first_line(error: Exception) -> str:
     """What another library's error says, in one line without a full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether another library's error says that there is no more memory."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said

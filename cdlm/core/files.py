@@ -177,7 +177,7 @@ def read_json(file: Path, of: str) -> dict[str, Any]:
     """
     try:
         with reading(file):
-            content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant)
+            content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CdlmError(f"{file} is not valid JSON ({error}); copy it again") from error
     except RecursionError as error:
@@ -189,10 +189,6 @@ def read_json(file: Path, of: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CdlmError(f"{file} is not a JSON object: expected that of {of}")
     return content
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def cannot_write(path: Path, error: OSError) -> CdlmError:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from cdlm.core.inert import visible
+
 T = TypeVar("T")
 
 SECONDS = 10.0
@@ -42,7 +44,7 @@ class Bar(Meter):
             warnings.simplefilter("ignore")  # in a notebook without widgets it advises to install them
             from tqdm.auto import tqdm
 
-        self._bar = tqdm(total=total, desc=label, file=sys.stderr, leave=False, miniters=0, dynamic_ncols=True)
+        self._bar = tqdm(total=total, desc=visible(label), file=sys.stderr, leave=False, miniters=0, dynamic_ncols=True)
         self._fields: dict[str, object] = {}
 
     def advance(self, by: int = 1, **fields: object) -> None:
@@ -70,7 +72,7 @@ class Lines(Meter):
         clock: Callable[[], float] = time.monotonic,
         write: Callable[[str], None] | None = None,
     ):
-        self._total, self._label, self._clock, self._write = total, label, clock, write or _to_stderr
+        self._total, self._label, self._clock, self._write = total, label, clock, write or to_stderr
         self._began = self._shown = clock()
         self._done = 0
         self._fields: dict[str, object] = {}
@@ -158,7 +160,7 @@ def announce(line: str) -> None:
 def show_announced() -> None:
     """Print what was announced and not yet shown."""
     while _announced:
-        _to_stderr(_announced.pop(0))
+        to_stderr(_announced.pop(0))
 
 
 def drop_announced() -> None:
@@ -166,8 +168,9 @@ def drop_announced() -> None:
     _announced.clear()
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def to_stderr(line: str) -> None:
+    """Print a line for a person, without control characters."""
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 def _text(fields: Mapping[str, object]) -> str:

@@ -7,7 +7,7 @@ chose it flatters itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import takewhile
@@ -18,6 +18,7 @@ import numpy as np
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_json, write_rows
+from cdlm.core.inert import table_line
 from cdlm.core.progress import progress
 from cdlm.core.stats import Bootstrap, Scores
 from cdlm.evaluation.bench import OWN_ROWS, Bench, Outcome, RealSample, fewest, tried
@@ -380,7 +381,7 @@ def markdown(points: Sequence[Point], goal: Goal, measure: str) -> str:
     """The table to read: the ends, the plain samplers, and of each rule the setting within the goal."""
     head, *body = _lines(points)
     ruler = ["--:" if i not in (0, 2) else ":--" for i in range(len(head))]
-    lines = [_line(cells) for cells in (head, ruler, *body)]
+    lines = [table_line(cells) for cells in (head, ruler, *body)]
     return "\n".join(lines) + "\n\n" + _note(goal, measure) + _marks(points, goal, measure)
 
 
@@ -477,10 +478,6 @@ def _ends(point: Point, name: str, form: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _line(cells: Iterable[object]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def panels(points: Sequence[Point]) -> list[CurvePanel]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cdlm.core.files import write_json, write_text
+from cdlm.core.inert import in_markdown, one_line, table_line
 from cdlm.evaluation.metrics.registry import AR_NLL, METRICS, Metric
 from cdlm.evaluation.texts import Value
 
@@ -39,14 +40,14 @@ class Evaluation:
     def markdown(self) -> str:
         """Two Markdown tables, the notes, and the line that names judge and settings."""
         tables = [markdown_table(lines) for lines in _two_tables(self.rows)]
-        notes = [f"> **Note:** {note}" for note in self.notes]
-        return "\n\n".join([*tables, *notes, self._footer()]) + "\n"
+        notes = [f"> **Note:** {in_markdown(note)}" for note in self.notes]
+        return "\n\n".join([*tables, *notes, in_markdown(self._footer())]) + "\n"
 
     def terminal(self) -> str:
         """The same as aligned plain text."""
         tables = [aligned_table(lines) for lines in _two_tables(self.rows)]
-        notes = [f"note: {note}" for note in self.notes]
-        return "\n\n".join([*tables, *notes, self._footer()])
+        notes = [one_line(f"note: {note}") for note in self.notes]
+        return "\n\n".join([*tables, *notes, one_line(self._footer())])
 
     def save(self, folder: str | Path) -> None:
         """Write `evaluation.json` and `evaluation.md` into `folder`, each whole or not at all."""
@@ -102,13 +103,14 @@ def _lines(rows: Sequence[Row], fixed: Sequence[str], metrics: Sequence[Metric])
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells, the heading first, as Markdown: the first column on the left, the others on the right."""
-    head, *body = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    head, *body = lines
     ruler = [":--"] + ["--:"] * (len(head) - 1)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ruler, *body])
+    return "\n".join(map(table_line, [head, ruler, *body]))
 
 
 def aligned_table(lines: list[list[str]]) -> str:
     """The same as plain text, the columns as wide as their widest cells."""
+    lines = [[one_line(cell) for cell in line] for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     head, *body = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines

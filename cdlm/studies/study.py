@@ -19,6 +19,7 @@ from cdlm.continuous.grids import GRIDS
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import plain, write_json, write_rows, write_text
+from cdlm.core.inert import fenced, table_line
 from cdlm.core.stats import Bootstrap
 from cdlm.evaluation.bench import Bench
 from cdlm.evaluation.plots.panels import Line, Panel, draw
@@ -45,10 +46,7 @@ class Finding:
         """The table and its note."""
         heads = list(self.table[0])
         lines = [heads, ["--:"] * len(heads), *([row[head] for head in heads] for row in self.table)]
-        return (
-            "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-            + f"\n\n{self.note}\n"
-        )
+        return "\n".join(map(table_line, lines)) + f"\n\n{self.note}\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +101,7 @@ class Study(MachineOptions, ABC):
         content = {"study": name, "settings": settings, "note": found.note, "table": found.table, "rows": found.rows}
         write_json(self.out / f"{name}.json", content)
         text = yaml.safe_dump(settings, sort_keys=False)
-        write_text(self.out / f"{name}.md", f"{found.markdown}\nSettings:\n\n```yaml\n{text}```\n")
+        write_text(self.out / f"{name}.md", f"{found.markdown}\nSettings:\n\n{fenced(text, 'yaml')}\n")
         draw(found.panels, self.out / f"{name}.png")
         return found.markdown
 

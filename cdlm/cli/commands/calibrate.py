@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from cdlm import api
@@ -10,6 +9,7 @@ from cdlm.cli.groups import GoalOptions, JudgeOptions, flat_settings, session_on
 from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
+from cdlm.core.progress import to_stderr
 from cdlm.evaluation.bench import calibrate as calibrated
 from cdlm.evaluation.bench import check_answers, longest
 from cdlm.halting import sweep
@@ -77,4 +77,4 @@ def calibrate(
     model = session.model
     file = write_calibration(folder, model.need_fingerprint(), model.has_weights, found)
     if not machine.quiet:
-        print(f"{found.rule} is now --halt auto for these settings: {file}", file=sys.stderr)
+        to_stderr(f"{found.rule} is now --halt auto for these settings: {file}")

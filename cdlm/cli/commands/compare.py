@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places, write_text
+from cdlm.core.progress import to_stderr
 from cdlm.evaluation.bench import check_answers, fewest, longest
 from cdlm.evaluation.compare import Comparison, Point, markdown, panels, save_json, terminal, too_few, write_csv
 from cdlm.evaluation.plots.pareto import plot_pareto
@@ -110,7 +110,7 @@ def compare(
         needed = fewest(goal.goal, goal.measure)
         for plan in plans:
             if (warning := plan.warning(rival.live, full.n // 2, goal.goal, needed)) and not machine.quiet:
-                print(f"cdlm: {warning}", file=sys.stderr)
+                to_stderr(f"cdlm: {warning}")
         points: list[Point] = []
         for plan in plans:
             recordings = None if full.recordings is None else full.recordings / Path(plan.model).name

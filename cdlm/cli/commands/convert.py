@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from cdlm.continuous.published import LAYOUTS
+from cdlm.core.progress import to_stderr
 from cdlm.runs.convert import convert as write_converted
 
 
@@ -21,4 +21,4 @@ def convert(layout: str, source: Path, out: Path, *, tokenizer: str | None = Non
     """
     write_converted(LAYOUTS.find(layout)(), source, out, tokenizer)
     if not quiet:
-        print(f"{out}: {sum(file.stat().st_size for file in out.iterdir()):,} bytes", file=sys.stderr)
+        to_stderr(f"{out}: {sum(file.stat().st_size for file in out.iterdir()):,} bytes")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
+from cdlm.core.progress import to_stderr
 from cdlm.evaluation.plots.trajectories import plot_samples
 from cdlm.evaluation.workloads import Work
 from cdlm.halting import Full, parse_criterion
@@ -75,13 +75,12 @@ def _say_how(session: Session, settings: Mapping[str, Any]) -> None:
     if preset and session.model.recommends(settings):
         recommended = ", ".join(f"{name} {session.settings.get(name)}" for name in sorted(preset))
         names = ", ".join(sorted(walk))
-        print(
+        to_stderr(
             f"cdlm: sampled as the model recommends, {recommended}; if one of {names} is given, the rest is as in its"
-            " paper",
-            file=sys.stderr,
+            " paper"
         )
     if warning := api.warning_of_commits(session):
-        print(f"cdlm: {warning}", file=sys.stderr)
+        to_stderr(f"cdlm: {warning}")
 
 
 def _asked(session: Session, texts: list[str] | None, prompts: PromptOptions) -> tuple[list[Request], Work | None]:
@@ -95,7 +94,7 @@ def _write(samples: Samples, session: Session, output: OutputOptions, title: str
     if output.record is not None:
         file = write_recording(recording_of(samples, session), session, output.record)
         if not quiet:
-            print(f"{file}: {file.stat().st_size:,} bytes", file=sys.stderr)
+            to_stderr(f"{file}: {file.stat().st_size:,} bytes")
     if output.plot is not None:
         plot_samples(samples, output.plot, title)
     if output.out is not None:
@@ -107,13 +106,10 @@ def _write(samples: Samples, session: Session, output: OutputOptions, title: str
             text = _marked(one) if marked else one.text
             print(f"--- sample {one.index}, {one.nfe} calls, {one.reason.name.lower()}\n{text.strip()}")
         if marked:
-            print("what was given stands in [ ]", file=sys.stderr)
+            to_stderr("what was given stands in [ ]")
     late = samples.calls_after_end.mean()
     after = f", {late:.1f} of them after the end of the text" if late > 0 else ""
-    print(
-        f"{len(samples)} samples, {samples.nfe.mean():.1f} calls a sample of {samples.budget} steps{after}",
-        file=sys.stderr,
-    )
+    to_stderr(f"{len(samples)} samples, {samples.nfe.mean():.1f} calls a sample of {samples.budget} steps{after}")
 
 
 def _marked(sample: Sample) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
+from cdlm.core.progress import to_stderr
 from cdlm.halting.fit import Fitting, fit
 from cdlm.halting.head import ABOUT, Head, write_head
 from cdlm.recording.file import Recording, read_folder
@@ -35,7 +35,7 @@ def train_halting(
     digest = write_head(out, head)
     if not quiet:
         print(_said(head))
-        print(f'{out / ABOUT}: head {digest}; try --halt "Learned({str(out)!r}, 0.9)"', file=sys.stderr)
+        to_stderr(f'{out / ABOUT}: head {digest}; try --halt "Learned({str(out)!r}, 0.9)"')
 
 
 def _said(head: Head) -> str:

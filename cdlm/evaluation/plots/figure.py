@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing
+from cdlm.core.inert import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,10 +56,15 @@ def write_figure(figure: Figure, path: Path) -> Path:
         CdlmError: the kind is not known, or the place cannot be written.
     """
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
     check_plot_path(path)
     kind = path.suffix.lower()
-    with replacing(path) as temporary, rc_context({"svg.hashsalt": "cdlm"}):
+    for text in cast(list[Text], figure.findobj(Text)):
+        text.set_text(visible(text.get_text()))
+        text.set_parse_math(False)  # a name with dollars is no formula
+    with replacing(path) as temporary, rc_context({"svg.hashsalt": "cdlm"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box
         figure.savefig(temporary, format=kind[1:], metadata=METADATA[kind])
     return path
 
