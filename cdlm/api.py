@@ -157,6 +157,7 @@ def configured(sampling: S, settings: Mapping[str, Any], *, lenient: bool = Fals
             raise CdlmError(
                 f"{name} is a setting of {' and '.join(others)}, and this one is {sampling.family}: {_list(sampling)}"
             )
+        next(family for family in FAMILIES if name in family.flat_names())().with_flat(**{name: given[name]})  # checks
     return sampling.with_flat(**{name: value for name, value in given.items() if name in known})
 
 

@@ -1,13 +1,17 @@
 """Laws of the checks of settings: what passes, and one form of message."""
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdlm.core.checks import check_choice, check_number, check_whole
+from cdlm.core.checks import Settings, check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
+from cdlm.halting import Full
 
 numbers = st.floats() | st.integers()
 
@@ -71,3 +75,55 @@ def test_messages_have_one_form(check: object, expected: str) -> None:
     with pytest.raises(CdlmError) as caught:
         check()  # type: ignore[operator]
     assert str(caught.value) == expected
+
+
+@dataclass(frozen=True)
+class Everything(Settings):
+    whole: int = 1
+    number: float = 1.0
+    truth: bool = False
+    text: str = ""
+    choice: Literal["a", "b"] = "a"
+    several: tuple[int, ...] = ()
+    perhaps: int | None = None
+    part: Settings | None = None
+    unchecked: Mapping[str, int] | None = None
+
+
+FITS: dict[str, Sequence[object]] = {
+    "whole": (1, -5, 10**30), "number": (1, 1.5, math.nan), "truth": (True, False), "text": ("", "x"),
+    "choice": ("a", "b"), "several": ((1, 2), [1], ()), "perhaps": (3, None), "part": (Full(), None),
+    "unchecked": ({}, 3),
+}  # fmt: skip
+VALUES: tuple[object, ...] = (
+    None, True, 1, 1.5, 10**30, math.nan, "", "x", "a", b"x", [], (1,), [1], ["x"], {}, object(), int, len, 1j, Full(),
+    Full,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_setting_is_of_the_type_that_it_declares(name: str) -> None:
+    for value in FITS[name]:
+        Everything(**{name: value})  # pyright: ignore[reportArgumentType]
+    hint = {"whole": int, "number": (int, float), "truth": bool, "text": str}.get(name)
+    for value in VALUES if hint else ():
+        right = isinstance(value, hint) and (name == "truth" or not isinstance(value, bool))
+        if not right:
+            with pytest.raises(CdlmError, match=f"^Everything needs {name} to be a? ?.*, got "):
+                Everything(**{name: value})  # pyright: ignore[reportArgumentType]
+
+
+def test_settings_are_checked_by_place_and_when_they_are_replaced() -> None:
+    with pytest.raises(CdlmError, match="Everything needs number to be a number, got 'x'"):
+        Everything(1, "x")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(CdlmError, match="Everything needs choice to be one of a, b, got 'c'"):
+        replace(Everything(), choice="c")
+    with pytest.raises(CdlmError, match="Everything needs several to be a list"):
+        Everything(several="12")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_long_value_is_cut_in_a_message() -> None:
+    for value in (10**10_000, "x" * 10_000, [1] * 10_000):
+        with pytest.raises(CdlmError) as caught:
+            Everything(truth=value)  # pyright: ignore[reportArgumentType]
+        assert len(str(caught.value)) < 200

@@ -153,7 +153,7 @@ def test_prompts_from_a_file_and_texts_on_the_terminal(
 
 def test_a_masked_model_is_sampled_with_policies(masked: Place, tmp_path: Path) -> None:
     positions = LENGTH - len(read_tokenizer(masked.run).encode("the cat"))
-    expected = {"": positions, "LLaDA(3)": 3, "Threshold(2.0)": positions, "Threshold(0.0)": 1}
+    expected = {"": positions, "LLaDA(3)": 3, "Threshold(1.0)": positions, "Threshold(0.0)": 1}
     for number, (policy, steps) in enumerate(expected.items()):
         out, more = tmp_path / f"{number}.jsonl", ["--policy", policy] if policy else []
         main(["sample", str(masked.run), "--n", "2", "--prompt", "the cat", "--out", str(out), "--seed", "3", *more])
@@ -658,7 +658,7 @@ def test_either_a_new_run_or_an_old_one(place: Place, refused: Callable) -> None
         (["--prompt", "the cat sat on the mat and the dog ran " * 9], "shorten it"),
         (["--prompt", "[17]"], "shorten it"),
         (["--prompt", "[99999999999999]"], "shorten it"),
-        (["--prompts", "nowhere.txt"], "cannot read prompts"),
+        (["--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--prompts", "empty.txt"], "empty.txt"),
         (["--prompts", "latin.txt"], "latin.txt"),
         (["--prompt", "a", "--prompts", "b"], "not both"),
@@ -688,7 +688,7 @@ def test_bad_samples(
     [
         (["--steps", "0"], "steps >= 1"),
         (["--policy", "Treshold(0.9)"], "did you mean Threshold?"),
-        (["--policy", "Threshold(-1.0)"], "tau >= 0"),
+        (["--policy", "Threshold(-1.0)"], "0 <= tau <= 1"),
         (["--policy", "LLaDA(4)", "--steps", "4"], "a policy has its own steps"),
         (["--policy", "LLaDA(16, block=5)"], "block"),
         (["--temperature", "-1"], "temperature >= 0, got -1"),

@@ -190,7 +190,7 @@ def test_two_settings_of_one_name_are_a_mistake_of_the_program() -> None:
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-@given(TEXTS, st.lists(st.integers(), min_size=1), st.floats(allow_nan=False), st.booleans())
+@given(TEXTS, st.lists(st.integers(-(2**63) + 1, 2**63 - 1), min_size=1), st.floats(allow_nan=False), st.booleans())
 def test_every_value_comes_back(text: str, steps: list[int], rate: float, mauve: bool) -> None:
     """Written as --name=value, and as a mapping, whatever the text is."""
     argv = ["R", f"--solver={text}", *(f"--steps={step}" for step in steps), f"--rate={rate}", f"--mauve={mauve}"]

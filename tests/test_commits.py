@@ -113,7 +113,7 @@ def test_of_none_that_is_sure_nothing_is_committed() -> None:
     """A call of a continuous model moves the state without a commit: the run is then the plain one."""
     noisy = Oracle(t_min=0.5)  # never quite sure
     plain = outcomes(setup(None), requests(range(5)), denoiser=noisy)
-    for policy in (Threshold(1.1), Factor(0.0), EntropyBound(0.0), KLASS(1.0, 0.0), FallingThreshold(2.0, 1.5)):
+    for policy in (Threshold(1.0), Factor(1e-9), EntropyBound(0.0), KLASS(1.0, 0.0), FallingThreshold(1.0, 1.0)):
         assert outcomes(setup(policy), requests(range(5)), denoiser=noisy) == plain, policy
 
 
@@ -192,8 +192,8 @@ class FreezeAll(Criterion):
 
 def test_what_is_frozen_now_is_not_doubted_by_the_prediction_that_froze_it() -> None:
     unsure = Loyal(t_min=1.0)
-    once = outcomes(setup(Threshold(2.0), FreezeAll()), requests([0, 1], 2), 2, unsure)
-    assert outcomes(setup(Threshold(2.0), FreezeAll(), reopen=0.9), requests([0, 1], 2), 2, unsure) == once
+    once = outcomes(setup(Threshold(1.0), FreezeAll()), requests([0, 1], 2), 2, unsure)
+    assert outcomes(setup(Threshold(1.0), FreezeAll(), reopen=0.9), requests([0, 1], 2), 2, unsure) == once
 
 
 def test_a_token_that_is_taken_back_is_no_estimate_of_the_step_before() -> None:

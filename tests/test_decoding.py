@@ -469,7 +469,7 @@ def test_rules_with_a_cache_leave_rows_alone(kind: Any, rule: Criterion) -> None
 
 @both_caches
 def test_with_a_cache_rules_look_at_whole_calls_alone(kind: Any) -> None:
-    one_a_step = Threshold(1.1, block=4)
+    one_a_step = Threshold(1.0, block=4)
     for steps, calls in ((1, 1), (2, 5), (5, 5), (6, 8)):
         row = decoded(Toy(), unmasking(one_a_step, FixedSteps(steps), cache=kind), canvases([[3]], 8))[0]
         assert (row.nfe, row.reason) == (calls, "full" if calls == 8 else "halted")

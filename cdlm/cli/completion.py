@@ -56,6 +56,8 @@ def _parser(command: Command) -> argparse.ArgumentParser:
 def _complete_paths(parser: argparse.ArgumentParser) -> None:
     import shtab
 
+    from cdlm.cli.args import path_of
+
     for action in parser._actions:
-        if action.type is Path:
+        if action.type in (Path, path_of):
             action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]

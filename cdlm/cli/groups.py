@@ -10,6 +10,7 @@ from cdlm.api import open_session
 from cdlm.core.checks import check_whole
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
+from cdlm.core.files import reading
 from cdlm.evaluation.bench import JUDGED
 from cdlm.evaluation.plots.figure import check_plot_path
 from cdlm.halting.calibration import Goal
@@ -75,11 +76,8 @@ class PromptOptions:
 
 def read_prompts(file: Path) -> list[str]:
     """The lines of a text file that hold something."""
-    try:
+    with reading(file, "give a text file, one prompt a line"):
         found = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
-        raise CdlmError(f"cannot read prompts from {file} ({reason}): give a text file, one prompt a line") from error
     if not found:
         raise CdlmError(f"{file} holds no prompts: write one a line")
     return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from cdlm.cli.commands import COMMANDS, Command
 from cdlm.core.devices import DeviceOptions
 from cdlm.core.errors import CdlmError, is_out_of_memory
-from cdlm.core.inert import Inert
+from cdlm.core.inert import Inert, shortened
 from cdlm.core.parsing import nearest
 from cdlm.core.progress import drop_announced, show_announced, to_stderr
 
@@ -145,5 +145,5 @@ def _help() -> str:
 def _fail(message: str, code: int) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a parallel run all fail alike
         with suppress(OSError):
-            to_stderr("cdlm: " + " ".join(message.split()))
+            to_stderr("cdlm: " + shortened(" ".join(message.split())))
     raise SystemExit(code)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cdlm.core.checks import check_number, check_object
+from cdlm.core.checks import Settings, check_number, check_object
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 
@@ -75,7 +75,7 @@ class SharedLevels(Walk):
         return step == len(self.levels) - 1
 
 
-class Grid(ABC):
+class Grid(Settings, ABC):
     """A way to space the steps of sampling."""
 
     @abstractmethod

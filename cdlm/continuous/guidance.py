@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.projections import Expectation, Projection
-from cdlm.core.checks import check_number, check_object
+from cdlm.core.checks import Settings, check_number, check_object
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import StepNoise
 from cdlm.core.types import Condition, Prediction
@@ -100,7 +100,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Guidance:
+class Guidance(Settings):
     """How a prediction drives the state: temperatures, classifier-free guidance, and control by single tokens.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cdlm.core.checks import check_number
+from cdlm.core.checks import Settings, check_number
 from cdlm.core.parsing import Registry
 from cdlm.core.rng import StepNoise
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cdlm.continuous.denoiser import Denoiser
 
 
-class Projection(ABC):
+class Projection(Settings, ABC):
     """From logits to a clean estimate."""
 
     @abstractmethod

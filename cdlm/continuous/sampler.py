@@ -16,7 +16,7 @@ from cdlm.continuous.grids import GRIDS, Adaptive, Grid, LogT, Seen, Truncated, 
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import PROJECTIONS, Projection
 from cdlm.continuous.solvers import SOLVERS, Ancestral, Euler, Interval, Solver
-from cdlm.core.checks import check_number, check_object, check_whole
+from cdlm.core.checks import MOST_STEPS, check_number, check_object, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise, StepNoise, generator
 from cdlm.core.trees import join, take
@@ -108,7 +108,7 @@ class Diffusion(Sampling):
         check_object("Diffusion", Solver, solver=self.solver)
         check_object("Diffusion", Grid, grid=self.grid)
         check_object("Diffusion", Guidance, guidance=self.guidance)
-        check_whole("Diffusion", steps=self.steps)
+        check_whole("Diffusion", largest=MOST_STEPS, steps=self.steps)
         check_number("Diffusion", least=0.0, init_scale=self.init_scale, hint="1 is the model's own noise level")
         hint = "a block has one position or more, and None generates all at once"
         check_whole("Diffusion", block=self.block, optional=True, hint=hint)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cdlm.core.checks import check_number
+from cdlm.core.checks import Settings, check_number
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.core.rng import StepNoise
@@ -49,7 +49,7 @@ class Advance(NamedTuple):
     """Predictions beyond the one handed in."""
 
 
-class Solver(ABC):
+class Solver(Settings, ABC):
     """Moves rows over one interval of the grid. What it has to know of the intervals before, it keeps as a memory."""
 
     def start(self, z: Float[Tensor, "b n d"]) -> Memory:

@@ -7,20 +7,34 @@ what to write instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import types
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cdlm.core.errors import CdlmError
 
 Number = int | float
 
 
-def check_whole(owner: str, /, *, least: int = 1, optional: bool = False, hint: str = "", **settings: object) -> None:
-    """Raise unless each setting is an integer of at least `least`; if `optional`, None passes too."""
+LARGEST = 2**63 - 1
+"""The largest whole number that a tensor holds."""
+MOST_STEPS, MOST_SAMPLES, MOST_DEVICES, MOST_LAYERS, MOST_FEATURES = 10**6, 10**7, 1024, 10**4, 2**20
+"""Ends of settings whose work has no other end: a larger number is a slip, and would hang."""
+
+
+def check_whole(
+    owner: str, /, *, least: int = 1, largest: int = LARGEST, optional: bool = False, hint: str = "", **settings: object
+) -> None:
+    """Raise unless each setting is an integer from `least` to `largest`; if `optional`, None passes too."""
     for name, value in settings.items():
         if optional and value is None:
             continue
-        if type(value) is not int or value < least:
-            raise _error(f"{owner} needs a whole number {name} >= {least}", value, hint)
+        if type(value) is not int or not least <= value <= largest:
+            large = type(value) is int and value > largest
+            expected = f"{name} <= {largest}" if large else f"{name} >= {least}"
+            raise _error(f"{owner} needs a whole number {expected}", value, hint)
 
 
 def check_number(
@@ -62,7 +76,7 @@ def check_object(owner: str, kind: type, /, **settings: object) -> None:
 def _inside(value: object, above: Number, least: Number, below: Number, most: Number, infinite: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    if isinstance(value, int) and abs(value) >= 2**63:  # no tensor takes it
+    if isinstance(value, int) and abs(value) > LARGEST:  # no tensor takes it
         return False
     low = value > above if above > -math.inf else value >= least
     high = value < below if below < math.inf else value <= most
@@ -79,4 +93,72 @@ def _range(name: str, above: Number, least: Number, below: Number, most: Number)
 
 
 def _error(expected: str, value: object, hint: str) -> CdlmError:
-    return CdlmError(f"{expected}, got {value!r}{f': {hint}' if hint else ''}")
+    return CdlmError(f"{expected}, got {shown(value)}{f': {hint}' if hint else ''}")
+
+
+def shown(value: object, most: int = 80) -> str:
+    """How a value looks in a message: not too long, and whatever it is."""
+    if type(value) is int and value.bit_length() > 128:  # too long to be written out
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+class Settings:
+    """Base of frozen dataclasses that people write: a value must be of the type that its field declares.
+
+    A whole number is a number too, a truth is neither, and a list may stand for a tuple. A type that is none of the
+    plain ones (numbers, texts, truths, choices, sequences of these, classes) is not checked. The check comes before
+    those of ranges in `__post_init__`, which may compare numbers.
+    """
+
+    if not TYPE_CHECKING:  # a type checker is to read the constructor
+
+        def __new__(cls, *args: Any, **settings: Any) -> Any:
+            hints = _hints(cls)
+            for name, value in (dict(zip(hints, args, strict=False)) | settings).items():
+                if name in hints and not _is(value, hints[name]):
+                    raise _error(f"{cls.__name__} needs {name} to be {_words(hints[name])}", value, "")
+            return super().__new__(cls)
+
+
+@cache
+def _hints(kind: type[Any]) -> Mapping[str, Any]:
+    """The types of what a dataclass is made from, in order; nothing of other classes, and of names that are not known
+    where the class is defined."""
+    if not is_dataclass(kind):
+        return {}
+    try:
+        hints = get_type_hints(kind)
+    except NameError:
+        return {}
+    return {field.name: hints[field.name] for field in fields(kind) if field.init}
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Whether a value is of a type, as far as that is one of the plain ones."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return any(_is(value, part) for part in parts)
+    if kind is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if kind in (tuple, list, Sequence):
+        items = {part for part in parts if part is not ...}
+        one = len(items) == 1
+        return isinstance(value, list | tuple) and (not one or all(_is(item, *items) for item in value))
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _words(hint: Any) -> str:
+    """A type in words, such as "a whole number or None"."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return " or ".join(map(_words, parts))
+    if kind is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if kind in (tuple, list, Sequence):
+        return "a list"
+    plain = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "None"}
+    return plain.get(hint, f"a {getattr(hint, '__name__', hint)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cdlm.core.checks import check_whole
+from cdlm.core.checks import MOST_DEVICES, MOST_SAMPLES, check_whole
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.progress import announce
 
@@ -71,5 +71,5 @@ class MachineOptions(DeviceOptions):
     """Samples or rows that are worked on at a time."""
 
     def __post_init__(self) -> None:
-        check_whole("the machine", devices=self.devices)
-        check_whole("the machine", optional=True, batch_size=self.batch_size)
+        check_whole("the machine", largest=MOST_DEVICES, devices=self.devices)
+        check_whole("the machine", largest=MOST_SAMPLES, optional=True, batch_size=self.batch_size)

@@ -36,6 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         CdlmError: the disk is full, or the place cannot be written.
     """
+    check_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
@@ -91,6 +92,20 @@ def _open_up(path: Path) -> None:
             file.chmod(0o666 & ~umask)
 
 
+def check_path(path: str | Path) -> None:
+    """Raise if no file can have this name.
+
+    Raises:
+        CdlmError: it is empty, or holds a character that no name has.
+    """
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:
+        name = b""
+    if not name or b"\0" in name:
+        raise CdlmError(f"{str(path)!r} cannot be the name of a file: write a path")
+
+
 def check_places(*paths: Path | None) -> None:
     """Raise, before long work, if its results could not be written to one of the paths; None is no path.
 
@@ -98,6 +113,7 @@ def check_places(*paths: Path | None) -> None:
         CdlmError: what should be a folder is a file, or may not be written to.
     """
     for path in filter(None, paths):
+        check_path(path)
         folder = _existing(path)
         if not folder.is_dir():
             raise cannot_write(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
@@ -146,9 +162,12 @@ def reading(path: Path, advice: str = "copy it again") -> Iterator[None]:
         advice: what to do.
 
     Raises:
-        CdlmError: there is no such file, it may not be read, or it is no UTF-8.
+        CdlmError: there is no such file, it may not be read, it is a device, which may never end, or no UTF-8.
     """
+    check_path(path)
     try:
+        if path.is_char_device() or path.is_block_device():
+            raise CdlmError(f"cannot read {path} (it is a device); name a file")
         yield
     except UnicodeDecodeError as error:
         raise CdlmError(f"cannot read {path} (not UTF-8 at byte {error.start}); {advice}") from error

@@ -20,6 +20,13 @@ def one_line(text: str) -> str:
     return " ".join(visible(text).split("\n"))
 
 
+def shortened(text: str, most: int = 600) -> str:
+    """The text without its middle if it is longer than `most`: what was wrong stands at its ends."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]} [...] {text[-most // 2 :]}"
+
+
 def in_markdown(text: str) -> str:
     """The text as part of one line of Markdown: no new lines, tags, links or pictures."""
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", one_line(text)).replace("](", "]\\(")

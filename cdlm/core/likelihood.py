@@ -127,6 +127,7 @@ class LikelihoodSettings:
 
     def __post_init__(self) -> None:
         check_whole("the bound", levels=self.levels, batch_size=self.batch_size)
+        check_whole("the bound", least=0, seed=self.seed)
 
 
 def in_batches(

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
+from cdlm.core.checks import shown
 from cdlm.core.errors import CdlmError
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         except (RecursionError, MemoryError) as error:
             raise self._unreadable(str(text)) from error
         if not isinstance(made, self.kind):
-            raise CdlmError(f"{text!r} is no {self.what}: write one of {', '.join(self)} with its arguments")
+            raise CdlmError(f"{shown(text)} is no {self.what}: write one of {', '.join(self)} with its arguments")
         return made
 
     def tree(self, text: str) -> ast.expr:
@@ -95,12 +96,14 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                     f"{self.unknown(name)}, written as a call, for example {self.example()}; a text stands in quotes"
                 )
         raise CdlmError(
-            f"the {self.what} may only hold calls, numbers, texts, &, | and commas, got {ast.unparse(node)!r}"
+            f"the {self.what} may only hold calls, numbers, texts, &, | and commas, got {shown(ast.unparse(node))}"
         )
 
     def unknown(self, name: str) -> CdlmError:
         """The error that nothing is called `name`, with the nearest name and all others."""
-        return CdlmError(f"there is no {self.what} {name!r}{nearest(name, self)}: use one of {', '.join(self)}")
+        return CdlmError(
+            f"there is no {self.what} {shown(name)}{nearest(name[:80], self)}: use one of {', '.join(self)}"
+        )
 
     def example(self, name: str | None = None) -> str:
         """How to call a class, by default the first: `Patience(steps: int)`."""
@@ -112,10 +115,10 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     def _join(self, node: ast.BinOp) -> Any:
         if not hasattr(self.kind, "__and__"):
-            raise CdlmError(f"a {self.what} cannot be joined with & or |, got {ast.unparse(node)!r}")
+            raise CdlmError(f"a {self.what} cannot be joined with & or |, got {shown(ast.unparse(node))}")
         left, right = self.build(node.left), self.build(node.right)
         if not (isinstance(left, self.kind) and isinstance(right, self.kind)):
-            raise CdlmError(f"& and | join two {self.what}s, got {ast.unparse(node)!r}")
+            raise CdlmError(f"& and | join two {self.what}s, got {shown(ast.unparse(node))}")
         return operator.and_(left, right) if isinstance(node.op, ast.BitAnd) else operator.or_(left, right)
 
     def _call(self, node: ast.Call) -> Any:
@@ -133,7 +136,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 raise TypeError("a parameter is given twice")
             return made(*arguments, **keywords)
         except (TypeError, AttributeError) as error:  # a constructor that is given a value of a wrong kind
-            raise CdlmError(f"cannot build {ast.unparse(node)!r} ({error}): it is {name}{_plain(signature)}") from error
+            raise CdlmError(
+                f"cannot build {shown(ast.unparse(node))} ({error}): it is {name}{_plain(signature)}"
+            ) from error
 
 
 def nearest(name: str, names: Collection[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cdlm.core.checks import check_number, check_whole
+from cdlm.core.checks import Settings, check_number, check_whole, shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.data.tokenizer import encode_batch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class Masking(ABC):
+class Masking(Settings, ABC):
     """A random law of masks, independent over rows and a pure function of its arguments and the generator's state."""
 
     @abstractmethod
@@ -204,11 +204,13 @@ class Mixture(Masking):
     parts: tuple[tuple[float, Masking], ...]
 
     def __post_init__(self) -> None:
-        if not self.parts or any(weight <= 0 for weight, _ in self.parts):
-            weights = [weight for weight, _ in self.parts]
-            raise CdlmError(f"Mixture: expected one or more laws with positive weights, got weights {weights}")
-        if not all(isinstance(law, Masking) for _, law in self.parts):
-            raise CdlmError(f"Mixture: expected pairs of a weight and a law, got {self.parts}")
+        pairs = all(
+            isinstance(part, list | tuple) and len(part) == 2 and isinstance(part[1], Masking) for part in self.parts
+        )
+        if not self.parts or not pairs:
+            raise CdlmError(f"Mixture: expected one or more pairs of a weight and a law, got {shown(self.parts)}")
+        for weight, _ in self.parts:
+            check_number("Mixture", above=0.0, weight=weight)
 
     @property
     def subsets(self) -> bool:

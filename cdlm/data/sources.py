@@ -18,7 +18,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from cdlm.core.checks import check_number
+from cdlm.core.checks import Settings, check_number
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.data import arithmetic
@@ -28,7 +28,7 @@ Split = Literal["train", "valid"]
 SampleBy = Literal["line", "paragraph", "document"]
 
 
-class Source(ABC):
+class Source(Settings, ABC):
     """A corpus of documents in two splits. Reading a split twice gives the same documents in the same order."""
 
     @abstractmethod

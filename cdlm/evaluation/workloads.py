@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
 
-from cdlm.core.checks import check_choice, check_number, check_whole
+from cdlm.core.checks import Settings, check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.core.rng import generator
@@ -75,7 +75,7 @@ class Work:
         return arithmetic.right(texts, self.answers[: len(texts)])
 
 
-class Workload(ABC):
+class Workload(Settings, ABC):
     """A law of requests, made from the held-out text of a run."""
 
     def draw(self, text: RealText, n: int, seed: int) -> Work:

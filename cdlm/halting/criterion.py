@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from cdlm.core.checks import check_whole
+from cdlm.core.checks import Settings, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import AttributeOrProperty, Decision, NewRows, SignalReader, StepState
 
@@ -19,7 +19,7 @@ Memory = Any
 """A nest of row-first tensors; the loop drops, adds and reorders its rows."""
 
 
-class Criterion(SignalReader, ABC):
+class Criterion(SignalReader, Settings, ABC):
     """A halting rule: small, frozen, and its own configuration. It reads predictions already made and costs no call.
 
     `needs`, `freezes` and `waits` may each be an attribute of the class or a property. `a & b` halts and freezes what

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cdlm.core.checks import check_whole
+from cdlm.core.checks import MOST_FEATURES, MOST_LAYERS, Settings, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Batch
 from cdlm.models.hub import Pretrained
@@ -110,7 +110,7 @@ def row_cross_entropy(
 
 
 @dataclass(frozen=True)
-class SystemConfig(ABC):
+class SystemConfig(Settings, ABC):
     """A system's settings: plain values that rebuild it."""
 
     width: int = 128
@@ -135,8 +135,9 @@ class SystemConfig(ABC):
         return {}
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("width", "depth", "heads", "mlp_ratio")}
-        check_whole(type(self).__name__, **sizes)
+        name = type(self).__name__
+        check_whole(name, largest=MOST_FEATURES, width=self.width, heads=self.heads, mlp_ratio=self.mlp_ratio)
+        check_whole(name, largest=MOST_LAYERS, depth=self.depth)
         if self.width % (2 * self.heads):
             raise CdlmError(
                 f"width must be a multiple of 2 * heads, got width={self.width} and heads={self.heads}:"

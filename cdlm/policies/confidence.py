@@ -29,7 +29,7 @@ class Threshold(Policy):
     arXiv 2505.22618, section 3.2. There is no schedule: a block takes the steps that it takes.
 
     Args:
-        tau: least probability, >= 0; above 1 one position a step.
+        tau: least probability, in [0, 1].
         block: positions of a block; by default one block.
         calls: quirk: a block is left after so many steps, full or not (Fast-dLLM's dual cache since 2026).
     """
@@ -41,7 +41,7 @@ class Threshold(Policy):
     calls: int | None = None
 
     def __post_init__(self) -> None:
-        check_number("Threshold", least=0.0, infinite=True, tau=self.tau)
+        check_number("Threshold", least=0.0, most=1.0, tau=self.tau)
         check_whole("Threshold", optional=True, block=self.block, calls=self.calls)
 
     @classmethod
@@ -70,7 +70,7 @@ class FallingThreshold(Policy):
     calls would move these positions alone; on a masked one, its last positions are committed together.
 
     Args:
-        first, last: least probabilities, >= 0.
+        first, last: least probabilities, in [0, 1].
         begin, end: levels, begin > end > 0: of a continuous model noise levels in embedding norms, of a masked one
             shares of the positions that are open.
         block: positions of a block; by default one block.
@@ -85,7 +85,7 @@ class FallingThreshold(Policy):
     block: int | None = None
 
     def __post_init__(self) -> None:
-        check_number("FallingThreshold", least=0.0, first=self.first, last=self.last)
+        check_number("FallingThreshold", least=0.0, most=1.0, first=self.first, last=self.last)
         check_number("FallingThreshold", above=0.0, end=self.end)
         check_number("FallingThreshold", above=self.end, begin=self.begin, hint="the level falls from begin to end")
         check_whole("FallingThreshold", optional=True, block=self.block)
@@ -114,7 +114,7 @@ class Factor(Policy):
     f = 1. The best is always committed.
 
     Args:
-        f: >= 0; larger commits more.
+        f: > 0; larger commits more.
         block: positions of a block; by default one block.
         last_rank: quirk: the first position that fails is committed too if it is the last one, as published.
     """
@@ -124,7 +124,7 @@ class Factor(Policy):
     last_rank: bool = False
 
     def __post_init__(self) -> None:
-        check_number("Factor", least=0.0, infinite=True, f=self.f)
+        check_number("Factor", above=0.0, f=self.f)
         check_whole("Factor", optional=True, block=self.block)
 
     @classmethod

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cdlm.core.checks import Settings
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise, Site
 from cdlm.core.types import Constants, SignalReader
@@ -88,7 +89,7 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Policy(SignalReader, ABC):
+class Policy(SignalReader, Settings, ABC):
     """A policy: small, frozen, and its own configuration.
 
     Its rows are decoded block by block from left to right; a row's block is done when nothing in it is open.

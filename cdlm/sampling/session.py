@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
+from cdlm.core.checks import Settings
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.parallel import Workers, deal
@@ -149,7 +150,7 @@ class Model(ABC):
         return self.tokenizer
 
 
-class Sampling(ABC):
+class Sampling(Settings, ABC):
     """How a family of models is sampled: frozen, and its own configuration."""
 
     family: ClassVar[str]

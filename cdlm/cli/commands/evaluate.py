@@ -85,10 +85,12 @@ class LikelihoodOptions:
             raise CdlmError(f"ode_steps is a number of intervals >= 0, got {self.ode_steps}: 0 leaves out the ODE")
         if not self.likelihood and (self.ode_steps or self.read_out is not None):
             raise CdlmError("ode_steps and read_out are settings of the likelihood: add --likelihood")
+        check_whole("the likelihood", rows=self.rows)
+        self.settings(1)  # checked even where it is left out
 
     def settings(self, batch_size: int) -> LikelihoodSettings:
         """The same for `cdlm.evaluation`."""
-        ode = Ode(max(1, self.ode_steps), self.method, self.probes)  # checked even where it is left out
+        ode = Ode(max(1, self.ode_steps), self.method, self.probes)
         return LikelihoodSettings(self.levels, ode if self.ode_steps else None, self.seed, batch_size, self.read_out)
 
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64, UInt64
 from torch import Tensor
 
-from cdlm.core.checks import check_choice, check_whole
+from cdlm.core.checks import Settings, check_choice, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.evaluation.judge import Judge, Readers, batches_by_length, open_encoder, padded
@@ -29,7 +29,7 @@ Reader = Callable[[Corpus], Float[np.ndarray, "m w"]]
 """Gives one vector for each text."""
 
 
-class Features(ABC):
+class Features(Settings, ABC):
     """How texts become vectors. The value of MAUVE and of the Fréchet distance belongs to the features it is of."""
 
     @abstractmethod
