@@ -1,0 +1,80 @@
+"""Bad arguments of what is written as a call: rules, policies, solvers, grids and the like."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hostile.trials import Trial
+
+from cdlm.continuous.grids import GRIDS
+from cdlm.continuous.projections import PROJECTIONS
+from cdlm.continuous.solvers import SOLVERS
+from cdlm.core.parsing import Registry
+from cdlm.data.masking import MASKINGS
+from cdlm.data.sources import SOURCES
+from cdlm.evaluation.metrics.features import FEATURES
+from cdlm.evaluation.workloads import WORKLOADS
+from cdlm.halting import RULES
+from cdlm.policies import POLICIES
+from cdlm.runs.config import SYSTEMS
+
+REGISTRIES: tuple[Registry[Any], ...] = (RULES, POLICIES, SOLVERS, GRIDS, PROJECTIONS, MASKINGS, WORKLOADS, FEATURES)
+BUILT: tuple[Registry[Any], ...] = (SOURCES, SYSTEMS)
+"""Classes whose settings come from files and the command line, not as a call."""
+ODD: Mapping[str, Any] = {
+    "minus one": -1, "zero": 0, "a huge number": 10**23, "a large number": 2**62, "not a number": math.nan,
+    "infinity": math.inf, "minus infinity": -math.inf, "a float": 1.5, "a small float": 0.3, "two": 2, "truth": True,
+    "nothing": None, "a text": "x", "an empty text": "", "a list": [], "a nested list": [[1]], "a mapping": {},
+    "an object": object(), "bytes": b"x", "a class": int, "a function": len, "a complex number": 1j,
+}  # fmt: skip
+
+
+def parameters(made: type[Any]) -> Mapping[str, inspect.Parameter]:
+    """What a class is called with."""
+    return inspect.signature(made).parameters
+
+
+def rule_trials(needed: Mapping[str, Any]) -> Iterator[Trial]:
+    """Each odd value in place of each argument of each class.
+
+    Args:
+        needed: good values of parameters without a default, by class and name as `Patience.steps`, or by name.
+    """
+    for registry in (*REGISTRIES, *BUILT):
+        for name, made in registry.items():
+            for parameter in parameters(made):
+                for kind, value in ODD.items():
+                    given = {p: needed.get(f"{name}.{p}", needed.get(p)) for p, about in parameters(made).items()
+                             if about.default is about.empty}  # fmt: skip
+                    call = lambda made=made, given={**given, parameter: value}: made(**given)  # noqa: E731
+                    yield Trial(kind, f"{registry.what} {name}.{parameter}", call)
+
+
+def text_trials() -> Iterator[Trial]:
+    """Texts that are no calls, for each registry."""
+    for registry in REGISTRIES:
+        example = next(iter(registry))
+        texts = {
+            "nothing": "", "brackets": 10_000 * "(", "1,000 &": " & ".join(1000 * [f"{example}(2)"]), "a power": f"{example}(10**23)",
+            "a name": example, "unknown": "Nope(1)", "an attribute": f"{example}.__class__", "a lambda": "lambda: 0",
+            "a comprehension": "[x for x in ()]", "import": "__import__('os')", "two": f"{example}(1), {example}(1)",
+            "a number": "5", "a text": "'x'", "a star": f"{example}(*[1])", "two stars": f"{example}(**{{}})",
+            "an f-string": "f'{1}'", "a walrus": "(a := 1)", "half a character": "\ud800", "NUL": "a\0b", "a line": "a\nb",
+            "deep minus": f"{example}({'-' * 5000}1)", "deep": f"{'Never(' * 3000}", "a million": "a" * 10**6,
+            "deep lists": "[" * 3000 + "]" * 3000, "bytes": "b'x'", "a nested call": f"{example}({example}(1))",
+            "many arguments": f"{example}({', '.join(1000 * ['1'])})", "twice": f"{example}(a=1, a=1)",
+        }  # fmt: skip
+        for kind, text in texts.items():
+            yield Trial(kind, registry.what, lambda registry=registry, text=text: registry.parse(text))
+        for kind, value in ODD.items():
+            yield Trial(
+                kind, f"{registry.what}, an object", lambda registry=registry, value=value: registry.parse(value)
+            )
+
+
+def shown(values: Sequence[Any]) -> str:
+    """For messages."""
+    return ", ".join(map(repr, values))
