@@ -74,7 +74,7 @@ def _open_ours(
     if device_map is not None:
         raise CdlmError("device_map is for foreign masked models: give a device")
     folder = hub.read(path, config)
-    system = names.build_system(folder.config)
+    system = names.outline(folder.config, path / "config.json")
     hub.load_weights(system, folder)
     return hub.ready(system, device, precision)
 

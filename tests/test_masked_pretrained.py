@@ -234,12 +234,13 @@ MORE: dict[str, list[dict[str, Any]]] = {
         {"d_model": ...}, {"n_layers": 0}, {"n_heads": 2.0}, {"n_heads": 3}, {"n_kv_heads": 3},
         {"rms_norm_eps": "1e-5"},
         {"rope_theta": None}, {"max_sequence_length": True}, {"mlp_hidden_size": None, "mlp_ratio": None},
+        {"n_layers": 10**6}, {"d_model": 2**20, "n_heads": 2}, {"d_model": 2**40}, {"rms_norm_eps": 1e300},
         {"weight_tying": "no"}, {"rope_full_precision": 1}, {"mask_token_id": 128},
         {"mask_token_id": "<mask>"}, {"eos_token_id": -1}, {"eos_token_id": 126},
     ],
     "Dream": [
         {"hidden_act": "gelu"}, {"use_mrope": True}, {"rope_parameters": {"rope_type": "yarn"}}, {"rope_theta": ...},
-        {"hidden_size": 60}, {"num_key_value_heads": 3}, {"vocab_size": ...}, {"eos_token_id": [120, 121]},
+        {"hidden_size": 60}, {"num_hidden_layers": 10**6}, {"hidden_size": 2**30}, {"num_key_value_heads": 3}, {"vocab_size": ...}, {"eos_token_id": [120, 121]},
         {"mask_token_id": None}, {"quantization_config": {"bits": 4}},
     ],
 }  # fmt: skip
@@ -297,6 +298,9 @@ BROKEN: dict[str, Callable[[Weights, str], object]] = {
     "extra": lambda weights, name: weights.update({name + ".extra": torch.zeros(1)}),
     "misshapen": lambda weights, name: weights.update({name: weights[name].T.contiguous()}),
     "quantised": lambda weights, name: weights.update({name: weights[name].to(torch.int8)}),
+    "truths": lambda weights, name: weights.update({name: weights[name] > 0}),
+    "eight bits": lambda weights, name: weights.update({name: weights[name].to(torch.float8_e4m3fn)}),
+    "no numbers": lambda weights, name: weights[name][-1, -1:].fill_(torch.nan),
 }
 
 
@@ -333,10 +337,11 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / INDEX).unlink(), "neither model.safetensors nor"),
     "missing shard": (lambda f: (f / SHARD).unlink(), SHARD),
     "truncated shard": (lambda f: truncate(f / SHARD), "damaged"),
-    "broken index": (lambda f: truncate(f / INDEX), "no index of weights"),
+    "broken index": (lambda f: truncate(f / INDEX), "not valid JSON"),
     "index without map": (lambda f: edit(f / INDEX, weight_map=...), "no index of weights"),
     "index of a list": (lambda f: edit(f / INDEX, weight_map=[1]), "no index of weights"),
     "index that leaves": (lambda f: edit(f / INDEX, weight_map={"a": "../b.safetensors"}), "expected files beside it"),
+    "tensors in two shards": (lambda f: shutil.copy(f / SHARD, f / SHARD.replace("2-", "3-")), "has tensor"),
     "index without a shard": (lambda f: edit(f / INDEX, weight_map={"a": SHARD}), "misses tensor"),
 }
 

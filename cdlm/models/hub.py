@@ -17,12 +17,16 @@ from torch import Tensor, nn
 
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import read_json, replacing, write_text
+from cdlm.core.tensors import check_values, read_tensors, same_specs, specs_of, write_tensors
+from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.session import Model
 from cdlm.sampling.texts import save_tokenizer, special_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+MOST_STEPS = 100_000
+"""Steps of a recommended sampler, at most: 100 times what anybody needs."""
 FORMAT = 2
 """Version of the folder, in config.json. Version 1 had other names for two parts; it is read as well."""
 RENAMED = {"own_position": "output_prior", "own_position_warmup": "output_prior_warmup", "reader": "network_input"}
@@ -64,9 +68,6 @@ class Pretrained(nn.Module, Model):
         Args:
             card: text of the model card; by default the configuration alone.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         config = {"cdlm_format": FORMAT, "length": self.length, "ends": self.ends, "model": self.config}
         if self.preset:
@@ -75,14 +76,9 @@ class Pretrained(nn.Module, Model):
             save_tokenizer(self.tokenizer, folder)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         write_text(folder / "README.md", model_card(config, kind=self.kind) if card is None else card)
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        state = self.state_dict()
         with replacing(folder / "model.safetensors") as temporary:
-            try:
-                save_file(state, temporary)
-            except SafetensorError as error:  # the library's word for a write that the system refused
-                raise CdlmError(
-                    f"cannot write {folder / 'model.safetensors'} ({error}); choose another folder"
-                ) from error
+            write_tensors(temporary, specs_of(state), {name: (lambda v=value: v) for name, value in state.items()})
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, card: str | None = None) -> str:
         """Upload the folder to the Hugging Face Hub and return its address. Needs a token (`hf auth login`)."""
@@ -121,19 +117,12 @@ def read(path: Path, config: dict[str, Any] | None = None) -> Folder:
     Raises:
         CdlmError: there is no such model, it is not one of ours, or a file is broken.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config = read_config(path) if config is None else checked_config(path, config)
     weights_file = path / "model.safetensors"
     if not weights_file.exists():
         raise CdlmError(f"{path} has no model.safetensors: training has not finished, or the copy is incomplete")
-    try:
-        weights = load_file(weights_file)
-    except (SafetensorError, OSError) as error:
-        raise CdlmError(
-            f"{weights_file} cannot be read, it is truncated or damaged ({error}); copy it again"
-        ) from error
+    weights = read_tensors(weights_file)
+    check_layers(path / "config.json", "depth", config["model"].get("depth"), len(weights))
     tokenizer, vocab = read_tokenizer(path), config["model"].get("vocab")
     if isinstance(vocab, int) and vocab != len(tokenizer):
         raise CdlmError(f"{path} has weights of {vocab} tokens and a tokenizer of {len(tokenizer)}: copy both again")
@@ -145,9 +134,13 @@ def read(path: Path, config: dict[str, Any] | None = None) -> Folder:
 
 
 def load_weights(module: Pretrained, folder: Folder) -> None:
-    """Copy the weights into the module, which must have exactly these tensors in these shapes."""
-    same_tensors(folder.path / "model.safetensors", shapes(module.state_dict()), shapes(folder.weights))
-    module.load_state_dict(dict(folder.weights))
+    """Give the module a copy of the weights. It must have exactly these tensors in these shapes, and needs no memory of
+    its own for them: it may have been built on the device "meta"."""
+    file, wanted = folder.path / "model.safetensors", specs_of(module.state_dict())
+    same_specs(file, wanted, specs_of(folder.weights))
+    check_values(file, folder.weights)
+    state = {name: folder.weights[name].to(spec.dtype, copy=True) for name, spec in wanted.items()}
+    module.load_state_dict(state, assign=True)
     module.tokenizer, module.length, module.folder = folder.tokenizer, folder.length, folder.path
     module.ends, module.fingerprint = folder.ends, folder.fingerprint
     module.preset = checked_preset(module, folder)
@@ -166,7 +159,9 @@ def checked_preset(module: Pretrained, folder: Folder) -> dict[str, int | float 
             " it out"
         )
     try:
-        module.defaults.with_flat(**folder.sampling)
+        if folder.sampling.get("steps", 1) > MOST_STEPS:
+            raise CdlmError(f"more than {MOST_STEPS:,} steps")
+        module.defaults.with_flat(**folder.sampling).loop(module, RunOptions(), 1)  # what it cannot run, it refuses
     except (CdlmError, TypeError, ValueError) as error:
         raise CdlmError(
             f"{file} has sampling that cannot be used ({first_line(error)}): mend it, or leave it out"
@@ -174,35 +169,15 @@ def checked_preset(module: Pretrained, folder: Folder) -> dict[str, int | float 
     return folder.sampling
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Tensors by name: how large each is."""
-
-
-def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
-    """How large each tensor is."""
-    return {name: tuple(value.shape) for name, value in tensors.items()}
-
-
-def same_tensors(place: Path, expected: Shapes, found: Shapes) -> None:
-    """Check that weights are those of a model: the same names, in the same shapes.
+def check_layers(file: Path, name: str, layers: object, tensors: int) -> None:
+    """Raise if a config.json asks for more layers than there are tensors: to build them would take forever.
 
     Args:
-        place: file or folder of the weights, for the error.
-
-    Raises:
-        CdlmError: a tensor is missing, unknown or of another shape.
+        name: of the setting that says how many layers there are.
+        tensors: their number in the files of the weights.
     """
-    for what, odd in (("misses", expected.keys() - found.keys()), ("has an unknown", found.keys() - expected.keys())):
-        if odd:
-            raise CdlmError(
-                f"{place} {what} tensor {min(odd)!r} ({len(odd)} in all): these are not the weights of config.json;"
-                " copy both again"
-            )
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise CdlmError(
-                f"tensor {name!r} of {place} has shape {found[name]}, config.json asks for {shape}: of another model"
-            )
+    if isinstance(layers, int) and layers > tensors:
+        raise CdlmError(f"{file} has {name} {layers}, and the weights are {tensors} tensors: copy both again")
 
 
 def model_card(
@@ -287,14 +262,14 @@ def checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     if written not in (1, FORMAT):
         raise CdlmError(f"{file} is not a model of this toolkit (cdlm_format {FORMAT}): train or convert one")
     if not isinstance(config.get("model"), dict) or not _is_length(config.get("length")):
-        raise CdlmError(f"{file} lacks the settings 'model' or the number 'length' >= 1: copy it again")
+        raise CdlmError(f"{file} lacks the settings 'model' or the number 'length', 1 to 2**31: copy it again")
     if config["cdlm_format"] == 1:
         config["model"] = {RENAMED.get(name, name): value for name, value in config["model"].items()}
     return config
 
 
 def _is_length(value: object) -> bool:
-    return type(value) is int and value >= 1
+    return type(value) is int and 1 <= value < 2**31
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

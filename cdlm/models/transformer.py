@@ -112,6 +112,8 @@ class Transformer(nn.Module):
         self._initialise(depth)
 
     def _initialise(self, depth: int) -> None:
+        if self.output.weight.is_meta:  # the weights are read, not drawn
+            return
         for name, parameter in self.named_parameters():
             if name.startswith(("modulation", "output.bias")) or ".modulation." in name:
                 nn.init.zeros_(parameter)

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from cdlm.autoregressive.system import SYSTEMS as AUTOREGRESSIVE
 from cdlm.continuous.systems import SYSTEMS as CONTINUOUS
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.checks import check_whole
-from cdlm.core.errors import CdlmError
+from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.parsing import Registry
+from cdlm.core.schema import Positive, Whole, checked
 from cdlm.data.division import Division
 from cdlm.data.masking import MASKINGS
 from cdlm.data.sources import SOURCES, Source, Stories
@@ -110,6 +111,15 @@ class RunConfig:
         values |= {name: class_values(values[name]) for name in ("source", "system")}
         values["training"] = asdict(self.training)
         return yaml.dump(values, Dumper=_dumper(), sort_keys=False, allow_unicode=True, width=120)
+
+
+class Settled(TypedDict):
+    """What every system's part `model` of a config.json has beside the settings of the system."""
+
+    system: str
+    vocab: Positive
+    mask_id: NotRequired[Whole | None]
+    eos_id: NotRequired[Whole | None]
 
 
 def run_parser(prog: str) -> ArgumentParser:
@@ -236,21 +246,48 @@ def run_arguments(folder: str | Path) -> list[str]:
     return ["--config", str(file), *(f"--{name}=0" for name in missing)]
 
 
-def build_system(config: Mapping[str, Any]) -> System:
-    """The system that a `config.json` describes, with fresh weights."""
-    special = Special(config.get("mask_id"), config.get("eos_id"))
-    return system_config(config).build(config["vocab"], special)
+def build_system(config: Mapping[str, Any], file: Path = Path("config.json")) -> System:
+    """The system that the part `model` of a `config.json` describes, with fresh weights.
+
+    Args:
+        file: where it stands, for the error.
+    """
+    settings = system_config(config, file)
+    return settings.build(config["vocab"], Special(config.get("mask_id"), config.get("eos_id")))
 
 
-def system_config(config: Mapping[str, Any]) -> SystemConfig:
-    """The settings of the system that a `config.json` describes."""
-    settings = {key: value for key, value in config.items() if key not in ("mask_id", "eos_id")}
-    name, vocab = settings.pop("system", None), settings.pop("vocab", None)
-    if not isinstance(name, str) or name not in SYSTEMS:
-        raise CdlmError(f"config.json asks for the system {name!r}: this version knows {', '.join(SYSTEMS)}")
+def outline(config: Mapping[str, Any], file: Path) -> System:
+    """The same without memory for its weights, so that a size costs nothing before it was compared with a file.
+
+    Raises:
+        CdlmError: as `system_config`, or no tensor can be of such a size.
+    """
+    import torch
+
     try:
-        if not isinstance(vocab, int):
-            raise TypeError(f"the size of the vocabulary is {vocab!r}")
-        return SYSTEMS[name](**settings)
-    except TypeError as error:
-        raise CdlmError(f"config.json does not fit the system {name!r} of this version ({error})") from error
+        with torch.device("meta"):
+            return build_system(config, file)
+    except (RuntimeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        raise CdlmError(f"{file} has sizes that no model can have ({first_line(error)}); copy it again") from error
+
+
+def system_config(config: Mapping[str, Any], file: Path) -> SystemConfig:
+    """The settings of the system that the part `model` of a `config.json` describes.
+
+    Raises:
+        CdlmError: a setting is missing, unknown or of another kind, or out of range.
+    """
+    advice = "it does not fit this version; copy it again, or update cdlm"
+    checked(config, Settled, str(file), advice)
+    settings = {key: value for key, value in config.items() if key not in ("mask_id", "eos_id", "vocab", "system")}
+    if config["system"] not in SYSTEMS:
+        raise CdlmError(f"{file} asks for the system {config['system']!r}: this version knows {', '.join(SYSTEMS)}")
+    kind = SYSTEMS[config["system"]]
+    if unknown := settings.keys() - {f.name for f in fields(kind)}:
+        raise CdlmError(f"{file}: the system {config['system']!r} has no setting {min(unknown)!r}; {advice}")
+    for name in ("mask_id", "eos_id"):
+        if (token := config.get(name)) is not None and token >= config["vocab"]:
+            raise CdlmError(f"{file} has {name} {token}, expected one of the {config['vocab']} tokens; copy it again")
+    if settings.get("start") is not None:  # weights are there already, and what to start from is another's name
+        raise CdlmError(f"{file} has start {settings['start']!r}, expected null in a trained model; copy it again")
+    return checked(settings, kind, str(file), advice)

@@ -7,15 +7,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from cdlm.continuous.published.layout import Layout, Official
-from cdlm.continuous.published.tensors import Spec, read_safetensors, write_safetensors
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import read_json, replacing
+from cdlm.core.tensors import Lazy, Spec, check_value, lazy_tensors, same_specs, specs_of, write_tensors
 from cdlm.data.tokenizer import load_tokenizer
 from cdlm.models import hub
-from cdlm.runs.config import build_system
+from cdlm.runs.config import outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,7 +50,7 @@ def _is_ours(source: Path) -> bool:
 
 
 def _to_ours(layout: Layout, source: Path, out: Path, tokenizer: str | None) -> None:
-    official = layout.read(source)
+    official = _sound(layout.read(source), source)
     model, specs = _check(official, source)
     made = _tokenizer(tokenizer, source, model["vocab"])
     config = {"cdlm_format": hub.FORMAT, "length": official.length, "ends": False, "model": model}
@@ -63,12 +61,14 @@ def _to_ours(layout: Layout, source: Path, out: Path, tokenizer: str | None) -> 
         card = hub.model_card(config, {"Origin": inspect.getdoc(type(layout)) or type(layout).__name__})
         (temporary / "README.md").write_text(card, encoding="utf-8")
         lazy = {name: content for name, (_, content) in official.tensors.items()}
-        write_safetensors(temporary / "model.safetensors", specs, lazy)
+        write_tensors(temporary / "model.safetensors", specs, lazy)
 
 
 def _to_official(layout: Layout, source: Path, out: Path, tokenizer: str | None) -> None:
     config = hub.read_config(source)
-    official = Official(config["model"], int(config["length"]), read_safetensors(source / "model.safetensors"))
+    tensors = lazy_tensors(source / "model.safetensors")
+    hub.check_layers(source / "config.json", "depth", config["model"].get("depth"), len(tensors))
+    official = _sound(Official(config["model"], config["length"], tensors), source)
     _check(official, source)
     made = _tokenizer(tokenizer, source, official.config["vocab"])
     with replacing(out) as temporary:
@@ -79,11 +79,20 @@ def _to_official(layout: Layout, source: Path, out: Path, tokenizer: str | None)
 
 def _check(official: Official, source: Path) -> tuple[dict[str, Any], dict[str, Spec]]:
     """The whole configuration of the system, and shape and type of every tensor; all of them must be there."""
-    with torch.device("meta"):
-        system = build_system(official.config)
-    wanted = system.state_dict()
-    hub.same_tensors(source, hub.shapes(wanted), {name: shape for name, (shape, _) in official.tensors.items()})
-    return system.config, {name: Spec(tuple(value.shape), value.dtype) for name, value in wanted.items()}
+    system = outline(official.config, source / "config.json")
+    wanted = specs_of(system.state_dict())
+    same_specs(source, wanted, {name: spec for name, (spec, _) in official.tensors.items()})
+    return system.config, wanted
+
+
+def _sound(official: Official, source: Path) -> Official:
+    """The same, whose values are checked to be numbers when they are read."""
+
+    def content(name: str, read: Lazy) -> Lazy:
+        return lambda: check_value(source, name, read())
+
+    checked = {name: (spec, content(name, read)) for name, (spec, read) in official.tensors.items()}
+    return official._replace(tensors=checked)
 
 
 def _tokenizer(name: str | None, source: Path, vocab: int) -> PreTrainedTokenizerFast:

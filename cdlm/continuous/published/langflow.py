@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cdlm.continuous.inputs import NetworkInput
-from cdlm.continuous.published.layout import Layout, Lazy, Official
-from cdlm.continuous.published.tensors import Spec, read_safetensors, write_safetensors
+from cdlm.continuous.published.layout import Layout, Official, given
 from cdlm.continuous.schedules import alpha_of, gamma_of
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json, write_text
+from cdlm.core.schema import Positive, Whole, checked
+from cdlm.core.tensors import Spec, lazy_tensors, same_specs, write_tensors
 from cdlm.core.types import Condition
-from cdlm.models.hub import same_tensors
+from cdlm.models.hub import check_layers
 from cdlm.models.transformer import attend
 
 MLP_RATIO, FREQUENCIES = 4, 256
@@ -195,25 +196,25 @@ class LangFlowLayout(Layout):
     """
 
     def read(self, folder: Path) -> Official:
-        released = _read_config(folder)
-        config, ours = _settings(released, folder), released.get("cdlm", {"settings": {}, "counts": {STEPS: 0}})
+        released, found = _read_config(folder), lazy_tensors(folder / WEIGHTS)
+        ours = released.get("cdlm", {"settings": {}, "counts": {STEPS: 0}})
+        config = _settings(released, folder) | ours["settings"]
+        check_layers(folder / "config.json", "n_blocks", config["depth"], len(found))
         try:
-            config = config | ours["settings"]
-            counts = {name: int(ours["counts"][name]) for name in _counts(config)}
-            shapes, length = _shapes(config), int(released["model_length"])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+            counts = {name: torch.tensor(ours["counts"][name]) for name in _counts(config)}
+            specs = _specs(config)
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, ZeroDivisionError) as error:
             raise CdlmError(f"{folder / 'config.json'} has settings that cannot be read ({error!r})") from error
-        found = read_safetensors(folder / WEIGHTS)
-        wanted = {_released(name): shape for name, shape in shapes.items()}
-        same_tensors(folder / WEIGHTS, wanted, {name: shape for name, (shape, _) in found.items()})
-        tensors = {name: found[_released(name)] for name in shapes}
-        return Official(config, length, tensors | {name: ((), _constant(count)) for name, count in counts.items()})
+        wanted = {_released(name): spec for name, spec in specs.items()}
+        same_specs(folder / WEIGHTS, wanted, {name: spec for name, (spec, _) in found.items()})
+        tensors = {name: found[_released(name)] for name in specs}
+        return Official(config, released["model_length"], tensors | {name: given(v) for name, v in counts.items()})
 
     def write(self, official: Official, folder: Path) -> None:
         config, tensors = dict(official.config), official.tensors
         if config.get("system") != "langflow" or config.get("network") != "released":
             raise CdlmError("only LangFlow with network=released has the released format: this system is another")
-        shapes = _shapes(config)
+        wanted = _specs(config)
         counts = {name: int(tensors[name][1]()) for name in _counts(config)}
         if counts.get(WARM, config["output_prior_warmup"]) < config["output_prior_warmup"]:
             raise CdlmError("the released format has no own-position term in part: train beyond output_prior_warmup")
@@ -222,8 +223,8 @@ class LangFlowLayout(Layout):
         if ours != {"settings": {}, "counts": {STEPS: 0}}:
             released["cdlm"] = ours
         write_text(folder / "config.json", json.dumps(released, indent=2) + "\n")
-        specs = {_released(name): Spec(shape, torch.float32) for name, shape in shapes.items()}
-        write_safetensors(folder / WEIGHTS, specs, {_released(name): tensors[name][1] for name in shapes})
+        specs = {_released(name): spec for name, spec in wanted.items()}
+        write_tensors(folder / WEIGHTS, specs, {_released(name): tensors[name][1] for name in wanted})
 
 
 def _released(name: str) -> str:
@@ -231,16 +232,17 @@ def _released(name: str) -> str:
     return next(theirs + name.removeprefix(ours) for ours, theirs in NAMES if name.startswith(ours))
 
 
-def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Our names of the tensors that such a model has in the release, and their shapes."""
+def _specs(config: Mapping[str, Any]) -> dict[str, Spec]:
+    """Our names of the tensors that such a model has in the release, and their shapes and types."""
     sizes = {name: config[name] for name in ("width", "depth", "heads", "cond", "dropout")}
     with torch.device("meta"):
         network = DiT(config["vocab"], **sizes)
         network_input = PreconditionedInput(config["width"], config["self_conditioning"] > 0)
     parts = {"network": network.state_dict(), "network_input": network_input.state_dict()}
     shapes = {f"{part}.{name}": tuple(value.shape) for part, state in parts.items() for name, value in state.items()}
-    return {**shapes, "embedding.weight": (config["vocab"], config["width"]),
-            "schedule.mu": (), "schedule.beta": (), "schedule.entropy": ()}  # fmt: skip
+    shapes |= {"embedding.weight": (config["vocab"], config["width"])}
+    shapes |= {"schedule.mu": (), "schedule.beta": (), "schedule.entropy": ()}
+    return {name: Spec(shape, torch.float32) for name, shape in shapes.items()}
 
 
 def _counts(config: Mapping[str, Any]) -> list[str]:
@@ -248,14 +250,34 @@ def _counts(config: Mapping[str, Any]) -> list[str]:
     return [STEPS, WARM] if config["output_prior"] and config["output_prior_warmup"] else [STEPS]
 
 
-def _constant(value: int) -> Lazy:
-    return lambda: torch.tensor(value)
+class Ours(TypedDict):
+    """What we add to a released config.json."""
+
+    settings: dict[str, Any]
+    counts: dict[str, Whole]
+
+
+class Released(TypedDict):
+    """Fields of a released config.json; there may be others."""
+
+    vocab_size: Positive
+    hidden_size: Positive
+    cond_dim: Positive
+    n_blocks: Positive
+    n_heads: Positive
+    model_length: Positive
+    dropout: float
+    gumbel_cutoff: float
+    use_bias: bool
+    self_conditioning: bool
+    cdlm: NotRequired[Ours]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     released = read_json(folder / "config.json", "a LangFlow checkpoint")
     if released.get("model_type") != FIXED["model_type"]:
         raise CdlmError(f"{folder / 'config.json'} is not that of a LangFlow checkpoint: expected model_type LangFlow")
+    checked(released, Released, str(folder / "config.json"), "copy it again")
     return released
 
 
@@ -264,9 +286,6 @@ def _settings(released: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for name, value in FIXED.items():
         if released.get(name) != value:
             raise CdlmError(f"{folder / 'config.json'} has {name} {released.get(name)!r}, expected {value!r}")
-    for name in (*FIELDS, "model_length", "self_conditioning"):
-        if name not in released:
-            raise CdlmError(f"{folder / 'config.json'} has no {name}: copy it again")
     return {
         "system": "langflow", **{ours: released[theirs] for theirs, ours in FIELDS.items()},
         "dim": released["hidden_size"], "mlp_ratio": MLP_RATIO, "gates": True, "output_prior_warmup": 0,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-Lazy = Callable[[], Tensor]
-"""Reads one tensor; until it is called nothing of it is in memory."""
+from cdlm.core.tensors import Lazy, Spec
+
+
+def given(value: Tensor) -> tuple[Spec, Lazy]:
+    """A tensor that stands in no file of weights."""
+    return Spec(tuple(value.shape), value.dtype), lambda: value
 
 
 class Official(NamedTuple):
@@ -20,8 +24,8 @@ class Official(NamedTuple):
     """What rebuilds the system: the part `model` of our config.json."""
     length: int
     """Positions it was trained on."""
-    tensors: Mapping[str, tuple[tuple[int, ...], Lazy]]
-    """By our names: shape and content of each."""
+    tensors: Mapping[str, tuple[Spec, Lazy]]
+    """By our names: shape, type and content of each."""
 
 
 class Layout(ABC):

@@ -7,18 +7,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cdlm.continuous.inputs import NetworkInput
-from cdlm.continuous.published.layout import Layout, Lazy, Official
+from cdlm.continuous.published.layout import Layout, Official, given
 from cdlm.continuous.published.tensors import read_state
 from cdlm.continuous.schedules import gamma_of
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json, write_text
+from cdlm.core.schema import Positive, checked
+from cdlm.core.tensors import Lazy, Spec
 from cdlm.core.types import Condition
 from cdlm.models.transformer import attend
 
@@ -128,7 +130,7 @@ def _waves(gamma: Float[Tensor, " b"]) -> Float[Tensor, "b 64"]:
     return torch.cat([phase.sin(), phase.cos()], -1)
 
 
-Found = Mapping[str, Mapping[str, tuple[tuple[int, ...], Lazy]]]
+Found = Mapping[str, Mapping[str, tuple[Spec, Lazy]]]
 """Of each file of the archive: what stands in it, by its names."""
 
 WHOLE = {
@@ -161,6 +163,14 @@ FILES = ("noise_schedule", "gamma_bounds", "embedding_matrix", "model")
 UNITS = {"W1": (-1, 1), "W2": (1, -1)}
 
 
+class Training(TypedDict):
+    """What `OURS` holds."""
+
+    length: Positive
+    settings: dict[str, Any]
+    tensors: dict[str, Any]
+
+
 def _places(depth: int) -> dict[str, tuple[str, str]]:
     """File and name there of each of our tensors."""
     blocks = {
@@ -190,16 +200,17 @@ class PlaidLayout(Layout):
         _check_names(folder, found, [*places.values(), *(("gamma_bounds", end) for end in ENDS)])
         tensors = {ours: _ours(found[file][name], name in UNITS) for ours, (file, name) in places.items()}
         ends = [found["gamma_bounds"][end][1] for end in ENDS]
-        tensors["schedule.gamma"] = (2,), lambda: torch.stack([end().reshape(()) for end in ends])
+        gamma = Spec((2,), found["gamma_bounds"][ENDS[0]][0].dtype)
+        tensors["schedule.gamma"] = gamma, lambda: torch.stack([end().reshape(()) for end in ends])
         ours = (
             read_json(folder / OURS, "what we wrote") if (folder / OURS).exists() else {**FRESH, "length": self.length}
         )
+        checked(ours, Training, str(folder / OURS), "copy it again, or delete it")
         try:
-            config, length = {**ours["settings"], **_config(folder, found, depth)}, int(ours["length"])
-            tensors |= {name: _constant(value) for name, value in ours["tensors"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            tensors |= {name: given(torch.tensor(value)) for name, value in ours["tensors"].items()}
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise CdlmError(f"{folder / OURS} cannot be read ({error!r}); copy it again, or delete it") from error
-        return Official(config, length, tensors)
+        return Official({**ours["settings"], **_config(folder, found, depth)}, ours["length"], tensors)
 
     def write(self, official: Official, folder: Path) -> None:
         config, tensors = official.config, official.tensors
@@ -219,14 +230,9 @@ class PlaidLayout(Layout):
         write_text(folder / OURS, json.dumps(ours, indent=2) + "\n")
 
 
-def _constant(value: Any) -> tuple[tuple[int, ...], Lazy]:
-    tensor = torch.tensor(value)
-    return tuple(tensor.shape), lambda: tensor
-
-
-def _ours(there: tuple[tuple[int, ...], Lazy], flat: bool) -> tuple[tuple[int, ...], Lazy]:
-    shape, content = there
-    return ((math.prod(shape),), lambda: content().reshape(-1)) if flat else there
+def _ours(there: tuple[Spec, Lazy], flat: bool) -> tuple[Spec, Lazy]:
+    (shape, dtype), content = there
+    return (Spec((math.prod(shape),), dtype), lambda: content().reshape(-1)) if flat else there
 
 
 def _check_names(folder: Path, found: Found, wanted: list[tuple[str, str]]) -> None:
@@ -241,7 +247,7 @@ def _check_names(folder: Path, found: Found, wanted: list[tuple[str, str]]) -> N
 
 
 def _config(folder: Path, found: Found, depth: int) -> dict[str, Any]:
-    shapes = {name: shape for file in FILES for name, (shape, _) in found[file].items()}
+    shapes = {name: spec.shape for file in FILES for name, (spec, _) in found[file].items()}
     matrix, read, inner = shapes["matrix"], shapes["input_linear.weight"], shapes["blocks.0.mlp.fc1.weight"]
     half = shapes["rotary_emb.inv_freq"]
     if not (len(matrix) == len(read) == len(inner) == 2 and len(half) == 1) or 0 in (*matrix, *read, *inner, *half):

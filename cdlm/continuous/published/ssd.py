@@ -17,14 +17,15 @@ from torch.nn import functional as F
 
 from cdlm.continuous.inputs import NetworkInput
 from cdlm.continuous.objectives import CrossEntropy, Seeded
-from cdlm.continuous.published.layout import Layout, Lazy, Official
-from cdlm.continuous.published.tensors import Spec, read_safetensors, read_state, write_safetensors
+from cdlm.continuous.published.layout import Layout, Official
+from cdlm.continuous.published.tensors import read_state
 from cdlm.continuous.schedules import alpha_of
 from cdlm.continuous.systems.ssd import SSD, Cosine, rows_of
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json, write_text
+from cdlm.core.tensors import Lazy, Spec, check_value, lazy_tensors, same_specs, specs_of, write_tensors
 from cdlm.core.types import Condition
-from cdlm.models.hub import locate, same_tensors, shapes
+from cdlm.models.hub import locate
 
 PAD = 1
 """RoBERTa's padding token; its positions are counted from the one after."""
@@ -70,6 +71,10 @@ class Roberta(nn.Module):
         whole: Any = RobertaForMaskedLM(RobertaConfig(**roberta_config(settings, vocab)))
         self.roberta, self.lm_head, self.positions = whole.roberta, whole.lm_head, settings.positions
         del self.lm_head.decoder
+        # They are not among the weights: made for real, whatever the rest is.
+        places = torch.arange(settings.positions + PAD + 1, device="cpu")[None]
+        self.roberta.embeddings.register_buffer("position_ids", places, persistent=False)
+        self.roberta.embeddings.register_buffer("token_type_ids", torch.zeros_like(places), persistent=False)
 
     @property
     def blocks(self) -> nn.Module:
@@ -151,8 +156,8 @@ def _load_start(network: Roberta, settings: SSD, vocab: int) -> None:
             f"{settings.start} has {config['vocab_size']} tokens and the tokenizer {vocab}: train with its tokenizer"
         )
     found = read_weights(folder / "model.safetensors")
-    same_tensors(folder, shapes(network.state_dict()), {name: shape for name, (shape, _) in found.items()})
-    network.load_state_dict({name: content() for name, (_, content) in found.items()})
+    same_specs(folder, specs_of(network.state_dict()), {name: spec for name, (spec, _) in found.items()})
+    network.load_state_dict({name: check_value(folder, name, content()) for name, (_, content) in found.items()})
 
 
 class SSDLayout(Layout):
@@ -191,13 +196,13 @@ class SSDLayout(Layout):
         write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
         network = _part(official, "network.")
         network |= {copy: network[name] for copy, name in TIED.items()}
-        specs = {name: Spec(shape, torch.float32) for name, (shape, _) in network.items()}
-        write_safetensors(folder / "model.safetensors", specs, {name: lazy for name, (_, lazy) in network.items()})
+        specs = {name: Spec(spec.shape, torch.float32) for name, (spec, _) in network.items()}
+        write_tensors(folder / "model.safetensors", specs, {name: lazy for name, (_, lazy) in network.items()})
         for prefix, extra in EXTRA.items():
             torch.save({name: content() for name, (_, content) in _part(official, prefix).items()}, folder / extra)
 
 
-def _part(official: Official, prefix: str) -> dict[str, tuple[tuple[int, ...], Lazy]]:
+def _part(official: Official, prefix: str) -> dict[str, tuple[Spec, Lazy]]:
     named = official.tensors.items()
     return {name.removeprefix(prefix): content for name, content in named if name.startswith(prefix)}
 
@@ -251,14 +256,14 @@ def sizes(config: Mapping[str, Any], folder: Path) -> dict[str, int]:
     return dict(zip(SIZES, (width, depth, heads, inner // width, positions), strict=True))
 
 
-def read_weights(file: Path) -> dict[str, tuple[tuple[int, ...], Lazy]]:
+def read_weights(file: Path) -> dict[str, tuple[Spec, Lazy]]:
     """The network's tensors in a file, by their names there; each copy must equal what it is a copy of."""
-    found = read_safetensors(file) if file.suffix == ".safetensors" else read_state(file)
+    found = lazy_tensors(file) if file.suffix == ".safetensors" else read_state(file)
     kept = {name: content for name, content in found.items() if name not in TIED and not name.startswith(UNUSED)}
     for copy, name in TIED.items():
         if copy in found and name in kept:
-            shape, lazy = kept[name]
-            kept[name] = (shape, partial(_twice, file, (name, lazy), (copy, found[copy][1])))
+            spec, lazy = kept[name]
+            kept[name] = (spec, partial(_twice, file, (name, lazy), (copy, found[copy][1])))
     return kept
 
 

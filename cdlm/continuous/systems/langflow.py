@@ -19,6 +19,7 @@ from cdlm.continuous.schedules import Schedule, gamma_of, t_of_gamma
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.core.checks import check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
+from cdlm.core.tensors import check_value, same_specs, specs_of
 from cdlm.models.hub import read_tokenizer, ready
 from cdlm.models.transformer import Transformer
 from cdlm.sampling.texts import Special
@@ -204,8 +205,12 @@ def open_langflow(folder: Path) -> EmbeddingDiffusion:
             system = LangFlow(**settings).build(official.config["vocab"])
     except TypeError as error:
         raise CdlmError(f"{folder / 'config.json'} has a setting that is not one of LangFlow's ({error})") from error
-    kinds = {name: value.dtype for name, value in system.state_dict().items()}
-    state = {name: content().to(kinds[name]) for name, (_, content) in official.tensors.items()}
+    wanted = specs_of(system.state_dict())
+    same_specs(folder, wanted, {name: spec for name, (spec, _) in official.tensors.items()})
+    state = {
+        name: check_value(folder, name, content()).to(wanted[name].dtype)
+        for name, (_, content) in official.tensors.items()
+    }
     system.load_state_dict(state, assign=True)
     system.length, system.folder = official.length, folder
     if (folder / "tokenizer.json").exists():

@@ -35,7 +35,8 @@ class Simplex(Embedding):
         super().__init__()
         self.dim, self.k, self.rho = vocab, k, k * math.sqrt(vocab)
         self.like: Tensor
-        self.register_buffer("like", torch.zeros(()), persistent=False)  # says the type and device of the vectors
+        # It says type and device of the vectors. It is not among the weights: made for real, whatever the rest is.
+        self.register_buffer("like", torch.zeros((), device="cpu"), persistent=False)
 
     def forward(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         low = self.like.new_full((*tokens.shape, self.dim), -self.k)

@@ -61,6 +61,8 @@ DREAM = Family(
     official=str,
     released=Constants(mask_id=151666, eos_id=151643, eot_id=151645, shift=True),
     length="max_position_embeddings",
+    layers="num_hidden_layers",
+    width="hidden_size",
     skips_padding=True,
     tokenizer=Qwen2Tokenizer,
     tokenizer_files=(("tokenizer.json",), ("vocab.json", "merges.txt")),

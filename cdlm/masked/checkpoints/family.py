@@ -34,17 +34,17 @@ class Settings:
         return self.values.get(name) is not None
 
     def count(self, name: str) -> int:
-        """A whole number >= 1."""
+        """A whole number >= 1, and one that the size of a tensor may be."""
         value = self.values.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.wrong(name, "a whole number >= 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise self.wrong(name, "a whole number >= 1 and below 2**31")
         return value
 
     def number(self, name: str) -> float:
-        """A number > 0."""
+        """A number > 0, and finite."""
         value = self.values.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise self.wrong(name, "a number > 0")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2**63:
+            raise self.wrong(name, "a number > 0 and below 2**63")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -99,6 +99,10 @@ class Family:
     """Of the released models. A config.json with another mask token has another vocabulary: they are not assumed."""
     length: str
     """The field that holds the context length."""
+    layers: str
+    """The field that holds the number of layers."""
+    width: str
+    """The field that holds their width."""
     skips_padding: bool
     """Positions are counted over real tokens."""
     tokenizer: type[PreTrainedTokenizerFast]

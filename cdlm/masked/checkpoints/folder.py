@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
 
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import read_json
+from cdlm.core.schema import checked
+from cdlm.core.tensors import Spec, read_header, read_tensors, same_specs, specs_of
 from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.family import Family, Settings
-from cdlm.models.hub import same_tensors, shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Index(TypedDict):
+    """An index of weights in several files; it may say more."""
+
+    weight_map: dict[str, str]
+    """The file of each tensor."""
 
 
 def read_settings(folder: Path) -> Settings:
     """The folder's config.json."""
     return Settings(folder / "config.json", read_json(folder / "config.json", "a checkpoint"))
+
+
+def check_sizes(settings: Settings, family: Family, specs: Mapping[str, Spec]) -> None:
+    """Raise if config.json asks for more layers than there are tensors, or for wider ones than any of them: such a
+    network is not built."""
+    for name, what, most in (
+        (family.layers, "the number of tensors", len(specs)),
+        (family.width, "the largest size of a tensor", max(max(spec.shape, default=0) for spec in specs.values())),
+    ):
+        if settings.count(name) > most:
+            raise settings.wrong(name, f"at most {most}, {what} in the weights: copy both again")
 
 
 def load_weights(network: PreTrainedModel, family: Family, folder: Path, dtype: torch.dtype | None) -> None:
@@ -39,12 +56,11 @@ def load_weights(network: PreTrainedModel, family: Family, folder: Path, dtype: 
         CdlmError: a tensor is missing, unknown, of another shape or not of floats, or a file cannot be read.
     """
     found = _tensors(folder)
-    wanted = dict(shapes(network.state_dict()))
+    wanted = specs_of(network.state_dict())
     if tied := bool(network.config.tie_word_embeddings):
         del wanted[HEAD]
         found.pop(family.official(HEAD), None)  # the official code ignores a head beside a tied table
-    same_tensors(folder, {family.official(name): shape for name, shape in wanted.items()}, shapes(found))
-    _check_types(folder, found)
+    same_specs(folder, {family.official(name): spec for name, spec in wanted.items()}, specs_of(found))
     kind = dtype or found[family.official(TABLE)].dtype
     state = {name: found[family.official(name)].to(kind) for name in wanted}
     network.load_state_dict(state | {HEAD: state[TABLE]} if tied else state, assign=True)
@@ -53,16 +69,24 @@ def load_weights(network: PreTrainedModel, family: Family, folder: Path, dtype: 
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    return {name: value for file in _weight_files(folder) for name, value in read_tensors(file).items()}
 
-    found: dict[str, Tensor] = {}
+
+def read_specs(folder: Path) -> dict[str, Spec]:
+    """Shape and type of each of the folder's tensors; nothing of their content is read.
+
+    Raises:
+        CdlmError: a file is missing or damaged, or a tensor is in two of them.
+    """
+    specs: dict[str, Spec] = {}
     for file in _weight_files(folder):
-        try:
-            found |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise CdlmError(f"{file} cannot be read, it is missing or damaged ({error}); copy it again") from error
-    return found
+        more = read_header(file).specs
+        if twice := specs.keys() & more.keys():
+            raise CdlmError(f"{file} has tensor {min(twice)!r}, and so has a file before it: copy the folder again")
+        specs |= more
+    if not specs:
+        raise CdlmError(f"{folder} has weights without a tensor: copy it again")
+    return specs
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -71,21 +95,11 @@ def _weight_files(folder: Path) -> list[Path]:
     file = folder / INDEX
     if not file.exists():
         raise CdlmError(f"{folder} has neither {WEIGHTS} nor {INDEX}: copy the weights, or convert them to safetensors")
-    try:
-        names = sorted({str(name) for name in json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CdlmError(f"{file} is no index of weights ({error!r}); copy it again") from error
+    index = checked(read_json(file, "a checkpoint"), Index, str(file), "it is no index of weights; copy it again")
+    names = sorted(set(index["weight_map"].values()))
     if outside := [name for name in names if Path(name).name != name]:
         raise CdlmError(f"{file} names {outside[0]!r}, expected files beside it; copy the folder again")
     return [folder / name for name in names]
-
-
-def _check_types(folder: Path, found: Mapping[str, Tensor]) -> None:
-    for name, value in found.items():
-        if value.dtype not in FLOATS:
-            raise CdlmError(
-                f"tensor {name!r} of {folder} is {value.dtype}, expected floats: take the unquantised model"
-            )
 
 
 def read_tokenizer(folder: Path, family: Family, constants: Constants, rows: int) -> PreTrainedTokenizerFast | None:

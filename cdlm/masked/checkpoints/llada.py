@@ -139,6 +139,8 @@ LLADA = Family(
     official=official,
     released=Constants(mask_id=126336, eos_id=126081, eot_id=126348),
     length="max_sequence_length",
+    layers="n_layers",
+    width="d_model",
     skips_padding=False,
     tokenizer=PreTrainedTokenizerFast,
     tokenizer_files=(("tokenizer.json",),),

@@ -14,11 +14,12 @@ from transformers.cache_utils import Cache as LibraryCache
 from transformers.cache_utils import CacheLayerMixin
 
 from cdlm.core.devices import Precision
-from cdlm.core.errors import CdlmError
+from cdlm.core.errors import CdlmError, first_line
+from cdlm.core.tensors import check_values
 from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.dream import DREAM
 from cdlm.masked.checkpoints.family import Family, Settings
-from cdlm.masked.checkpoints.folder import load_weights, read_settings, read_tokenizer
+from cdlm.masked.checkpoints.folder import check_sizes, load_weights, read_settings, read_specs, read_tokenizer
 from cdlm.masked.checkpoints.llada import LLADA
 from cdlm.masked.model import Cache, CachedModel
 from cdlm.models.hub import fingerprint_of, to_device
@@ -184,14 +185,16 @@ def open_checkpoint(
         raise CdlmError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     settings = read_settings(folder)
     family = _family(settings)
-    network = family.network(settings)
+    check_sizes(settings, family, read_specs(folder))
+    network = _built(family, settings)
     rows = int(network.config.vocab_size)
     constants = family.constants(settings, rows)
     tokenizer = read_tokenizer(folder, family, constants, rows)
     load_weights(network, family, folder, None if dtype is None else DTYPES[dtype])
     if device_map is None:
-        to_device(network, device)
-    else:
+        to_device(network, device)  # where the values are quickly checked
+    check_values(folder, {family.official(name): value for name, value in network.state_dict().items()})
+    if device_map is not None:
         network = _spread(network, device_map)
     return ForeignModel(
         network, constants, length=settings.count(family.length), skips_padding=family.skips_padding,
@@ -204,6 +207,14 @@ def _family(settings: Settings) -> Family:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise settings.wrong("model_type", f"one of {', '.join(FAMILIES)}; other architectures are not known")
     return FAMILIES[kind]
+
+
+def _built(family: Family, settings: Settings) -> PreTrainedModel:
+    try:
+        return family.network(settings)
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:  # of torch and of transformers
+        line = first_line(error)
+        raise CdlmError(f"{settings.file} has sizes that no model can have ({line}); copy it again") from error
 
 
 def _spread(network: PreTrainedModel, device_map: str | Mapping[str, int | str]) -> PreTrainedModel:
