@@ -1,3 +1,8 @@
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -131,8 +136,80 @@ def test_a_damaged_or_incomplete_judge_is_refused(tmp_path):
     with pytest.raises(CdlmError, match=r"without transformer\.ln_f\.weight"):
         Judge.load(tmp_path / "judge")
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CdlmError, match="safetensors weights at"):
+    with pytest.raises(CdlmError, match="truncated or damaged"):
         Judge.load(tmp_path / "judge")
+
+
+def change(**settings) -> Callable[[Path], None]:
+    def break_it(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | settings
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return break_it
+
+
+def weigh(how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def break_it(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        weights["transformer.h.0.mlp.c_fc.weight"] = how(weights["transformer.h.0.mlp.c_fc.weight"])
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return break_it
+
+
+ODD = {
+    "more layers than tensors": (change(n_layer=10**6), "has n_layer 1000000, and the weights are"),
+    "no layer": (change(n_layer=0), "expected a layer or more"),
+    "fewer layers": (change(n_layer=1), "more layers in the weights than in config.json"),
+    "as many labels": (change(num_labels=10**9), "has num_labels"),
+    "wide": (change(n_embd=2**20), "other shapes than config.json asks for"),
+    "long": (change(n_positions=2**20), "other shapes than config.json asks for"),
+    "code for attention": (change(attn_implementation="kernels-community/flash"), "expected eager or sdpa"),
+    "more code for attention": (change(_attn_implementation="flash_attention_2"), "expected eager or sdpa"),
+    "quantised": (change(quantization_config={"load_in_4bit": True}), "take the unquantised model"),
+    "code of the author": (change(model_type="evil", auto_map={"AutoConfig": "evil.Evil"}), "expected a causal"),
+    "type that is none": (change(dtype="evil"), "no attribute 'evil'"),
+    "text for a number": (change(n_embd="16"), "expected int"),
+    "adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "merge the two"),
+    "name of a number": (
+        lambda folder: (folder / "judge.json").write_text('{"name": 5}'),
+        "got whole number in 'name'",
+    ),
+    "whole numbers": (weigh(lambda w: w.int()), "is int32, expected floats"),
+    "no numbers": (weigh(lambda w: w / 0), "values that are no numbers"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_folder_that_is_no_judge_is_refused_before_anything_is_fetched(case, tmp_path, monkeypatch):
+    random_judge().save(tmp_path / "judge")
+    break_it, message = ODD[case]
+    break_it(tmp_path / "judge")
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("something is fetched"))
+    with pytest.raises(CdlmError) as caught:
+        Judge.load(tmp_path / "judge")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_of_the_author_is_not_run(tmp_path, monkeypatch):
+    judge = random_judge()
+    judge.save(tmp_path / "judge")
+    change(auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})(tmp_path / "judge")
+    for name in ("evil.py", "modeling_evil.py"):
+        (tmp_path / "judge" / name).write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path / "judge")
+    np.testing.assert_array_equal(
+        ar_nll(Judge.load(tmp_path / "judge"), TEXTS).text_nats, ar_nll(judge, TEXTS).text_nats
+    )
+
+
+def test_a_broken_judge_in_the_cache_says_what_to_delete(tmp_path):
+    cached_judge("key", tmp_path, briefly)
+    (folder,) = tmp_path.iterdir()
+    weigh(lambda w: w / 0)(folder)
+    with pytest.raises(CdlmError, match=f"delete {folder}"):
+        cached_judge("key", tmp_path, briefly)
 
 
 def test_a_tokenizer_that_knows_more_than_the_model_is_refused():

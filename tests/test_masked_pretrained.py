@@ -240,7 +240,8 @@ MORE: dict[str, list[dict[str, Any]]] = {
     ],
     "Dream": [
         {"hidden_act": "gelu"}, {"use_mrope": True}, {"rope_parameters": {"rope_type": "yarn"}}, {"rope_theta": ...},
-        {"hidden_size": 60}, {"num_hidden_layers": 10**6}, {"hidden_size": 2**30}, {"num_key_value_heads": 3}, {"vocab_size": ...}, {"eos_token_id": [120, 121]},
+        {"hidden_size": 60}, {"num_hidden_layers": 10**6}, {"hidden_size": 2**30},
+        {"num_key_value_heads": 3}, {"vocab_size": ...}, {"eos_token_id": [120, 121]},
         {"mask_token_id": None}, {"quantization_config": {"bits": 4}},
     ],
 }  # fmt: skip

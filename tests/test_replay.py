@@ -221,6 +221,29 @@ def damage(path: Path, header: dict[str, str], columns: dict[str, np.ndarray]) -
         ({}, {"given": np.zeros((1, N), bool)}),
         ({}, {"switch.sample": np.full(9, 99, np.uint32)}),
         ({}, {"switch.position": np.full(9, 99, np.uint16)}),
+        ({"seed": "-1"}, {}),
+        ({"seed": "1.5"}, {}),
+        ({"prompts": "[1]"}, {}),
+        ({"made_by": '{"a": 1}'}, {}),
+        ({"vocab": "2"}, {}),
+        ({"vocab": "0"}, {}),
+        ({}, {"tokens": np.full((M, N), -1)}),
+        ({}, {"tokens": np.full((M, N), 2**31)}),
+        ({}, {"tokens": np.zeros((M, N), np.int32)}),
+        ({}, {"tokens": np.zeros((M, N), np.float64)}),
+        ({}, {"valid": np.zeros((M, N), bool), "given": np.zeros((M, N), bool)}),
+        ({}, {"given": np.ones((M, N), bool)}),
+        ({}, {"index": np.zeros(M, np.int64)}),
+        ({}, {"index": -1 - np.arange(M)}),
+        ({}, {"nfe": np.full((STEPS, M), -2, np.int32)}),
+        ({}, {"nfe": np.full((STEPS, M), 2, np.int32)}),
+        ({}, {"nfe": np.ones((STEPS, M), np.float32)}),
+        ({}, {"t": np.full(STEPS, np.nan)}),
+        ({}, {"t": np.full(STEPS, -1.0)}),
+        ({}, {"t": np.ones(STEPS, np.float32)}),
+        ({}, {"other": np.zeros(3)}),
+        ({}, {"budget": np.full(M, STEPS + 1)}),
+        ({}, {"ended": np.ones(M, np.int8)}),
     ],
     ids=str,
 )
@@ -230,6 +253,26 @@ def test_damaged_recordings_are_refused_in_one_line(header: dict, columns: dict,
     with pytest.raises(CdlmError, match="damaged") as caught:
         read_folder(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_equal_recordings_are_equal_files(tmp_path: Path) -> None:
+    for name in "ab":
+        recorded(Euler()).write(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_switches_out_of_order_or_of_given_positions_are_refused(tmp_path: Path) -> None:
+    recording = recorded(Euler())
+    switches, given = recording.record.switches, recording.given.copy()
+    given[switches.sample[0], switches.position[0]] = True
+    backwards = type(switches)(*(part[::-1] for part in switches))
+    for odd, what in (
+        (replace(recording, record=replace(recording.record, switches=backwards)), "not in order of step"),
+        (replace(recording, given=given), "switches or commits of given positions"),
+    ):
+        odd.write(tmp_path / "a")
+        with pytest.raises(CdlmError, match=what):
+            Recording.read(tmp_path / "a")
 
 
 def test_another_version_with_other_columns_is_one_too(tmp_path: Path) -> None:

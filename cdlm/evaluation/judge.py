@@ -6,18 +6,18 @@ Numbers of different judges cannot be compared with each other.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from jaxtyping import Bool, Int, Shaped
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -28,8 +28,11 @@ from transformers import (
 )
 
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import replacing
+from cdlm.core.files import read_json, replacing
 from cdlm.core.parallel import Workers, deal, interleaved
+from cdlm.core.schema import checked
+from cdlm.core.tensors import check_values
+from cdlm.models.foreign import check_folder
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -38,6 +41,14 @@ LONGEST_CONTEXT = 1024
 """Most tokens that a judge reads at once, whatever its own limit: the length of published AR-NLL."""
 
 NAME_FILE = "judge.json"
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+"""Of a Hub repository, all that a model and its tokenizer may be made of."""
+
+
+class Named(TypedDict):
+    """What `NAME_FILE` holds."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -67,9 +78,10 @@ class Judge:
     origin: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.tokenizer) > self.model.config.vocab_size:
+        known = getattr(self.model.config, "vocab_size", 0)
+        if len(self.tokenizer) > known:
             raise CdlmError(
-                f"expected a tokenizer of at most {self.model.config.vocab_size} tokens, as many as the judge "
+                f"expected a tokenizer of at most {known} tokens, as many as the judge "
                 f"{self.name!r} knows, got {len(self.tokenizer)}; use the tokenizer the judge was trained with"
             )
         nn.Module.to(self.model, self.device).eval()
@@ -85,10 +97,8 @@ class Judge:
         source = str(name_or_dir)
         if source.endswith(".gguf"):
             return cls(*_read_gguf(Path(source), dtype), name=Path(source).stem, device=device, origin=_file(source))
-        tokenizer, model = _opened(
-            source, "a causal language model", lambda local: _read(AutoModelForCausalLM, source, dtype, local)
-        )
-        return cls(model, tokenizer, _stored_name(Path(source)) or source, device)
+        tokenizer, model, origin = _opened(source, "a causal language model", AutoModelForCausalLM, dtype)
+        return cls(model, tokenizer, _stored_name(Path(source)) or source, device, origin)
 
     def save(self, folder: str | Path) -> None:
         """Write model, tokenizer and name to `folder`, whole or not at all; only a judge or nothing may be there."""
@@ -112,7 +122,7 @@ class Judge:
         config = self.model.config
         return {
             "name": self.name,
-            "revision": getattr(config, "_commit_hash", None),
+            "revision": None,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "vocabulary": int(config.vocab_size),
             "context": self.context,
@@ -149,28 +159,38 @@ def open_encoder(name: str, device: str = "cpu") -> tuple[PreTrainedTokenizerFas
     Raises:
         CdlmError: it cannot be found or read.
     """
-    tokenizer, model = _opened(name, "an encoder", lambda local: _read(AutoModel, name, torch.float32, local))
+    tokenizer, model, _ = _opened(name, "an encoder", AutoModel, torch.float32)
     network: Any = model.get_encoder() if model.config.is_encoder_decoder else model
     return tokenizer, network.to(device).eval()
 
 
-Opened = tuple[PreTrainedTokenizerFast, PreTrainedModel]
+Opened = tuple[PreTrainedTokenizerFast, PreTrainedModel, dict[str, str]]
+"""With the revision of what came from the Hub."""
 
 
-def _opened(source: str, what: str, read: Callable[[bool], Opened]) -> Opened:
+def _opened(source: str, what: str, kind: Any, dtype: torch.dtype) -> Opened:
     """What is in a folder or on the Hub, or the reason why not in one line."""
     try:
-        return _local_first(source, read)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        return _local_first(source, lambda local: _read(kind, source, dtype, local))
+    except CdlmError:
+        raise
+    except Exception as error:  # transformers, tokenizers, safetensors and the Hub client each raise their own kinds
         train = " or train one (`cdlm train-judge`)" if what == "a causal language model" else ""
+        advice = (
+            "Copy the folder again,"
+            if Path(source).is_dir()
+            else f"Without network, pass a folder downloaded elsewhere (`hf download {source} --local-dir FOLDER`)"
+        )
         raise CdlmError(
-            f"expected {what} with safetensors weights at {source!r}, got: {_first_line(error)} Without network, pass a"
-            f" folder downloaded elsewhere (`hf download {source} --local-dir FOLDER`){train}"
+            f"expected {what} with safetensors weights at {source!r}, got: {_in_one_line(error)} {advice}{train}"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _in_one_line(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    if "ignore_mismatched_sizes" in said:
+        return "weights of other shapes than config.json asks for."
+    return said[:300] if " " in said else f"{type(error).__name__} {said}"
 
 
 def _local_first(source: str, read: Callable[[bool], Opened]) -> Opened:
@@ -193,16 +213,25 @@ def _reach_hub(name: str) -> None:
 
 
 def _read(kind: Any, source: str, dtype: torch.dtype, local: bool) -> Opened:
-    tokenizer = _with_offsets(AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False))
+    folder, origin = Path(source), dict[str, str]()
+    if not folder.is_dir():
+        # Only files at the top, and no weights of other libraries.
+        found = snapshot_download(source, local_files_only=local, allow_patterns=FILES, ignore_patterns=["*/*"])
+        folder, origin = Path(found), {"revision": Path(found).name}
+    if not (folder / "config.json").exists():
+        raise OSError(f"no config.json in {folder}.")  # a copy in the cache that was not finished
+    check_folder(folder)
+    tokenizer = _with_offsets(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     model, info = kind.from_pretrained(
-        source,
-        local_files_only=local,
+        folder,
+        local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
         dtype=dtype,
         output_loading_info=True,
     )
-    return tokenizer, _complete(model, info)
+    check_values(folder, _complete(model, info).state_dict())
+    return tokenizer, model, origin
 
 
 def _with_offsets(tokenizer: Any) -> PreTrainedTokenizerFast:
@@ -212,11 +241,21 @@ def _with_offsets(tokenizer: Any) -> PreTrainedTokenizerFast:
 
 
 def _complete(model: PreTrainedModel, info: Mapping[str, Any]) -> PreTrainedModel:
-    """Refuse weights that transformers would fill with random numbers; a pooling head is never used."""
+    """Refuse weights that transformers would fill with random numbers, and layers that it would leave out; a pooling
+    head is never used."""
     missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
     if missing:
         raise ValueError(f"weights without {missing[0]}.")
+    stacks = {_stack(name) for name in model.state_dict()} - {None}
+    if left := sorted(name for name in info["unexpected_keys"] if _stack(name) in stacks):
+        raise ValueError(f"more layers in the weights than in config.json, such as {left[0]}.")
     return model
+
+
+def _stack(name: str) -> str | None:
+    """Of the name of a tensor, what stands before the number of its layer."""
+    found = re.match(r"(.*?\.)\d+\.", name)
+    return found and found[1]
 
 
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -240,7 +279,7 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     except Exception as error:  # parsers of broken files raise anything
         raise CdlmError(
             f"expected a GGUF file of a causal language model that transformers can read at {path}, got"
-            f" {type(error).__name__}: {_first_line(error)}"
+            f" {type(error).__name__}: {_in_one_line(error)}"
         ) from error
 
 
@@ -257,7 +296,9 @@ def _file(path: str) -> dict[str, str]:
 
 def _stored_name(folder: Path) -> str | None:
     path = folder / NAME_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["name"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    return checked(read_json(path, "a judge"), Named, str(path), "copy it again, or train it anew")["name"]
 
 
 # --- many texts -------------------------------------------------------------------------------------------------------

@@ -100,7 +100,12 @@ def cached_judge(key: str, cache_dir: str | Path, train: Callable[[], Judge], de
     folder = Path(cache_dir) / f"judge-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / NAME_FILE).is_file():
         train().save(folder)
-    return Judge.load(folder, device)
+    try:
+        return Judge.load(folder, device)
+    except CdlmError as error:
+        raise CdlmError(
+            f"the cached judge is broken ({error}): delete {folder}, and it will be trained again"
+        ) from error
 
 
 @dataclass(frozen=True)

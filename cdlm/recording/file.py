@@ -22,16 +22,20 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+import torch
+from jaxtyping import Bool, Float, Int, Integer
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing
+from cdlm.core.schema import Positive, checked
+from cdlm.core.tensors import Spec, read_header, read_tensors, specs_of, write_tensors
 from cdlm.recording.record import Record, Switches
 
 VERSION = 1
+ADVICE = "record again"
 _PREFIX = "signal."
 _REQUESTS = ("tokens", "given", "valid", "index")
 
@@ -57,13 +61,15 @@ class Recording:
     """The text of each sample's prompt; empty where none was recorded."""
     made_by: Mapping[str, str] = field(default_factory=dict)
     """What made the samples, as `Samples` say it; empty in recordings of earlier programs."""
+    vocab: int | None = None
+    """Tokens that there are; None in recordings of earlier programs."""
 
     def __post_init__(self) -> None:
         left = (self.record.nfe == 0).any(0)
         if self.record.ended is not None:  # rows may have grids of their own
             left &= ~self.record.ended
         # A row of a masked model is at its end when all its positions are committed.
-        if self.record.commits is not None and not self._broken():
+        if self.record.commits is not None and self._wrong_changes(self.record.commits) is None:
             done = np.zeros(self.tokens.shape, bool)
             done[self.record.commits.sample, self.record.commits.position] = True
             left &= ~(done | self.given).all(1)
@@ -75,20 +81,6 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self.index)
-
-    def _broken(self) -> list[str]:
-        """Columns of switches and commits that do not fit the others."""
-        (m, n), steps, record = self.tokens.shape, self.record.steps, self.record
-        ends, wrong = {"step": steps, "sample": m, "position": n}, []
-        for what in (record.switches, record.commits):
-            if what is not None:
-                wrong += [name for name, end in ends.items() if getattr(what, name).max(initial=0) >= end]
-                wrong += ["switches or commits"] if len({len(part) for part in what}) > 1 else []
-        if record.budget is not None and record.budget.shape != (m,):
-            wrong.append("budget")
-        if record.ended is not None and record.ended.shape != (m,):
-            wrong.append("ended")
-        return wrong
 
     def first(self, n: int) -> Recording:
         """The first n samples."""
@@ -102,8 +94,6 @@ class Recording:
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        from safetensors.numpy import save_file
-
         commits = {} if self.record.commits is None else self.record.commits._asdict()
         columns = {
             **{name: getattr(self, name) for name in _REQUESTS},
@@ -118,8 +108,11 @@ class Recording:
         header = {"cdlm_recording": str(VERSION), "seed": str(self.seed), "model": self.model, "weights": self.weights,
                   "settings": json.dumps(self.settings), "prompts": json.dumps(list(self.prompts)),
                   "made_by": json.dumps(dict(self.made_by))}  # fmt: skip
+        if self.vocab is not None:
+            header["vocab"] = str(self.vocab)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in columns.items()}
         with replacing(path) as temporary:
-            save_file({name: np.ascontiguousarray(values) for name, values in columns.items()}, temporary, header)
+            write_tensors(temporary, specs_of(tensors), {n: (lambda v=v: v) for n, v in tensors.items()}, header)
 
     @staticmethod
     def read(path: Path) -> Recording:
@@ -128,21 +121,21 @@ class Recording:
         Raises:
             CdlmError: the file is truncated, of another version, or no recording.
         """
-        header, columns = _open(path)
+        specs, header = read_header(path, ADVICE)
         found = header.get("cdlm_recording")
         if found is None:
             raise CdlmError(f"{path} is no recording: write one with cdlm sample --record")
         if found != str(VERSION):
             raise CdlmError(f"{path} is a recording of version {found}, this program reads {VERSION}: record again")
-        try:
-            recording = Recording._from(header, columns)
-            recording._check()
-        except (KeyError, ValueError, TypeError) as error:
-            raise CdlmError(f"{path} is a damaged recording ({error!r}): record again") from error
+        _check_columns(path, specs)
+        columns = {name: value.numpy() for name, value in read_tensors(path, ADVICE).items()}
+        recording = Recording._from(_header(path, header), columns)
+        if wrong := recording._wrong():
+            raise CdlmError(f"{path} is a damaged recording ({wrong}): {ADVICE}")
         return recording
 
     @staticmethod
-    def _from(header: Mapping[str, str], columns: Mapping[str, np.ndarray]) -> Recording:
+    def _from(header: Header, columns: Mapping[str, np.ndarray]) -> Recording:
         signals = {name.removeprefix(_PREFIX): column for name, column in columns.items() if name.startswith(_PREFIX)}
         switches = Switches(*(columns[f"switch.{name}"] for name in Switches._fields))
         masked = "commit.step" in columns
@@ -152,24 +145,46 @@ class Recording:
         return Recording(
             Record(t, columns["nfe"], signals, switches, commits, columns.get("budget"), columns.get("ended")),
             *(columns[name] for name in _REQUESTS),
-            seed=int(header["seed"]),
-            model=header["model"],
-            weights=header["weights"],
-            settings=dict(json.loads(header["settings"])),
-            prompts=list(json.loads(header.get("prompts", "[]"))),
-            made_by=dict(json.loads(header.get("made_by", "{}"))),
+            **header,
         )
 
-    def _check(self) -> None:
-        """Raise ValueError unless all columns are of one run."""
-        (m, n), steps, record = self.tokens.shape, self.record.steps, self.record
-        shapes = {"given": (m, n), "valid": (m, n), "index": (m,)}
-        wrong = [name for name, shape in shapes.items() if getattr(self, name).shape != shape]
-        wrong += [name for name, column in record.signals.items() if column.shape != (steps, m)]
-        wrong += ["t"] if record.t.shape != (steps, m) else []
-        wrong += self._broken() + ([] if len(self.prompts) in (0, m) else ["prompts"])
-        if wrong or record.nfe.shape != (steps, m):
-            raise ValueError(f"columns of different runs: {', '.join(wrong) or 'nfe or switches'}")
+    def _wrong(self) -> str | None:
+        """What the columns cannot hold, whose types and shapes are right; None if nothing is wrong."""
+        record, walking = self.record, self.record.nfe > 0
+        known = 2**31 if self.vocab is None else self.vocab
+        changes = [part for part in (record.switches, record.commits) if part is not None]
+        calls = np.diff(record.nfe, axis=0, prepend=0)
+        right = {
+            f"tokens that are none of {known}": _within(self.tokens, known)
+            and all(_within(part.token, known) for part in changes),
+            "numbers of samples below 0, or twice": _within(self.index, 2**63 - 1)
+            and len(np.unique(self.index)) == len(self),
+            "padding that is not given": bool((self.given | self.valid).all()),
+            "samples with nothing to generate": not bool(self.given.all(1).any()),
+            "calls that do not grow": bool(((calls > 0) | ~walking).all()) and bool((record.nfe >= 0).all()),
+            "noise levels that are no numbers": bool((np.isfinite(record.t) & (record.t >= 0) | ~walking).all()),
+            "budgets that are no number of its steps": record.budget is None
+            or bool(((record.budget >= 1) & (record.budget <= record.steps)).all()),
+            "a prompt for each sample": len(self.prompts) in (0, len(self)),
+        }
+        wrong = [what for what, holds in right.items() if not holds]
+        return wrong[0] if wrong else next(filter(None, map(self._wrong_changes, changes)), None)
+
+    def _wrong_changes(self, changes: Switches) -> str | None:
+        """What a list of switches or commits cannot hold."""
+        ends = zip(changes[:3], (self.record.steps, *self.tokens.shape), strict=True)
+        if not all(_within(part, end) for part, end in ends):
+            return "switches or commits of steps, samples or positions that there are not"
+        if bool((np.diff(changes.step.astype(np.int64)) < 0).any()):
+            return "switches or commits that are not in order of step"
+        if bool(self.given[changes.sample, changes.position].any()):
+            return "switches or commits of given positions"
+        return None
+
+
+def _within(values: Integer[np.ndarray, "*n"], end: int) -> bool:
+    """Whether all are in [0, end)."""
+    return not values.size or bool(values.min() >= 0 and values.max() < end)
 
 
 def _shared(t: Float[np.ndarray, "steps m"]) -> Float[np.ndarray, "steps ..."]:
@@ -178,14 +193,58 @@ def _shared(t: Float[np.ndarray, "steps m"]) -> Float[np.ndarray, "steps ..."]:
     return one if bool((np.isnan(t) | (t == one[:, None])).all()) else t
 
 
-def _open(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    from safetensors import SafetensorError, safe_open
+class Header(TypedDict):
+    """What the header says beside the version."""
 
+    seed: int
+    model: str
+    weights: str
+    settings: dict[str, Any]
+    prompts: list[str | None]
+    made_by: dict[str, str]
+    vocab: Positive | None
+
+
+def _header(path: Path, texts: Mapping[str, str]) -> Header:
+    """The header's texts as what they stand for; those that earlier programs did not write are as good as empty."""
+    values: dict[str, Any] = {"prompts": [], "made_by": {}, "vocab": None, **texts}
+    for name in ("seed", "settings", "prompts", "made_by", "vocab"):
+        if isinstance(values.get(name), str):
+            try:
+                values[name] = json.loads(values[name])
+            except (ValueError, RecursionError) as error:
+                raise CdlmError(f"{path} is a damaged recording ({name} is no JSON): {ADVICE}") from error
+    named = {name: values[name] for name in Header.__annotations__ if name in values}
+    return checked(named, Header, str(path), f"a damaged recording: {ADVICE}")
+
+
+def _check_columns(path: Path, specs: Mapping[str, Spec]) -> None:
+    """Raise unless all columns are there, of their types and of one run."""
     try:
-        with safe_open(path, "pt") as file:  # maps the file; its tensors are views of the map
-            return file.metadata() or {}, {name: file.get_tensor(name).numpy() for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CdlmError(f"{path} cannot be read, it is truncated or damaged ({error}): record again") from error
+        m, n = specs["tokens"].shape
+        (steps, _), (switches,) = specs["nfe"].shape, specs["switch.step"].shape
+        (commits,) = specs["commit.step"].shape if "commit.step" in specs else (None,)
+    except (KeyError, ValueError) as error:
+        raise CdlmError(f"{path} is a damaged recording (tokens, nfe or switches): {ADVICE}") from error
+    floats = {name: Spec((steps, m), torch.float32) for name in specs if name.startswith(_PREFIX)}
+    level = Spec((steps,), torch.float64) if specs.get("t", Spec((), torch.float64)).shape == (steps,) else None
+    wanted = {
+        "tokens": Spec((m, n), torch.int64), "given": Spec((m, n), torch.bool), "valid": Spec((m, n), torch.bool),
+        "index": Spec((m,), torch.int64), "t": level or Spec((steps, m), torch.float64),
+        "nfe": Spec((steps, m), torch.int32), **floats, **_changes("switch", switches),
+    }  # fmt: skip
+    optional = {"budget": Spec((m,), torch.int64), "ended": Spec((m,), torch.bool)}
+    wanted |= {name: spec for name, spec in optional.items() if name in specs}
+    wanted |= {} if commits is None else _changes("commit", commits)
+    odd = [name for name in wanted.keys() | specs.keys() if wanted.get(name) != specs.get(name)]
+    if odd or 0 in (m, n, steps):
+        what = f"{min(odd)} is of another type, shape or run" if odd else "it has no samples, positions or steps"
+        raise CdlmError(f"{path} is a damaged recording ({what}): {ADVICE}")
+
+
+def _changes(what: str, count: int) -> dict[str, Spec]:
+    kinds = (torch.uint32, torch.uint32, torch.uint16, torch.uint32)
+    return {f"{what}.{name}": Spec((count,), kind) for name, kind in zip(Switches._fields, kinds, strict=True)}
 
 
 def read_folder(folder: Path) -> dict[str, Recording]:

@@ -271,7 +271,7 @@ def outline(config: Mapping[str, Any], file: Path) -> System:
         raise CdlmError(f"{file} has sizes that no model can have ({first_line(error)}); copy it again") from error
 
 
-def system_config(config: Mapping[str, Any], file: Path) -> SystemConfig:
+def system_config(config: Mapping[str, Any], file: Path = Path("config.json")) -> SystemConfig:
     """The settings of the system that the part `model` of a `config.json` describes.
 
     Raises:

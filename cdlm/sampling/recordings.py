@@ -47,8 +47,15 @@ def recording_of(samples: Samples, session: Session) -> Recording:
     return Recording(
         samples.record, samples.tokens, samples.given, samples.valid, samples.index, samples.seed, session.model.name,
         session.model.need_fingerprint(), recorded_settings(session, samples.tokens.shape[1]), samples.prompts,
-        samples.made_by,
+        samples.made_by, _vocab(session),
     )  # fmt: skip
+
+
+def _vocab(session: Session) -> int | None:
+    """Tokens of a session's model, or of its tokenizer if that has more; None if neither is known."""
+    tokenizer = session.model.tokenizer
+    known = (getattr(session.model, "vocab", None), None if tokenizer is None else len(tokenizer))
+    return max((count for count in known if count is not None), default=None)
 
 
 def recorded_settings(session: Session, length: int) -> dict[str, object]:

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import read_json
-from cdlm.core.schema import checked
-from cdlm.core.tensors import Spec, read_header, read_tensors, same_specs, specs_of
+from cdlm.core.tensors import Spec, read_tensors, same_specs, specs_of
 from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.family import Family, Settings
+from cdlm.models.foreign import weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-class Index(TypedDict):
-    """An index of weights in several files; it may say more."""
-
-    weight_map: dict[str, str]
-    """The file of each tensor."""
 
 
 def read_settings(folder: Path) -> Settings:
@@ -69,37 +61,7 @@ def load_weights(network: PreTrainedModel, family: Family, folder: Path, dtype: 
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: value for file in _weight_files(folder) for name, value in read_tensors(file).items()}
-
-
-def read_specs(folder: Path) -> dict[str, Spec]:
-    """Shape and type of each of the folder's tensors; nothing of their content is read.
-
-    Raises:
-        CdlmError: a file is missing or damaged, or a tensor is in two of them.
-    """
-    specs: dict[str, Spec] = {}
-    for file in _weight_files(folder):
-        more = read_header(file).specs
-        if twice := specs.keys() & more.keys():
-            raise CdlmError(f"{file} has tensor {min(twice)!r}, and so has a file before it: copy the folder again")
-        specs |= more
-    if not specs:
-        raise CdlmError(f"{folder} has weights without a tensor: copy it again")
-    return specs
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    file = folder / INDEX
-    if not file.exists():
-        raise CdlmError(f"{folder} has neither {WEIGHTS} nor {INDEX}: copy the weights, or convert them to safetensors")
-    index = checked(read_json(file, "a checkpoint"), Index, str(file), "it is no index of weights; copy it again")
-    names = sorted(set(index["weight_map"].values()))
-    if outside := [name for name in names if Path(name).name != name]:
-        raise CdlmError(f"{file} names {outside[0]!r}, expected files beside it; copy the folder again")
-    return [folder / name for name in names]
+    return {name: value for file in weight_files(folder) for name, value in read_tensors(file).items()}
 
 
 def read_tokenizer(folder: Path, family: Family, constants: Constants, rows: int) -> PreTrainedTokenizerFast | None:

@@ -19,9 +19,10 @@ from cdlm.core.tensors import check_values
 from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.dream import DREAM
 from cdlm.masked.checkpoints.family import Family, Settings
-from cdlm.masked.checkpoints.folder import check_sizes, load_weights, read_settings, read_specs, read_tokenizer
+from cdlm.masked.checkpoints.folder import check_sizes, load_weights, read_settings, read_tokenizer
 from cdlm.masked.checkpoints.llada import LLADA
 from cdlm.masked.model import Cache, CachedModel
+from cdlm.models.foreign import read_specs
 from cdlm.models.hub import fingerprint_of, to_device
 
 if TYPE_CHECKING:
