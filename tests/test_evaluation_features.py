@@ -143,6 +143,6 @@ def test_what_is_no_encoder_is_refused_in_one_line(tmp_path) -> None:
         place = tmp_path / name
         if name == "encoder":
             (encoder(place) / "model.safetensors").write_bytes(b"broken")
-        with pytest.raises(CdlmError, match="expected an encoder with safetensors|truncated or dam") as caught:
+        with pytest.raises(CdlmError, match=r"expected an encoder with|truncated or damaged") as caught:
             Encoder(str(place)).reader([], Readers(JUDGE))
         assert "\n" not in str(caught.value)

@@ -86,19 +86,29 @@ def test_other_fields_and_blank_lines_do_not_matter(tmp_path: Path) -> None:
         ("a.csv", "", "expected a column 'text', found []"),
         ("a.csv", "text\n", "holds no texts"),
         ("a.csv", "story\nthe cat\n", "expected a column 'text', found ['story']"),
-        ("a.csv", "text,nfe\nx,many\n", "line 2: expected a whole number in 'nfe', got 'many'"),
-        ("a.csv", 'text,given\nx,"[(0, 1)]"\n', "line 2: expected a list of [start, end] characters in 'given'"),
+        ("a.csv", "text,nfe\nx,many\n", "line 2: expected whole number | nothing, got text in 'nfe'"),
+        ("a.csv", 'text,given\nx,"[(0, 1)]"\n', "line 2: expected list | nothing, got text in 'given'"),
         ("a.parquet", "PAR", "not a valid parquet file"),
         ("a.jsonl", "{", "line 1: expected one JSON object a line"),
         ("a.jsonl", "[1]", "line 1: expected an object"),
         ("a.jsonl", '{"text": "a"}\n{"story": "b"}', "line 2: expected a field 'text', found ['story']"),
         ("a.jsonl", '{"text": 7}', "line 1: expected text in the field 'text', got int"),
-        ("a.jsonl", '{"text": "a", "tokens": ["a"]}', "expected a list of token ids in 'tokens', got ['a']"),
-        ("a.jsonl", '{"text": "a", "tokens": [-1]}', "expected a list of token ids"),
-        ("a.jsonl", '{"text": "a", "given": [[0]]}', "expected a list of [start, end] characters"),
-        ("a.jsonl", '{"text": "a", "nfe": true}', "expected a whole number in 'nfe', got True"),
-        ("a.jsonl", '{"text": "a", "budget": 1.5}', "expected a whole number in 'budget', got 1.5"),
-        ("a.jsonl", '{"text": "a", "reason": 1}', "expected a text in 'reason', got 1"),
+        ("a.jsonl", '{"text": "a", "tokens": ["a"]}', "line 1: expected whole number, got text in 'tokens[0]'"),
+        ("a.jsonl", '{"text": "a", "tokens": [-1]}', "expected whole number >= 0 in 'tokens[0]'"),
+        ("a.jsonl", '{"text": "a", "tokens": [[1]]}', "expected whole number, got list in 'tokens[0]'"),
+        ("a.jsonl", '{"text": "a", "tokens": 5}', "in 'tokens'"),
+        ("a.jsonl", '{"text": "a", "tokens": [2147483648]}', "in 'tokens[0]'"),
+        ("a.jsonl", '{"text": "a", "nfe": NaN}', "in 'nfe'"),
+        ("a.jsonl", '{"text": "a", "nfe": -1}', "expected whole number >= 0 in 'nfe'"),
+        ("a.jsonl", '{"text": "a", "given": [[0, 999999]]}', "given: expected spans that rise to 1 at most"),
+        ("a.jsonl", '{"text": "abcdefghijkl", "given": [[9, 1]]}', "given: expected spans that rise"),
+        ("a.jsonl", '{"text": "abcdefghijkl", "given": [[0, 9], [2, 12]]}', "given: expected spans that rise"),
+        ("a.jsonl", '{"text": "a", "tokens": [1], "generated": [[0, 2]]}', "generated: expected spans that rise to 1"),
+        ("a.jsonl", '{"text": "a", "tokens": [1, 2], "length": 1}', "expected at least its 2 tokens, got 1"),
+        ("a.jsonl", '{"text": "a", "given": [[0]]}', "expected list of length 2, got 1 in 'given[0]'"),
+        ("a.jsonl", '{"text": "a", "nfe": true}', "expected whole number | nothing, got truth in 'nfe'"),
+        ("a.jsonl", '{"text": "a", "budget": 1.5}', "expected whole number | nothing, got number in 'budget'"),
+        ("a.jsonl", '{"text": "a", "reason": 1}', "expected text | nothing, got whole number in 'reason'"),
     ],
 )
 def test_what_is_no_text_is_refused_in_one_line(name: str, content: str | None, message: str, tmp_path: Path) -> None:
@@ -148,6 +158,11 @@ def test_texts_without_tokens_get_those_of_the_tokenizer(tmp_path: Path) -> None
     expected = encode_batch(toys.tokenizer(), ["the cat", "the mat"])
     assert corpus.tokens == [expected[0], [1, 2, 3], expected[1]]
     assert corpus.texts == ["the cat", "a dog", "the mat"]
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CdlmError, match="leave 'tokens' out of its file"):
+        held_out(tmp_path).samples("foreign", [Entry("a", [len(toys.tokenizer())])])
 
 
 def test_the_share_of_right_answers_is_known_where_all_texts_have_a_problem(tmp_path: Path) -> None:

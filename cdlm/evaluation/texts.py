@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
 
 import numpy as np
 from jaxtyping import Int64
+from msgspec import Meta
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.schema import Whole, checked
 from cdlm.data import arithmetic
 from cdlm.data.sources import Source, csv_rows, jsonl_rows, parquet_rows, text_of, txt_documents
 from cdlm.data.store import PackedRows, TextRows, TokenStore
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Value = str | int | float | None
+Token = Annotated[int, Meta(ge=0, lt=2**31)]
 Spans = list[list[tuple[int, int]]]
 """For each text, the [start, end) character spans that were given (a prompt), not generated."""
 
@@ -154,15 +158,15 @@ class Entry:
     """
 
     text: str
-    tokens: list[int] | None = None
-    given: list[tuple[int, int]] | None = None
-    generated: list[tuple[int, int]] | None = None
-    length: int | None = None
-    nfe: int | None = None
-    budget: int | None = None
+    tokens: list[Token] | None = None
+    given: list[tuple[Whole, Whole]] | None = None
+    generated: list[tuple[Whole, Whole]] | None = None
+    length: Whole | None = None
+    nfe: Whole | None = None
+    budget: Whole | None = None
     reason: str | None = None
-    seed: int | None = None
-    index: int | None = None
+    seed: Whole | None = None
+    index: Whole | None = None
     sampling: str | None = None
     halt: str | None = None
     answer: str | None = None
@@ -204,7 +208,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _from_cell(name: str, cell: Any) -> Any:
-    if not cell or name not in FIELDS or name in ("reason", "sampling", "halt", "answer"):
+    if not cell or name not in FIELDS or FIELDS[name] == str | None:
         return cell or None
     try:
         return json.loads(cell)
@@ -222,49 +226,55 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
 """Rows of a file with their place, by the ending of its name."""
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_tokens(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_count, value))
-
-
-def _is_spans(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_tokens(span) and len(span) == 2 for span in value)
-
-
-FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "tokens": (_is_tokens, "a list of token ids"),
-    "given": (_is_spans, "a list of [start, end] characters"),
-    "generated": (_is_spans, "a list of [start, end] tokens"),
-    "length": (_is_count, "a whole number"),
-    "nfe": (_is_count, "a whole number"),
-    "budget": (_is_count, "a whole number"),
-    "reason": (lambda value: isinstance(value, str), "a text"),
-    "seed": (_is_count, "a whole number"),
-    "index": (_is_count, "a whole number"),
-    "sampling": (lambda value: isinstance(value, str), "a text"),
-    "halt": (lambda value: isinstance(value, str), "a text"),
-    "answer": (arithmetic.is_number, "a number as text"),
+FIELDS: Mapping[str, Any] = {
+    name: kind for name, kind in get_type_hints(Entry, include_extras=True).items() if name != "text"
 }
-"""What an `Entry` has beside its text: how to tell that it is right, and what it is."""
+"""What an `Entry` has beside its text, and its kind."""
 COMMON = frozenset({"seed", "index", "sampling", "halt", "generated", "length", "answer"})
 """Fields whose names others use for other things: what is not right in them is passed over."""
+OWN: Any = TypedDict("OWN", {name: kind for name, kind in FIELDS.items() if name not in COMMON}, total=False)
+"""The other fields."""
+ADVICE = "leave the field out or mend it"
+INSIDE = 3
+"""Characters by which spans of a text may be off: a token may end inside of one, which then is up to this many."""
 
 
 def _entry(row: Any, place: str) -> Entry:
     text = text_of(row, "text", place)
-    known = {name: row[name] for name in FIELDS if row.get(name) is not None}
-    for name, value in list(known.items()):
-        is_right, what = FIELDS[name]
-        if not is_right(value) and name in COMMON:
-            del known[name]
-        elif not is_right(value):
-            raise CdlmError(f"{place}: expected {what} in {name!r}, got {value!r:.60}; leave the field out or mend it")
-    for name in known.keys() & {"given", "generated"}:
-        known[name] = [(start, end) for start, end in known[name]]
-    return Entry(text, **known)
+    known = dict(checked({name: row[name] for name in FIELDS.keys() - COMMON if name in row}, OWN, place, ADVICE))
+    for name in COMMON & row.keys():
+        with suppress(CdlmError):
+            known[name] = checked(row[name], FIELDS[name], place, ADVICE)
+    if not arithmetic.is_number(known.get("answer")):
+        known.pop("answer", None)
+    return _fitting(Entry(text, **known), place)
+
+
+def _fitting(entry: Entry, place: str) -> Entry:
+    """The same, whose parts were found to be of one text."""
+    if entry.given is not None:
+        entry = replace(entry, given=_ordered(entry.given, len(entry.text), INSIDE, f"{place}, given"))
+    if entry.tokens is None:  # what the others then mean is not known
+        return replace(entry, generated=None)
+    if entry.generated is not None:
+        entry = replace(entry, generated=_ordered(entry.generated, len(entry.tokens), 0, f"{place}, generated"))
+    if entry.length is not None and entry.length < len(entry.tokens):
+        raise CdlmError(
+            f"{place}, 'length': expected at least its {len(entry.tokens)} tokens, got {entry.length}; {ADVICE}"
+        )
+    return entry
+
+
+def _ordered(spans: list[tuple[int, int]], end: int, off: int, place: str) -> list[tuple[int, int]]:
+    """Spans that rise, and end by `end`; they may be `off` by so much."""
+    made, before = list[tuple[int, int]](), 0
+    for start, stop in spans:
+        if start < before - off or stop < start - off or stop > end + off:
+            raise CdlmError(f"{place}: expected spans that rise to {end} at most, got [{start}, {stop}]; {ADVICE}")
+        first = min(max(start, before), end)
+        before = min(max(stop, first), end)
+        made.append((first, before))
+    return made
 
 
 # --- real text -------------------------------------------------------------------------------------------------------
@@ -397,7 +407,16 @@ class RealText:
         """Texts of a file as a row of the table. What some of them do not know is left blank.
 
         Texts without tokens get those of the run's tokenizer. `right` is the share of problems that are solved.
+
+        Raises:
+            CdlmError: tokens are none of the run's tokenizer.
         """
+        highest = max((token for entry in entries for token in entry.tokens or ()), default=0)
+        if highest >= len(self.tokenizer):
+            raise CdlmError(
+                f"{name} has token {highest}, and the run's tokenizer {len(self.tokenizer)} tokens: they are of another"
+                " model; leave 'tokens' out of its file"
+            )
         texts = [entry.text for entry in entries]
         bare = iter(encode_batch(self.tokenizer, [entry.text for entry in entries if entry.tokens is None] or [""]))
         tokens = [next(bare) if entry.tokens is None else entry.tokens for entry in entries]

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int, Integer
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing
-from cdlm.core.schema import Positive, checked
+from cdlm.core.schema import Positive, Whole, checked
 from cdlm.core.tensors import Spec, read_header, read_tensors, specs_of, write_tensors
 from cdlm.recording.record import Record, Switches
 
@@ -50,7 +50,7 @@ class Recording:
     given: Bool[np.ndarray, "m n"]
     valid: Bool[np.ndarray, "m n"]
     index: Int[np.ndarray, " m"]
-    seed: int
+    seed: Whole
     model: str
     """Name of the model."""
     weights: str
@@ -196,7 +196,7 @@ def _shared(t: Float[np.ndarray, "steps m"]) -> Float[np.ndarray, "steps ..."]:
 class Header(TypedDict):
     """What the header says beside the version."""
 
-    seed: int
+    seed: Whole
     model: str
     weights: str
     settings: dict[str, Any]
