@@ -38,6 +38,30 @@ def complaint(source: Source) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize("name", ["../..", "..", ".", "", "~", "a/b/c", "a b", "a/../b", "./data", "-x", "a\n", "a\0b"])
+def test_what_is_no_name_of_a_data_set_is_refused(name):
+    with pytest.raises(CdlmError, match="expected the name of a data set"):
+        Hub(name)
+
+
+def test_a_disk_is_no_data_set(monkeypatch, tmp_path):
+    monkeypatch.setattr("cdlm.data.sources.MOST_FILES", 3)
+    for i in range(4):
+        (tmp_path / f"{i}.jsonl").write_text('{"text": "a"}\n')
+    assert "name its own folder" in complaint(Hub(str(tmp_path)))
+
+
+def test_a_script_beside_the_data_is_not_run(tmp_path):
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
+    for name in ("dataset.py", "__init__.py"):
+        (folder / name).write_text("raise SystemExit('it ran')")
+    assert len(list(Hub(str(folder)).documents("train"))) == 2
+    (folder / "evil.py").write_text("raise SystemExit('it ran')")
+    assert "no longer supported" in complaint(Hub(str(folder)))
+
+
 # --- what a document is ---------------------------------------------------------------------------------------------
 
 

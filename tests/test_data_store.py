@@ -1,6 +1,7 @@
 """The token store and its rows: exact content, all or nothing on disk, refusal of anything else."""
 
 import errno
+import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -159,7 +160,7 @@ def test_a_full_disk_names_the_folder_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(store_module, "_append", full)
-    with pytest.raises(CdlmError, match=r"bytes free, more than .* needed") as error:
+    with pytest.raises(CdlmError, match=r"no space left .* bytes are free") as error:
         build_store(Stories(n=20), "train", TOKENIZER, tmp_path)
     assert str(tmp_path) in str(error.value)
     assert unfinished(tmp_path) == []
@@ -167,7 +168,7 @@ def test_a_full_disk_names_the_folder_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CdlmError, match="cannot write the token store"):
+    with pytest.raises(CdlmError, match="cannot write"):
         build_store(Stories(n=20), "train", TOKENIZER, tmp_path / "file" / "cache")
 
 
@@ -197,6 +198,31 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
     assert unfinished(tmp_path) == []
 
 
+@pytest.mark.parametrize(("text", "share"), [("abc " * 300, 0), ("abc " * 49 + "xyz xyz", 4), ("xyz", 100)])
+def test_text_that_the_tokenizer_does_not_know_is_warned_of_or_refused(text, share, tmp_path, monkeypatch):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    said = []
+    monkeypatch.setattr(store_module, "announce", said.append)
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "abc": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+    if share == 100:
+        with pytest.raises(CdlmError, match="100% of the train split's tokens are unknown"):
+            build_store(Texts(lambda: iter([text])), "train", tokenizer, tmp_path)
+        assert unfinished(tmp_path) == []
+        return
+    for _ in range(2):
+        build_store(Texts(lambda: iter([text])), "train", tokenizer, tmp_path)
+    assert [line.split(" of ")[0] for line in said] == ([] if share == 0 else 2 * [f"warning: {share}%"])
+
+
+def altered(folder: Path, name: str, value: object) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, name: value}))
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])
 
@@ -213,6 +239,26 @@ def cut(path: Path) -> None:
         lambda folder: np.save(folder / "tokens.npy", np.arange(5, dtype=np.uint16)),
         lambda folder: np.save(folder / "offsets.npy", np.array([0, 1])),
         lambda folder: (folder / "tokens.npy").write_bytes(b""),
+        lambda folder: np.save(folder / "offsets.npy", np.load(folder / "offsets.npy")[::-1]),
+        lambda folder: np.save(folder / "offsets.npy", np.load(folder / "offsets.npy") * 2),
+        lambda folder: np.save(folder / "offsets.npy", np.load(folder / "offsets.npy").astype(float)),
+        lambda folder: np.save(folder / "tokens.npy", np.load(folder / "tokens.npy").astype(float)),
+        lambda folder: np.save(folder / "tokens.npy", np.load(folder / "tokens.npy").astype(object), allow_pickle=True),
+        *(
+            lambda folder, name=name, value=value: altered(folder, name, value)
+            for name, values in {
+                "eos_id": [300, -1, 0.0, "0", None, True],
+                "pad_id": [10**30, []],
+                "key": ["0" * 64, 5],
+                "documents": [0, 19, 2**70],
+                "unknown": [-1, 10**9],
+                "split": ["test"],
+                "offsets": ["", None],
+                "format": [1, "2"],
+                "vocab": [0],
+            }.items()
+            for value in values
+        ),
     ],
 )
 def test_damaged_and_foreign_folders_are_refused(tmp_path, damage):
@@ -221,6 +267,16 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path, damage):
     with pytest.raises(CdlmError, match="not a complete token store") as error:
         TokenStore.open(store.path)
     assert "\n" not in str(error.value)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_where_they_are_read(tmp_path):
+    store = build_store(Stories(n=20), "train", TOKENIZER, tmp_path)
+    tokens = np.load(store.path / "tokens.npy")
+    tokens[3] = 300
+    np.save(store.path / "tokens.npy", tokens)
+    for rows in (PackedRows, DocumentRows):
+        with pytest.raises(CdlmError, match="beyond its vocabulary; delete the folder"):
+            rows(TokenStore.open(store.path), 8)[0]
 
 
 def test_old_formats_are_refused(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import socket
 import time
 from logging import StreamHandler
@@ -13,7 +14,14 @@ from hypothesis import strategies as st
 
 from cdlm.core.errors import CdlmError
 from cdlm.data.stories import stories
-from cdlm.data.tokenizer import encode_batch, load_tokenizer, tokenizer_hash, train_tokenizer
+from cdlm.data.tokenizer import (
+    LONGEST_WORD,
+    _without_long_words,
+    encode_batch,
+    load_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+)
 
 TEXTS = list(stories(300, 0))
 TOKENIZER = train_tokenizer(TEXTS, 300)
@@ -52,6 +60,24 @@ def test_training_is_deterministic_and_depends_on_the_text():
     assert tokenizer_hash(train_tokenizer(["another text entirely " * 9, *TEXTS[:20]], 300)) != tokenizer_hash(
         TOKENIZER
     )
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.text(max_size=60), max_size=20))
+def test_long_words_are_cut_for_training_alone_and_others_never(texts):
+    for text in [*texts, "".join(texts), " ".join(texts)]:
+        assert list(_without_long_words(text)) == [text]
+        long = text + LONGEST_WORD * "x" + text + 3 * LONGEST_WORD * " " + text
+        pieces = list(_without_long_words(long))
+        assert "".join(pieces) == long
+        assert all(len(word) <= 2 * LONGEST_WORD for piece in pieces for word in re.findall(r"\S+|\s+", piece))
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "\n", "!", "中", "😀", "ab", "\u200d"])
+def test_a_line_of_one_character_is_learned_from_and_comes_back(unit):
+    line = (300_000 // len(unit.encode())) * unit
+    made = train_tokenizer([*TEXTS, line], 300)
+    assert made.decode(encode_batch(made, [line])[0]) == line
 
 
 def test_the_hash_survives_calls_and_saving(tmp_path):

@@ -154,7 +154,8 @@ def announce(line: str) -> None:
 
     So a command that refuses its input prints nothing but the refusal.
     """
-    _announced.append(line)
+    if line not in _announced:
+        _announced.append(line)
 
 
 def show_announced() -> None:

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import inspect
 import json
+import os
 import re
 import sys
 import sysconfig
@@ -214,6 +215,11 @@ class Hub(Source):
 
     def __post_init__(self) -> None:
         _check_fraction(type(self).__name__, self.valid_fraction)
+        if not Path(self.name).is_absolute() and not _HUB_NAME.fullmatch(self.name):
+            raise CdlmError(
+                f"Hub: expected the name of a data set, such as user/data, or the absolute path of a folder, got"
+                f" {self.name!r}"
+            )
 
     def documents(self, split: Split) -> Iterator[str]:
         """The column's texts in the order of the data set, blank ones dropped."""
@@ -247,6 +253,7 @@ class Hub(Source):
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Turn what `datasets` and the Hub client raise into one line of advice."""
+        _check_folder(Path(self.name))
         try:
             yield
         except CdlmError:
@@ -258,6 +265,22 @@ class Hub(Source):
                 "offline, set HF_HUB_OFFLINE=1 to use a cached copy, or save it as parquet or jsonl where there is a "
                 "network and read that with Files"
             ) from error
+
+
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+
+
+MOST_FILES = 10_000
+"""Of a folder that `datasets` is to look through."""
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise if a folder holds more than a data set does, such as all of a disk."""
+    found = 0
+    for _, folders, files in os.walk(folder):  # of no folder nothing
+        found += len(folders) + len(files)
+        if found > MOST_FILES:
+            raise CdlmError(f"data set {str(folder)!r} is a folder of over {MOST_FILES:,} files: name its own folder")
 
 
 def _check_fraction(source: str, fraction: float) -> None:

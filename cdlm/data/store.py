@@ -4,35 +4,36 @@ A store is a folder of `tokens.npy` (ids of all documents end to end, without EO
 else uint32), `offsets.npy` (int64, where each document starts, and the end) and `meta.json`.
 """
 
-import errno
 import hashlib
 import json
-import os
-import shutil
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
-from uuid import uuid4
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypedDict
 
 import numpy as np
 from jaxtyping import Bool, Int64, Shaped
 from torch.utils.data import Dataset
 
 from cdlm.core.checks import check_whole
-from cdlm.core.errors import CdlmError
+from cdlm.core.errors import CdlmError, first_line
+from cdlm.core.files import reading, replacing
+from cdlm.core.progress import announce
+from cdlm.core.schema import Positive, Whole, checked
 from cdlm.data.sources import Source, Split
 from cdlm.data.tokenizer import encode_batch, tokenizer_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_FORMAT = 1  # change it whenever the files change meaning: old stores are then rebuilt
+_FORMAT = 2  # change it whenever the files change meaning: old stores are then rebuilt
 _CHUNK = 1000  # documents tokenised at a time
+DOUBTFUL, HOPELESS = 0.01, 0.9
+"""Shares of unknown tokens above which a text is warned of and refused."""
 
 
 class Row(NamedTuple):
@@ -52,6 +53,9 @@ class TokenStore:
     eos_id: int
     pad_id: int
     key: str
+    unknown: int = 0
+    """Tokens that stand for text that the tokenizer does not know."""
+    vocab: int = 2**32
 
     @staticmethod
     def open(path: Path) -> "TokenStore":
@@ -60,20 +64,32 @@ class TokenStore:
         Raises:
             CdlmError: The folder is not a complete store of this format.
         """
+        advice = "delete the folder and it will be built again"
         try:
-            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-            tokens = np.load(path / "tokens.npy", mmap_mode="r")
-            offsets = np.load(path / "offsets.npy", mmap_mode="r")
-            stated = (meta["format"], meta["documents"] + 1, meta["tokens"], meta["tokens"])
-            found = (_FORMAT, len(offsets), len(tokens), int(offsets[-1]))
-            if stated != found:
-                raise ValueError(f"meta.json states format, offsets, tokens and end {stated}, found {found}")
-            return TokenStore(path, tokens, offsets, meta["eos_id"], meta["pad_id"], meta["key"])
-        except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
-            raise CdlmError(
-                f"{path} is not a complete token store ({type(error).__name__}: {error}); "
-                "delete the folder and it will be built again"
-            ) from error
+            with reading(path / "meta.json"):
+                stated = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+            meta = checked(stated, Meta, "meta.json", "it was altered")
+            with reading(path / "tokens.npy"):
+                tokens = np.load(path / "tokens.npy", mmap_mode="r")
+            with reading(path / "offsets.npy"):
+                offsets = np.load(path / "offsets.npy", mmap_mode="r")
+            if wrong := _wrong(path, meta, tokens, offsets):
+                raise ValueError(wrong)
+        except (CdlmError, EOFError, ValueError, RecursionError) as error:
+            raise CdlmError(f"{path} is not a complete token store ({first_line(error)}); {advice}") from error
+        ids = meta["eos_id"], meta["pad_id"]
+        return TokenStore(path, tokens, offsets, *ids, meta["key"], meta["unknown"], meta["vocab"])
+
+    def cut(self, begin: int, end: int) -> Shaped[np.ndarray, " k"]:
+        """Tokens from `begin` to before `end`.
+
+        Raises:
+            CdlmError: some are none of the vocabulary.
+        """
+        tokens = self.tokens[begin:end]
+        if tokens.max(initial=0) >= self.vocab:
+            raise CdlmError(f"{self.path} has tokens beyond its vocabulary; delete the folder, it will be built again")
+        return tokens
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -82,6 +98,41 @@ class TokenStore:
     def __reduce__(self) -> tuple[object, tuple[Path]]:
         """Travel to reading processes as a path: a pickled memory map would be a copy of the corpus."""
         return TokenStore.open, (self.path,)
+
+
+class Meta(TypedDict):
+    """What meta.json holds."""
+
+    format: int
+    key: str
+    split: Split
+    eos_id: Whole
+    pad_id: Whole
+    vocab: Positive
+    documents: Positive
+    tokens: Positive
+    unknown: Whole
+    offsets: str
+    """SHA-256 of the content of offsets.npy."""
+
+
+def _wrong(path: Path, meta: Meta, tokens: np.ndarray, offsets: np.ndarray) -> str | None:
+    """What does not fit together; None if all does. The tokens themselves are not read."""
+    if meta["format"] != _FORMAT:
+        return f"it has format {meta['format']}, and this version {_FORMAT}"
+    right = {
+        f"the key of {path.name}": meta["key"].startswith(path.name),
+        "end and padding of its vocabulary": max(meta["eos_id"], meta["pad_id"]) < meta["vocab"],
+        f"{meta['tokens']} tokens": tokens.shape == (meta["tokens"],) and tokens.dtype in (np.uint16, np.uint32),
+        f"{meta['documents']} documents": offsets.shape == (meta["documents"] + 1,) and offsets.dtype == np.int64,
+        "the offsets that were written": _digest(offsets) == meta["offsets"],
+        "no more unknown tokens than tokens": meta["unknown"] <= meta["tokens"],
+    }
+    return next((f"expected {what}" for what, holds in right.items() if not holds), None)
+
+
+def _digest(offsets: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(offsets)).hexdigest()
 
 
 def build_store(source: Source, split: Split, tokenizer: "PreTrainedTokenizerFast", cache_dir: Path) -> TokenStore:
@@ -97,9 +148,22 @@ def build_store(source: Source, split: Split, tokenizer: "PreTrainedTokenizerFas
     key = _key(source, split, tokenizer)
     folder = cache_dir / key[:32]
     if not folder.exists():
-        with _appearing_whole(folder) as building:
+        with suppress(_Taken), replacing(folder) as building:
+            building.mkdir()
             _write(building, source.documents(split), tokenizer, {"format": _FORMAT, "key": key, "split": split})
-    return TokenStore.open(folder)
+            if folder.exists():
+                raise _Taken
+    store = TokenStore.open(folder)
+    if (share := store.unknown / len(store.tokens)) > DOUBTFUL:
+        announce(
+            f"warning: {share:.0%} of the text's tokens are unknown to the tokenizer, and no model learns what they"
+            " stand for: choose a tokenizer of this language, or leave tokenizer out to train one"
+        )
+    return store
+
+
+class _Taken(Exception):
+    """Another process was first; its store is the same."""
 
 
 class TextRows(ABC, Dataset[Row]):
@@ -156,7 +220,7 @@ class PackedRows(TextRows):
         is_eos[ends[ends < self.length]] = True
         tokens = np.full(self.length, self.store.eos_id, dtype=np.int64)
         begin = start - first  # every earlier document put one EOS before this point
-        tokens[~is_eos] = self.store.tokens[begin : begin + self.length - int(is_eos.sum())]
+        tokens[~is_eos] = self.store.cut(begin, begin + self.length - int(is_eos.sum()))
         return Row(tokens, np.ones(self.length, dtype=np.bool_))
 
     def documents(self) -> Int64[np.ndarray, " rows"]:
@@ -186,7 +250,7 @@ class DocumentRows(TextRows):
         """Row `index`, from the end if negative."""
         index = range(len(self))[index]
         begin, end = int(self.store.offsets[index]), int(self.store.offsets[index + 1])
-        text = self.store.tokens[begin : min(end, begin + self.length)]
+        text = self.store.cut(begin, min(end, begin + self.length))
         tokens = np.full(self.length, self.store.pad_id, dtype=np.int64)
         tokens[: len(text)] = text
         tokens[len(text) : len(text) + 1] = self.store.eos_id
@@ -223,22 +287,31 @@ def _write(folder: Path, documents: Iterator[str], tokenizer: "PreTrainedTokeniz
     largest = max(tokenizer.get_vocab().values())
     dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
     lengths: list[np.ndarray] = []
+    unknown = 0
     with (folder / "tokens.npy").open("wb") as file:
         _write_header(file, dtype, 0)
         while chunk := list(islice(documents, _CHUNK)):
             encoded = encode_batch(tokenizer, chunk)
-            _append(file, np.concatenate([np.asarray(ids, dtype=dtype) for ids in encoded]))
+            ids = np.concatenate([np.asarray(ids, dtype=dtype) for ids in encoded])
+            _append(file, ids)
+            unknown += 0 if tokenizer.unk_token_id is None else int((ids == tokenizer.unk_token_id).sum())
             lengths.append(np.array([len(ids) for ids in encoded], dtype=np.int64))
         offsets = np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *lengths]))
         if not offsets[-1]:
             raise CdlmError(f"the {meta['split']} split has no text; check the source")
+        if (share := unknown / int(offsets[-1])) > HOPELESS:
+            raise CdlmError(
+                f"{share:.0%} of the {meta['split']} split's tokens are unknown to the tokenizer: choose one of this"
+                " language, or leave tokenizer out to train one"
+            )
         _write_header(file, dtype, int(offsets[-1]))
     with (folder / "offsets.npy").open("wb") as file:
         _write_header(file, offsets.dtype, len(offsets))
         _append(file, offsets)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     meta = meta | {"eos_id": eos, "pad_id": eos if pad is None else pad}
-    meta = meta | {"documents": len(offsets) - 1, "tokens": int(offsets[-1])}
+    meta = meta | {"vocab": largest + 1, "documents": len(offsets) - 1, "tokens": int(offsets[-1])}
+    meta = meta | {"unknown": unknown, "offsets": _digest(offsets)}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
@@ -252,42 +325,3 @@ def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
 
 def _append(file: BinaryIO, values: np.ndarray) -> None:
     file.write(values.tobytes())  # ndarray.tofile would not tell a full disk from other failures
-
-
-@contextmanager
-def _appearing_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` on success and disappears on any failure."""
-    building = folder.with_name(f".building-{folder.name}-{uuid4().hex}")
-    try:
-        building.mkdir(parents=True)
-        yield building
-        if not _rename(building, folder):
-            shutil.rmtree(building)  # another process was first; its store is the same
-    except BaseException as error:
-        written = sum(file.stat().st_size for file in building.glob("*"))
-        shutil.rmtree(building, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise _cannot_write(folder.parent, error, written) from error
-        raise
-
-
-def _rename(building: Path, folder: Path) -> bool:
-    """Put a finished folder in its place; False if the place is taken."""
-    try:
-        os.replace(building, folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        return False
-    return True
-
-
-def _cannot_write(cache_dir: Path, error: OSError, written: int) -> CdlmError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(cache_dir).free
-        return CdlmError(
-            f"no space left for the token store in {cache_dir}: {free:,} bytes free, more than {written:,} needed; "
-            "free some space or choose another cache folder"
-        )
-    reason = error.strerror or error
-    return CdlmError(f"cannot write the token store in {cache_dir} ({reason}); choose another cache folder")

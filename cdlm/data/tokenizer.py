@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
 EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"  # ids 0, 1, 2
 _SMALLEST = 256 + 3  # every byte and the special tokens
+LONGEST_WORD = 1000
+"""Characters without a boundary that training sees as one: it takes the square of their number, encoding does not."""
+_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 _FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # of a Hub repository, all that a tokenizer may be made of
 
 
@@ -22,7 +27,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTok
 
     Any Unicode text comes back unchanged from encoding and decoding: there is no normaliser and no added space. The
     special tokens are the end of a document (id 0), padding (1) and the mask (2). The same documents in the same order
-    give the same tokenizer.
+    give the same tokenizer. Of a word or a run of blanks that is longer than `LONGEST_WORD`, pieces are learned.
 
     Raises:
         CdlmError: The size is below 259 (bytes and special tokens), or the text has too few repetitions for it.
@@ -40,13 +45,22 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTok
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(documents, trainer)
+    backend.train_from_iterator(chain.from_iterable(map(_without_long_words, documents)), trainer)
     if (supported := backend.get_vocab_size()) < vocab_size:
         raise CdlmError(
             f"the text supports a vocabulary of {supported} tokens, {vocab_size} is too many: "
             f"set vocab_size to {supported} or less, or give more text"
         )
     return _wrap(backend)
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """The text in pieces, cut where a word or a run of blanks becomes too long."""
+    start = 0
+    for run in _LONG.finditer(text) if len(text) > LONGEST_WORD else ():
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def load_tokenizer(name_or_dir: str) -> "PreTrainedTokenizerFast":

@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from cdlm.core.checks import check_number
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import write_text
+from cdlm.core.files import read_json, write_text
+from cdlm.core.schema import Positive, checked
 from cdlm.halting.criterion import Criterion
 from cdlm.halting.losses import Loss
 
@@ -248,20 +249,37 @@ def _short(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
+class Tested(TypedDict):
+    """What is read of a trial."""
+
+    rule: str
+
+
+class Known(TypedDict):
+    """What is read of a calibration."""
+
+    settings: dict[str, Any]
+    rule: str
+    trials: NotRequired[list[Tested]]
+
+
+class Content(TypedDict):
+    """What halting.json holds."""
+
+    cdlm_halting: Positive
+    weights: str
+    calibrations: list[Known]
+
+
 def _read(folder: Path) -> dict[str, Any]:
-    file = folder / FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        version = content["cdlm_halting"]
-        if version not in range(1, VERSION + 1):
-            raise CdlmError(f"{file} is of version {version}, and this program reads up to {VERSION}: update cdlm")
-        items = [_current(item) if version == 1 else item for item in content["calibrations"]]
-        for item in items:
-            if not (isinstance(item["settings"], dict) and isinstance(item["rule"], str)):
-                raise ValueError("settings and rule of a calibration")
-        return {"weights": str(content["weights"]), "calibrations": items}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CdlmError(f"{file} cannot be read ({error!r}): delete it and run cdlm calibrate again") from error
+    file, advice = folder / FILE, "delete it and run cdlm calibrate again"
+    content = read_json(file, "a calibrated model")
+    version = content.get("cdlm_halting")
+    if type(version) is int and version > VERSION:
+        raise CdlmError(f"{file} is of version {version}, and this program reads up to {VERSION}: update cdlm")
+    checked(content, Content, str(file), advice)
+    items = [_current(item) if version == 1 else item for item in content["calibrations"]]
+    return {"weights": content["weights"], "calibrations": items}
 
 
 def _current(item: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,8 @@ from torch.nn import functional
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json, replacing, write_json
+from cdlm.core.schema import checked
+from cdlm.core.tensors import FLOATS, read_tensors, specs_of, write_tensors
 from cdlm.core.types import NewRows, StepState
 
 WEIGHTS, ABOUT = "halting_head.safetensors", "halting_head.json"
@@ -199,13 +201,11 @@ def _said(settings: Mapping[str, Any], names: Sequence[str]) -> str:
 
 def write_head(folder: Path, head: Head) -> str:
     """Write the head beside the weights, each file whole or not at all; returns its digest."""
-    from safetensors.torch import save_file
-
     tensors = {"mean": head.mean, "scale": head.scale}
     for number, (weight, bias) in enumerate(head.layers):
         tensors |= {f"layers.{number}.weight": weight, f"layers.{number}.bias": bias}
     with replacing(folder / WEIGHTS) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        write_tensors(temporary, specs_of(tensors), {name: (lambda v=value: v) for name, value in tensors.items()})
     digest = _digest(folder / WEIGHTS)
     about = {"cdlm_halting_head": VERSION, "digest": digest, "features": list(head.features), "weights": head.weights,
              "settings": head.settings, "report": head.report}  # fmt: skip
@@ -219,27 +219,40 @@ def read_head(folder: Path) -> tuple[Head, str]:
     Raises:
         CdlmError: there is none, or its files are damaged or of different heads.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not (folder / ABOUT).exists():
         raise CdlmError(f"{folder} has no {ABOUT}: train a halting head with cdlm train-halting RECORDINGS {folder}")
     about = read_json(folder / ABOUT, "a halting head")
     if about.get("cdlm_halting_head") != VERSION:
         raise CdlmError(f"{folder / ABOUT} is not of version {VERSION}, which this program reads: train the head again")
+    checked(about, About, str(folder / ABOUT), "it is damaged: train it again")
+    tensors = read_tensors(folder / WEIGHTS, "train it again")
+    digest = _digest(folder / WEIGHTS)
     try:
-        digest = _digest(folder / WEIGHTS)
         if digest != about["digest"]:
             raise ValueError(f"{WEIGHTS} is of another head")
-        head = _head(about, load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        head = _head(about, tensors)
+    except (KeyError, ValueError) as error:
         raise CdlmError(f"the halting head in {folder} is damaged ({error!r}): train it again") from error
     return head, digest
+
+
+class About(TypedDict):
+    """What `ABOUT` holds."""
+
+    digest: str
+    features: list[str]
+    weights: str
+    settings: dict[str, Any]
+    report: dict[str, Any]
 
 
 def _head(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
     """The head of these files; ValueError if they do not fit together."""
     names = tuple(about["features"])
+    if not names or set(names) - set(FEATURES) or len(set(names)) < len(names):
+        raise ValueError("features that there are not")
+    if any(value.dtype not in FLOATS or not value.isfinite().all() for value in tensors.values()):
+        raise ValueError("values that are not numbers")
     count = sum(name.endswith(".weight") for name in tensors)
     layers = tuple((tensors[f"layers.{i}.weight"], tensors[f"layers.{i}.bias"]) for i in range(count))
     widths = [len(names), *(len(bias) for _, bias in layers)]
@@ -249,11 +262,9 @@ def _head(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
         raise ValueError("shapes that do not fit")
     if not bool((tensors["scale"] > 0).all()):
         raise ValueError("a scale that is not above 0")
-    if set(names) - set(FEATURES) or not all(bool(part.isfinite().all()) for part in tensors.values()):
-        raise ValueError("features that there are not, or values that are not numbers")
     mean, scale = tensors["mean"].double(), tensors["scale"].double()
     exact = tuple((weight.double(), bias.double()) for weight, bias in layers)
-    return Head(names, mean, scale, exact, str(about["weights"]), dict(about["settings"]), dict(about["report"]))
+    return Head(names, mean, scale, exact, about["weights"], about["settings"], about["report"])
 
 
 def _digest(file: Path) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Int
 
-from cdlm.core.files import write_text
+from cdlm.core.errors import CdlmError, first_line
+from cdlm.core.files import replacing, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -82,10 +83,18 @@ def spans_where(mask: Bool[np.ndarray, " n"]) -> list[tuple[int, int]]:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the tokenizer's files, each whole or not at all."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as temporary:
-        tokenizer.save_pretrained(temporary)
-        for file in sorted(Path(temporary).iterdir()):
-            write_text(folder / file.name, file.read_text(encoding="utf-8"))
+    """Write the tokenizer's files, each whole or not at all, with no room needed elsewhere."""
+    with replacing(folder / "tokenizer.json") as last:
+        made = last.with_name("files")
+        try:
+            tokenizer.save_pretrained(made)
+        except OSError:
+            raise
+        except Exception as error:  # the library has a kind of its own for what the system refuses
+            raise CdlmError(
+                f"cannot write {folder / last.name} ({first_line(error)}); choose another folder"
+            ) from error
+        for file in sorted(made.iterdir()):
+            if file.name != last.name:
+                write_text(folder / file.name, file.read_text(encoding="utf-8"))
+        (made / last.name).rename(last)
