@@ -130,6 +130,22 @@ def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     return break_it
 
 
+def settle(**settings: Any) -> Callable[[Path], None]:
+    def break_it(folder: Path) -> None:
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+    return break_it
+
+
+def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
+    def break_it(folder: Path) -> None:
+        for change in changes:
+            change(folder)
+
+    return break_it
+
+
 def weigh(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
     def break_it(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -175,6 +191,13 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "config that is a list": (write("config.json", b"[]"), "not a JSON object"),
     "foreign config": (write("config.json", b'{"model_type": "gpt2"}'), "model_type is 'gpt2', expected one of"),
     "later format": (edit(lambda c: c.update(cdlm_format=99)), "cdlm_format 2"),
+    "ends of no kind": (edit(lambda c: c.update(ends="no")), "expected truth, got text in 'ends'"),
+    "texts that end without an end": (
+        both(edit(lambda c: c.update(ends=True)), settle(eos_token=None)),
+        "without an end-of-text token",
+    ),
+    "another mask": (edit(lambda c: c["model"].update(mask_id=1)), "has mask_id 1 and a tokenizer with 2"),
+    "settings of a tokenizer": (lambda f: settle(model_max_length={"a": 1})(f), "in 'model_max_length'"),
     "no model": (edit(lambda c: c.pop("model")), "model"),
     "model that is no object": (edit(lambda c: c.update(model=3)), "model"),
     "no length": (edit(lambda c: c.pop("length")), "length"),
@@ -202,7 +225,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "width of terabytes": (edit(lambda c: c["model"].update(width=2**20)), "config.json asks for"),
     "width that no tensor has": (edit(lambda c: c["model"].update(width=2**62)), "sizes that no model can have"),
     "length that no row has": (edit(lambda c: c.update(length=2**70)), "length"),
-    "mask beyond the vocabulary": (edit(lambda c: c["model"].update(mask_id=270)), "expected one of the 270 tokens"),
+    "mask beyond the vocabulary": (
+        edit(lambda c: c["model"].update(mask_id=270)),
+        "has mask_id 270 and a tok",
+    ),
     "nested settings": (
         write("config.json", b'{"cdlm_format": 2, "model": ' + b'{"a": ' * 50_000 + b"1" + b"}" * 50_001),
         "nested too deeply",

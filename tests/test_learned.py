@@ -251,7 +251,7 @@ def of_no_scale(folder: Path) -> None:
 def test_damaged_heads_are_refused_in_one_line(damage: Callable[[Path], None], tmp_path: Path) -> None:
     write_head(tmp_path / "head", golden())
     damage(tmp_path / "head")
-    with pytest.raises(CdlmError, match="damaged|train it again") as caught:
+    with pytest.raises(CdlmError, match=r"damaged|train it again") as caught:
         Learned(str(tmp_path / "head"), 0.5)
     assert "\n" not in str(caught.value)
 

@@ -132,7 +132,7 @@ def _wrong(path: Path, meta: Meta, tokens: np.ndarray, offsets: np.ndarray) -> s
 
 
 def _digest(offsets: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(offsets)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(offsets).data).hexdigest()
 
 
 def build_store(source: Source, split: Split, tokenizer: "PreTrainedTokenizerFast", cache_dir: Path) -> TokenStore:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdlm.core.errors import CdlmError, first_line
+from cdlm.models.foreign import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -74,8 +75,11 @@ def load_tokenizer(name_or_dir: str) -> "PreTrainedTokenizerFast":
 
     try:
         folder = name_or_dir if Path(name_or_dir).is_dir() else snapshot_download(name_or_dir, allow_patterns=_FILES)
+        check_tokenizer(Path(folder))
         with _only_errors():  # a config.json of a model that transformers does not know is no concern of ours
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except CdlmError:
+        raise
     except Exception as error:  # the Hub client, its HTTP library and the parsers each raise their own kinds
         raise CdlmError(
             f"no tokenizer could be loaded from {name_or_dir!r} ({first_line(error)}); give a folder with "

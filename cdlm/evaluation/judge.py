@@ -272,6 +272,7 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
         raise CdlmError(f"there is no file {path}: name a GGUF file of a causal language model")
     place = {"pretrained_model_name_or_path": path.absolute().parent, "gguf_file": path.name, "local_files_only": True}
     try:
+        _check_gguf(path)
         with redirect_stderr(StringIO()):  # a progress bar that no setting switches off
             tokenizer = _with_offsets(AutoTokenizer.from_pretrained(**place))
             loaded: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, output_loading_info=True)
@@ -281,6 +282,16 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
             f"expected a GGUF file of a causal language model that transformers can read at {path}, got"
             f" {type(error).__name__}: {_in_one_line(error)}"
         ) from error
+
+
+def _check_gguf(path: Path) -> None:
+    """Raise if a file asks for more layers than it has tensors: to build them would take forever."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    for name, said in reader.fields.items():
+        if name.endswith(".block_count") and int(said.contents()) > len(reader.tensors):
+            raise ValueError(f"{name} of {said.contents()} in a file of {len(reader.tensors)} tensors")
 
 
 def _file(path: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 from msgspec import Meta
 
-from cdlm.core.errors import CdlmError
+from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.schema import Whole, checked
 from cdlm.data import arithmetic
 from cdlm.data.sources import Source, csv_rows, jsonl_rows, parquet_rows, text_of, txt_documents
@@ -164,7 +164,7 @@ class Entry:
     length: Whole | None = None
     nfe: Whole | None = None
     budget: Whole | None = None
-    reason: str | None = None
+    reason: Literal["criterion", "full", "budget"] | None = None
     seed: Whole | None = None
     index: Whole | None = None
     sampling: str | None = None
@@ -188,8 +188,8 @@ def read_texts(path: Path) -> list[Entry]:
         found = [_entry(row, place) for place, row in READERS[path.suffix](path)]
     except OSError as error:
         raise CdlmError(
-            f"cannot read samples from {path} ({error.strerror or error}): name a file of texts, such as cdlm sample"
-            " --out writes"
+            f"cannot read samples from {path} ({error.strerror or first_line(error)}): name a file of texts, such as"
+            " cdlm sample --out writes"
         ) from error
     if not found:
         raise CdlmError(f"{path} holds no texts: write one a line, or draw some with cdlm sample --out")
@@ -208,7 +208,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _from_cell(name: str, cell: Any) -> Any:
-    if not cell or name not in FIELDS or FIELDS[name] == str | None:
+    if not cell or name not in FIELDS or name in ("reason", "sampling", "halt", "answer"):
         return cell or None
     try:
         return json.loads(cell)
@@ -232,7 +232,8 @@ FIELDS: Mapping[str, Any] = {
 """What an `Entry` has beside its text, and its kind."""
 COMMON = frozenset({"seed", "index", "sampling", "halt", "generated", "length", "answer"})
 """Fields whose names others use for other things: what is not right in them is passed over."""
-OWN: Any = TypedDict("OWN", {name: kind for name, kind in FIELDS.items() if name not in COMMON}, total=False)
+_OWN = {name: kind for name, kind in FIELDS.items() if name not in COMMON}
+OWN: Any = TypedDict("OWN", _OWN, total=False)  # pyright: ignore
 """The other fields."""
 ADVICE = "leave the field out or mend it"
 INSIDE = 3
@@ -256,13 +257,12 @@ def _fitting(entry: Entry, place: str) -> Entry:
         entry = replace(entry, given=_ordered(entry.given, len(entry.text), INSIDE, f"{place}, given"))
     if entry.tokens is None:  # what the others then mean is not known
         return replace(entry, generated=None)
-    if entry.generated is not None:
-        entry = replace(entry, generated=_ordered(entry.generated, len(entry.tokens), 0, f"{place}, generated"))
-    if entry.length is not None and entry.length < len(entry.tokens):
-        raise CdlmError(
-            f"{place}, 'length': expected at least its {len(entry.tokens)} tokens, got {entry.length}; {ADVICE}"
-        )
-    return entry
+    count = len(entry.tokens)
+    if entry.length is not None and entry.length < count:
+        raise CdlmError(f"{place}, 'length': expected at least its {count} tokens, got {entry.length}; {ADVICE}")
+    if entry.generated is None:
+        return entry
+    return replace(entry, generated=_ordered(entry.generated, count, 0, f"{place}, generated"))
 
 
 def _ordered(spans: list[tuple[int, int]], end: int, off: int, place: str) -> list[tuple[int, int]]:

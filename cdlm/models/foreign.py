@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json
@@ -62,6 +64,26 @@ def read_specs(folder: Path) -> dict[str, Spec]:
     return specs
 
 
+class TokenizerSettings(TypedDict, total=False):
+    """What is used of a tokenizer_config.json; it says more."""
+
+    model_max_length: Annotated[int, Meta(gt=0)] | Annotated[float, Meta(gt=0)]
+    bos_token: str | dict[str, Any] | None
+    eos_token: str | dict[str, Any] | None
+    unk_token: str | dict[str, Any] | None
+    pad_token: str | dict[str, Any] | None
+    mask_token: str | dict[str, Any] | None
+    clean_up_tokenization_spaces: bool | None
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise if the settings of a folder's tokenizer are there and are of other kinds: the library takes them as they
+    are. A place that they name is not looked at."""
+    file = folder / "tokenizer_config.json"
+    if file.exists():
+        checked(read_json(file, "a tokenizer"), TokenizerSettings, str(file), "copy it again")
+
+
 def check_folder(folder: Path) -> None:
     """Raise unless transformers can open a folder with nothing but what is in it, in the memory that its files need.
 
@@ -73,6 +95,7 @@ def check_folder(folder: Path) -> None:
     """
     if (folder / "adapter_config.json").exists():
         raise CdlmError(f"{folder} holds an adapter, which names another model: merge the two, and give the folder")
+    check_tokenizer(folder)
     config, specs = read_json(folder / "config.json", "a model of transformers"), read_specs(folder)
     for name, value in _settings(config):
         _check_setting(folder / "config.json", name, value, len(specs))

@@ -10,14 +10,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NotRequired, TypedDict, TypeVar
 
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import read_json, replacing, write_text
+from cdlm.core.schema import Positive, checked
 from cdlm.core.tensors import check_values, read_tensors, same_specs, specs_of, write_tensors
+from cdlm.models.foreign import check_tokenizer
 from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.session import Model
 from cdlm.sampling.texts import save_tokenizer, special_of
@@ -126,7 +129,12 @@ def read(path: Path, config: dict[str, Any] | None = None) -> Folder:
     tokenizer, vocab = read_tokenizer(path), config["model"].get("vocab")
     if isinstance(vocab, int) and vocab != len(tokenizer):
         raise CdlmError(f"{path} has weights of {vocab} tokens and a tokenizer of {len(tokenizer)}: copy both again")
-    ends = bool(config.get("ends", False))
+    ends, special = config.get("ends", False), special_of(tokenizer)
+    for name, there in (("mask_id", special.mask_id), ("eos_id", special.eos_id)):
+        if name in config["model"] and config["model"][name] != there:
+            raise CdlmError(f"{path} has {name} {config['model'][name]} and a tokenizer with {there}: copy both again")
+    if ends and special.eos_id is None:
+        raise CdlmError(f"{path} has texts that end, and a tokenizer without an end-of-text token: copy it again")
     return Folder(
         path, config["model"], int(config["length"]), ends, config.get("sampling", {}), renamed(weights),
         fingerprint_of(weights), tokenizer,
@@ -244,6 +252,15 @@ def locate(name: str | Path) -> Path:
         ) from error
 
 
+class Content(TypedDict):
+    """What a config.json of ours holds."""
+
+    cdlm_format: Positive
+    length: Annotated[int, Meta(ge=1, lt=2**31)]
+    ends: NotRequired[bool]
+    model: dict[str, Any]
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The config.json of a folder of ours: `model` rebuilds the system.
 
@@ -261,15 +278,10 @@ def checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise CdlmError(f"{file} has cdlm_format {written}, this version reads up to cdlm_format {FORMAT}: update cdlm")
     if written not in (1, FORMAT):
         raise CdlmError(f"{file} is not a model of this toolkit (cdlm_format {FORMAT}): train or convert one")
-    if not isinstance(config.get("model"), dict) or not _is_length(config.get("length")):
-        raise CdlmError(f"{file} lacks the settings 'model' or the number 'length', 1 to 2**31: copy it again")
+    checked(config, Content, str(file), "copy it again")
     if config["cdlm_format"] == 1:
         config["model"] = {RENAMED.get(name, name): value for name, value in config["model"].items()}
     return config
-
-
-def _is_length(value: object) -> bool:
-    return type(value) is int and 1 <= value < 2**31
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -304,6 +316,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
     if not (path / "tokenizer.json").exists():
         raise CdlmError(f"{path} has no tokenizer.json: copy the whole folder")
+    check_tokenizer(path)
     try:
         return PreTrainedTokenizerFast.from_pretrained(path, clean_up_tokenization_spaces=False)
     except Exception as error:  # transformers and tokenizers each raise their own kinds

@@ -126,7 +126,7 @@ class Recording:
         if found is None:
             raise CdlmError(f"{path} is no recording: write one with cdlm sample --record")
         if found != str(VERSION):
-            raise CdlmError(f"{path} is a recording of version {found}, this program reads {VERSION}: record again")
+            raise CdlmError(f"{path} is a recording of version {found:.9}, this program reads {VERSION}: record again")
         _check_columns(path, specs)
         columns = {name: value.numpy() for name, value in read_tensors(path, ADVICE).items()}
         recording = Recording._from(_header(path, header), columns)
@@ -142,11 +142,9 @@ class Recording:
         commits = Switches(*(columns[f"commit.{name}"] for name in Switches._fields)) if masked else None
         t, nfe = columns["t"], columns["nfe"]
         t = np.broadcast_to(t[:, None], nfe.shape) if t.ndim == 1 else t
-        return Recording(
-            Record(t, columns["nfe"], signals, switches, commits, columns.get("budget"), columns.get("ended")),
-            *(columns[name] for name in _REQUESTS),
-            **header,
-        )
+        record = Record(t, nfe, signals, switches, commits, columns.get("budget"), columns.get("ended"))
+        requests = {name: columns[name] for name in _REQUESTS}
+        return Recording(record=record, **requests, **header)
 
     def _wrong(self) -> str | None:
         """What the columns cannot hold, whose types and shapes are right; None if nothing is wrong."""
@@ -165,7 +163,10 @@ class Recording:
             "noise levels that are no numbers": bool((np.isfinite(record.t) & (record.t >= 0) | ~walking).all()),
             "budgets that are no number of its steps": record.budget is None
             or bool(((record.budget >= 1) & (record.budget <= record.steps)).all()),
-            "a prompt for each sample": len(self.prompts) in (0, len(self)),
+            "signals that are no numbers": not any(
+                bool((np.isnan(values).all(0) & (walking.sum(0) > 1)).any()) for values in record.signals.values()
+            ),
+            "prompts of other samples": len(self.prompts) in (0, len(self)),
         }
         wrong = [what for what, holds in right.items() if not holds]
         return wrong[0] if wrong else next(filter(None, map(self._wrong_changes, changes)), None)

@@ -14,7 +14,7 @@ from cdlm.core.files import read_json
 from cdlm.core.tensors import Spec, read_tensors, same_specs, specs_of
 from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.family import Family, Settings
-from cdlm.models.foreign import weight_files
+from cdlm.models.foreign import check_tokenizer, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -76,6 +76,7 @@ def read_tokenizer(folder: Path, family: Family, constants: Constants, rows: int
     if not any(all((folder / name).exists() for name in files) for files in sets):
         wanted = ", or ".join(" and ".join(files) for files in sets)
         raise CdlmError(f"the tokenizer of {folder} is incomplete, expected {wanted}: copy the whole folder")
+    check_tokenizer(folder)
     try:
         tokenizer = family.tokenizer.from_pretrained(folder, local_files_only=True, clean_up_tokenization_spaces=False)
     except Exception as error:  # transformers and tokenizers each raise their own kinds
