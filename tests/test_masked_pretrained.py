@@ -450,7 +450,7 @@ TOKENIZER_FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no words": ("llada", lambda f: (f / "tokenizer.json").unlink(), "incomplete, expected tokenizer.json"),
     "no merges": ("Dream", lambda f: (f / "merges.txt").unlink(), "vocab.json and merges.txt"),
     "broken words": ("llada", lambda f: truncate(f / "tokenizer.json"), "cannot be read"),
-    "broken settings": ("Dream", lambda f: truncate(f / "tokenizer_config.json"), "cannot be read"),
+    "broken settings": ("Dream", lambda f: truncate(f / "tokenizer_config.json"), "not valid JSON"),
 }
 
 
