@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
+
+import torch
 
 from cdlm.autoregressive.sampler import LeftToRight
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems import langflow
+from cdlm.core.checks import check_choice, shown
 from cdlm.core.devices import Precision, resolve_device
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json
@@ -32,6 +35,7 @@ from cdlm.runs import config as names
 from cdlm.runs.config import RunConfig
 from cdlm.runs.train import RunText
 from cdlm.sampling.loop import RunOptions
+from cdlm.sampling.prompts import Message, Prompt
 from cdlm.sampling.recordings import find_recording
 from cdlm.sampling.requests import Request, canvases
 from cdlm.sampling.samples import Samples
@@ -60,12 +64,19 @@ def load(
             what the weights are held in (as in their files).
         device_map: of foreign ones, how to divide them among devices, such as "auto".
     """
+    device = _device(device)
+    if precision is not None:
+        check_choice("a model", get_args(Precision), precision=precision)
     path = hub.locate(name)
     config = read_json(path / "config.json", "a finished training run")
     opens = next((foreign.open_folder for foreign in FOREIGN if foreign.opens(config)), _open_ours)
-    model = opens(path, config, device=resolve_device(device), precision=precision, device_map=device_map)
+    model = opens(path, config, device=device, precision=precision, device_map=device_map)
     model.hub_id = None if Path(name).is_dir() else str(name)
     return model
+
+
+def _device(device: str | torch.device) -> str:
+    return resolve_device(str(device) if isinstance(device, torch.device) else device)
 
 
 def _open_ours(
@@ -97,7 +108,9 @@ def open_session(
     Raises:
         CdlmError: a setting that there is not, or of another family; several devices for a model without a folder.
     """
-    place = resolve_device(device)
+    if type(devices) is not int:
+        raise CdlmError(f"devices is a number of processes, got {shown(devices)}")
+    place = _device(device)
     loaded = model if isinstance(model, Model) else load(model, device=place, precision=precision)
     chosen = sampling_of(loaded, sampling, settings)
     workers = None
@@ -266,7 +279,7 @@ def with_halt(
     Raises:
         CdlmError: there is no such rule, or none was calibrated for this model, sampling and length, or workload.
     """
-    if halt == "auto":
+    if isinstance(halt, str) and halt == "auto":
         folder = session.model.folder
         if folder is None:
             raise CdlmError('halt="auto" needs a model that was loaded from a folder: give a rule')
@@ -276,7 +289,7 @@ def with_halt(
 
 def generate(
     model: Model,
-    prompts: Iterable[str] | None = None,
+    prompts: Iterable[Prompt | Message] | None = None,
     *,
     n: int = 1,
     length: int | None = None,
@@ -288,13 +301,15 @@ def generate(
     progress: bool | None = None,
     new_tokens: int | None = None,
     chat: bool = False,
+    template: bool = True,
     **settings: Any,
 ) -> Samples:
     """Draw samples.
 
     Args:
         model: from `load` or `train`.
-        prompts: prefixes, or templates such as "The [8] sat on the [2]." whose numbers are tokens to generate.
+        prompts: prefixes, or templates such as "The [8] sat on the [2]." whose numbers are tokens to generate; the text
+            "[8]" is written as "\\[8]". With `chat` also conversations, `[{"role": "user", "content": "..."}, ...]`.
         n: samples of each prompt, or in all when there are none.
         length: positions of a sample; by default those of training.
         sampling: a `Diffusion`, an `Unmasking` or a `LeftToRight`. By default `model.sampling`: what the model's folder
@@ -307,7 +322,9 @@ def generate(
         record: keep per-step statistics of every sample, and of masked models every token that is committed.
         progress: show a bar; by default none is shown.
         new_tokens: of a masked model, positions after each prompt, in place of `length`.
-        chat: of a masked model, the prompts are a user's messages, put into its chat template.
+        chat: of a masked model, the prompts are a user's messages, or conversations, put into its chat template; what
+            is said is text, without holes.
+        template: if False, prompts are plain text, without holes.
         settings: what `sampling` is to have otherwise, under the names of the command line: `steps`; of continuous
             models `solver`, `grid`, `projection`, `softmax_temperature`, `score_temperature`, `guidance`,
             `init_scale`, `commit`, `reopen`; of masked models `policy`, `temperature`, `cfg_scale`, `cache`; of
@@ -317,11 +334,11 @@ def generate(
     Raises:
         CdlmError: a setting is out of range, unknown or of another family, or a prompt leaves nothing to generate.
     """
-    session = open_session(model, seed=seed, batch_size=batch_size, progress=bool(progress))
+    session = open_session(model, seed=seed, batch_size=batch_size, progress=False if progress is None else progress)
     session = session.with_sampling(sampling_of(session.model, sampling, settings))
     if warning := warning_of_commits(session):
         warnings.warn(warning, stacklevel=2)
-    requests = session.requests(prompts, n, length, new_tokens=new_tokens, chat=chat)
+    requests = session.requests(prompts, n, length, new_tokens=new_tokens, chat=chat, template=template)
     return with_halt(session, halt, requests).recorded(record).run(requests)
 
 

@@ -139,7 +139,7 @@ def sound(row: Row, request: Request, decoder: Setup, constants: Constants) -> N
     settled, told = 0, max((i for i, g in enumerate(given) if g), default=-1)
     for step, canvas in enumerate(row.canvases):
         assert all(old in (new, constants.mask_id) for old, new in zip(before, canvas, strict=True))
-        ends = [i for i, token in enumerate(canvas) if token == constants.eos_id and i > told]
+        ends = [i for i, token in enumerate(canvas) if token in constants.end_ids and i > told]
         if not settled and constants.mask_id not in canvas[: min(ends, default=len(canvas))]:
             settled = (step + 1) * decoder.sampling.calls
         assert row.reason != "full" or (constants.mask_id in canvas) == (step < len(row.canvases) - 1)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from masked_toys import EOS, EOT, MASK, PLAIN, Toy
 from toys import masked_with_tokenizer, tokenizer, with_tokenizer
 
 import cdlm
@@ -70,9 +71,9 @@ def test_only_what_follows_the_last_given_position_ends_a_text() -> None:
     tokens = np.array([[5, 0, 6, 7, 0, 8], [5, 6, 0, 0, 8, 9]])
     given = np.array([[True, False, True, False, False, False], [True, True, False, False, False, True]])
     valid = np.array([[True] * 6, [True, True, True, True, True, False]])  # the last is padding
-    shown = shown_of(tokens, given, valid, 0)
+    shown = shown_of(tokens, given, valid, (0,))
     assert shown.tolist() == [[True, True, True, True, False, False], [True, True, False, False, False, False]]
-    assert shown_of(tokens, given, valid, None).tolist() == valid.tolist()
+    assert shown_of(tokens, given, valid, ()).tolist() == valid.tolist()
 
 
 def test_in_packed_text_an_end_is_a_line_break_and_nothing_is_spent_after_it(model: MaskedDiffusion) -> None:
@@ -87,6 +88,24 @@ def test_in_packed_text_an_end_is_a_line_break_and_nothing_is_spent_after_it(mod
     for text, row, shown in zip(ended.texts, ended.tokens, ended.shown, strict=True):
         assert shown.sum() == (row.tolist().index(eos) if eos in row else len(row))
         assert text == tokenizer().decode(row[shown])
+
+
+def test_a_turn_ends_at_the_first_stop_token_of_any_kind() -> None:
+    """In texts, in what is settled, and in the calls after the end."""
+    toy = Toy(seed=4)
+    samples = cdlm.decode(toy, [[3], [4], [5, 6]], 10, n=6, temperature=2.0, policy="LLaDA(10)", record=True)
+    ends = [[i for i, token in enumerate(row) if token in (EOS, EOT)] for row in samples.tokens.tolist()]
+    found = {samples.tokens[i][end[0]] for i, end in enumerate(ends) if end}
+    assert found == {EOS, EOT}
+    assert samples.record is not None
+    for i, end in enumerate(ends):
+        first = end[0] if end else samples.tokens.shape[1]
+        assert samples.shown[i].tolist() == [bool(v) and j < first for j, v in enumerate(samples.valid[i])]
+        canvases = samples.record.canvases(samples.tokens, samples.given, mask_id=MASK)[:, i]
+        done = [MASK not in canvas[:first] and (not end or canvas[first] != MASK) for canvas in canvases]
+        assert samples.settled[i] <= done.index(True) + 1
+    assert samples.calls_after_end.max() > 0
+    assert Toy(PLAIN).end_ids == (EOS, EOT)
 
 
 def test_merged_shares_have_the_largest_budget(model: MaskedDiffusion) -> None:

@@ -427,6 +427,20 @@ def test_a_tokenizer_without_foreign_code(family: str, tmp_path: Path) -> None:
     assert chat == (llada if family == "llada" else dream)
 
 
+@both
+def test_a_cast_of_the_weights_is_refused(family: str) -> None:
+    model = open_checkpoint(TINY[family])
+    for refused_cast in (
+        model.half,
+        model.bfloat16,
+        model.float,
+        model.double,
+    ):
+        with pytest.raises(CdlmError, match=r'choose the precision where the model is loaded, .*precision="bf16"'):
+            refused_cast()
+    assert model.to("cpu") is model
+
+
 def test_dreams_tokenizer_in_one_file(tmp_path: Path) -> None:
     write_tokenizer(copy_of("Dream", tmp_path), "Dream")
     tokenizer = open_checkpoint(tmp_path).tokenizer

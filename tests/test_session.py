@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 import torch
 from masked_toys import Toy
 from oracle import Oracle
-from toys import langflow, masked_with_tokenizer, plaid, ssd, system, with_tokenizer
+from toys import autoregressive_with_tokenizer, langflow, masked_with_tokenizer, plaid, ssd, system, with_tokenizer
 
 import cdlm
 from cdlm import api
@@ -287,6 +287,16 @@ def precision_of(model: Model, _: int) -> str:
     return model.precision
 
 
+def test_a_run_is_of_requests_that_can_be_told_apart() -> None:
+    session = session_of("continuous")
+    one, two = requests_of("continuous", 2)
+    shorter = Request(5, torch.arange(N - 1), torch.arange(N - 1) < 1)
+    for requests, says in (([one, one], "the same index"), ([one, shorter], "one length, got 5 and 6")):
+        with pytest.raises(CdlmError, match=says):
+            session.run(requests)
+    assert session.run((one, two)).index.tolist() == [0, 1]
+
+
 def test_prompts_may_come_from_anything_that_lists_texts() -> None:
     for kind in ("continuous", "masked"):
         session, texts = api.open_session(speaking(kind)), ["the", "a cat"]
@@ -403,7 +413,7 @@ ILL_TYPED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("continuous", {"score_temperature": "cold"}, "score_temperature to be a number, got 'cold'"),
     ("continuous", {"solver": 3}, "3 is no solver"),
     ("continuous", {"seed": 0.5}, "number seed >= 0, got 0.5"),
-    ("continuous", {"batch_size": 2.5}, "batch_size must be >= 1, got 2.5"),
+    ("continuous", {"batch_size": 2.5}, "batch_size must be >= 1 and at most 1,000,000, got 2.5"),
     ("continuous", {"n": 2.5}, "n is the number of samples and must be >= 1, got 2.5"),
     ("continuous", {"length": "long"}, "length is the number of tokens of a sample and must be >= 1, got 'long'"),
     ("continuous", {"prompts": "the cat"}, "prompts is a list of texts, got the text 'the cat'"),
@@ -453,6 +463,30 @@ def test_settings_of_a_wrong_kind_are_refused_in_one_line(answers: list[list[str
     assert kind == "CdlmError", message
     assert ILL_TYPED[case][2] in message
     assert "\n" not in message
+
+
+# --- casts ---
+
+OURS = (with_tokenizer, masked_with_tokenizer, autoregressive_with_tokenizer)
+
+
+@pytest.mark.parametrize("make", OURS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, "meta"], ids=str)
+def test_weights_that_were_cast_are_refused_before_they_are_used(make: Callable[[], Any], cast: Any) -> None:
+    model = make()
+    session = api.open_session(model)
+    requests = session.requests()
+    model.to(cast)
+    calls = (lambda: cdlm.generate(model), lambda: session.run(requests), lambda: session.with_seed(1))
+    for call in calls if cast != "meta" else calls[:1]:
+        with pytest.raises(CdlmError, match=r'expected float32: take model.float\(\); .* with precision="bf16"'):
+            call()
+
+
+@pytest.mark.parametrize("make", OURS, ids=lambda make: make.__name__)
+def test_float64_is_as_good_as_float32(make: Callable[[], Any]) -> None:
+    assert len(cdlm.generate(make().double(), length=3)) == 1
+    assert cdlm.generate(make().half().float(), length=3).tokens.shape == (1, 3)
 
 
 # --- how a model is sampled ---
@@ -575,3 +609,26 @@ def test_a_calibration_of_weights_without_a_name_is_refused(tmp_path: Path, weig
     (tmp_path / "halting.json").write_text(json.dumps({"cdlm_halting": 1, "weights": weights, "calibrations": []}))
     with pytest.raises(CdlmError):
         cdlm.generate(cdlm.load(tmp_path, device="cpu"), halt="auto")
+
+
+@pytest.fixture(scope="module")
+def odd_calls() -> list[tuple[str, str, bool, str, str]]:
+    """Each public call with each odd value, in a process without the type checks of these tests."""
+    here = Path(__file__).parent
+    paths = {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(here / "odd_calls.py")], capture_output=True, text=True, check=True,
+        env={**os.environ, **paths},
+    )  # fmt: skip
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def test_no_odd_argument_is_anything_but_refused_in_one_line(odd_calls: list[tuple[str, str, bool, str, str]]) -> None:
+    assert len(odd_calls) > 2000
+    wrong = []
+    for call, value, right, kind, says in odd_calls:
+        no_place = call == "samples item" and kind == "IndexError"  # as of every sequence
+        if kind != ("" if right else "CdlmError") and not no_place:
+            wrong.append((call, value, kind, says))
+    assert not wrong, wrong[:40]
+    assert not [says for *_, says in odd_calls if "\n" in says or len(says) > 700]

@@ -161,7 +161,7 @@ class LeftToRightLoop(Loop[LeftToRightRows]):
         open_ = live.open
         state = StepState(live.row, live.step, live.budget, open_.sum(1).double() / live.budget, live.step + 1, open_)
         drawn = self._draw(live)
-        ended = torch.zeros_like(drawn, dtype=torch.bool) if self.model.end_id is None else drawn == self.model.end_id
+        ended = torch.isin(drawn, torch.tensor(self.model.end_ids, dtype=drawn.dtype, device=self.device))
         here = torch.arange(open_.shape[1], device=self.device) == live.at[:, None]
         tokens = torch.where(here | (ended[:, None] & open_), drawn[:, None], live.tokens)
         done = ended | (live.step == live.budget - 1)

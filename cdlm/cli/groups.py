@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cdlm.api import open_session
-from cdlm.core.checks import check_whole
+from cdlm.core.checks import check_whole, shown
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import reading
+from cdlm.data.sources import jsonl_rows
 from cdlm.evaluation.bench import JUDGED
 from cdlm.evaluation.plots.figure import check_plot_path
 from cdlm.halting.calibration import Goal
+from cdlm.sampling.prompts import Prompt, check_unicode, checked_messages
 from cdlm.sampling.samples import check_extension
 from cdlm.sampling.session import Session
 
@@ -39,15 +41,18 @@ class PromptOptions:
     n: int = 8
     """Samples, of each prompt if there are any."""
     prompt: str | None = None
-    """A prefix, or a template such as "The [8] sat on the [2]." whose numbers are tokens to generate."""
+    """A prefix, or a template such as "The [8] sat on the [2]." whose numbers are tokens to generate; the text "[8]" is
+    written as "\\[8]"."""
     prompts: Path | None = None
-    """File with one prompt a line."""
+    """File with one prompt a line; in a .jsonl file {"prompt": "..."} or, with chat, {"messages": [...]}."""
     length: int | None = None
     """Tokens of a sample; by default as in training."""
     new_tokens: int | None = None
     """Of a masked model, tokens after each prompt, in place of length."""
     chat: bool = False
-    """Of a masked model, the prompts are a user's messages, put into its chat template."""
+    """Of a masked model, the prompts are a user's messages, or conversations, put into its chat template."""
+    template: bool = True
+    """Numbers in brackets are tokens to generate; if not, prompts are plain text."""
     workload: str | None = None
     """In place of prompts, samples that differ, from the text that the run holds out: "MixedPrompts()",
     "MixedLengths()" or, of a run on arithmetic problems, "Arithmetic()"."""
@@ -58,10 +63,11 @@ class PromptOptions:
         others = [
             n for n in ("prompt", "prompts", "length", "new_tokens", "chat") if getattr(self, n) not in (None, False)
         ]
+        others += [] if self.template else ["no-template"]
         if self.workload is not None and others:
             raise CdlmError(f"a workload has prompts and lengths of its own: leave out {' and '.join(others)}")
 
-    def texts(self) -> list[str] | None:
+    def texts(self) -> list[Prompt] | None:
         """The prompts; None if there are none.
 
         Raises:
@@ -74,13 +80,32 @@ class PromptOptions:
         return None if self.prompts is None else read_prompts(self.prompts)
 
 
-def read_prompts(file: Path) -> list[str]:
-    """The lines of a text file that hold something."""
+def read_prompts(file: Path) -> list[Prompt]:
+    """The lines of a text file that hold something; of a .jsonl file the prompt or the messages of each.
+
+    Raises:
+        CdlmError: the file cannot be read, it holds none, or a line is something else.
+    """
     with reading(file, "give a text file, one prompt a line"):
-        found = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = file.read_text(encoding="utf-8").split("\n")
+    found: list[Prompt] = [line for line in lines if line.strip()]
     if not found:
         raise CdlmError(f"{file} holds no prompts: write one a line")
-    return found
+    return found if file.suffix != ".jsonl" else [_prompt_of(place, value) for place, value in jsonl_rows(file)]
+
+
+def _prompt_of(place: str, value: Any) -> Prompt:
+    """What a line of a .jsonl file asks for."""
+    fields_ = set(value) if isinstance(value, dict) else set()
+    try:
+        if fields_ == {"messages"}:
+            return checked_messages(value["messages"])
+        if fields_ == {"prompt"} and isinstance(value["prompt"], str):
+            check_unicode(value["prompt"], "the prompt")
+            return value["prompt"]
+    except CdlmError as error:
+        raise CdlmError(f"{place}: {error}") from error
+    raise CdlmError(f'{place}: expected {{"prompt": "a text"}} or {{"messages": [...]}}, got {shown(value)}')
 
 
 @dataclass(frozen=True)

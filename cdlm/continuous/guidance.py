@@ -122,6 +122,8 @@ class Guidance(Settings):
 
     def __post_init__(self) -> None:
         check_object("Guidance", Projection, projection=self.projection)
+        if self.control is not None:
+            check_object("Guidance", Control, control=self.control)
         softmax, score = self.softmax_temperature, self.score_temperature
         hint = "1 leaves the model as it is"
         check_number("Guidance", above=0.0, softmax_temperature=softmax, score_temperature=score, hint=hint)

@@ -177,7 +177,7 @@ PARTS: Mapping[str, Callable[[Any], Any]] = {
     "solver": SOLVERS.parse,
     "grid": GRIDS.parse,
     "projection": PROJECTIONS.parse,
-    "commit": lambda text: None if str(text).strip() == "none" else parse_policy(text),
+    "commit": lambda text: None if isinstance(text, str) and text.strip() == "none" else parse_policy(text),
 }
 """Flat settings that are objects, and what reads their text."""
 BEGINNINGS = (0.75, 0.6, 0.5)

@@ -59,6 +59,13 @@ def check_number(
             raise _error(f"{owner} needs a {finite}number {expected}", value, hint)
 
 
+def check_flag(owner: str, /, **settings: object) -> None:
+    """Raise unless each setting is True or False."""
+    for name, value in settings.items():
+        if not isinstance(value, bool):
+            raise _error(f"{owner} needs {name} to be True or False", value, "")
+
+
 def check_choice(owner: str, choices: Collection[object], /, *, hint: str = "", **settings: object) -> None:
     """Raise unless each setting is one of the choices."""
     for name, value in settings.items():
@@ -97,10 +104,13 @@ def _error(expected: str, value: object, hint: str) -> CdlmError:
 
 
 def shown(value: object, most: int = 80) -> str:
-    """How a value looks in a message: not too long, and whatever it is."""
+    """A value as errors show it: in one line, and short."""
     if type(value) is int and value.bit_length() > 128:  # too long to be written out
         return f"a number of {value.bit_length()} bits"
-    text = repr(value)
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # whatever another's repr raises
+        text = f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}..."
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cdlm.core.checks import MOST_DEVICES, MOST_SAMPLES, check_whole
+from cdlm.core.checks import MOST_DEVICES, MOST_SAMPLES, check_whole, shown
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.progress import announce
 
@@ -21,6 +21,8 @@ def resolve_device(device: str) -> str:
     """
     import torch
 
+    if not isinstance(device, str):
+        raise _unusable(device, "it is named by a text")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -34,8 +36,8 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def _unusable(device: str, reason: str) -> CdlmError:
-    return CdlmError(f"device {device!r} cannot be used ({reason}); use auto, or cpu")
+def _unusable(device: object, reason: str) -> CdlmError:
+    return CdlmError(f"device {shown(device)} cannot be used ({reason}); use auto, or cpu")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ class CdlmError(Exception):
     exit_code = 2
     """Of the command line."""
 
+    def __init__(self, line: str = ""):
+        super().__init__(" ".join(line.splitlines()))  # of what came there may be several
+
 
 def first_line(error: Exception) -> str:
     """What another library's error says, in one line without a full stop."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 
+from cdlm.core.checks import MOST_DEVICES, shown
 from cdlm.core.errors import CdlmError, first_line
 
 M = TypeVar("M")
@@ -34,8 +35,10 @@ class Workers(Generic[M]):
     """
 
     def __init__(self, open_: Callable[[str], M], devices: int, device: str = "cpu"):
-        if type(devices) is not int or devices < 1:
-            raise CdlmError(f"devices is a number of processes and must be >= 1, got {devices!r}")
+        if type(devices) is not int or not 1 <= devices <= MOST_DEVICES:
+            raise CdlmError(
+                f"devices is a number of processes, must be >= 1 and at most {MOST_DEVICES}, got {shown(devices)}"
+            )
         if devices > 1 and ":" in device:
             raise CdlmError(f"several devices need a kind of device, got {device!r}: say {device.split(':')[0]!r}")
         context = multiprocessing.get_context("spawn")

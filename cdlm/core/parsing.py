@@ -57,13 +57,18 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         """
         if isinstance(text, self.kind):
             return text
+        if not isinstance(text, str):
+            raise self._no(text)
         try:
-            made = self.build(self.tree(str(text)))
+            made = self.build(self.tree(text))
         except (RecursionError, MemoryError) as error:
-            raise self._unreadable(str(text)) from error
+            raise self._unreadable(text) from error
         if not isinstance(made, self.kind):
-            raise CdlmError(f"{shown(text)} is no {self.what}: write one of {', '.join(self)} with its arguments")
+            raise self._no(text)
         return made
+
+    def _no(self, value: object) -> CdlmError:
+        return CdlmError(f"{shown(value)} is no {self.what}: write one of {', '.join(self)} with its arguments")
 
     def tree(self, text: str) -> ast.expr:
         """The syntax tree of a text."""

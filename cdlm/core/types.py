@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cdlm.core.checks import check_flag, shown
 from cdlm.core.errors import CdlmError
 
 T = TypeVar("T")
@@ -75,12 +76,20 @@ class Constants:
     eot_id: int | None = None
     shift: bool = False
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Stop tokens: the ends of a text and of a turn, where there are any."""
+        return tuple(end for end in (self.eos_id, self.eot_id) if end is not None)
+
     def __post_init__(self) -> None:
+        check_flag("Constants", shift=self.shift)
         for name in ("mask_id", "eos_id", "eot_id"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value < 0):
-                raise CdlmError(f"{name} is a token, a whole number >= 0, got {value!r}")
-            if value is not None and name != "mask_id" and value == self.mask_id:
+            if value is None and name != "mask_id":
+                continue
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise CdlmError(f"{name} is a token, a whole number >= 0, got {shown(value)}")
+            if name != "mask_id" and value == self.mask_id:
                 raise CdlmError(f"{name} and mask_id are both {value}: the mask must be a token of its own")
 
 

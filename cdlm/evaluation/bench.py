@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -104,9 +104,9 @@ class Scorer:
     """
 
     def __init__(
-        self, judge: Judge | Callable[[], Judge], tokenizer: PreTrainedTokenizerFast, eos_id: int | None = None
+        self, judge: Judge | Callable[[], Judge], tokenizer: PreTrainedTokenizerFast, end_ids: Collection[int] = ()
     ):
-        self._judge, self.tokenizer, self.eos_id = judge, tokenizer, eos_id
+        self._judge, self.tokenizer, self.end_ids = judge, tokenizer, end_ids
         self.known: dict[tuple[bytes, bytes], tuple[float, float]] = {}
         self.real: dict[Part, RealSample] = {}
         """Real text that was judged; the benches of both halves share it."""
@@ -120,7 +120,7 @@ class Scorer:
         self, tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"]
     ) -> Scores:
         """Nats and judged tokens of each sample up to its end; what was given is context and is not scored."""
-        valid = shown_of(tokens, given, valid, self.eos_id)
+        valid = shown_of(tokens, given, valid, self.end_ids)
         keys = [
             (row[real].tobytes(), part[real].tobytes()) for row, part, real in zip(tokens, given, valid, strict=True)
         ]
@@ -168,7 +168,7 @@ class Bench:
         else:
             full = FullRun.of(recording)
         model = session.model
-        scorer = Scorer(judge, model.need_tokenizer(), model.end_id)
+        scorer = Scorer(judge, model.need_tokenizer(), model.end_ids)
         return Bench(session, requests, full, recording, scorer, text, work=work)
 
     def halves(self) -> tuple[Bench, Bench]:
@@ -302,7 +302,7 @@ class Bench:
     def shown(self, outcome: Outcome) -> Bool[np.ndarray, "m n"]:
         """Positions that are text."""
         m, full = len(outcome.tokens), self.full_run
-        return shown_of(outcome.tokens, full.given[:m], full.valid[:m], self.scorer.eos_id)
+        return shown_of(outcome.tokens, full.given[:m], full.valid[:m], self.scorer.end_ids)
 
     def lines(self, outcome: Outcome) -> list[list[int]]:
         """Tokens of the samples, of each up to its end."""

@@ -69,6 +69,6 @@ def _ended(bench: Bench, step: Int[np.ndarray, " m"]) -> Outcome:
 
 def _grain(bench: Bench) -> int:
     """A number of units of which each sample's token is a whole number, if a small one is known."""
-    if bench.scorer.eos_id is not None:  # samples count up to an end that is another at each step
+    if bench.scorer.end_ids:  # samples count up to an end that is another at each step
         return FINEST
     return min(FINEST, math.lcm(*(~bench.full_run.given).sum(1).clip(min=1).tolist()))

@@ -16,7 +16,7 @@ def parse_criterion(rule: str | Criterion | None) -> Criterion:
     Raises:
         CdlmError: the text is no rule.
     """
-    if rule == "auto":
+    if isinstance(rule, str) and rule == "auto":
         raise CdlmError("auto is a rule that was calibrated for a model and its sampler: here, name the rule itself")
     return Never() if rule is None else RULES.parse(rule)
 

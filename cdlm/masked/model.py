@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cdlm.core.checks import check_object, shown
+from cdlm.core.devices import resolve_device
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Constants
 from cdlm.sampling.session import Model, Sampling
@@ -45,8 +47,8 @@ class MaskedModel(Model):
         return self.constants.mask_id
 
     @property
-    def end_id(self) -> int | None:
-        return self.constants.eos_id if self.ends else None
+    def end_ids(self) -> tuple[int, ...]:
+        return self.constants.end_ids if self.ends else ()
 
     @abstractmethod
     def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
@@ -64,13 +66,17 @@ class Function(MaskedModel):
     """A masked model that is a plain function; its logits may be of any precision and are read as float32 or more."""
 
     batch_size = 64
+    reads_names = True
 
     def __init__(
         self, logits_fn: LogitsFn, constants: Constants, tokenizer: PreTrainedTokenizerFast | None = None,
         device: torch.device | str = "cpu",
     ):  # fmt: skip
+        if not callable(logits_fn) or isinstance(logits_fn, type):
+            raise CdlmError(f"a function of tokens was expected, got {shown(logits_fn)}")
+        check_object("a function of tokens", Constants, constants=constants)
         self.logits_fn, self.constants, self.tokenizer = logits_fn, constants, tokenizer
-        self._device = torch.device(device)
+        self._device = torch.device(resolve_device(str(device) if isinstance(device, torch.device) else device))
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +128,7 @@ def as_masked_model(model: LogitsFn | MaskedModel, constants: Constants | None) 
         if constants is not None:
             raise CdlmError("the model knows its own constants: leave them out")
         return model
-    if isinstance(model, Model) or not callable(model):
+    if isinstance(model, Model | type) or not callable(model):
         raise CdlmError(f"decode needs a masked model or a function of tokens, got a {type(model).__name__}")
     if constants is None:
         raise CdlmError("a model that is a function needs its constants: Constants(mask_id), the token of the mask")

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cdlm.core.checks import check_number, check_object
+from cdlm.core.checks import check_number, check_object, shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise
 from cdlm.core.trees import blank
@@ -23,7 +23,8 @@ from cdlm.policies import parse_policy
 from cdlm.policies.llada import LLaDA
 from cdlm.policies.policy import Choice, Plan, Policy, View, enter, plan_of
 from cdlm.sampling.loop import Loop, RunOptions
-from cdlm.sampling.requests import Request, canvases, encode_prompt, stack_masks
+from cdlm.sampling.prompts import encode_prompt, text_of_prompt
+from cdlm.sampling.requests import Asked, Request, canvases, stack_masks
 from cdlm.sampling.session import Model, Sampling
 
 
@@ -79,8 +80,8 @@ class Unmasking(Sampling):
             self._check_cache()
 
     def _check_cache(self) -> None:
-        if self.cache not in ("prefix", "dual"):
-            raise CdlmError(f"cache must be prefix, dual or None, got {self.cache!r}")
+        if not isinstance(self.cache, str) or self.cache not in ("prefix", "dual"):
+            raise CdlmError(f"cache must be prefix, dual or None, got {shown(self.cache)}")
         if not self.policy.tokenwise:
             raise CdlmError(f"{self.policy!r} reads whole rows at every step: decode without a cache")
         if self.cfg_scale > 0:
@@ -138,16 +139,16 @@ class Unmasking(Sampling):
     def length_of(self, requests: Sequence[Request]) -> int:
         return max(int((~request.given).sum()) for request in requests)
 
-    def requests(
-        self, model: Model, prompts: list[str] | None, n: int, length: int | None, new_tokens: int | None, chat: bool
-    ) -> list[Request]:
-        if model.whole_rows and new_tokens is None and not chat:
-            return super().requests(model, prompts, n, length, new_tokens, chat)
-        if length is not None or new_tokens is None:
+    def requests(self, model: Model, asked: Asked) -> list[Request]:
+        if model.whole_rows and asked.new_tokens is None and not asked.chat:
+            return super().requests(model, asked)
+        if asked.length is not None or asked.new_tokens is None:
             raise CdlmError("new_tokens is the number of positions after each prompt: give it, and no length beside it")
-        texts, tokenizer = [""] if prompts is None else prompts, model.need_tokenizer()
-        made = canvases([encode_prompt(tokenizer, text, chat) for text in texts], new_tokens, n)
-        return [replace(request, prompt=texts[i // n]) for i, request in enumerate(made)]
+        prompts, tokenizer = asked.prompts or [""], model.need_tokenizer()
+        how = {"chat": asked.chat, "template": asked.template, "names": model.reads_names}
+        rows = [encode_prompt(tokenizer, prompt, **how) for prompt in prompts]
+        made, texts = canvases(rows, asked.new_tokens, asked.n), [text_of_prompt(prompt) for prompt in prompts]
+        return [replace(request, prompt=texts[i // asked.n]) for i, request in enumerate(made)]
 
     def loop(self, model: Any, options: RunOptions, batch_size: int) -> UnmaskingLoop:
         return UnmaskingLoop(model, self, options, batch_size, model.device)
@@ -366,7 +367,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
 
     def _check(self, logits: Tensor, tokens: Int[Tensor, "b n"]) -> None:
         constants = self.model.constants
-        most = max(int(tokens.max()), constants.mask_id, constants.eos_id or 0, constants.eot_id or 0)
+        most = max(int(tokens.max()), constants.mask_id, *constants.end_ids)
         if logits.ndim != 3 or logits.shape[:2] != tokens.shape or logits.shape[2] <= most:
             raise CdlmError(
                 f"the model gave logits of shape {list(logits.shape)}, expected {list(tokens.shape)} and a vocabulary"
@@ -418,12 +419,12 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
 
     def _settled(self, live: UnmaskingRows, tokens: Int[Tensor, "b n"]) -> Int[Tensor, " b"]:
         place = torch.arange(tokens.shape[1], device=tokens.device)
-        eos = self.model.end_id
+        ends = torch.tensor(self.model.end_ids, dtype=tokens.dtype, device=tokens.device)
         real = live.given if live.valid is None else live.given & live.valid
         given_last = torch.where(real, place, -1).amax(
             1, keepdim=True
         )  # what is given after a hole belongs to the text
-        found = (tokens == eos) & (place > given_last) if eos is not None else torch.zeros_like(real)
+        found = torch.isin(tokens, ends) & (place > given_last)
         end = torch.where(found, place, tokens.shape[1]).amin(1, keepdim=True)
         ready = ~((tokens == self.model.constants.mask_id) & (place < end)).any(1)
         return torch.where(ready & (live.settled == 0), live.nfe, live.settled)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NotRequired, TypedDict, TypeVar
@@ -22,6 +22,7 @@ from cdlm.core.schema import Positive, checked
 from cdlm.core.tensors import check_values, read_tensors, same_specs, specs_of, write_tensors
 from cdlm.models.foreign import check_tokenizer
 from cdlm.sampling.loop import RunOptions
+from cdlm.sampling.prompts import Prompt
 from cdlm.sampling.session import Model
 from cdlm.sampling.texts import save_tokenizer, special_of
 
@@ -51,11 +52,20 @@ class Pretrained(nn.Module, Model):
         return next(self.parameters()).device
 
     @property
-    def end_id(self) -> int | None:
-        return special_of(self.tokenizer).eos_id if self.ends and self.tokenizer is not None else None
+    def end_ids(self) -> tuple[int, ...]:
+        return special_of(self.tokenizer).end_ids if self.ends and self.tokenizer is not None else ()
 
-    def tokenizer_for(self, prompts: list[str] | None) -> PreTrainedTokenizerFast:
+    def tokenizer_for(self, prompts: Sequence[Prompt] | None) -> PreTrainedTokenizerFast:
         return self.need_tokenizer()  # it was trained on text
+
+    def check_weights(self) -> None:
+        for weight in self.parameters():
+            if weight.dtype not in (torch.float32, torch.float64) or weight.is_meta:
+                place = "nowhere (meta)" if weight.is_meta else str(weight.dtype).removeprefix("torch.")
+                raise CdlmError(
+                    f"the weights of {self.name} are {place}, expected float32: take model.float(); for faster"
+                    ' arithmetic load the model with precision="bf16"'
+                )
 
     def need_fingerprint(self) -> str:
         return self.fingerprint or fingerprint_of(self.state_dict())

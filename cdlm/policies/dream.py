@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cdlm.core.checks import check_choice, check_number, check_whole
+from cdlm.core.checks import MOST_STEPS, check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import ORDER
 from cdlm.core.types import Constants
@@ -56,7 +56,8 @@ class Dream(Policy):
 
     def __post_init__(self) -> None:
         check_choice("Dream", ALGORITHMS, alg=self.alg)
-        check_whole("Dream", optional=True, steps=self.steps, block=self.block, top_k=self.top_k)
+        check_whole("Dream", optional=True, largest=MOST_STEPS, steps=self.steps)
+        check_whole("Dream", optional=True, block=self.block, top_k=self.top_k)
         check_number("Dream", least=0.0, most=1.0, eps=self.eps)
         check_number("Dream", least=0.0, most=1.0, optional=True, top_p=self.top_p)
         check_number("Dream", least=0.0, infinite=True, optional=True, alg_temp=self.alg_temp)
@@ -161,7 +162,7 @@ class DreamThreshold(Policy):
     tau: float = 0.9
 
     def __post_init__(self) -> None:
-        check_whole("DreamThreshold", steps=self.steps)
+        check_whole("DreamThreshold", largest=MOST_STEPS, steps=self.steps)
         check_number("DreamThreshold", least=0.0, infinite=True, tau=self.tau)
 
     def check(self, length: int, constants: Constants) -> None:

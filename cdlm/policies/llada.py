@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cdlm.core.checks import check_choice, check_whole
+from cdlm.core.checks import MOST_STEPS, check_choice, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import ORDER
 from cdlm.core.types import Constants
@@ -47,7 +47,8 @@ class LLaDA(Policy):
     block_quota: bool = False
 
     def __post_init__(self) -> None:
-        check_whole("LLaDA", optional=True, steps=self.steps, block=self.block)
+        check_whole("LLaDA", optional=True, largest=MOST_STEPS, steps=self.steps)
+        check_whole("LLaDA", optional=True, block=self.block)
         check_choice("LLaDA", ("low_confidence", "random"), remasking=self.remasking)
 
     @property

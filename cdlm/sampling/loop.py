@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from cdlm.core.checks import check_object, check_whole
+from cdlm.core.checks import check_object, check_whole, shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.trees import join, take
 from cdlm.core.types import LoopStep
 from cdlm.halting import Criterion, Never
 from cdlm.halting.signals import check_signals
+from cdlm.sampling.prompts import MOST_SAMPLES
 from cdlm.sampling.requests import Request
 
 
@@ -57,12 +58,17 @@ class HasRows(Protocol):
 L = TypeVar("L", bound=HasRows)
 
 
+def check_batch_size(size: object) -> None:
+    """Raise unless it is a number of rows."""
+    if type(size) is not int or not 1 <= size <= MOST_SAMPLES:
+        raise CdlmError(f"batch_size must be >= 1 and at most {MOST_SAMPLES:,}, got {shown(size)}")
+
+
 class Loop(ABC, Generic[L]):
     """One run, at most `batch_size` rows at a time; subclasses say what a step is."""
 
     def __init__(self, options: RunOptions, batch_size: int, device: torch.device | str = "cpu"):
-        if type(batch_size) is not int or batch_size < 1:
-            raise CdlmError(f"batch_size must be >= 1, got {batch_size!r}")
+        check_batch_size(batch_size)
         self.options, self.batch_size, self.device = options, batch_size, torch.device(device)
 
     @abstractmethod

@@ -60,8 +60,11 @@ def _vocab(session: Session) -> int | None:
 
 def recorded_settings(session: Session, length: int) -> dict[str, object]:
     """What fixes the recorded steps of samples of that length, beside seed and prompts."""
-    ends = {"ends": True} if session.model.ends else {}
-    return {**session.settings, "length": length, "precision": session.model.precision, **ends}
+    model, ends = session.model, {}
+    if model.ends:
+        known = () if model.tokenizer is None else special_of(model.tokenizer).end_ids
+        ends = {"ends": True if set(model.end_ids) <= set(known) else list(model.end_ids)}
+    return {**session.settings, "length": length, "precision": model.precision, **ends}
 
 
 def write_recording(recording: Recording, session: Session, folder: Path) -> Path:
@@ -123,8 +126,7 @@ def _full(recording: Recording, run: Replayed, criterion: Criterion) -> Bool[np.
 
 def replayed(recording: Recording, criterion: Criterion, tokenizer: PreTrainedTokenizerFast) -> Samples:
     """The samples that a live run with the rule would have given."""
-    run, eos = replay(recording, criterion), special_of(tokenizer).eos_id
-    ends = eos if recording.settings.get("ends") else None
+    run, ends = replay(recording, criterion), ends_of_recording(recording, tokenizer)
     shown = shown_of(run.tokens, recording.given, recording.valid, ends)
     full = ~run.halted & _full(recording, run, criterion)
     reasons = [
@@ -150,6 +152,13 @@ def replayed(recording: Recording, criterion: Criterion, tokenizer: PreTrainedTo
         prompts=list(recording.prompts),
         made_by={**_made_by(recording), "halt": repr(criterion)},
     )
+
+
+def ends_of_recording(recording: Recording, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Stop tokens of the recorded texts: those that the settings list, or where they say that there are the
+    tokenizer's."""
+    ends = recording.settings.get("ends", False)
+    return tuple(ends) if isinstance(ends, list) else special_of(tokenizer).end_ids if ends else ()
 
 
 def _made_by(recording: Recording) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
+from cdlm.core.checks import shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing, write_rows, write_text
 from cdlm.core.types import HaltReason, LoopStep
@@ -78,12 +79,12 @@ class Samples:
     shown: Bool[np.ndarray, "m n"]
     """Positions that are text: no padding, and nothing from the end of a text on where texts have one."""
     settled: Int[np.ndarray, " m"]
-    """Calls after which the text up to its first end-of-text token was decided: what was spent beyond, was spent after
-    the end. Of a continuous model all calls."""
+    """Calls after which the text up to its first stop token was decided: what was spent beyond, was spent after the
+    end. Of a continuous model all calls."""
     spans: list[Spans] = field(default_factory=list)
     """Characters of each text that came from its prompt."""
     prompts: list[str | None] = field(default_factory=list)
-    """The prompt of each sample."""
+    """The prompt of each sample; a conversation is written as JSON."""
     answers: list[str | None] = field(default_factory=list)
     """The right answer of each problem; None where none was asked for."""
     made_by: Mapping[str, str] = field(default_factory=dict)
@@ -103,12 +104,16 @@ class Samples:
             return self.select(np.arange(len(self))[index])
         try:
             i = range(len(self))[index]  # counts from the end as well
+        except TypeError:
+            raise CdlmError(
+                f"a sample is named by its place or a slice, got {shown(index)}; a list of places is for select"
+            ) from None
         except IndexError:
-            raise IndexError(f"there is no sample {index}: the run has {len(self)}") from None
-        shown = self.shown[i]
+            raise IndexError(f"there is no sample {shown(index)}: the run has {len(self)}") from None
+        real = self.shown[i]
         return Sample(
             text=self.texts[i] if self.texts else "",
-            tokens=self.tokens[i][shown],
+            tokens=self.tokens[i][real],
             nfe=int(self.nfe[i]),
             steps=int(self.steps[i]),
             reason=self.reason[i],
@@ -116,7 +121,7 @@ class Samples:
             seed=self.seed,
             prompt=self.prompts[i] if self.prompts else None,
             given=self.spans[i] if self.spans else [],
-            generated=spans_where(~self.given[i][shown]),
+            generated=spans_where(~self.given[i][real]),
         )
 
     def __iter__(self) -> Iterator[Sample]:
@@ -137,9 +142,28 @@ class Samples:
         return self.nfe - self.settled
 
     def select(self, samples: Int[np.ndarray, " k"]) -> Samples:
-        """The samples at these places, in this order."""
+        """The samples at these places, in this order.
+
+        Raises:
+            CdlmError: they are no list of places, or one of them is none.
+        """
+        samples = self._places(samples)
         values = {f.name: _picked(getattr(self, f.name), samples) for f in fields(self) if f.name in PER_SAMPLE}
         return replace(self, **values, record=None if self.record is None else self.record.select(samples))
+
+    def _places(self, samples: object) -> Int[np.ndarray, " k"]:
+        if not isinstance(samples, np.ndarray | list | tuple | range):
+            raise CdlmError(f"samples are selected by a list of places, got {shown(samples)}")
+        try:
+            places = np.asarray(samples) if len(samples) else np.zeros(0, np.int64)
+        except ValueError:  # lists of different lengths
+            places = np.zeros(())
+        if places.ndim != 1 or places.dtype.kind not in "iu":
+            raise CdlmError(f"samples are selected by a list of places, whole numbers, got {shown(samples)}")
+        outside = places[(places < -len(self)) | (places >= len(self))]
+        if len(outside):
+            raise CdlmError(f"there is no sample {outside[0]}: the run has {len(self)}")
+        return places
 
     @staticmethod
     def merge(parts: Sequence[Samples], index: Sequence[int] | None = None) -> Samples:
@@ -188,6 +212,8 @@ class Samples:
         Raises:
             CdlmError: another extension, no samples, or a place that cannot be written.
         """
+        if not isinstance(path, str | Path):
+            raise CdlmError(f"samples are written to a file, such as samples.jsonl, got {shown(path)}")
         path = Path(path)
         write = WRITERS[check_extension(path)]
         if not len(self):
@@ -258,7 +284,7 @@ def collect(
     seed: int,
     record: bool = False,
     mask_id: int | None = None,
-    eos_id: int | None = None,
+    end_ids: Collection[int] = (),
 ) -> Samples:
     """Run the loop to its end.
 
@@ -266,7 +292,7 @@ def collect(
         tokenizer: None leaves out the texts.
         record: keep every step; the loop must compute the signals of a record.
         mask_id: of a masked model.
-        eos_id: texts are cut at the first such token that was generated; None cuts none.
+        end_ids: stop tokens; texts are cut at the first one that was generated.
     """
     place = {request.index: i for i, request in enumerate(requests)}
     count = len(requests)
@@ -291,7 +317,7 @@ def collect(
                 reasons[i] = HaltReason.FULL
     valid = np.stack([np.ones(len(r.tokens), bool) if r.valid is None else r.valid.numpy() for r in requests])
     given = np.stack([request.given.numpy() for request in requests])
-    shown = shown_of(tokens.numpy(), given, valid, eos_id)
+    shown = shown_of(tokens.numpy(), given, valid, end_ids)
     return Samples(
         tokens=tokens.numpy(),
         texts=[] if tokenizer is None else texts_of(tokenizer, tokens.numpy(), shown),

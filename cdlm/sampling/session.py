@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
-from cdlm.core.checks import Settings
+from cdlm.core.checks import Settings, check_flag, check_object, shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.parallel import Workers, deal
 from cdlm.core.types import LoopStep
 from cdlm.halting import Criterion
 from cdlm.halting.signals import check_signals
-from cdlm.sampling.loop import Loop, RunOptions
+from cdlm.sampling.loop import Loop, RunOptions, check_batch_size
 from cdlm.sampling.progress import with_progress
-from cdlm.sampling.requests import Request, prompt_texts
+from cdlm.sampling.prompts import Message, Prompt, checked_prompts
+from cdlm.sampling.requests import Asked, Request, check_requests, check_run
 from cdlm.sampling.requests import requests as row_requests
 from cdlm.sampling.samples import Samples, collect
 
@@ -52,6 +53,9 @@ class Model(ABC):
     """Arithmetic of its network alone; everything around it is at least float32."""
     mask_id: int | None = None
     """The mask, of a masked model."""
+    reads_names: bool = False
+    """Whether the name of a special token in a template is that token, as whole prompts of a foreign model are written;
+    our own are trained on text in which such a name is text."""
     preset: Mapping[str, int | float | str] = {}
     """Flat settings of the sampler that its folder recommends; empty if it recommends none."""
     _sampling: Sampling | None = None
@@ -89,9 +93,10 @@ class Model(ABC):
         return torch.device("cpu")
 
     @property
-    def end_id(self) -> int | None:
-        """The token that ends a text; None if texts fill their rows."""
-        return None
+    def end_ids(self) -> tuple[int, ...]:
+        """Stop tokens: a text ends at the first of them, such as the end of text or of a turn. Without any, texts fill
+        their rows."""
+        return ()
 
     @property
     def name(self) -> str:
@@ -116,6 +121,10 @@ class Model(ABC):
             " this toolkit trains"
         )
 
+    def check_weights(self) -> None:
+        """Raise if its weights were cast to a kind that it cannot be sampled in."""
+        return
+
     def need_fingerprint(self) -> str:
         """A hash of its weights, which names them in recordings and calibrations.
 
@@ -130,7 +139,7 @@ class Model(ABC):
         """Whether its weights are those that a file names."""
         return fingerprint == self.need_fingerprint()
 
-    def tokenizer_for(self, prompts: list[str] | None) -> PreTrainedTokenizerFast | None:
+    def tokenizer_for(self, prompts: Sequence[Prompt] | None) -> PreTrainedTokenizerFast | None:
         """What reads the prompts and makes the texts; None of a model that has none and gets no prompts.
 
         Raises:
@@ -215,14 +224,13 @@ class Sampling(Settings, ABC):
     def length_of(self, requests: Sequence[Request]) -> int:
         """Positions of a sample, as a calibration counts them."""
 
-    def requests(
-        self, model: Model, prompts: list[str] | None, n: int, length: int | None, new_tokens: int | None, chat: bool
-    ) -> list[Request]:
-        """`n` samples of each prompt, or in all where there are none: whole rows, unless a family has others too."""
-        if new_tokens is not None or chat:
-            name = "chat" if new_tokens is None else "new_tokens"
+    def requests(self, model: Model, asked: Asked) -> list[Request]:
+        """The samples that are asked for: whole rows, unless a family has others too."""
+        if asked.new_tokens is not None or asked.chat:
+            name = "chat" if asked.new_tokens is None else "new_tokens"
             raise CdlmError(f"{name} is a setting of masked models, and this one is {self.family}: leave it out")
-        return row_requests(prompts, n, model.length if length is None else length, model.tokenizer_for(prompts))
+        length, tokenizer = model.length if asked.length is None else asked.length, model.tokenizer_for(asked.prompts)
+        return row_requests(asked.prompts, asked.n, length, tokenizer, template=asked.template)
 
     @abstractmethod
     def loop(self, model: Any, options: RunOptions, batch_size: int) -> Loop[Any]:
@@ -234,7 +242,7 @@ def check_family(sampling: Sampling, model: Model) -> None:
     if type(sampling) is not type(model.defaults):
         raise CdlmError(
             f"{model.name} is a {model.defaults.family} model and is sampled by {type(model.defaults).__name__}, got"
-            f" {sampling!r}"
+            f" {shown(sampling)}"
         )
 
 
@@ -261,7 +269,15 @@ class Session:
     """Where the model was when the session was opened."""
 
     def __post_init__(self) -> None:
+        check_object("a session", Model, model=self.model)
+        check_object("a session", RunOptions, options=self.options)
+        if self.workers is not None:
+            check_object("a session", Workers, workers=self.workers)
+        check_flag("a session", progress=self.progress)
         check_family(self.sampling, self.model)
+        if self.batch_size is not None:
+            check_batch_size(self.batch_size)
+        self.model.check_weights()
         self._check_signals(self.options.needs)
         self.check_made_for([self.criterion])
         object.__setattr__(self, "device", self.model.device)
@@ -304,6 +320,7 @@ class Session:
 
     def recorded(self, record: bool = True) -> Session:
         """The same, keeping every step of its runs, or none."""
+        check_flag("a session", record=record)
         return self._with(options=replace(self.options, record=self.sampling.recorded if record else frozenset()))
 
     def alone(self) -> Session:
@@ -311,18 +328,22 @@ class Session:
         return self._with(workers=None, progress=False)
 
     def requests(
-        self, prompts: Iterable[str] | None = None, n: int = 1, length: int | None = None, *,
-        new_tokens: int | None = None, chat: bool = False,
+        self, prompts: Iterable[Prompt | Message] | None = None, n: int = 1, length: int | None = None, *,
+        new_tokens: int | None = None, chat: bool = False, template: bool = True,
     ) -> list[Request]:  # fmt: skip
         """`n` samples of each prompt, or in all where there are none; see `cdlm.generate`."""
-        return self.sampling.requests(self.model, prompt_texts(prompts), n, length, new_tokens, chat)
+        texts = checked_prompts(prompts, chat)
+        asked = Asked(texts, n, length, new_tokens=new_tokens, chat=chat, template=template)
+        return self.sampling.requests(self.model, asked)
 
     def steps_of(self, request: Request) -> int:
         """Most steps of a request, or of each of its blocks."""
+        check_object("a session", Request, request=request)
         return self.sampling.steps_of(request)
 
     def blocks_of(self, requests: Sequence[Request]) -> int:
         """Runs in a row that a sample takes at most."""
+        check_requests(requests)
         return max(self.sampling.blocks_of(request) for request in requests)
 
     def replayable(self, requests: Sequence[Request]) -> bool:
@@ -346,11 +367,17 @@ class Session:
 
     def check_made_for(self, rules: Iterable[Criterion]) -> None:
         """Raise if a rule was made for another model or sampler."""
-        for rule in rules:
+        try:
+            listed = list(rules)
+        except TypeError as error:
+            raise CdlmError(f"a session needs a list of rules, got {shown(rules)}") from error
+        for rule in listed:
+            check_object("a session", Criterion, rule=rule)
             rule.check_made_for(self.model.has_weights, self.settings)
 
     def refuses(self, criterion: Criterion) -> str:
         """Why the model has no use for a rule; empty if it has."""
+        check_object("a session", Criterion, criterion=criterion)
         try:
             self._check_signals(criterion.needs)
         except CdlmError as error:
@@ -365,8 +392,7 @@ class Session:
                 to generate, or the model's logits are not numbers.
         """
         self._check_place()
-        if not requests:
-            raise CdlmError("a run needs requests, got none: make some with session.requests")
+        check_run(requests)
         if self.options.record >= self.sampling.recorded:
             self.check_recordable(requests)
         work = partial(serve, self.sampling, self.options, self.batch_size)
@@ -408,6 +434,7 @@ class Session:
                 f"the model was moved from {self.device} to {self.model.device} since the session was opened: open"
                 " another session"
             )
+        self.model.check_weights()
 
     def _with(self, **changes: Any) -> Session:
         self._check_place()
@@ -437,5 +464,5 @@ def run_loop(
         steps = with_progress(steps, len(requests))
     return collect(
         steps, requests, model.tokenizer, budget=loop.budget(requests), seed=loop.options.seed, record=record,
-        mask_id=model.mask_id, eos_id=model.end_id,
+        mask_id=model.mask_id, end_ids=model.end_ids,
     )  # fmt: skip

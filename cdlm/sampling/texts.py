@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,11 @@ class Special:
     mask_id: int | None = None
     eos_id: int | None = None
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Its stop tokens: the end of a text, if there is one."""
+        return () if self.eos_id is None else (self.eos_id,)
+
 
 def special_of(tokenizer: PreTrainedTokenizerFast) -> Special:
     """Special tokens of a tokenizer."""
@@ -35,7 +41,19 @@ def special_of(tokenizer: PreTrainedTokenizerFast) -> Special:
 
 def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     """Text of a packed row: the end-of-text token, which joins documents, is a line break."""
-    return str(tokenizer.decode(ids, skip_special_tokens=False)).replace(str(tokenizer.eos_token), "\n")
+    text, eos = _decoded(tokenizer, ids), special_of(tokenizer).eos_id
+    if eos is None:
+        return text
+    if text.count(str(tokenizer.eos_token)) == ids.count(eos):
+        return text.replace(str(tokenizer.eos_token), "\n")
+    # The name is also written out, as text that is no such token.
+    ends = [i for i, token in enumerate(ids) if token == eos]
+    parts = zip([0, *(end + 1 for end in ends)], [*ends, len(ids)], strict=True)
+    return "\n".join(_decoded(tokenizer, ids[start:end]) for start, end in parts)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def text_ids(ids: list[int], eos_id: int | None, with_end: bool = False) -> list[int]:
@@ -51,20 +69,22 @@ def texts_of(
 
 
 def shown_of(
-    tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"], eos_id: int | None
-) -> Bool[np.ndarray, "m n"]:
-    """Positions that are text: no padding, and nothing from the first generated `eos_id` on; None ends no text."""
-    if eos_id is None:
+    tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"],
+    end_ids: Collection[int],
+) -> Bool[np.ndarray, "m n"]:  # fmt: skip
+    """Positions that are text: no padding, and nothing from the first generated stop token on; without any, no text
+    ends."""
+    if not end_ids:
         return valid
-    return valid & ~np.logical_or.accumulate(ends_of(tokens, given & valid, eos_id), 1)
+    return valid & ~np.logical_or.accumulate(ends_of(tokens, given & valid, end_ids), 1)
 
 
 def ends_of(
-    tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], eos_id: int | None
+    tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], end_ids: Collection[int]
 ) -> Bool[np.ndarray, "m n"]:
-    """Where a text may end: at an `eos_id` after the last position that was given (padding apart)."""
+    """Where a text may end: at a stop token after the last position that was given (padding apart)."""
     after = ~np.logical_or.accumulate(given[:, ::-1], 1)[:, ::-1]
-    return (tokens == eos_id) & after
+    return np.isin(tokens, list(end_ids)) & after
 
 
 def given_spans(

@@ -182,7 +182,7 @@ class Exam:
     def right(self, tokens: Int[np.ndarray, "m n"]) -> Float[np.ndarray, " m"]:
         """1.0 where the answer is right."""
         tokenizer, given = self.session.model.need_tokenizer(), self.recording.given
-        texts = texts_of(tokenizer, tokens, shown_of(tokens, given, ~given, special_of(tokenizer).eos_id))
+        texts = texts_of(tokenizer, tokens, shown_of(tokens, given, ~given, special_of(tokenizer).end_ids))
         return right(texts, [problem.answer for problem in self.tasks])
 
     def seconds(self, session: Session) -> float:

@@ -17,6 +17,7 @@ from cdlm.evaluation.workloads import Work
 from cdlm.halting import Full, parse_criterion
 from cdlm.masked.sampler import UnmaskingSettings
 from cdlm.recording.file import check_same_model
+from cdlm.sampling.prompts import Prompt
 from cdlm.sampling.recordings import recording_of, write_recording
 from cdlm.sampling.requests import Request
 from cdlm.sampling.samples import Sample, Samples
@@ -83,10 +84,12 @@ def _say_how(session: Session, settings: Mapping[str, Any]) -> None:
         to_stderr(f"cdlm: {warning}")
 
 
-def _asked(session: Session, texts: list[str] | None, prompts: PromptOptions) -> tuple[list[Request], Work | None]:
+def _asked(session: Session, texts: list[Prompt] | None, prompts: PromptOptions) -> tuple[list[Request], Work | None]:
     if prompts.workload is not None:
         return api.ask(session, prompts.n, workload=prompts.workload)
-    made = session.requests(texts, prompts.n, prompts.length, new_tokens=prompts.new_tokens, chat=prompts.chat)
+    made = session.requests(
+        texts, prompts.n, prompts.length, new_tokens=prompts.new_tokens, chat=prompts.chat, template=prompts.template
+    )
     return made, None
 
 

@@ -66,4 +66,5 @@ DREAM = Family(
     skips_padding=True,
     tokenizer=Qwen2Tokenizer,
     tokenizer_files=(("tokenizer.json",), ("vocab.json", "merges.txt")),
+    turn_end="<|im_end|>",
 )

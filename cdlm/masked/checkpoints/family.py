@@ -108,6 +108,8 @@ class Family:
     tokenizer: type[PreTrainedTokenizerFast]
     tokenizer_files: tuple[tuple[str, ...], ...]
     """The sets of files of which a tokenizer needs one."""
+    turn_end: str
+    """Name of the token that ends a turn."""
 
     def constants(self, settings: Settings, rows: int) -> Constants:
         """Mask and end tokens among `rows` tokens: those of config.json, or the released models'."""
@@ -119,3 +121,10 @@ class Family:
         if mask in (None, self.released.mask_id):
             return replace(self.released, eos_id=self.released.eos_id if eos is None else eos)
         return Constants(mask, eos, shift=self.released.shift)
+
+    def with_turn(self, constants: Constants, tokenizer: PreTrainedTokenizerFast | None) -> Constants:
+        """The same with the end of a turn, where it is not known and the tokenizer has the family's token for it."""
+        if constants.eot_id is not None or tokenizer is None:
+            return constants
+        found = tokenizer.added_tokens_encoder.get(self.turn_end)
+        return constants if found in (None, constants.mask_id) else replace(constants, eot_id=found)

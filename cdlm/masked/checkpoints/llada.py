@@ -144,4 +144,5 @@ LLADA = Family(
     skips_padding=False,
     tokenizer=PreTrainedTokenizerFast,
     tokenizer_files=(("tokenizer.json",),),
+    turn_end="<|eot_id|>",
 )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,11 +24,13 @@ from cdlm.masked.checkpoints.llada import LLADA
 from cdlm.masked.model import Cache, CachedModel
 from cdlm.models.foreign import read_specs
 from cdlm.models.hub import fingerprint_of, to_device
+from cdlm.sampling.prompts import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLADA, DREAM)}
+_PRECISION = 'choose the precision where the model is loaded, cdlm.load(..., precision="bf16")'
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -42,6 +44,8 @@ class ForeignModel(CachedModel):
         tokenizer: None if the folder has none.
         folder: where it was loaded from.
     """
+
+    reads_names = True
 
     def __init__(
         self,
@@ -62,7 +66,7 @@ class ForeignModel(CachedModel):
     def precision(self) -> str:  # type: ignore[override]  # read off the weights, and not to be set
         return str(self.network.dtype).removeprefix("torch.")
 
-    def tokenizer_for(self, prompts: list[str] | None) -> PreTrainedTokenizerFast:
+    def tokenizer_for(self, prompts: Sequence[Prompt] | None) -> PreTrainedTokenizerFast:
         return self.need_tokenizer()  # it was trained on text
 
     def need_fingerprint(self) -> str:
@@ -76,8 +80,16 @@ class ForeignModel(CachedModel):
 
     def to(self, device: str | torch.device) -> ForeignModel:
         """Move the weights. Their precision is fixed when they are loaded, as a cast would spoil the angles too."""
+        if not isinstance(device, str | torch.device):
+            raise CdlmError(f"the model goes to a device, got {device!r}: {_PRECISION}")
         to_device(self.network, str(device))
         return self
+
+    def half(self) -> NoReturn:
+        """Refused, as every cast of the weights."""
+        raise CdlmError(f"the weights of {self.name} cannot be cast: {_PRECISION}")
+
+    bfloat16 = float = double = half
 
     def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
         return self._call(tokens, self._positions(valid), valid, None)
@@ -191,6 +203,7 @@ def open_checkpoint(
     rows = int(network.config.vocab_size)
     constants = family.constants(settings, rows)
     tokenizer = read_tokenizer(folder, family, constants, rows)
+    constants = family.with_turn(constants, tokenizer)
     load_weights(network, family, folder, None if dtype is None else DTYPES[dtype])
     if device_map is None:
         to_device(network, device)  # where the values are quickly checked
