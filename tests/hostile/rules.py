@@ -58,14 +58,15 @@ def text_trials() -> Iterator[Trial]:
     for registry in REGISTRIES:
         example = next(iter(registry))
         texts = {
-            "nothing": "", "brackets": 10_000 * "(", "1,000 &": " & ".join(1000 * [f"{example}(2)"]), "a power": f"{example}(10**23)",
-            "a name": example, "unknown": "Nope(1)", "an attribute": f"{example}.__class__", "a lambda": "lambda: 0",
-            "a comprehension": "[x for x in ()]", "import": "__import__('os')", "two": f"{example}(1), {example}(1)",
-            "a number": "5", "a text": "'x'", "a star": f"{example}(*[1])", "two stars": f"{example}(**{{}})",
-            "an f-string": "f'{1}'", "a walrus": "(a := 1)", "half a character": "\ud800", "NUL": "a\0b", "a line": "a\nb",
-            "deep minus": f"{example}({'-' * 5000}1)", "deep": f"{'Never(' * 3000}", "a million": "a" * 10**6,
-            "deep lists": "[" * 3000 + "]" * 3000, "bytes": "b'x'", "a nested call": f"{example}({example}(1))",
-            "many arguments": f"{example}({', '.join(1000 * ['1'])})", "twice": f"{example}(a=1, a=1)",
+            "nothing": "", "brackets": 10_000 * "(", "1,000 &": " & ".join(1000 * [f"{example}(2)"]),
+            "a power": f"{example}(10**23)", "a name": example, "unknown": "Nope(1)", "a lambda": "lambda: 0",
+            "an attribute": f"{example}.__class__", "a comprehension": "[x for x in ()]", "import": "__import__('os')",
+            "two": f"{example}(1), {example}(1)", "a number": "5", "a text": "'x'", "a star": f"{example}(*[1])",
+            "two stars": f"{example}(**{{}})", "an f-string": "f'{1}'", "a walrus": "(a := 1)",
+            "half a character": "\ud800", "NUL": "a\0b", "a line": "a\nb", "deep minus": f"{example}({'-' * 5000}1)",
+            "deep": "Never(" * 3000, "a million": "a" * 10**6, "deep lists": "[" * 3000 + "]" * 3000, "bytes": "b'x'",
+            "a nested call": f"{example}({example}(1))", "twice": f"{example}(a=1, a=1)",
+            "many arguments": f"{example}({', '.join(1000 * ['1'])})",
         }  # fmt: skip
         for kind, text in texts.items():
             yield Trial(kind, registry.what, lambda registry=registry, text=text: registry.parse(text))

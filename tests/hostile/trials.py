@@ -1,4 +1,4 @@
-"""Trials of bad input: each is a call in a process of its own, under a limit of time and memory, and what came of it."""
+"""Trials of bad input: each is a call in a process of its own, with little time and memory, and what came of it."""
 
 from __future__ import annotations
 
