@@ -105,9 +105,9 @@ VALUES: tuple[object, ...] = (
 def test_a_setting_is_of_the_type_that_it_declares(name: str) -> None:
     for value in FITS[name]:
         Everything(**{name: value})  # pyright: ignore[reportArgumentType]
-    hint = {"whole": int, "number": (int, float), "truth": bool, "text": str}.get(name)
-    for value in VALUES if hint else ():
-        right = isinstance(value, hint) and (name == "truth" or not isinstance(value, bool))
+    kinds: dict[str, tuple[type, ...]] = {"whole": (int,), "number": (int, float), "truth": (bool,), "text": (str,)}
+    for value in VALUES if name in kinds else ():
+        right = isinstance(value, kinds[name]) and (name == "truth" or not isinstance(value, bool))
         if not right:
             with pytest.raises(CdlmError, match=f"^Everything needs {name} to be a? ?.*, got "):
                 Everything(**{name: value})  # pyright: ignore[reportArgumentType]

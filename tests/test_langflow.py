@@ -32,7 +32,7 @@ from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.langflow import Gumbel, LangFlow, open_langflow
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import Ode, Text
-from cdlm.core.tensors import lazy_tensors
+from cdlm.core.tensors import Spec, lazy_tensors
 from cdlm.core.types import Batch, Condition, LoopStep
 from cdlm.runs.convert import convert
 from cdlm.sampling.requests import Request
@@ -468,7 +468,7 @@ def test_what_the_released_format_cannot_say_is_not_written(tmp_path: Path) -> N
     with pytest.raises(CdlmError, match="network=released"):
         LangFlowLayout().write(Official(shared.config, 5, {}), tmp_path)
     warming = lively(output_prior_warmup=2)
-    state = {name: (tuple(x.shape), lambda x=x: x) for name, x in warming.state_dict().items()}
+    state = {name: (Spec(tuple(x.shape), x.dtype), lambda x=x: x) for name, x in warming.state_dict().items()}
     with pytest.raises(CdlmError, match="output_prior_warmup"):
         LangFlowLayout().write(Official(warming.config, 5, state), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import read_json, replacing, write_text
+from cdlm.core.inert import fenced
 from cdlm.core.schema import Positive, checked
 from cdlm.core.tensors import check_values, read_tensors, same_specs, specs_of, write_tensors
 from cdlm.models.foreign import check_tokenizer
@@ -207,7 +208,7 @@ def model_card(
         f"# Language model: {kind}", "",
         "```python", "import cdlm", 'system = cdlm.load("FOLDER_OR_HUB_ID")',
         "print(cdlm.generate(system, n=4).texts)", "```", "",
-        "## Configuration", "", "```json", json.dumps(config, indent=2), "```", "",
+        "## Configuration", "", fenced(json.dumps(config, indent=2), "json"), "",
     ]  # fmt: skip
     for heading, text in (sections or {}).items():
         lines += [f"## {heading}", "", text, ""]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hostile.trials import Trial
@@ -32,25 +32,44 @@ ODD: Mapping[str, Any] = {
 }  # fmt: skip
 
 
+NEEDED: Mapping[str, Any] = {
+    "steps": 3, "threshold": 0.5, "first": RULES.parse("Patience(3)"), "second": RULES.parse("Patience(3)"),
+    "rule": RULES.parse("Patience(3)"), "grid": GRIDS.parse("LogT()"), "share": 0.5, "size": 4, "paths": ("a.txt",),
+    "name": "user/data", "parts": ((1.0, MASKINGS.parse("Prefix()")),), "nats": 0.1, "delta": 0.1, "method": "rk4",
+}  # fmt: skip
+"""Good values of parameters that have no default."""
+FROM_FILES = ("Learned", "Stop")
+"""Rules whose constructors read a file."""
+TEXTS = frozenset({"a text", "an empty text"})
+LARGE = frozenset({"a large number", "a float", "a small float", "two", "infinity", "a huge number"})
+SMALL = frozenset({"zero", "a small float"})
+
+
 def parameters(made: type[Any]) -> Mapping[str, inspect.Parameter]:
     """What a class is called with."""
     return inspect.signature(made).parameters
 
 
-def rule_trials(needed: Mapping[str, Any]) -> Iterator[Trial]:
-    """Each odd value in place of each argument of each class.
+def may_be_right(about: inspect.Parameter, kind: str) -> bool:
+    """Whether an odd value is right for some parameter of this type, and ranges decide; elsewhere it is nonsense."""
+    hint = str(about.annotation)
+    right = {
+        "str": TEXTS, "bool": {"truth"}, "float": LARGE | SMALL | {"minus one", "minus infinity"},
+        "int": {"two", "zero", "minus one", "a large number"}, "None": {"nothing"}, "tuple": {"a list"},
+    }  # fmt: skip
+    return any(name in hint and kind in kinds for name, kinds in right.items())
 
-    Args:
-        needed: good values of parameters without a default, by class and name as `Patience.steps`, or by name.
-    """
+
+def rule_trials() -> Iterator[Trial]:
+    """Each odd value in place of each argument of each class."""
     for registry in (*REGISTRIES, *BUILT):
         for name, made in registry.items():
-            for parameter in parameters(made):
+            known = parameters(made)
+            given = {p: NEEDED[p] for p, about in known.items() if about.default is about.empty and p in NEEDED}
+            for parameter, about in known.items() if name not in FROM_FILES else ():
                 for kind, value in ODD.items():
-                    given = {p: needed.get(f"{name}.{p}", needed.get(p)) for p, about in parameters(made).items()
-                             if about.default is about.empty}  # fmt: skip
                     call = lambda made=made, given={**given, parameter: value}: made(**given)  # noqa: E731
-                    yield Trial(kind, f"{registry.what} {name}.{parameter}", call)
+                    yield Trial(kind, f"{registry.what} {name}.{parameter}", call, not may_be_right(about, kind))
 
 
 def text_trials() -> Iterator[Trial]:
@@ -74,8 +93,3 @@ def text_trials() -> Iterator[Trial]:
             yield Trial(
                 kind, f"{registry.what}, an object", lambda registry=registry, value=value: registry.parse(value)
             )
-
-
-def shown(values: Sequence[Any]) -> str:
-    """For messages."""
-    return ", ".join(map(repr, values))
