@@ -32,13 +32,13 @@ PATHS = st.text(min_size=1).filter(lambda text: "\0" not in text)
 @given(
     path=st.sampled_from(CONFIGS),
     top=st.fixed_dictionaries({}, optional={
-        "tokenizer": PATHS, "cache": PATHS, "vocab_size": st.integers(), "length": st.integers(100, 10**9),
+        "tokenizer": PATHS, "cache": PATHS, "vocab_size": st.integers(1, 2**31), "length": st.integers(100, 10**9),
         "workers": st.integers(0, 9), "rows": st.sampled_from(["pack", "document", "filled"]),
     }),
     paths=st.lists(PATHS, max_size=3),
     training=st.fixed_dictionaries({}, optional={
         "steps": st.integers(1, 10**12), "lr": st.floats(0, 10), "clip": st.floats(1e-6), "ema": st.floats(0, 0.9999),
-        "seed": st.integers(0, 2**63), "compile": st.booleans(), "loggers": st.just(("wandb", "tensorboard")),
+        "seed": st.integers(0, 2**63 - 1), "compile": st.booleans(), "loggers": st.just(("wandb", "tensorboard")),
     }),
 )  # fmt: skip
 @settings(max_examples=60)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 from collections.abc import Iterator
 from inspect import signature
 from typing import Any
@@ -15,8 +14,10 @@ from cdlm.models import hub
 from cdlm.runs.config import (
     SYSTEMS,
     RunConfig,
+    as_yaml,
     class_values,
     parse_run,
+    print_help_of,
     read_run,
     run_arguments,
     run_parser,
@@ -46,7 +47,7 @@ def run(argv: list[str]) -> None:
         parser().print_help()
         return
     if any(".help" in word for word in rest):
-        run_parser(PROG).parse_args(rest)  # prints it and exits
+        print_help_of(rest, PROG)
     if own.resume:
         read_run(own.resume)  # says what is wrong with the folder
     if bool(own.out) == bool(own.resume):
@@ -66,9 +67,9 @@ def _defaults(own: argparse.Namespace) -> Iterator[str]:
     if own.start:
         config = hub.read_config(hub.locate(own.start))
         settings = {"length": config["length"], "system": class_values(system_config(config["model"]))}
-        yield from ("--config", json.dumps(settings))
+        yield from ("--config", as_yaml(settings))
     if own.text:
-        yield from ("--source", "Files", "--source.paths", json.dumps(own.text))
+        yield from ("--source", "Files", "--source.paths", as_yaml(own.text))
 
 
 def _own(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -1,0 +1,65 @@
+"""Folders of tokenised text and judges, and which of them a run folder may name.
+
+`config.yaml` of a run folder may come from elsewhere, so what it says of the cache is believed only of a folder that a
+training on this machine, started with that cache, has marked. All else is read and written in `DEFAULT`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import write_text
+
+DEFAULT = "~/.cache/cdlm"
+MARK = "CACHEDIR.TAG"
+"""The file by which other programs know a cache too: https://bford.info/cachedir."""
+PARTS = ("tokens", "judges")
+"""Folders in a cache."""
+
+
+def mark(cache: str) -> None:
+    """Make the folder and mark it as a cache of this machine; a training does so before it writes there.
+
+    Raises:
+        CdlmError: it cannot be written.
+    """
+    place = place_of(cache)
+    if not _is_marked(place):
+        write_text(place / MARK, _mark(place))
+
+
+def believed(cache: str) -> str:
+    """The cache that a run folder names if it is marked and lies in one place, and `DEFAULT` otherwise."""
+    place = place_of(cache)
+    return cache if place == place_of(DEFAULT) or _is_marked(place) and _is_whole(place) else DEFAULT
+
+
+def place_of(cache: str) -> Path:
+    """The folder, with ~ as the home of the user.
+
+    Raises:
+        CdlmError: no folder can be named like this.
+    """
+    try:
+        return Path(os.path.abspath(Path(cache).expanduser()))  # links are kept: the mark says where it was made
+    except (RuntimeError, ValueError) as error:  # the home of a user who is not known, a NUL
+        raise CdlmError(f"cache is the name of a folder, got {cache!r} ({error})") from error
+
+
+def _mark(place: Path) -> str:
+    about = "# This file marks a cache of cdlm: its content can be deleted, and is made again when it is needed."
+    return f"Signature: 8a477f597d28d172789f06886806bc55\n{about}\n# Made by this user for {place}\n"
+
+
+def _is_marked(place: Path) -> bool:
+    try:
+        file = place / MARK
+        return file.stat().st_uid == os.getuid() and file.read_bytes() == _mark(place).encode()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_whole(place: Path) -> bool:
+    return all((place / part).resolve() == place.resolve() / part for part in PARTS)
