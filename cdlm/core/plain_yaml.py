@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.files import reading
 
 LARGEST = 2**20
 """Bytes of a file of settings."""
@@ -34,22 +35,16 @@ def read_mapping(file: Path, of: str) -> dict[str, Any]:
     Raises:
         CdlmError: it cannot be read, or it is not a mapping of plain data.
     """
+    place, advice = str(file)[:200], f"expected a YAML file of {of}"
     try:
-        if not file.exists():
-            raise CdlmError(f"there is no file {file}: expected a YAML file of {of}")
-        with file.open("rb") as content:
+        with reading(Path(place), advice), file.open("rb") as content:
             raw = content.read(LARGEST + 1)
-    except OSError as error:
-        raise CdlmError(f"{file} cannot be read ({error.strerror or error}): expected a YAML file of {of}") from error
+            text = raw.decode("utf-8-sig")
     except ValueError as error:  # a NUL in its name
-        raise CdlmError(f"{str(file)!r} is no name of a file ({error}): expected a YAML file of {of}") from error
+        raise CdlmError(f"{place!r} is no name of a file ({error}): {advice}") from error
     if len(raw) > LARGEST:
-        raise CdlmError(f"{file} has more than {LARGEST:,} bytes: expected {of}, which are short")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CdlmError(f"{file} is not UTF-8 text (byte {error.start}): convert it, or copy it again") from error
-    return mapping_of(text, str(file), of)
+        raise CdlmError(f"{place} has more than {LARGEST:,} bytes: {advice}, which is short")
+    return mapping_of(text, place, of)
 
 
 def mapping_of(text: str, place: str, of: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,9 +23,10 @@ from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
 from cdlm.models import hub
 from cdlm.models.hub import Folder
 from cdlm.models.system import System
+from cdlm.runs import caches
 from cdlm.runs.config import RunConfig
 from cdlm.sampling.session import Session
-from cdlm.sampling.texts import special_of
+from cdlm.sampling.texts import save_tokenizer, special_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -99,27 +101,42 @@ def train(
 
     Raises:
         CdlmError: a setting, the text or a folder is not as it must be; see `cdlm.training.run.train`.
+        CdlmError: another process trains into the folder, or a link in it leads out of it.
         Interrupted: the run was asked to stop and can be resumed.
     """
-    from cdlm.training import run as training
     from cdlm.training.files import checkpoint_of, steps_done
+    from cdlm.training.folder import held
+    from cdlm.training.run import check_folder, rank_and_world
 
     out, options = Path(out), config.training
     if resume and start is not None:
         raise CdlmError("a run is resumed from its own checkpoint: give resume or start, not both")
-    rank, world = training.rank_and_world(options)
-    if rank == 0:
-        training.check_folder(out, resume)
+    first = rank_and_world(options)[0] == 0
+    if first:
+        check_folder(out, resume)
     if resume and steps_done(checkpoint_of(out)) == options.steps:
         if progress:
             print(f"{out} is finished, at step {options.steps}: more steps continue it", file=sys.stderr)
         return _finished(config, hub.read(out))
-    origin = None if start is None else hub.read(hub.locate(start))
+    with held(out) if first else nullcontext():
+        return _train(config, out, resume, None if start is None else hub.read(hub.locate(start)), progress)
+
+
+def _train(config: RunConfig, out: Path, resume: bool, origin: Folder | None, progress: bool) -> System:
+    from cdlm.training import run as training
+
+    options = config.training
+    rank, world = training.rank_and_world(options)
     if origin is not None:
         config = replace(config, tokenizer=None, vocab_size=len(origin.tokenizer))
+    settings = config.to_yaml()
+    caches.mark(config.cache)
     text = RunText.of(config, _tokenizer(out, resume, origin))
     _ = text.judge, text.unread  # a text too small to be divided is better known before the training
     system = _built(config, text, origin)
+    if rank == 0 and not resume:  # a checkpoint without these could not be resumed
+        write_text(out / "config.yaml", settings)
+        save_tokenizer(text.tokenizer, out)
     return training.train(
         system,
         RowLoader(text.train, config.batch_size, options.seed, rank, world, config.workers),

@@ -110,9 +110,12 @@ def check_folder(run_dir: Path, resume: bool) -> None:
         CdlmError: it is otherwise.
     """
     checkpoint = checkpoint_of(run_dir)
-    if resume and not checkpoint.exists():
-        raise CdlmError(f"nothing to resume, {checkpoint} does not exist: start the run without resuming")
-    if not resume and checkpoint.exists():
+    there = os.path.exists(checkpoint)  # False of a name that is too long, which writing will tell
+    if resume and not there:
+        settings = run_dir / "config.yaml"
+        again = f"begin it again with --config {settings} --out {run_dir}" if os.path.exists(settings) else "start it"
+        raise CdlmError(f"nothing to resume, {checkpoint} does not exist, the run has not got that far: {again}")
+    if not resume and there:
         raise CdlmError(f"{checkpoint} would be overwritten: resume it or choose another folder")
 
 
