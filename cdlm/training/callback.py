@@ -6,20 +6,22 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
 from cdlm.core.types import Batch
 from cdlm.models.system import System
+from cdlm.training.divergence import diverged, fault_of
 from cdlm.training.files import MetricsFile, checkpoint_of
 from cdlm.training.module import TrainingModule
 from cdlm.training.progress import Reporter
-from cdlm.training.sharding import local
 from cdlm.training.stop import Interrupted, StopRequest
 from cdlm.training.validation import losses_by_level, validation_metrics
 
@@ -59,10 +61,13 @@ class RunCallback(Callback):
             self.stop.signal = signal.SIGTERM
         self._step = trainer.global_step
         if trainer.is_global_zero:
-            self.outputs.metrics.cut(self._step or -1)  # a run that starts writes row 0 itself
+            lost = self.outputs.metrics.cut(self._step or -1)  # a run that starts writes row 0 itself
+            if lost:
+                self.reporter.note(f"{self.outputs.metrics.path}: {lost} lines were no rows of metrics and are gone")
         self.reporter.start(self._step, module.options.steps, place_of(trainer))
         if self._step == 0:
             self._log(trainer, module.system.facts())
+            self._check_system(trainer, module)
             if module.options.strategy != "fsdp":  # there, saving makes an optimiser that never stepped take a step
                 self._save(trainer, module)  # also finds out now whether the folder can be written
         self._since, self._restored = time.perf_counter(), len(module.window)
@@ -88,6 +93,8 @@ class RunCallback(Callback):
         )
         if measure or validate or save or stop:
             self._check(trainer, module)
+            if validate or save or stop:
+                self._check_system(trainer, module)
             metrics = self._measure(trainer, module) if measure else {}
             paused = time.perf_counter()
             metrics |= self._validate(trainer, module) if validate else {}
@@ -95,6 +102,8 @@ class RunCallback(Callback):
                 self._log(trainer, metrics)
                 self.reporter.show(metrics)
             if save or stop:
+                if not validate:
+                    self._held_out(trainer, module, islice(self.outputs.valid_batches(), 1))
                 self._save(trainer, module)
             self._since += time.perf_counter() - paused  # speed is that of training alone
         if stop and self._step < options.steps:
@@ -116,11 +125,16 @@ class RunCallback(Callback):
             first = int(trainer.strategy.reduce(torch.tensor(first, device=module.device), reduce_op="min"))
         if first < len(module.window):
             step = self._step - (len(module.window) - 1 - first) // module.options.accumulate
-            raise self._not_finite(f"loss became NaN or infinite at step {step}")
+            raise self._diverged(f"loss became NaN or infinite at step {step}")
 
-    def _not_finite(self, what: str) -> CdlmError:
-        kept = f"last good checkpoint: {self.outputs.checkpoint}"
-        return CdlmError(f"{what}; {kept}; resume with a lower learning rate")
+    def _check_system(self, trainer: Trainer, module: TrainingModule) -> None:
+        """Before a good checkpoint and a good model are replaced."""
+        fault = fault_of(module.system) or fault_of(module.ema.system, "averaged weights")
+        if not trainer.strategy.reduce_boolean_decision(fault is None, all=True):
+            raise self._diverged(f"{fault or 'weights of another process became NaN or infinite'} at step {self._step}")
+
+    def _diverged(self, what: str) -> CdlmError:
+        return diverged(what, self.outputs.checkpoint)
 
     def _measure(self, trainer: Trainer, module: TrainingModule) -> dict[str, float]:
         means = trainer.strategy.reduce(torch.stack(module.window).mean(0), reduce_op="mean")
@@ -139,24 +153,32 @@ class RunCallback(Callback):
         }
 
     def _validate(self, trainer: Trainer, module: TrainingModule) -> dict[str, float]:
-        batches, seed = self.outputs.valid_batches(), module.options.seed
-        sums = losses_by_level(module.ema.system, batches, module.masking, seed, module.device)
-        sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        sums = self._held_out(trainer, module, self.outputs.valid_batches())
         if self.outputs.samples is not None:
             system = module.averaged()
-            texts = self.outputs.samples(system) if trainer.is_global_zero else []
+            texts = self._samples(self.outputs.samples, system) if trainer.is_global_zero else []
             if texts:
                 write_text(self.outputs.run_dir / "samples" / f"step_{self._step:06d}.txt", "\n".join(texts) + "\n")
         return validation_metrics(sums.cpu())
+
+    def _held_out(self, trainer: Trainer, module: TrainingModule, batches: Iterable[Batch]) -> Tensor:
+        sums = losses_by_level(module.ema.system, batches, module.masking, module.options.seed, module.device)
+        sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        if not bool(sums.isfinite().all()):
+            raise self._diverged(f"the loss of held-out text became NaN or infinite at step {self._step}")
+        return sums
+
+    def _samples(self, draw: Callable[[System], list[str]], system: System) -> list[str]:
+        try:
+            return draw(system)
+        except CdlmError as error:
+            raise self._diverged(f"no samples could be drawn at step {self._step} ({error})") from error
 
     def _log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers if trainer.is_global_zero else []:
             logger.log_metrics(metrics, self._step)
 
     def _save(self, trainer: Trainer, module: TrainingModule) -> None:
-        finite = all(bool(local(p).isfinite().all()) for p in module.parameters())
-        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
-            raise self._not_finite(f"weights became NaN or infinite at step {self._step}")
         self._export(trainer, module)  # first, so that the checkpoint of a finished run has its model beside it
         trainer.save_checkpoint(self.outputs.checkpoint)
 

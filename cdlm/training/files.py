@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
-import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from cdlm.core.errors import CdlmError, first_line
-from cdlm.core.files import cannot_write, replacing, write_text
+from cdlm.core.files import cannot_write, check_readable, reading, replacing, write_text
+from cdlm.training.restore import CHECKPOINT, advice_for, check_plain
 from cdlm.training.validation import BUCKETS
 
 METRICS = (
@@ -26,7 +28,7 @@ METRICS = (
 
 def checkpoint_of(run_dir: Path) -> Path:
     """The file that a run is resumed from."""
-    return run_dir / "checkpoints" / "last.ckpt"
+    return run_dir / CHECKPOINT
 
 
 def steps_done(checkpoint: Path) -> int:
@@ -35,19 +37,39 @@ def steps_done(checkpoint: Path) -> int:
     Raises:
         CdlmError: it is no checkpoint, or it is damaged.
     """
+    return _load(checkpoint, mmap=True)["global_step"]
+
+
+def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint whose plain values are as they must be. Nothing in it is run, it holds plain data and tensors."""
+    check_readable(path)
     try:
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        if not mmap:
+            _check_sums(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # of a damaged archive torch raises whatever it stumbles over
+        why = "it is no checkpoint, or holds more than tensors and plain data" if isinstance(error, UnpicklingError) else first_line(error)
         raise CdlmError(
-            f"{checkpoint} cannot be read, it is truncated or damaged ({first_line(error)}); copy it again"
+            f"{path} cannot be read, it is truncated or damaged ({why[:200]}); {advice_for(path)}"
         ) from error
+    check_plain(checkpoint, path)
+    return checkpoint
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the content of the archive with its check sums, which torch writes and does not read."""
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise zipfile.BadZipFile("it is compressed, as no checkpoint is")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} is not what was written")
 
 
 class AtomicCheckpoints(CheckpointIO):
     """Checkpoints that are replaced in one move, after they have reached the disk, and read without running code.
 
     Raises:
-        CdlmError: the disk is full or refuses; the former checkpoint is untouched.
+        CdlmError: the disk is full or refuses; the former checkpoint is untouched. Or it is not one, or damaged.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -64,7 +86,7 @@ class AtomicCheckpoints(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _load(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
@@ -107,9 +129,30 @@ class MetricsFile(Logger):
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def cut(self, step: int) -> None:
-        """Drop the rows after `step`, which the run writes again, and a row that a dying process left unfinished."""
-        if self.path.exists():
-            rows = self.path.read_text().splitlines(keepends=True)[1:]
-            kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
-            write_text(self.path, "".join([",".join(METRICS), "\n", *kept]))
+    def cut(self, step: int) -> int:
+        """Drop the rows after `step`, which the run writes again, and those that a dying process left unfinished or that
+        are no rows of metrics.
+
+        Returns:
+            how many whole lines were no rows of metrics.
+        """
+        if not self.path.exists():
+            return 0
+        with reading(self.path, "remove it: its rows are lost, the run goes on"):
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[1:-1]
+        steps = [_step_of(line) for line in lines]
+        kept = [line for line, of in zip(lines, steps, strict=True) if of is not None and of <= step]
+        write_text(self.path, "\n".join([",".join(METRICS), *kept, ""]))
+        return steps.count(None)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a row of metrics; None if the line is none."""
+    step, *values = line.split(",")
+    if len(line) > 10_000 or len(values) != len(METRICS) - 1 or not (step.isascii() and step.isdigit()):
+        return None
+    try:
+        [float(value) for value in values if value]
+        return int(step)
+    except ValueError:
+        return None

@@ -19,14 +19,14 @@ from cdlm.core.types import Batch, MaskingFn
 from cdlm.models.system import System
 from cdlm.training import sharding
 from cdlm.training.context import FORMAT, Context, check_format, check_same
+from cdlm.training.divergence import diverged, fault_of
 from cdlm.training.ema import EMA
 from cdlm.training.optimizers import build_optimizer, set_rates
 from cdlm.training.options import TrainOptions
+from cdlm.training.restore import CHECKPOINT, COLUMNS, check_tensors, count_moments
 
 TRAINING, VALIDATION = 0x7261, 0x7662
 """Purposes of noise: the second word of its key."""
-COLUMNS = 4
-"""Of a row of the window: loss, nats, generated tokens, all tokens."""
 
 
 @runtime_checkable
@@ -79,10 +79,19 @@ class TrainingModule(LightningModule):
         noise = generator(self.options.seed, TRAINING, self.batches, self.global_rank, device=self.device)
         self.batches += 1
         tokens = batch.target.sum()  # as it comes from the loader: all that are valid
-        loss = self.system(batch.masked(self.masking, noise))
+        try:
+            loss = self.system(batch.masked(self.masking, noise))
+        except Exception as error:  # parts of a system that has gone astray fail in ways of their own
+            if fault := fault_of(self.system):
+                raise diverged(f"{fault} before step {self.global_step + 1}", self._checkpoint) from error
+            raise
         row = (loss.total.detach(), (loss.nats * loss.count).sum(), loss.count.sum(), tokens)
         self.window.append(torch.stack([x.double() for x in row]))
         return loss.total
+
+    @property
+    def _checkpoint(self) -> Path:
+        return Path(self.trainer.default_root_dir) / CHECKPOINT
 
     def configure_optimizers(self) -> Optimizer:
         return build_optimizer(self.system.parameter_groups(), self.options)
@@ -128,12 +137,14 @@ class TrainingModule(LightningModule):
         window = torch.stack(self.window).cpu() if self.window else torch.empty(0, COLUMNS, dtype=torch.float64)
         checkpoint["cdlm"] = {
             "format": FORMAT, "batches": self.batches, "context": self.context, "window": window,
+            "moments": count_moments(checkpoint.get("optimizer_states")),
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved, run = checkpoint["cdlm"], Path(self.trainer.default_root_dir)
         check_format(saved.get("format", 1), run)
         check_same(saved["context"], self.context, run)
+        check_tensors(checkpoint, self, self.configure_optimizers(), self._checkpoint)
         self.batches = saved["batches"]
         self.window = list(saved["window"].to(self.device))
         self.feed.seek(self.batches)

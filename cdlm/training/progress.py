@@ -26,6 +26,9 @@ class Reporter:
     def show(self, metrics: Mapping[str, float]) -> None:
         """Something was measured at the step announced last."""
 
+    def note(self, line: str) -> None:
+        """Something else happened that a person should know."""
+
     def close(self) -> None:
         """The run is over, in whatever way."""
 
@@ -48,6 +51,9 @@ class Lines(Reporter):
         left = (time.monotonic() - self._began) / done * (self._steps - self._step)
         eta = timedelta(seconds=round(left))
         _print(self._console, f"step {self._step}/{self._steps}  {_text(metrics)}  ETA {eta}")
+
+    def note(self, line: str) -> None:
+        _print(self._console, line)
 
 
 class Bar(Reporter):
@@ -76,6 +82,9 @@ class Bar(Reporter):
     def show(self, metrics: Mapping[str, float]) -> None:
         self._shown.update(metrics)
         self._bar.update(self._task, text=_text(self._shown), refresh=True)
+
+    def note(self, line: str) -> None:
+        _print(self._console, line)
 
     def close(self) -> None:
         self._bar.stop()
