@@ -349,10 +349,14 @@ def _text_of(name: str, value: str) -> str:
     of = "settings of a run"
     if name in _numbers():
         return as_yaml(_number(name, value)).removesuffix("\n...\n").strip()
+    if name == "config" and _is_text(value):
+        return as_yaml(_today(plain_yaml.mapping_of(value, "--config", of)))
     if name == "config":
-        text = _is_text(value)
-        read = plain_yaml.mapping_of(value, "--config", of) if text else plain_yaml.read_mapping(Path(value), of)
-        return as_yaml(_today(read))
+        read = plain_yaml.read_mapping(Path(value), of)
+        try:
+            return as_yaml(_today(read))
+        except CdlmError as error:
+            raise CdlmError(f"{value}: {error}") from error
     if name == "training":
         return as_yaml(_named(name, plain_yaml.mapping_of(value, "--training", of)))
     if name in CLASSES and _is_text(value):
@@ -460,8 +464,8 @@ def read_run(folder: str | Path) -> RunConfig:
     try:
         return parse_run(run_arguments(folder))
     except CdlmError as error:
-        file = str(_file_of(folder))
-        raise error if str(error).startswith(f"{file}") else CdlmError(f"{file}: {error}") from error
+        named = str(error).startswith((str(folder), repr(str(folder))[:60]))
+        raise error if named else CdlmError(f"{_file_of(folder)}: {error}") from error
 
 
 def run_arguments(folder: str | Path) -> list[str]:

@@ -16,11 +16,12 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.files import cannot_write
 from cdlm.core.types import Batch, MaskingFn
 from cdlm.models.system import System
 from cdlm.training.callback import Export, Outputs, RunCallback
 from cdlm.training.context import Context
-from cdlm.training.files import AtomicCheckpoints, checkpoint_of
+from cdlm.training.files import AtomicCheckpoints, checkpoint_of, steps_done
 from cdlm.training.module import Loader, TrainingModule
 from cdlm.training.options import TrainOptions
 from cdlm.training.progress import reporter
@@ -74,7 +75,12 @@ def train(
     first = rank_and_world(options)[0] == 0
     if first:
         check_folder(outputs.run_dir, resume)
-    outputs.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        outputs.run_dir.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise cannot_write(outputs.run_dir, error if isinstance(error, OSError) else OSError(str(error))) from error
+    if resume:
+        steps_done(outputs.checkpoint)  # says what is wrong with it, before anything is built
     fixed = {name: getattr(options, name) for name in ("seed", "accumulate", "optimizer", "devices")}
     module = TrainingModule(system, loader, masking, options, {**(context or {}), **fixed})
     shown = reporter(progress and first)
@@ -88,6 +94,8 @@ def train(
             raise Interrupted(
                 f"stopped at once; {outputs.checkpoint} is from an earlier step", signal.SIGINT
             ) from error
+        except OSError as error:  # of a logger, or of a folder for temporary files
+            raise cannot_write(outputs.run_dir, error) from error
         finally:
             shown.close()
         return module.trained().to(trainer.strategy.root_device)
