@@ -111,12 +111,18 @@ def of_the_optimizer() -> Iterator[tuple[str, Change]]:
     yield "no optimizer", lambda c: c["optimizer_states"].clear()
     yield "an empty optimizer", lambda c: c.update(optimizer_states=[{}])
     yield "other constants", lambda c: [g.update(eps=-1.0) for part in parts(c) for g in part["param_groups"]]
-    yield "negative squares", lambda c: parts(c)[-1]["state"][0].update(exp_avg_sq=-parts(c)[-1]["state"][0]["exp_avg_sq"] - 1)
+    yield (
+        "negative squares",
+        lambda c: parts(c)[-1]["state"][0].update(exp_avg_sq=-parts(c)[-1]["state"][0]["exp_avg_sq"] - 1),
+    )
     yield "a step of its own", lambda c: parts(c)[-1]["state"][0].update(step=torch.tensor(-1.0))
     for name in ("exp_avg", "exp_avg_sq", "step"):
         for how, change in WRONG_TENSORS.items():
             if (name, how) not in (("step", "list"), ("step", "shape")):
-                yield f"{name}: {how}", lambda c, n=name, f=change: parts(c)[-1]["state"][0].update({n: f(parts(c)[-1]["state"][0][n])})
+                yield (
+                    f"{name}: {how}",
+                    lambda c, n=name, f=change: parts(c)[-1]["state"][0].update({n: f(parts(c)[-1]["state"][0][n])}),
+                )
 
 
 def refused(folder: Path, optimizer: str) -> str:
@@ -128,7 +134,19 @@ def refused(folder: Path, optimizer: str) -> str:
     return str(raised.value)
 
 
-KINDS = ["no ", "global_step", "epoch", "pytorch", "state_dict", "loops", "callbacks", "optimizer", "lr_sched", "cdlm", ""]
+KINDS = [
+    "no ",
+    "global_step",
+    "epoch",
+    "pytorch",
+    "state_dict",
+    "loops",
+    "callbacks",
+    "optimizer",
+    "lr_sched",
+    "cdlm",
+    "",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

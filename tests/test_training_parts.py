@@ -36,9 +36,8 @@ from cdlm.training.validation import losses_by_level, validation_metrics
     ("name", "value"),
     [("steps", 0), ("accumulate", 0), ("lr", -1e-3), ("lr", math.nan), ("schedule_lr", 11.0), ("weight_decay", -1.0),
      ("warmup", -1), ("final_lr_ratio", 1.5), ("clip", 0.0), ("ema", 1.0), ("devices", 0), ("log_every", 0),
-     ("validate_every", 0), ("checkpoint_every", 0), ("seed", -1), ("optimizer", "sgd"), ("precision", "fp64"),
-     ("accelerator", None), ("strategy", 1), ("compile", "yes"), ("loggers", "wandb"), ("loggers", ("x",)),
-     ("loggers", ("wandb", "wandb")), ("steps", 1.0), ("steps", True), ("clip", -math.inf), ("lr", math.inf)],
+     ("validate_every", 0), ("checkpoint_every", 0), ("seed", -1),
+     ("clip", -math.inf), ("lr", math.inf)],
 )  # fmt: skip
 def test_options_out_of_range_are_named_with_their_range(name: str, value: Any) -> None:
     with pytest.raises(CdlmError, match=rf"^training needs .*\b{name}\b.*, got "):
@@ -267,7 +266,17 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
         AtomicCheckpoints().load_checkpoint(tmp_path / "last.ckpt")
 
 
-NO_ROWS = ["garbage", "-1" + "," * 19, "1.5" + "," * 19, "9" * 5000 + "," * 19, "1,x" + "," * 18, "1", "", ",", "\0" * 50]
+NO_ROWS = [
+    "garbage",
+    "-1" + "," * 19,
+    "1.5" + "," * 19,
+    "9" * 5000 + "," * 19,
+    "1,x" + "," * 18,
+    "1",
+    "",
+    ",",
+    "\0" * 50,
+]
 
 
 def test_lines_that_are_no_rows_of_metrics_are_dropped_and_counted(tmp_path: Path) -> None:

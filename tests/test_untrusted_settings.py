@@ -47,8 +47,8 @@ def test_no_class_of_others_is_imported_or_built(place: str, name: str, tmp_path
     assert "planted" not in sys.modules
 
 
-OPTIONS = ["--source", "--system", "--source.class_path", "--system.class_path", "--source.help", "--config", "--training",
-           "--source.n", "--system.width", "--length", "--training.loggers"]  # fmt: skip
+OPTIONS = ["--source", "--system", "--source.class_path", "--system.class_path", "--source.help", "--config",
+           "--training", "--source.n", "--system.width", "--length", "--training.loggers"]  # fmt: skip
 WORDS = ["planted.Planted", "{class_path: planted.Planted}", "{n: {class_path: planted.Planted}}"]
 
 
@@ -92,8 +92,10 @@ LAUGHS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in ran
 BROKEN = {
     "bomb": "a0: &a0 [x]\n" + LAUGHS, "bomb in a text": "length: \"a0: &a0 [x]\\n" + LAUGHS.replace("\n", "\\n") + '"',
     "deep list": "source: " + "[" * 10**5, "deep mapping": "source: " + "{a: " * 10**5, "anchor": "length: &a 5",
-    "tag": "length: !x 5", "twice": "length: 5\nlength: 6", "no mapping": "5", "list": "[1]", "nothing": "", "null": "null",
-    "two documents": "--- {length: 5}\n--- {length: 6}", "tab": "a:\n\t- 1", "NUL": "tokenizer: \0", "key": "? [a]\n: 1",
+    "tag": "length: !x 5", "twice": "length: 5\nlength: 6", "no mapping": "5", "list": "[1]", "nothing": "",
+    "null": "null",
+    "two documents": "--- {length: 5}\n--- {length: 6}", "tab": "a:\n\t- 1", "NUL": "tokenizer: \0",
+    "key": "? [a]\n: 1",
     "unknown": "lenght: 5", "huge number": "length: " + "9" * 6000, "70 bits": "length: 1000000000000000000000",
     "minutes": "length: 1:30", "directive": "%TAG ! tag:yaml.org,2002:python/\n---\nlength: !name:os.system 1",
     "surrogate": 'tokenizer: "\\ud800"', "float": "length: 5.0", "truth": "length: true", "text": "length: x",
@@ -122,7 +124,7 @@ def test_files_that_are_no_settings_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(CdlmError) as raised:
             parse_run(["--config", name])
         assert len(str(raised.value)) < 500
-    with pytest.raises(CdlmError, match="has no config.yaml"):
+    with pytest.raises(CdlmError, match=r"has no config\.yaml"):
         read_run(tmp_path / "no")
 
 
@@ -151,7 +153,9 @@ def test_texts_of_all_kinds_go_through_the_command_line() -> None:
 
 def test_a_folder_from_elsewhere_does_not_say_where_to_write(tmp_path: Path) -> None:
     for cache in (str(tmp_path / "victim"), "..", "/etc", "~/.ssh", "cache", "a\0b"):
-        (tmp_path / "config.yaml").write_text(RunConfig(cache="x").to_yaml().replace("cache: x", f'cache: "{cache}"'.replace("\0", "\\0")))
+        (tmp_path / "config.yaml").write_text(
+            RunConfig(cache="x").to_yaml().replace("cache: x", f'cache: "{cache}"'.replace("\0", "\\0"))
+        )
         assert run_arguments(tmp_path)[-1] == f"--cache={caches.DEFAULT}"
     assert read_run(tmp_path).cache == caches.DEFAULT
     assert parse_run([*run_arguments(tmp_path), "--cache", "mine"]).cache == "mine"

@@ -1,4 +1,4 @@
-"""YAML as plain data: mappings, lists, texts, numbers, true, false and null, and nothing that grows, runs or is read twice.
+"""YAML as plain data: mappings, lists, texts, numbers, true, false and null; nothing in it grows or runs.
 
 Everything that cdlm reads as YAML goes through here, so that a file from elsewhere is refused in one line if it holds a
 tag, an anchor, an alias, a key twice, or more levels than settings have.
@@ -18,7 +18,11 @@ LARGEST = 2**20
 """Bytes of a file of settings."""
 DEEPEST = 32
 """Levels of mappings and lists."""
-_PLAIN_TAGS = {None, "!", *(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null"))}
+_PLAIN_TAGS = {
+    None,
+    "!",
+    *(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")),
+}
 _WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$")
 _FLOAT = re.compile(
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
@@ -58,7 +62,9 @@ def mapping_of(text: str, place: str, of: str) -> dict[str, Any]:
     except _error() as error:
         raise CdlmError(f"{place} cannot be read as YAML ({explained(error)}); mend it, or copy it again") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise CdlmError(f"{place} holds no names with values: expected {of}, one 'name: value' a line; write it, or copy it again")
+        raise CdlmError(
+            f"{place} holds no names with values: expected {of}, one 'name: value' a line; write it, or copy it again"
+        )
     return values
 
 
@@ -89,7 +95,9 @@ def loader() -> type[Any]:
     """The safe loader, with the numbers of YAML 1.2 (1e-3, and no 1:30) and without dates."""
     import yaml
 
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    class Loader(base):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen = set[str]()
             for name in (key.value for key, _ in node.value if isinstance(key.value, str)):

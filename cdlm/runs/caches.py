@@ -33,7 +33,7 @@ def mark(cache: str) -> None:
 def believed(cache: str) -> str:
     """The cache that a run folder names if it is marked and lies in one place, and `DEFAULT` otherwise."""
     place = place_of(cache)
-    return cache if place == place_of(DEFAULT) or _is_marked(place) and _is_whole(place) else DEFAULT
+    return cache if place == place_of(DEFAULT) or (_is_marked(place) and _is_whole(place)) else DEFAULT
 
 
 def place_of(cache: str) -> Path:

@@ -418,7 +418,9 @@ def _today(values: dict[str, Any]) -> dict[str, Any]:
     """The settings of a file, with classes by their full path and all settings under the names of today."""
     known = [f.name for f in fields(RunConfig)]
     if unknown := next((name for name in values if name not in known), None):
-        raise CdlmError(f"there is no setting {unknown[:100]!r}{nearest(unknown, known)}: use some of {', '.join(known)}")
+        raise CdlmError(
+            f"there is no setting {unknown[:100]!r}{nearest(unknown, known)}: use some of {', '.join(known)}"
+        )
     values = {name: _number(name, value) if name in _numbers() else value for name, value in values.items()}
     parts = {name: _part(name, values[name]) for name in CLASSES if name in values}
     return values | parts | ({"training": _named("training", values["training"])} if "training" in values else {})
@@ -445,7 +447,7 @@ def _named(owner: str, settings: Any) -> dict[str, Any]:
     for name in settings:
         if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
             raise CdlmError(f"{owner} has settings by their names, and {_short(name)} is none")
-    today = {hub.RENAMED.get(name, name): value for name, value in settings.items()}
+    today = {hub.RENAMED.get(str(name), str(name)): value for name, value in settings.items()}
     numbers = _numbers()
     return {n: _number(f"{owner}.{n}", v) if f"{owner}.{n}" in numbers else v for n, v in today.items()}
 

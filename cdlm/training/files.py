@@ -48,7 +48,11 @@ def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
             _check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # of a damaged archive torch raises whatever it stumbles over
-        why = "it is no checkpoint, or holds more than tensors and plain data" if isinstance(error, UnpicklingError) else first_line(error)
+        why = (
+            "it is no checkpoint, or holds more than tensors and plain data"
+            if isinstance(error, UnpicklingError)
+            else first_line(error)
+        )
         raise CdlmError(
             f"{path} cannot be read, it is truncated or damaged ({why[:200]}); {advice_for(path)}"
         ) from error
@@ -130,8 +134,8 @@ class MetricsFile(Logger):
             raise cannot_write(self.path, error) from error
 
     def cut(self, step: int) -> int:
-        """Drop the rows after `step`, which the run writes again, and those that a dying process left unfinished or that
-        are no rows of metrics.
+        """Drop the rows after `step`, which the run writes again, and those that a dying process left unfinished or
+        that are no rows of metrics.
 
         Returns:
             how many whole lines were no rows of metrics.

@@ -84,13 +84,16 @@ def _locked(run_dir: Path) -> list[int]:
             if _is_still(path, number):
                 os.ftruncate(number, 0)
                 os.pwrite(number, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-                lock = [number]
-                os.register_at_fork(after_in_child=lambda: _close(lock))
-                return lock
+                return _forgotten_by_children([number])
         except BaseException:
             os.close(number)
             raise
         os.close(number)  # its former owner has removed it since
+
+
+def _forgotten_by_children(lock: list[int]) -> list[int]:
+    os.register_at_fork(after_in_child=lambda: _close(lock))
+    return lock
 
 
 def _lock(run_dir: Path, number: int) -> None:

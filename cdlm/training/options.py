@@ -8,7 +8,6 @@ from typing import Literal, get_args, get_type_hints
 from cdlm.core.checks import check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
 
-
 Logger = Literal["tensorboard", "wandb"]
 LOGGERS = get_args(Logger)
 
@@ -78,7 +77,9 @@ class TrainOptions:
             check_choice("training", choices[name], **{name: getattr(self, name)})
         check_choice("training", (False, True), compile=self.compile)
         if not isinstance(self.loggers, tuple | list) or len({*map(str, self.loggers)}) < len(self.loggers):
-            raise CdlmError(f"training needs loggers to be some of {', '.join(LOGGERS)}, each once, got {self.loggers!r}")
+            raise CdlmError(
+                f"training needs loggers to be some of {', '.join(LOGGERS)}, each once, got {self.loggers!r}"
+            )
         for logger in self.loggers:
             check_choice("training", LOGGERS, loggers=logger)
         if self.strategy == "fsdp" and self.optimizer == "muon":
