@@ -92,7 +92,7 @@ for cut in sorted(folder.glob("cut*")):
     first, second = (torch.load(checkpoint_of(f), weights_only=True) for f in (folder / "whole", cut))
     for name, value in first["state_dict"].items():
         assert torch.equal(value, second["state_dict"][name]), name
-    same = [p for p in content(folder / "whole") if p not in ("metrics.csv", "checkpoints/last.ckpt", "tokenizer_config.json")]
+    same = content(folder / "whole").keys() - {"metrics.csv", "checkpoints/last.ckpt", "tokenizer_config.json"}
     odd = content(cut).keys() ^ content(folder / "whole").keys()
     assert not odd, odd
     for name in same:
