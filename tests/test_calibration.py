@@ -36,6 +36,7 @@ from cdlm.halting.calibration import (
     write_calibration,
 )
 from cdlm.halting.losses import Binary, Bounded, Change
+from cdlm.runs import caches
 from cdlm.runs.config import parse_run
 from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.recordings import write_recording
@@ -360,6 +361,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--judge_share=0", "--unread_share=0",
     ]  # fmt: skip
 
+    caches.mark(str(made / "cache"))
     (made / "toy" / "config.yaml").write_text(parse_run([*argv, "--cache", str(made / "cache")]).to_yaml())
     return made
 

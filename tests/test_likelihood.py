@@ -36,6 +36,7 @@ from cdlm.evaluation.metrics.likelihood import Likelihood, Measure
 from cdlm.masked.likelihood import nelbo
 from cdlm.masked.model import Constants, Function
 from cdlm.masked.system import MaskedDiffusion
+from cdlm.runs import caches
 from cdlm.runs.config import parse_run
 
 Score = Callable[[Denoiser, Text], Nats]
@@ -625,6 +626,7 @@ def a_run(path: Path, masked: bool = False, rows: str = "pack", length: int = 12
     system.save_pretrained(path / "run")
     source = ["--source", "Files", "--source.paths", json.dumps([str(path / "text.txt")])]
     settings = ["--length", str(length), "--rows", rows, "--cache", str(path / "cache")]
+    caches.mark(str(path / "cache"))
     (path / "run" / "config.yaml").write_text(parse_run([*source, *settings]).to_yaml())
     return path / "run"
 

@@ -33,6 +33,7 @@ from cdlm.evaluation.texts import RealText, read_texts
 from cdlm.evaluation.workloads import WORKLOADS, Arithmetic, MixedLengths, MixedPrompts, Work, Workload
 from cdlm.halting import FixedSteps, Patience
 from cdlm.halting.calibration import Goal
+from cdlm.runs import caches
 from cdlm.runs.config import parse_run
 from cdlm.sampling.recordings import write_recording
 from cdlm.sampling.requests import Request
@@ -281,6 +282,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--judge_share=0", "--unread_share=0", "--cache", str(made / "cache"),
     ]  # fmt: skip
     models = {"toy": with_tokenizer(), "masked": masked_with_tokenizer(), "left": autoregressive_with_tokenizer()}
+    caches.mark(str(made / "cache"))
     for name, model in models.items():
         model.save_pretrained(made / name)
         (made / name / "config.yaml").write_text(parse_run(argv).to_yaml())
@@ -422,6 +424,7 @@ def test_answers_are_marked_in_the_table(tmp_path: Path) -> None:
         "--judge_share=0", "--unread_share=0", "--masking", "Completion()", "--cache", str(tmp_path / "cache"),
     ]  # fmt: skip
     with_tokenizer_of(speech(PROBLEMS)).save_pretrained(tmp_path / "toy")
+    caches.mark(str(tmp_path / "cache"))
     (tmp_path / "toy" / "config.yaml").write_text(parse_run(argv).to_yaml())
     random_judge().save(tmp_path / "judge")
     session: Session = api.open_session(tmp_path / "toy", device="cpu", steps=4)

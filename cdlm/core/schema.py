@@ -38,7 +38,7 @@ def checked(value: Any, kind: type[T] | Any, place: str, advice: str) -> T:
     """
     try:
         return convert(value, kind)
-    except (ValidationError, UnicodeEncodeError, RecursionError, OverflowError) as error:
+    except (ValidationError, AttributeError, UnicodeEncodeError, RecursionError, OverflowError) as error:
         raise CdlmError(f"{place}: {_in_words(str(error))}; {advice}") from error
 
 

@@ -19,7 +19,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from cdlm.core.checks import Settings, check_number
+from cdlm.core.checks import MOST_SAMPLES, Settings, check_number, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.data import arithmetic
@@ -84,8 +84,8 @@ class Stories(Source):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.seed < 0:
-            raise CdlmError(f"Stories: expected n of at least 1 and a seed of at least 0, got {self.n} and {self.seed}")
+        check_whole("Stories", largest=MOST_SAMPLES, n=self.n)
+        check_whole("Stories", least=0, seed=self.seed)
 
     def documents(self, split: Split) -> Iterator[str]:
         """One story a document."""
@@ -122,9 +122,8 @@ class Arithmetic(Source):
     largest: int = arithmetic.LARGEST
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.seed < 0:
-            got = f"{self.n} and {self.seed}"
-            raise CdlmError(f"Arithmetic: expected n of at least 1 and a seed of at least 0, got {got}")
+        check_whole("Arithmetic", largest=MOST_SAMPLES, n=self.n)
+        check_whole("Arithmetic", least=0, seed=self.seed)
         arithmetic.check_steps(self.steps)
         arithmetic.check_largest(self.largest)
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from cdlm import studies
 from cdlm.cli.args import CommandParser, Parameter
 from cdlm.cli.main import call
-from cdlm.core.errors import CdlmError, first_line
+from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import nearest
+from cdlm.core.plain_yaml import read_mapping
 
 
 def run(argv: list[str]) -> None:
@@ -27,7 +25,7 @@ def run(argv: list[str]) -> None:
     made = reader(argv[0])
     given = made.settings(argv[1:])
     file = given.pop("config", None)
-    settings = made.arguments({**(made.read(_yaml(file)) if file else {}), **given})
+    settings = made.arguments({**(made.read(read_mapping(file, "settings of a study")) if file else {}), **given})
     study = call(studies.find(argv[0])[0], settings).ready()
     table = study.run(argv[0])
     if not study.quiet:
@@ -46,16 +44,6 @@ def parser() -> argparse.ArgumentParser:
 def reader(name: str) -> CommandParser:
     """Reads the settings of a study, with its defaults."""
     kind, defaults = studies.find(name)
-    made = CommandParser(kind, f"cdlm study {name}", _yaml(defaults))
+    made = CommandParser(kind, f"cdlm study {name}", read_mapping(defaults, "settings of a study"))
     made.add(Parameter("config", Path | None, None, "YAML file of these settings"))
     return made
-
-
-def _yaml(file: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CdlmError(f"cannot read settings from {file} ({first_line(error)}): give a YAML file") from error
-    if not isinstance(settings, dict):
-        raise CdlmError(f"{file} holds no settings: write one a line, such as n: 64")
-    return settings
