@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +207,9 @@ RATES = {
 def test_what_diverges_says_when_and_keeps_what_was_good(name: str, rates: str, every: int, tmp_path: Path) -> None:
     options = TrainOptions(
         steps=10, warmup=0, accelerator="cpu", checkpoint_every=every, validate_every=7, log_every=5, clip=float("inf"),
-        final_lr_ratio=1.0, **RATES[rates],
+        final_lr_ratio=1.0,
     )  # fmt: skip
+    options = replace(options, **RATES[rates])
     masking = {"masking": "Block(4)"} if name == "ssd" else {}
     given, run = config(tmp_path.parent / "cache", system=SYSTEMS[name], training=options, **masking), tmp_path / "run"
     ends_well = rates == "schedule" and name != "plaid"
@@ -215,5 +217,6 @@ def test_what_diverges_says_when_and_keeps_what_was_good(name: str, rates: str, 
     with nullcontext() if ends_well else pytest.raises(CdlmError, match=message):
         train(given, run, progress=False)
     assert (steps_done(checkpoint_of(run)) == options.steps) == ends_well
-    samples = generate(load(run), n=1, length=8, **({} if name in ("masked", "autoregressive") else {"steps": 4}))
+    steps = None if name in ("masked", "autoregressive") else 4
+    samples = generate(load(run), n=1, length=8, steps=steps)
     assert samples.tokens.shape == (1, 8)

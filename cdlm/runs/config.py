@@ -16,7 +16,7 @@ from cdlm.autoregressive.system import SYSTEMS as AUTOREGRESSIVE
 from cdlm.continuous.systems import SYSTEMS as CONTINUOUS
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core import plain_yaml
-from cdlm.core.checks import check_choice, check_object, check_whole
+from cdlm.core.checks import MOST_DEVICES, MOST_SAMPLES, Settings, check_whole
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.parsing import Registry, nearest
 from cdlm.core.schema import Positive, Whole, checked
@@ -47,7 +47,7 @@ DEFAULT_MASKING = "Mixture(((0.4, Prefix()), (0.4, RandomSubset()), (0.2, Uncond
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """A training run.
 
     Args:
@@ -89,13 +89,10 @@ class RunConfig:
     training: TrainOptions = field(default_factory=TrainOptions)
 
     def __post_init__(self) -> None:
-        check_object("a run", Source, source=self.source)
-        check_object("a run", SystemConfig, system=self.system)
-        check_object("a run", TrainOptions, training=self.training)
         counts = ("vocab_size", "length", "batch_size", "validation_rows")
         check_whole("a run", **{name: getattr(self, name) for name in counts})
-        check_whole("a run", least=0, preview=self.preview, workers=self.workers)
-        check_choice("a run", get_args(get_type_hints(RunConfig)["rows"]), rows=self.rows)
+        check_whole("a run", least=0, largest=MOST_SAMPLES, preview=self.preview)
+        check_whole("a run", least=0, largest=MOST_DEVICES, workers=self.workers)
         for name in ("tokenizer", "cache"):
             _check_place(name, getattr(self, name))
         _ = self.division  # checks the shares

@@ -15,6 +15,7 @@ import yaml
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
+from cdlm.core.inert import fenced
 from cdlm.data.division import Division, Part, Share
 from cdlm.data.masking import MASKINGS
 from cdlm.data.order import RowLoader, fixed_batches
@@ -229,7 +230,7 @@ def card(config: RunConfig, system: System, step: int) -> str:
     settings = yaml.safe_dump(_without_folders(yaml.safe_load(config.to_yaml())), sort_keys=False, allow_unicode=True)
     source = type(config.source).__name__
     sections = {
-        "Training": f"{size:.1f} M parameters, {shape}, on text of `{source}`.\n\n```yaml\n{settings.strip()}\n```",
+        "Training": f"{size:.1f} M parameters, {shape}, on text of `{source}`.\n\n{fenced(settings, 'yaml')}",
         "Numbers": "See `evaluation.md` in this folder if the model was evaluated.",
     }
     sampling = {"sampling": dict(system.preset)} if system.preset else {}
