@@ -135,8 +135,9 @@ def sound(row: Row, request: Request, decoder: Setup, constants: Constants) -> N
     """What is decided or given stays, nothing is left open, and calls are counted as they are made."""
     assert row.reason
     given = request.given.tolist()
+    valid = [True] * len(given) if request.valid is None else request.valid.tolist()
     before = [t if g else constants.mask_id for t, g in zip(request.tokens.tolist(), given, strict=True)]
-    settled, told = 0, max((i for i, g in enumerate(given) if g), default=-1)
+    settled, told = 0, max((i for i, g in enumerate(given) if g and valid[i]), default=-1)
     for step, canvas in enumerate(row.canvases):
         assert all(old in (new, constants.mask_id) for old, new in zip(before, canvas, strict=True))
         ends = [i for i, token in enumerate(canvas) if token in constants.end_ids and i > told]

@@ -223,7 +223,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "number that is none": (edit(lambda c: c["model"].update(t_max=float("nan"))), "t_max"),
     "more layers than tensors": (edit(lambda c: c["model"].update(depth=10**6)), "has depth 1000000, and the weights"),
     "width of terabytes": (edit(lambda c: c["model"].update(width=2**20)), "config.json asks for"),
-    "width that no tensor has": (edit(lambda c: c["model"].update(width=2**62)), "sizes that no model can have"),
+    "width that no tensor has": (edit(lambda c: c["model"].update(width=2**62)), "width <= "),
     "length that no row has": (edit(lambda c: c.update(length=2**70)), "length"),
     "mask beyond the vocabulary": (
         edit(lambda c: c["model"].update(mask_id=270)),

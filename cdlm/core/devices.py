@@ -29,6 +29,8 @@ def resolve_device(device: str) -> str:
         wanted = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise _unusable(device, first_line(error)) from error
+    if wanted.type == "meta":
+        raise _unusable(device, "it computes nothing")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise _unusable(device, f"CUDA devices here: {torch.cuda.device_count()}")
     if wanted.type == "mps" and not torch.backends.mps.is_available():

@@ -132,7 +132,8 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            flat = tensors[name]().detach().cpu().to(specs[name].dtype).contiguous().reshape(-1)
+            value = tensors[name]().detach().cpu().to(specs[name].dtype)
+            flat = value.contiguous().reshape(-1).as_strided((value.numel(),), (1,))  # one value may have any stride
             file.write(flat.view(torch.uint8).numpy().data)
 
 

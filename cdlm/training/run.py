@@ -95,6 +95,8 @@ def train(
                 f"stopped at once; {outputs.checkpoint} is from an earlier step", signal.SIGINT
             ) from error
         except OSError as error:  # of a logger, or of a folder for temporary files
+            if error.errno is None:  # not of the system
+                raise
             raise cannot_write(outputs.run_dir, error) from error
         finally:
             shown.close()

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from hostile.rules import BUILT, REGISTRIES
 from hostile.settings import settings_trials
-from hostile.trials import attempt_here
+from hostile.trials import Outcome, Trial, attempt_here
 
 from cdlm.cli.commands import COMMANDS
+from cdlm.cli.main import main
 
 HERE = Path(__file__).parent.parent
 PROGRAM = "from hostile.rules import *; from hostile.trials import report; report([*rule_trials(), *text_trials()])"
@@ -48,10 +49,10 @@ def test_there_are_thousands_of_trials(tried: Mapping[str, list]) -> None:
 
 NOWHERE: dict[str, list[str]] = {
     "sample": ["nowhere/run"], "replay": ["nowhere/rec", "--halt=Patience(2)"],
-    "calibrate": ["nowhere/run", "--halt=Patience"], "compare": ["nowhere/run"],
-    "evaluate": ["nowhere/run", "no.jsonl"], "train-judge": ["nowhere/run", "--out=judge"],
-    "convert": ["plaid", "nowhere/run", "--out=out"], "train-halting": ["nowhere/rec", "--out=head"],
-    "frontier": ["nowhere/run"],
+    "calibrate": ["nowhere/run", "Patience"], "compare": ["nowhere/run", "--n=8"],
+    "evaluate": ["nowhere/run", "nowhere/s.jsonl"], "train-judge": ["nowhere/run", "judge"],
+    "convert": ["plaid", "nowhere/run", "out"], "train-halting": ["nowhere/rec", "head"],
+    "frontier": ["nowhere/run", "nowhere/way=s.jsonl"],
 }  # fmt: skip
 """Arguments of each command whose run is not there: what is refused is refused before anything is read."""
 
@@ -60,7 +61,11 @@ NOWHERE: dict[str, list[str]] = {
 def test_no_odd_setting_is_accepted(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every 17th of the trials; `python -m hostile` runs them all."""
     monkeypatch.chdir(tmp_path)
+    alone = attempt_here(Trial("nothing wrong but the run", command, lambda: main([command, *NOWHERE[command]])))
+    assert alone.outcome is Outcome.REFUSED
+    assert "nowhere" in alone.said
     results = [attempt_here(trial) for trial in list(settings_trials({command: NOWHERE[command]}))[::17]]
-    assert results
+    own = [result for result in results if "nowhere" not in result.said]
+    assert len(own) > len(results) / 2  # refused for their own sake, before anything is read
     assert not [str(result) for result in results if result.bad]
     assert not list(tmp_path.iterdir())
