@@ -36,6 +36,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, call)
 
+    # model.safetensors is opened once by name, to see whether it may be read
     counted(safetensors.torch, "safe_open", "weights")
     counted(Tokenizer, "from_file", "tokenizer")
     real = Path.open
@@ -54,12 +55,12 @@ def test_sampling_reads_each_file_of_a_model_once(
     model: str, opened: Counter[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["sample", str(MODELS / model), "--n", "2", "--steps", "3", "--out", str(tmp_path / "samples.jsonl")])
-    assert opened == {"config.json": 1, "model.safetensors": 1, "weights": 1, "tokenizer": 1}  # opened to see if it may be
+    assert opened == {"config.json": 1, "model.safetensors": 1, "weights": 1, "tokenizer": 1}
 
 
 def test_a_recording_reads_them_once_too(opened: Counter[str], tmp_path: Path) -> None:
     main(["sample", str(MODELS / "cdcd"), "--n", "2", "--steps", "3", "--record", str(tmp_path / "r"), "--quiet"])
-    assert opened == {"config.json": 1, "model.safetensors": 1, "weights": 1, "tokenizer": 1}  # opened to see if it may be
+    assert opened == {"config.json": 1, "model.safetensors": 1, "weights": 1, "tokenizer": 1}
 
 
 def test_a_comparison_with_live_rules_loads_a_model_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

