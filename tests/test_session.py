@@ -599,7 +599,7 @@ def test_a_folder_needs_a_length_of_one_position_or_more(tmp_path: Path, length:
     with_tokenizer().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "length": length}))
-    with pytest.raises(CdlmError, match="whole number.* in 'length'"):
+    with pytest.raises(CdlmError, match=r"whole number.* in 'length'"):
         cdlm.load(tmp_path)
 
 
