@@ -30,7 +30,7 @@ from cdlm.data.tokenizer import encode_batch, tokenizer_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_FORMAT = 2  # change it whenever the files change meaning: old stores are then rebuilt
+_FORMAT = 2  # change it whenever the files change meaning: stores are then built anew, beside the old ones
 _CHUNK = 1000  # documents tokenised at a time
 DOUBTFUL, HOPELESS = 0.01, 0.9
 """Shares of unknown tokens above which a text is warned of and refused."""
@@ -121,7 +121,7 @@ def _wrong(path: Path, meta: Meta, tokens: np.ndarray, offsets: np.ndarray) -> s
     if meta["format"] != _FORMAT:
         return f"it has format {meta['format']}, and this version {_FORMAT}"
     right = {
-        f"the key of {path.name}": meta["key"].startswith(path.name),
+        f"the key of {path.name}": path.name == f"{meta['key'][:32]}-{_FORMAT}",
         "end and padding of its vocabulary": max(meta["eos_id"], meta["pad_id"]) < meta["vocab"],
         f"{meta['tokens']} tokens": tokens.shape == (meta["tokens"],) and tokens.dtype in (np.uint16, np.uint32),
         f"{meta['documents']} documents": offsets.shape == (meta["documents"] + 1,) and offsets.dtype == np.int64,
@@ -146,7 +146,7 @@ def build_store(source: Source, split: Split, tokenizer: "PreTrainedTokenizerFas
         CdlmError: The source is at fault, the tokenizer has no EOS, or the folder cannot be written (disk full).
     """
     key = _key(source, split, tokenizer)
-    folder = cache_dir / key[:32]
+    folder = cache_dir / f"{key[:32]}-{_FORMAT}"
     if not folder.exists():
         with suppress(_Taken), replacing(folder) as building:
             building.mkdir()
@@ -276,7 +276,8 @@ StoredRows = PackedRows | DocumentRows
 
 
 def _key(source: Source, split: Split, tokenizer: "PreTrainedTokenizerFast") -> str:
-    parts = [_FORMAT, source.fingerprint(), split, tokenizer_hash(tokenizer)]
+    # The first is the format of the stores that named it so: runs and judges know their text by this key.
+    parts = [1, source.fingerprint(), split, tokenizer_hash(tokenizer)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
