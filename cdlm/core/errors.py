@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cdlm.core.inert import shortened
+
 
 class CdlmError(Exception):
     """Bad input: one line that says what was expected, what came and what to change.
@@ -17,8 +19,8 @@ class CdlmError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, in one line without a full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """What another library's error says, in one line without a full stop; some repeat whole files."""
+    return shortened((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."), 300)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
