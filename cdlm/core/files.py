@@ -166,13 +166,22 @@ def reading(path: Path, advice: str = "copy it again") -> Iterator[None]:
     """
     check_path(path)
     try:
-        if path.is_char_device() or path.is_block_device():
-            raise CdlmError(f"cannot read {path} (it is a device); name a file")
+        check_ends(path)
         yield
     except UnicodeDecodeError as error:
         raise CdlmError(f"cannot read {path} (not UTF-8 at byte {error.start}); {advice}") from error
     except OSError as error:
         raise CdlmError(f"cannot read {path} ({_reason(error)}); {advice}") from error
+
+
+def check_ends(path: Path) -> None:
+    """Raise if a path is that of a device, which may never end.
+
+    Raises:
+        CdlmError: it is.
+    """
+    if path.is_char_device() or path.is_block_device():
+        raise CdlmError(f"cannot read {path} (it is a device); name a file")
 
 
 def check_readable(path: Path, advice: str = "copy it again") -> None:

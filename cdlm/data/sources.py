@@ -19,8 +19,9 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from cdlm.core.checks import MOST_SAMPLES, Settings, check_number, check_whole
-from cdlm.core.errors import CdlmError
+from cdlm.core.checks import MOST_SAMPLES, Settings, check_number, check_whole, shown
+from cdlm.core.errors import CdlmError, first_line
+from cdlm.core.files import check_ends
 from cdlm.core.parsing import Registry
 from cdlm.data import arithmetic
 from cdlm.data.stories import grammar_fingerprint, is_sentence, stories, whole_sentences
@@ -378,6 +379,7 @@ def _contents(patterns: tuple[str, ...]) -> list[tuple[str, str]]:
 
 def _file_hash(path: Path) -> str:
     try:
+        check_ends(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -387,6 +389,7 @@ def _file_hash(path: Path) -> str:
 def _lines(path: Path) -> Iterator[str]:
     r"""Lines with their ends, cut after "\n"; a byte order mark is dropped."""
     offset = 0
+    check_ends(path)
     with path.open("rb") as file:
         for raw in file:
             try:
@@ -455,13 +458,13 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict
             for batch in file.iter_batches(columns=present):
                 for row in batch.to_pylist():
                     yield str(path), row
-    except pyarrow.ArrowException as error:
-        raise CdlmError(f"{path}: not a valid parquet file ({error}); write it again") from error
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter of names of columns
+        raise CdlmError(f"{path}: not a valid parquet file ({first_line(error)}); write it again") from error
 
 
 def _check_column(path: Path, column: str, found: list[str]) -> None:
     if column not in found:
-        raise CdlmError(f"{path}: expected a column {column!r}, found {found}; {_advice(column)}")
+        raise CdlmError(f"{path}: expected a column {column!r}, found {shown(found, 300)}; {_advice(column)}")
 
 
 def _advice(name: str) -> str:
