@@ -134,20 +134,26 @@ class MetricsFile(Logger):
             raise cannot_write(self.path, error) from error
 
     def cut(self, step: int) -> int:
-        """Drop the rows after `step`, which the run writes again, and those that a dying process left unfinished or
-        that are no rows of metrics.
+        """Drop the rows after `step`, which the run writes again, and those that a dying process left unfinished, that
+        are no rows of metrics, or whose step is not after that of the row before.
 
         Returns:
-            how many whole lines were no rows of metrics.
+            how many whole lines were none of the run's rows.
         """
         if not self.path.exists():
             return 0
         with reading(self.path, "remove it: its rows are lost, the run goes on"):
             lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[1:-1]
         steps = [_step_of(line) for line in lines]
-        kept = [line for line, of in zip(lines, steps, strict=True) if of is not None and of <= step]
+        kept, last, odd = [], -1, 0
+        for line, of in zip(lines, steps, strict=True):
+            if of is None or of <= last:
+                odd += 1
+            elif of <= step:
+                kept.append(line)
+                last = of
         write_text(self.path, "\n".join([",".join(METRICS), *kept, ""]))
-        return steps.count(None)
+        return odd
 
 
 def _step_of(line: str) -> int | None:
