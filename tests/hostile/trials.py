@@ -25,10 +25,19 @@ class Outcome(Enum):
     """What came of a trial."""
 
     REFUSED = "clear lines"
-    ACCEPTED = "accepted"
+    ACCEPTED = "rightly accepted"
     TRACEBACK = "tracebacks"
     UNCLEAR = "refused unclearly"
     HUNG = "hangs"
+    NONSENSE = "silent nonsense"
+
+
+NONSENSE = 3
+"""Exit code of a trial that found nonsense in what it was given."""
+
+
+class Nonsense(Exception):
+    """What came of a call cannot be."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +67,25 @@ class Result:
     seconds: float
 
     @property
+    def column(self) -> str:
+        """In words, for tables."""
+        accepted = self.outcome is Outcome.ACCEPTED and self.trial.nonsense
+        return (Outcome.NONSENSE if accepted else self.outcome).value
+
+    @property
     def bad(self) -> bool:
         """Whether something is to be mended."""
-        accepted = self.outcome is Outcome.ACCEPTED and self.trial.nonsense
-        return accepted or self.outcome in (Outcome.TRACEBACK, Outcome.UNCLEAR, Outcome.HUNG)
+        return self.column not in (Outcome.ACCEPTED.value, Outcome.REFUSED.value)
 
     def __str__(self) -> str:
-        return f"{self.outcome.value}: {self.trial.place}, {self.trial.kind}: {self.said[-300:]}"
+        return f"{self.column}: {self.trial.place}, {self.trial.kind}: {self.said[-300:]}"
 
 
 def outcome_of(code: int, said: str) -> Outcome:
     """What an exit code and standard error mean."""
     lines = said.strip().splitlines()
+    if code == NONSENSE:
+        return Outcome.NONSENSE
     if "Traceback" in said or code not in (0, 2):
         return Outcome.TRACEBACK
     if code == 0:
@@ -100,7 +116,7 @@ def _run(call: Callable[[], Any], errors: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         os.dup2(os.open(os.devnull, os.O_RDWR), 1)
         os.dup2(errors, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", errors="backslashreplace", closefd=False)
         code = code_of(call)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -119,6 +135,9 @@ def code_of(call: Callable[[], Any]) -> int:
     except CdlmError as error:  # of the Python API
         print(f"cdlm: {error}", file=sys.stderr)
         return 2
+    except Nonsense as error:
+        print(error, file=sys.stderr)
+        return NONSENSE
     except BaseException:
         traceback.print_exc()
         return 1
