@@ -174,6 +174,11 @@ def reading(path: Path, advice: str = "copy it again") -> Iterator[None]:
         raise CdlmError(f"cannot read {path} ({_reason(error)}); {advice}") from error
 
 
+def real_path(path: str | Path) -> Path:
+    """Where a path leads, all links followed. A link that leads to itself stays as it is; `Path.resolve` raises."""
+    return Path(os.path.realpath(path))
+
+
 def check_ends(path: Path) -> None:
     """Raise if a path is that of a device, which may never end.
 

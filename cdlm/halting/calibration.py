@@ -17,7 +17,7 @@ from typing import Any, NotRequired, TypedDict
 
 from cdlm.core.checks import check_number
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import read_json, write_text
+from cdlm.core.files import read_json, real_path, write_text
 from cdlm.core.schema import Positive, checked
 from cdlm.halting.criterion import Criterion
 from cdlm.halting.losses import Loss
@@ -239,8 +239,8 @@ def _from_folder(rule: str, folder: Path) -> str:
     are whole paths."""
 
     def named(path: re.Match[str]) -> str:
-        place = Path(path[2]).resolve()
-        return BESIDE if place == folder.resolve() else f"path={str(place)!r}"
+        place = real_path(path[2])
+        return BESIDE if place == real_path(folder) else f"path={str(place)!r}"
 
     return re.sub(r"path=(['\"])(.*?)\1", named, rule)
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import write_text
+from cdlm.core.files import real_path, write_text
 
 DEFAULT = "~/.cache/cdlm"
 MARK = "CACHEDIR.TAG"
@@ -62,4 +62,4 @@ def _is_marked(place: Path) -> bool:
 
 
 def _is_whole(place: Path) -> bool:
-    return all((place / part).resolve() == place.resolve() / part for part in PARTS)
+    return all(real_path(place / part) == real_path(place) / part for part in PARTS)

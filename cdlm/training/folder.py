@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import cannot_write, remove_leftovers
+from cdlm.core.files import cannot_write, real_path, remove_leftovers
 from cdlm.core.progress import announce
 
 LOCK = "training.lock"
@@ -65,11 +65,11 @@ def check_links(run_dir: Path) -> None:
     Raises:
         CdlmError: something that it writes is a link that leads out of the folder.
     """
-    inside = run_dir.resolve()
+    inside = real_path(run_dir)
     for path in (run_dir / name for name in WRITTEN):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+        if path.is_symlink() and not real_path(path).is_relative_to(inside):
             raise CdlmError(
-                f"{path} is a link that leads out of the run folder, to {path.resolve()}: put a file or folder of its"
+                f"{path} is a link that leads out of the run folder, to {real_path(path)}: put a file or folder of its"
                 " own in its place, or choose another run folder"
             )
 

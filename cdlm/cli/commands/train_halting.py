@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import check_places
+from cdlm.core.files import check_places, real_path
 from cdlm.core.progress import to_stderr
 from cdlm.halting.fit import Fitting, fit
 from cdlm.halting.head import ABOUT, Head, write_head
@@ -26,7 +26,7 @@ def train_halting(
         quiet: print errors only.
     """
     check_places(out / ABOUT)
-    if out.resolve() == (recordings.parent if recordings.is_file() else recordings).resolve():
+    if real_path(out) == real_path(recordings.parent if recordings.is_file() else recordings):
         raise CdlmError(f"{out} is the folder of the recordings: write the head elsewhere, best beside the model")
     runs = [Recording.read(recordings)] if recordings.is_file() else list(read_folder(recordings).values())
     if n is not None and n < 1:
