@@ -32,13 +32,13 @@ def commands(place: Path) -> Mapping[str, Sequence[str]]:
     return {
         "sample": (run, *QUICK),
         "replay": (recording, "--halt=Patience(2)", "--quiet"),
-        "calibrate": (run, "--halt=Patience", *JUDGED),
+        "calibrate": (run, *JUDGED),
         "compare": (run, *JUDGED, f"--out={place / 'table'}"),
         "evaluate": (run, samples, "--judge-steps=2", "--device=cpu", "--quiet"),
-        "train-judge": (run, f"--out={place / 'judge'}", "--judge-steps=2", "--device=cpu", "--quiet"),
-        "convert": ("plaid", run, f"--out={place / 'converted'}", "--quiet"),
-        "train-halting": (recording, f"--out={place / 'head'}", "--quiet"),
-        "frontier": (run, "--device=cpu", "--quiet"),
+        "train-judge": (run, str(place / "judge"), "--steps=2", "--device=cpu", "--quiet"),
+        "convert": ("plaid", run, str(place / "converted"), "--quiet"),
+        "train-halting": (recording, str(place / "head"), "--quiet"),
+        "frontier": (run, str(place), "--device=cpu", "--quiet"),
     }
 
 
