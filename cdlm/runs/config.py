@@ -16,8 +16,10 @@ from cdlm.autoregressive.system import SYSTEMS as AUTOREGRESSIVE
 from cdlm.continuous.systems import SYSTEMS as CONTINUOUS
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core import plain_yaml
-from cdlm.core.checks import MOST_DEVICES, MOST_SAMPLES, Settings, check_whole
+from cdlm.core.checks import MOST_DEVICES, MOST_SAMPLES, Settings, check_whole, shown
 from cdlm.core.errors import CdlmError, first_line
+from cdlm.core.files import check_path
+from cdlm.core.inert import shortened
 from cdlm.core.parsing import Registry, nearest
 from cdlm.core.schema import Positive, Whole, checked
 from cdlm.data.division import Division
@@ -93,8 +95,9 @@ class RunConfig(Settings):
         check_whole("a run", **{name: getattr(self, name) for name in counts})
         check_whole("a run", least=0, largest=MOST_SAMPLES, preview=self.preview)
         check_whole("a run", least=0, largest=MOST_DEVICES, workers=self.workers)
-        for name in ("tokenizer", "cache"):
-            _check_place(name, getattr(self, name))
+        check_path(self.cache)
+        if self.tokenizer is not None:
+            check_path(self.tokenizer)
         _ = self.division  # checks the shares
         law, block = MASKINGS.parse(self.masking), getattr(self.system, "block", None)
         if block is None:
@@ -124,13 +127,6 @@ class RunConfig(Settings):
         values |= {name: class_values(values[name]) for name in CLASSES}
         values["training"] = asdict(self.training)
         return as_yaml(values)
-
-
-def _check_place(name: str, value: object) -> None:
-    if value is None and name == "tokenizer":
-        return
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise CdlmError(f"{name} is the name of a folder, got {value!r}")
 
 
 class Settled(TypedDict):
@@ -200,8 +196,7 @@ def _parsed(argv: list[str], prog: str) -> RunConfig:
     except (ArgumentError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         message = " ".join(str(getattr(error, "message", None) or error).split())
         message = re.sub(r"Parser key \"([\w.]+)\": ", r"\1: ", re.sub(r"<class '(\w+)'>", r"\1", message))
-        shown = message if len(message) <= LONGEST else f"{message[:LONGEST]} ..."
-        raise CdlmError(f"{shown} ({prog} --help lists the settings)") from error
+        raise CdlmError(f"{shortened(message, LONGEST)} ({prog} --help lists the settings)") from error
 
 
 def _failure(argv: list[str], prog: str) -> str | None:
@@ -261,7 +256,7 @@ def _class_path(setting: str, name: object) -> str:
     """
     known = _classes(setting)
     if not isinstance(name, str):
-        raise CdlmError(f"class_path of a {setting} is the name of a class, got {_short(name)}")
+        raise CdlmError(f"class_path of a {setting} is the name of a class, got {shown(name)}")
     short = name.rpartition(".")[2] if name.startswith("cdlm.") else name
     if short in known:
         return path_of(known[short])
@@ -399,16 +394,12 @@ def _number(name: str, value: Any) -> Any:
     if type(found) in kinds or (type(found) is int and float in kinds):
         return found
     what = "true or false" if bool in kinds else "a whole number of at most 64 bits" if int in kinds else "a number"
-    raise CdlmError(f"{name} is {what}, got {_short(value)}")
+    raise CdlmError(f"{name} is {what}, got {shown(value)}")
 
 
 def _is_text(value: str) -> bool:
     """Whether a value holds settings, and not the name of a file or a class: those have no `: ` and no line break."""
     return value.lstrip()[:1] in ("{", "[", "") or ": " in value or "\n" in value
-
-
-def _mapping(name: str, value: str) -> dict[str, Any]:
-    return plain_yaml.mapping_of(value, f"--{name}", f"settings of {name}")
 
 
 def _today(values: dict[str, Any]) -> dict[str, Any]:
@@ -428,11 +419,11 @@ def _part(setting: str, part: Any) -> Any:
     if isinstance(part, str):
         return _class_path(setting, part)
     if not isinstance(part, dict):
-        raise CdlmError(f"{setting} is a class_path and its init_args, got {_short(part)}")
+        raise CdlmError(f"{setting} is a class_path and its init_args, got {shown(part)}")
     if "class_path" not in part and "init_args" not in part:
         return _named(setting, part)
     if odd := next((name for name in part if name not in ("class_path", "init_args")), None):
-        raise CdlmError(f"{setting} is a class_path and its init_args, got {_short(odd)} beside them")
+        raise CdlmError(f"{setting} is a class_path and its init_args, got {shown(odd)} beside them")
     named = {"class_path": _class_path(setting, part["class_path"])} if "class_path" in part else {}
     return {**named, "init_args": _named(setting, part.get("init_args") or {})}
 
@@ -440,18 +431,13 @@ def _part(setting: str, part: Any) -> Any:
 def _named(owner: str, settings: Any) -> dict[str, Any]:
     """Settings by their names of today."""
     if not isinstance(settings, dict):
-        raise CdlmError(f"{owner} has settings by their names, got {_short(settings)}")
+        raise CdlmError(f"{owner} has settings by their names, got {shown(settings)}")
     for name in settings:
         if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
-            raise CdlmError(f"{owner} has settings by their names, and {_short(name)} is none")
+            raise CdlmError(f"{owner} has settings by their names, and {shown(name)} is none")
     today = {hub.RENAMED.get(str(name), str(name)): value for name, value in settings.items()}
     numbers = _numbers()
     return {n: _number(f"{owner}.{n}", v) if f"{owner}.{n}" in numbers else v for n, v in today.items()}
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:60]} ..."
 
 
 def read_run(folder: str | Path) -> RunConfig:
