@@ -86,8 +86,8 @@ def test_other_fields_and_blank_lines_do_not_matter(tmp_path: Path) -> None:
         ("a.csv", "", "expected a column 'text', found []"),
         ("a.csv", "text\n", "holds no texts"),
         ("a.csv", "story\nthe cat\n", "expected a column 'text', found ['story']"),
-        ("a.csv", "text,nfe\nx,many\n", "line 2: expected whole number | nothing, got text in 'nfe'"),
-        ("a.csv", 'text,given\nx,"[(0, 1)]"\n', "line 2: expected list | nothing, got text in 'given'"),
+        ("a.csv", "text,nfe\nx,many\n", "line 2: expected whole number or nothing, got text in 'nfe'"),
+        ("a.csv", 'text,given\nx,"[(0, 1)]"\n', "line 2: expected list or nothing, got text in 'given'"),
         ("a.parquet", "PAR", "not a valid parquet file"),
         ("a.jsonl", "{", "line 1: expected one JSON object a line"),
         ("a.jsonl", "[1]", "line 1: expected an object"),
@@ -106,9 +106,9 @@ def test_other_fields_and_blank_lines_do_not_matter(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a", "tokens": [1], "generated": [[0, 2]]}', "generated: expected spans that rise to 1"),
         ("a.jsonl", '{"text": "a", "tokens": [1, 2], "length": 1}', "expected at least its 2 tokens, got 1"),
         ("a.jsonl", '{"text": "a", "given": [[0]]}', "expected list of length 2, got 1 in 'given[0]'"),
-        ("a.jsonl", '{"text": "a", "nfe": true}', "expected whole number | nothing, got truth in 'nfe'"),
-        ("a.jsonl", '{"text": "a", "budget": 1.5}', "expected whole number | nothing, got number in 'budget'"),
-        ("a.jsonl", '{"text": "a", "reason": 1}', "expected text | nothing, got whole number in 'reason'"),
+        ("a.jsonl", '{"text": "a", "nfe": true}', "expected whole number or nothing, got truth in 'nfe'"),
+        ("a.jsonl", '{"text": "a", "budget": 1.5}', "expected whole number or nothing, got number in 'budget'"),
+        ("a.jsonl", '{"text": "a", "reason": 1}', "expected text or nothing, got whole number in 'reason'"),
     ],
 )
 def test_what_is_no_text_is_refused_in_one_line(name: str, content: str | None, message: str, tmp_path: Path) -> None:

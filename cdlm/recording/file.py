@@ -161,7 +161,7 @@ class Recording:
             "samples with nothing to generate": not bool(self.given.all(1).any()),
             "calls that do not grow": bool(((calls > 0) | ~walking).all()) and bool((record.nfe >= 0).all()),
             "noise levels that are no numbers": bool((np.isfinite(record.t) & (record.t >= 0) | ~walking).all())
-            or bool(np.isnan(record.t).all()),  # of a model without noise levels
+            or ("policy" in self.settings and bool(np.isnan(record.t).all())),  # masked models have none
             "budgets that are no number of its steps": record.budget is None
             or bool(((record.budget >= 1) & (record.budget <= record.steps)).all()),
             "signals that are no numbers": not any(

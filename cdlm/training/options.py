@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
-from cdlm.core.checks import Settings, check_choice, check_number, check_whole
+from cdlm.core.checks import check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
 
 Logger = Literal["tensorboard", "wandb"]
@@ -13,7 +13,7 @@ LOGGERS = get_args(Logger)
 
 
 @dataclass(frozen=True)
-class TrainOptions(Settings):
+class TrainOptions:
     """Options of `train`. The defaults suit a laptop and a model of a few million parameters.
 
     Raises:
@@ -72,9 +72,15 @@ class TrainOptions(Settings):
         check_number("training", least=0, most=1, final_lr_ratio=self.final_lr_ratio)
         check_number("training", least=0, most=0.999999, ema=self.ema)
         check_number("training", least=1e-6, infinite=True, clip=self.clip)
+        choices = {name: get_args(hint) for name, hint in get_type_hints(TrainOptions).items()}
+        for name in ("optimizer", "precision", "accelerator", "strategy"):
+            check_choice("training", choices[name], **{name: getattr(self, name)})
+        check_choice("training", (False, True), compile=self.compile)
+        if not isinstance(self.loggers, tuple | list) or len({*map(str, self.loggers)}) < len(self.loggers):
+            raise CdlmError(
+                f"training needs loggers to be some of {', '.join(LOGGERS)}, each once, got {self.loggers!r}"
+            )
         for logger in self.loggers:
             check_choice("training", LOGGERS, loggers=logger)
-        if len(set(self.loggers)) < len(self.loggers):
-            raise CdlmError(f"training needs each of its loggers once, got {self.loggers!r}")
         if self.strategy == "fsdp" and self.optimizer == "muon":
             raise CdlmError("strategy='fsdp' needs optimizer='adamw', got 'muon': set it, or take strategy='ddp'")
