@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -16,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import check_readable, read_json, reading, replacing, write_text
+from cdlm.core.files import check_places, check_readable, read_json, reading, replacing, write_text
 from cdlm.core.schema import Finite, Positive, Whole, checked
 
 
@@ -172,3 +173,80 @@ def test_deep_values_are_refused() -> None:
         deep = [deep]
     with pytest.raises(CdlmError):
         checked({"count": deep, "rows": []}, Thing, "f.json", "mend it")
+
+
+@pytest.mark.parametrize("name", ["old", "new", "lock", ".writing"])
+def test_any_name_can_be_written_twice(name: str, tmp_path: Path) -> None:
+    for content in ("one", "two"):
+        with replacing(tmp_path / name) as new:
+            new.mkdir()
+            (new / content).write_text(content)
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["two"]
+    write_text(tmp_path / f"{name}.txt", "text")
+
+
+def test_what_is_not_ours_is_no_leftover(tmp_path: Path) -> None:
+    """Not a folder of another name, nor one that another process has just made, nor what a link leads to."""
+    for name in (".novel.writing", f".{16 * 'a'}.writing", ".writing"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "chapter").write_text("text")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "lock").write_text("")
+    (tmp_path / f".{16 * 'b'}.writing").symlink_to(outside)
+    before = sorted(tmp_path.rglob("*"))
+    write_text(tmp_path / "mine", "text")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "mine"])
+
+
+@pytest.mark.parametrize("number", ["ENOLCK", "EOPNOTSUPP", "ENOSYS"])
+def test_a_file_system_without_locks_is_written(number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(getattr(errno, number), "no locks")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    write_text(tmp_path / "file", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_system_without_permissions_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    write_text(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from cdlm.core.files import write_text
+for number in range(150):
+    write_text(Path(sys.argv[1]) / f"{number % 3}.txt", "text")
+"""
+
+
+def test_many_processes_write_into_one_folder(tmp_path: Path) -> None:
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stderr=subprocess.PIPE) for _ in "abcd"]
+    assert [writer.communicate()[1] for writer in writers] == [b""] * 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.txt", "1.txt", "2.txt"]
+
+
+def test_a_pipe_is_read_only_where_a_user_names_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CdlmError, match="is a device or a pipe"):
+        check_readable(tmp_path / "pipe")
+    with reading(tmp_path / "pipe", pipes=True):
+        pass
+
+
+def test_the_root_is_a_place() -> None:
+    check_places(Path("/"))
+
+
+def test_a_json_file_has_an_end(tmp_path: Path) -> None:
+    with (tmp_path / "f.json").open("wb") as file:
+        file.truncate(3 * 2**30)
+    with pytest.raises(CdlmError, match="more than"):
+        read_json(tmp_path / "f.json", "a thing")

@@ -172,3 +172,33 @@ def test_a_cache_that_was_used_here_is_used_again(tmp_path: Path) -> None:
     assert caches.believed(str(tmp_path / "moved")) == caches.DEFAULT  # a mark holds where it was made
     (cache / "tokens").symlink_to(tmp_path)
     assert read_run(run).cache == caches.DEFAULT  # it would lead elsewhere
+
+
+@pytest.mark.parametrize("name", ["run: 1", "[exp] 1", "{a}", "a\nb", "- x", "#", "%", "'"])
+def test_a_run_folder_may_have_any_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path(name)
+    folder.mkdir()
+    (folder / "config.yaml").write_text("length: 32\n")
+    assert read_run(folder).length == 32
+
+
+@pytest.mark.parametrize("cache", ["run/link/../../cache", "../cache", "a/../b"])
+def test_a_cache_that_goes_up_is_not_believed(cache: str) -> None:
+    assert caches.believed(cache) == caches.DEFAULT
+
+
+def test_a_cache_is_believed_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches.mark(str(tmp_path / "cache"))
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert caches.believed(str(tmp_path / "cache")) == str(tmp_path / "cache")
+
+
+def test_a_cache_that_is_only_read_needs_no_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise CdlmError("read-only")
+
+    monkeypatch.setattr(caches, "write_text", refused)
+    caches.mark(str(tmp_path))
+    with pytest.raises(CdlmError, match="read-only"):
+        caches.mark(str(tmp_path / "not there"))

@@ -86,7 +86,7 @@ def read_prompts(file: Path) -> list[Prompt]:
     Raises:
         CdlmError: the file cannot be read, it holds none, or a line is something else.
     """
-    with reading(file, "give a text file, one prompt a line"):
+    with reading(file, "give a text file, one prompt a line", pipes=True):
         lines = file.read_text(encoding="utf-8").split("\n")
     found: list[Prompt] = [line for line in lines if line.strip()]
     if not found:

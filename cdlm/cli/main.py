@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(141) from None
         except OSError as error:
             _give_up_output()
-            place = error.filename or "standard output"
+            place = error.filename or "a file or standard output"
             _fail(f"cannot read or write {place} ({error.strerror or error}): free it, or choose another place", 2)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,8 +23,11 @@ from cdlm.core.errors import CdlmError
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+LARGEST_JSON = 2**26
+"""Bytes of a JSON file that is read whole."""
 _WORKPLACE, _LOCK = ".writing", "lock"
-"""How the name of a folder ends that `replacing` writes in, and the file in it that a living process has locked."""
+_OURS = re.compile(r"\.[0-9a-f]{16}\.writing")
+"""Folders that `replacing` writes in, and the file in them that a living process has locked."""
 
 
 @contextmanager
@@ -40,47 +44,56 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
-        with _workplace(path) as place:
-            yield place / path.name
-            _open_up(place / path.name)
-            _put(place / path.name, path)
+        with _workplace(path.parent) as place:
+            new = place / "new" / path.name
+            new.parent.mkdir()
+            yield new
+            _open_up(new)
+            _put(new, path, place / "old")
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `replacing` was writing in a folder when its process was killed."""
-    from filelock import FileLock, Timeout
-
+    """Remove what `replacing` was writing in a folder when its process was killed: only folders that it has named, and
+    whose lock no living process holds."""
     for place in folder.glob(f".*{_WORKPLACE}"):
-        with suppress(OSError, Timeout), FileLock(place / _LOCK, blocking=False):  # a living process holds it
-            shutil.rmtree(place, ignore_errors=True)
+        if _OURS.fullmatch(place.name) and not place.is_symlink() and (place / _LOCK).is_file():
+            taken, lock = _locked(place)
+            if taken and lock is not None:
+                shutil.rmtree(place, ignore_errors=True)
+                lock.release()
 
 
 @contextmanager
-def _workplace(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write in, that is gone after the block. It is locked for as long as this process lives:
-    the lock tells others that it is no leftover."""
-    place, lock = _locked(path)
+def _workplace(folder: Path) -> Iterator[Path]:
+    """A folder inside `folder` to write in, that is gone after the block. It is locked for as long as this process
+    lives: the lock tells others that it is no leftover. Where a file system has no locks, leftovers stay."""
+    taken, lock, place = False, None, folder
+    while not taken:  # else another process has just taken it for a leftover
+        place = folder / f".{uuid4().hex[:16]}{_WORKPLACE}"
+        place.mkdir()
+        taken, lock = _locked(place)
     try:
         yield place
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _locked(path: Path) -> tuple[Path, BaseFileLock]:
-    from filelock import FileLock
+def _locked(place: Path) -> tuple[bool, BaseFileLock | None]:
+    """Whether this process may use a workplace, and its lock, which is None where a file system has none."""
+    from filelock import FileLock, Timeout
 
-    while True:
-        place = path.with_name(f".{uuid4().hex[:16]}{_WORKPLACE}")
-        place.mkdir()
-        try:
-            lock = FileLock(place / _LOCK)
-            lock.acquire()
-            return place, lock
-        except FileNotFoundError:  # another process took it for a leftover before it was locked
-            continue
+    lock = FileLock(place / _LOCK, blocking=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except (Timeout, FileNotFoundError, FileExistsError, NotADirectoryError):
+        return False, None
+    except (OSError, NotImplementedError):
+        return True, None
+    return True, lock
 
 
 def _open_up(path: Path) -> None:
@@ -89,7 +102,8 @@ def _open_up(path: Path) -> None:
     os.umask(umask)
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file():
-            file.chmod(0o666 & ~umask)
+            with suppress(PermissionError):  # some file systems have no permissions
+                file.chmod(0o666 & ~umask)
 
 
 def check_path(path: str | Path) -> None:
@@ -155,18 +169,19 @@ def plain(value: Any) -> Any:
 
 
 @contextmanager
-def reading(path: Path, advice: str = "copy it again") -> Iterator[None]:
+def reading(path: Path, advice: str = "copy it again", *, pipes: bool = False) -> Iterator[None]:
     """Turn what the system refuses while `path` is read into one line that says why.
 
     Args:
         advice: what to do.
+        pipes: a pipe is right.
 
     Raises:
-        CdlmError: there is no such file, it may not be read, it is a device, which may never end, or no UTF-8.
+        CdlmError: there is no such file, it may not be read, it may never end (`check_ends`), or is no UTF-8.
     """
     check_path(path)
     try:
-        check_ends(path)
+        check_ends(path, pipes=pipes)
         yield
     except UnicodeDecodeError as error:
         raise CdlmError(f"cannot read {path} (not UTF-8 at byte {error.start}); {advice}") from error
@@ -179,14 +194,17 @@ def real_path(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def check_ends(path: Path) -> None:
-    """Raise if a path is that of a device, which may never end.
+def check_ends(path: Path, *, pipes: bool = False) -> None:
+    """Raise if a path is that of a device or a pipe, which may never end.
+
+    Args:
+        pipes: a pipe is right, such as `<(command)` of a shell.
 
     Raises:
         CdlmError: it is.
     """
-    if path.is_char_device() or path.is_block_device():
-        raise CdlmError(f"cannot read {path} (it is a device); name a file")
+    if path.is_char_device() or path.is_block_device() or (path.is_fifo() and not pipes):
+        raise CdlmError(f"cannot read {path} (it is a device or a pipe); name a file")
 
 
 def check_readable(path: Path, advice: str = "copy it again") -> None:
@@ -210,6 +228,8 @@ def read_json(file: Path, of: str) -> dict[str, Any]:
     """
     try:
         with reading(file):
+            if file.stat().st_size > LARGEST_JSON:
+                raise CdlmError(f"{file} has more than {LARGEST_JSON:,} bytes: expected that of {of}; copy it again")
             content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CdlmError(f"{file} is not valid JSON ({error}); copy it again") from error
@@ -238,14 +258,14 @@ def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def _put(temporary: Path, path: Path) -> None:
-    if not temporary.is_dir() or not path.exists():
-        os.replace(temporary, path)
+def _put(new: Path, path: Path, old: Path) -> None:
+    """Move what is new to its place; what is there goes to `old` first if both are folders."""
+    if not new.is_dir() or not path.exists():
+        os.replace(new, path)
         return
-    old = temporary.with_name("old")  # a folder with content cannot be replaced in one call
-    os.replace(path, old)
+    os.replace(path, old)  # a folder with content cannot be replaced in one call
     try:
-        os.replace(temporary, path)
+        os.replace(new, path)
     except BaseException:
         os.replace(old, path)
         raise
@@ -253,4 +273,5 @@ def _put(temporary: Path, path: Path) -> None:
 
 def _existing(path: Path) -> Path:
     """The nearest folder above a path that is there."""
-    return next(parent for parent in path.absolute().parents if os.path.exists(parent))  # false of a name too long
+    above = [*path.absolute().parents, path.absolute()]  # the root has nothing above it
+    return next(parent for parent in above if os.path.exists(parent))  # false of a name too long

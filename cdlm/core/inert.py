@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 """Control characters but for tab and line feed, marks that turn the direction of text, and halves of characters."""
 
 
@@ -29,7 +31,8 @@ def shortened(text: str, most: int = 600) -> str:
 
 def in_markdown(text: str) -> str:
     """The text as part of one line of Markdown: no new lines, tags, links or pictures."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", one_line(text)).replace("](", "]\\(")
+    line = one_line(text).replace("\\", "\\\\").replace("](", "]\\(")
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", line).replace("://", "&#58;//").replace("www.", "www&#46;")
 
 
 def table_line(cells: Iterable[object]) -> str:

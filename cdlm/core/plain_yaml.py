@@ -41,7 +41,7 @@ def read_mapping(file: Path, of: str) -> dict[str, Any]:
     """
     place, advice = str(file)[:200], f"expected a YAML file of {of}"
     try:
-        with reading(Path(place), advice), file.open("rb") as content:
+        with reading(Path(place), advice, pipes=True), file.open("rb") as content:
             raw = content.read(LARGEST + 1)
             text = raw.decode("utf-8-sig")
     except ValueError as error:  # a NUL in its name

@@ -215,9 +215,11 @@ class Hub(Source):
 
     def __post_init__(self) -> None:
         _check_fraction(type(self).__name__, self.valid_fraction)
-        if not Path(self.name).is_absolute() and not _HUB_NAME.fullmatch(self.name):
+        folder = Path(self.name)
+        here = folder.is_absolute() or (folder.name and ".." not in folder.parts and folder.is_dir())
+        if not here and not _HUB_NAME.fullmatch(self.name):
             raise CdlmError(
-                f"Hub: expected the name of a data set, such as user/data, or the absolute path of a folder, got"
+                f"Hub: expected the name of a data set, such as user/data, or a folder without .. in its path, got"
                 f" {self.name!r}"
             )
 

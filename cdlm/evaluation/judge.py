@@ -246,16 +246,18 @@ def _complete(model: PreTrainedModel, info: Mapping[str, Any]) -> PreTrainedMode
     missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
     if missing:
         raise ValueError(f"weights without {missing[0]}.")
-    stacks = {_stack(name) for name in model.state_dict()} - {None}
-    if left := sorted(name for name in info["unexpected_keys"] if _stack(name) in stacks):
+    layers = {_layer(name) for name in model.state_dict()} - {None}
+    stacks = {stack for stack, _ in filter(None, layers)}
+    more = {name: layer for name in info["unexpected_keys"] if (layer := _layer(name)) and layer[0] in stacks}
+    if left := sorted(name for name, layer in more.items() if layer not in layers):
         raise ValueError(f"more layers in the weights than in config.json, such as {left[0]}.")
     return model
 
 
-def _stack(name: str) -> str | None:
-    """Of the name of a tensor, what stands before the number of its layer."""
-    found = re.match(r"(.*?\.)\d+\.", name)
-    return found and found[1]
+def _layer(name: str) -> tuple[str, str] | None:
+    """Of the name of a tensor, the stack of layers and the number in it."""
+    found = re.match(r"(.*?\.)(\d+)\.", name)
+    return found and (found[1], found[2])
 
 
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

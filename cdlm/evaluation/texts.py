@@ -230,7 +230,7 @@ FIELDS: Mapping[str, Any] = {
     name: kind for name, kind in get_type_hints(Entry, include_extras=True).items() if name != "text"
 }
 """What an `Entry` has beside its text, and its kind."""
-COMMON = frozenset({"seed", "index", "sampling", "halt", "generated", "length", "answer"})
+COMMON = frozenset({"reason", "seed", "index", "sampling", "halt", "generated", "length", "answer"})
 """Fields whose names others use for other things: what is not right in them is passed over."""
 _OWN = {name: kind for name, kind in FIELDS.items() if name not in COMMON}
 OWN: Any = TypedDict("OWN", _OWN, total=False)  # pyright: ignore

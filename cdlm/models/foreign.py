@@ -67,7 +67,7 @@ def read_specs(folder: Path) -> dict[str, Spec]:
 class TokenizerSettings(TypedDict, total=False):
     """What is used of a tokenizer_config.json; it says more."""
 
-    model_max_length: Annotated[int, Meta(gt=0)] | Annotated[float, Meta(gt=0)]
+    model_max_length: Annotated[int, Meta(gt=0)] | Annotated[float, Meta(gt=0)] | None
     bos_token: str | dict[str, Any] | None
     eos_token: str | dict[str, Any] | None
     unk_token: str | dict[str, Any] | None

@@ -20,20 +20,29 @@ PARTS = ("tokens", "judges")
 
 
 def mark(cache: str) -> None:
-    """Make the folder and mark it as a cache of this machine; a training does so before it writes there.
+    """Make the folder and mark it as a cache of this machine; a training does so before it writes there. One that is
+    there and cannot be written is only read, and needs no mark.
 
     Raises:
-        CdlmError: it cannot be written.
+        CdlmError: it cannot be made.
     """
     place = place_of(cache)
-    if not _is_marked(place):
+    if _is_marked(place):
+        return
+    try:
         write_text(place / MARK, _mark(place))
+    except CdlmError:
+        if not place.is_dir():
+            raise
 
 
 def believed(cache: str) -> str:
     """The cache that a run folder names if it is marked and lies in one place, and `DEFAULT` otherwise."""
     place = place_of(cache)
-    return cache if place == place_of(DEFAULT) or (_is_marked(place) and _is_whole(place)) else DEFAULT
+    straight = ".." not in Path(cache).parts  # of a link, .. is not what stands before it
+    if straight and _is_marked(place) and _is_whole(place):
+        return str(place)
+    return DEFAULT
 
 
 def place_of(cache: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -21,6 +22,7 @@ from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import check_path
 from cdlm.core.inert import shortened
 from cdlm.core.parsing import Registry, nearest
+from cdlm.core.progress import announce
 from cdlm.core.schema import Positive, Whole, checked
 from cdlm.data.division import Division
 from cdlm.data.masking import MASKINGS
@@ -399,7 +401,7 @@ def _number(name: str, value: Any) -> Any:
 
 def _is_text(value: str) -> bool:
     """Whether a value holds settings, and not the name of a file or a class: those have no `: ` and no line break."""
-    return value.lstrip()[:1] in ("{", "[", "") or ": " in value or "\n" in value
+    return not os.path.isfile(value) and (value.lstrip()[:1] in ("{", "[", "") or ": " in value or "\n" in value)
 
 
 def _today(values: dict[str, Any]) -> dict[str, Any]:
@@ -469,8 +471,10 @@ def run_arguments(folder: str | Path) -> list[str]:
         raise CdlmError(f"{str(folder)[:100]!r} is no run folder ({error})") from error
     values = plain_yaml.read_mapping(file, "settings of a run")
     changed = {name: "0" for name in SHARES if name not in values}
-    if isinstance(found := values.get("cache"), str) and caches.believed(found) != found:
-        changed["cache"] = caches.DEFAULT
+    if isinstance(found := values.get("cache"), str) and found != caches.DEFAULT:
+        changed["cache"] = caches.believed(found)
+        if changed["cache"] == caches.DEFAULT and caches.place_of(found).is_dir():
+            announce(f"{folder} names the cache {found}, which no training of yours has marked: --cache names it anew")
     return ["--config", str(file), *(f"--{name}={value}" for name, value in changed.items())]
 
 
