@@ -185,6 +185,17 @@ def test_any_name_can_be_written_twice(name: str, tmp_path: Path) -> None:
     write_text(tmp_path / f"{name}.txt", "text")
 
 
+@pytest.mark.parametrize("inside", [["lock"], ["lock", "old/file"], ["lock", "new/file", "old/file"], []])
+def test_what_was_all_but_removed_is_removed(inside: list[str], tmp_path: Path) -> None:
+    place = tmp_path / f".{16 * 'c'}.writing"
+    place.mkdir()
+    for name in inside:
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text("")
+    write_text(tmp_path / "mine", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_what_is_not_ours_is_no_leftover(tmp_path: Path) -> None:
     """Not a folder of another name, nor one that another process has just made, nor what a link leads to."""
     for name in (".novel.writing", f".{16 * 'a'}.writing", ".writing"):

@@ -58,11 +58,16 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what `replacing` was writing in a folder when its process was killed: only folders that it has named, and
     whose lock no living process holds."""
     for place in folder.glob(f".*{_WORKPLACE}"):
-        if _OURS.fullmatch(place.name) and not place.is_symlink() and (place / _LOCK).is_file():
-            taken, lock = _locked(place)
-            if taken and lock is not None:
-                shutil.rmtree(place, ignore_errors=True)
-                lock.release()
+        if not _OURS.fullmatch(place.name) or place.is_symlink():
+            continue
+        if not (place / _LOCK).is_file():  # just made, or all but removed
+            with suppress(OSError):  # it holds something
+                place.rmdir()
+            continue
+        taken, lock = _locked(place)
+        if taken and lock is not None:
+            lock.release()
+            _clear(place)
 
 
 @contextmanager
@@ -79,7 +84,14 @@ def _workplace(folder: Path) -> Iterator[Path]:
     finally:
         if lock is not None:
             lock.release()
-        shutil.rmtree(place, ignore_errors=True)
+        _clear(place)
+
+
+def _clear(place: Path) -> None:
+    """Remove a workplace, its lock last: while it holds something, it can be told from a folder that is not ours."""
+    for part in ("new", "old"):
+        shutil.rmtree(place / part, ignore_errors=True)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _locked(place: Path) -> tuple[bool, BaseFileLock | None]:
