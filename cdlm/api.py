@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import torch
-
 from cdlm.autoregressive.sampler import LeftToRight
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems import langflow
@@ -64,7 +62,7 @@ def load(
             what the weights are held in (as in their files).
         device_map: of foreign ones, how to divide them among devices, such as "auto".
     """
-    device = _device(device)
+    device = resolve_device(device)
     if precision is not None:
         check_choice("a model", get_args(Precision), precision=precision)
     path = hub.locate(name)
@@ -73,10 +71,6 @@ def load(
     model = opens(path, config, device=device, precision=precision, device_map=device_map)
     model.hub_id = None if Path(name).is_dir() else str(name)
     return model
-
-
-def _device(device: str | torch.device) -> str:
-    return resolve_device(str(device) if isinstance(device, torch.device) else device)
 
 
 def _open_ours(
@@ -110,7 +104,7 @@ def open_session(
     """
     if type(devices) is not int:
         raise CdlmError(f"devices is a number of processes, got {shown(devices)}")
-    place = _device(device)
+    place = resolve_device(device)
     loaded = model if isinstance(model, Model) else load(model, device=place, precision=precision)
     chosen = sampling_of(loaded, sampling, settings)
     workers = None

@@ -20,7 +20,7 @@ Number = int | float
 
 LARGEST = 2**63 - 1
 """The largest whole number that a tensor holds."""
-MOST_STEPS, MOST_SAMPLES, MOST_DEVICES, MOST_LAYERS, MOST_FEATURES = 10**6, 10**7, 1024, 10**4, 2**20
+MOST_STEPS, MOST_ROWS, MOST_DEVICES, MOST_LAYERS, MOST_FEATURES = 10**6, 10**7, 1024, 10**4, 2**20
 """Ends of settings whose work has no other end: a larger number is a slip, and would hang."""
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from cdlm.core.checks import MOST_DEVICES, MOST_SAMPLES, check_whole, shown
+from cdlm.core.checks import MOST_DEVICES, MOST_ROWS, check_whole, shown
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.progress import announce
+
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["fp32", "bf16"]
 """Arithmetic of a network."""
 
 
-def resolve_device(device: str) -> str:
-    """The device itself for its name; for auto, cuda if there is one, else mps if there is one, else cpu.
+def resolve_device(device: str | torch.device) -> str:
+    """The name of a device; for auto, cuda if there is one, else mps if there is one, else cpu.
 
     Raises:
         CdlmError: this machine does not have the device.
     """
     import torch
 
+    if isinstance(device, torch.device):
+        device = str(device)
     if not isinstance(device, str):
         raise _unusable(device, "it is named by a text")
     if device == "auto":
@@ -76,4 +81,4 @@ class MachineOptions(DeviceOptions):
 
     def __post_init__(self) -> None:
         check_whole("the machine", largest=MOST_DEVICES, devices=self.devices)
-        check_whole("the machine", largest=MOST_SAMPLES, optional=True, batch_size=self.batch_size)
+        check_whole("the machine", largest=MOST_ROWS, optional=True, batch_size=self.batch_size)

@@ -19,7 +19,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from cdlm.core.checks import MOST_SAMPLES, Settings, check_number, check_whole, shown
+from cdlm.core.checks import MOST_ROWS, Settings, check_number, check_whole, shown
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import check_ends
 from cdlm.core.parsing import Registry
@@ -85,7 +85,7 @@ class Stories(Source):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("Stories", largest=MOST_SAMPLES, n=self.n)
+        check_whole("Stories", largest=MOST_ROWS, n=self.n)
         check_whole("Stories", least=0, seed=self.seed)
 
     def documents(self, split: Split) -> Iterator[str]:
@@ -123,7 +123,7 @@ class Arithmetic(Source):
     largest: int = arithmetic.LARGEST
 
     def __post_init__(self) -> None:
-        check_whole("Arithmetic", largest=MOST_SAMPLES, n=self.n)
+        check_whole("Arithmetic", largest=MOST_ROWS, n=self.n)
         check_whole("Arithmetic", least=0, seed=self.seed)
         arithmetic.check_steps(self.steps)
         arithmetic.check_largest(self.largest)

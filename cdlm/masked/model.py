@@ -76,7 +76,7 @@ class Function(MaskedModel):
             raise CdlmError(f"a function of tokens was expected, got {shown(logits_fn)}")
         check_object("a function of tokens", Constants, constants=constants)
         self.logits_fn, self.constants, self.tokenizer = logits_fn, constants, tokenizer
-        self._device = torch.device(resolve_device(str(device) if isinstance(device, torch.device) else device))
+        self._device = torch.device(resolve_device(device))
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,7 @@ from cdlm.autoregressive.system import SYSTEMS as AUTOREGRESSIVE
 from cdlm.continuous.systems import SYSTEMS as CONTINUOUS
 from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core import plain_yaml
-from cdlm.core.checks import MOST_DEVICES, MOST_SAMPLES, Settings, check_whole, shown
+from cdlm.core.checks import MOST_DEVICES, MOST_ROWS, Settings, check_whole, shown
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import check_path
 from cdlm.core.inert import shortened
@@ -95,7 +95,7 @@ class RunConfig(Settings):
     def __post_init__(self) -> None:
         counts = ("vocab_size", "length", "batch_size", "validation_rows")
         check_whole("a run", **{name: getattr(self, name) for name in counts})
-        check_whole("a run", least=0, largest=MOST_SAMPLES, preview=self.preview)
+        check_whole("a run", least=0, largest=MOST_ROWS, preview=self.preview)
         check_whole("a run", least=0, largest=MOST_DEVICES, workers=self.workers)
         check_path(self.cache)
         if self.tokenizer is not None:

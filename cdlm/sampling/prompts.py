@@ -196,9 +196,12 @@ def _encoded(tokenizer: PreTrainedTokenizerFast, text: str, names: bool) -> list
 
 
 def _behind(tokenizer: PreTrainedTokenizerFast, text: str, names: bool) -> list[int]:
-    """Tokens that are the text where they stand behind others: the first such ones of the text alone, and of the text
-    behind a sign. Of a tokenizer that gives no text back, such as one that drops capitals, those that begin with a
-    blank if the text does."""
+    """Tokens of a text that stands behind a hole.
+
+    Encoded alone, "sat" is "▁sat" for some tokenizers, with a blank that nobody wrote. So the text is also encoded
+    behind a sign, as "asat", and the tokens of the sign are cut off. The first tokens that decode to the text are
+    taken. A tokenizer that drops capitals gives no text back: of it, the first that keep the blank at the beginning.
+    """
     if not text:
         return []
     alone, near = _encoded(tokenizer, text, names), None
