@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from setups import Setup
 from torch import Tensor
 
-from cdlm.masked.model import Cache, CachedModel, Constants, MaskedModel
+from cdlm.masked.model import Cache, CachedModel, Constants, MaskedModel, at_positions
 from cdlm.masked.sampler import UnmaskingLoop
 from cdlm.sampling.requests import Request
 
@@ -33,7 +33,10 @@ class Toy(CachedModel):
         self.beside = _dyadic(1.5 * sway, 2 * REACH + 1, VOCAB, VOCAB, generator=generator)
         self.constants, self.calls, self.rows = constants, 0, 0
 
-    def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
+    def logits(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
         self.calls, self.rows = self.calls + 1, self.rows + len(tokens)
         real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
         place = (real.cumsum(1) - 1).clamp(min=0) % PLACES  # of real tokens: padding moves nothing
@@ -42,12 +45,13 @@ class Toy(CachedModel):
             there = torch.arange(n) + offset
             inside = ((there >= 0) & (there < n)) & real[:, there.clamp(0, n - 1)]
             out = out + self.beside[offset + REACH][tokens[:, there.clamp(0, n - 1)]] * inside[..., None]
-        return out
+        return at_positions(out, tokens, positions)
 
     def fill(
-        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None
-    ) -> tuple[Float[Tensor, "b n v"], Cache]:
-        return self.logits(tokens, valid), (tokens.clone(),)
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> tuple[Float[Tensor, "*s v"], Cache]:  # fmt: skip
+        return self.logits(tokens, valid, positions), (tokens.clone(),)
 
     def partial(
         self,
@@ -55,9 +59,10 @@ class Toy(CachedModel):
         slots: Int[Tensor, "b q"],
         cache: Cache,
         valid: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b q v"]:
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:
         whole = self.logits(cache[0].scatter(1, slots, tokens), valid)
-        return whole.gather(1, slots[..., None].expand(-1, -1, whole.shape[-1]))
+        return at_positions(whole.gather(1, slots[..., None].expand(-1, -1, whole.shape[-1])), slots, positions)
 
 
 @dataclass(eq=False)
@@ -67,8 +72,11 @@ class Scripted(MaskedModel):
     script: Callable[[Tensor], Tensor]
     constants: Constants = PLAIN
 
-    def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
-        return self.script(tokens)
+    def logits(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
+        return at_positions(self.script(tokens), tokens, positions)
 
 
 def _dyadic(size: float, *shape: int, generator: torch.Generator) -> Tensor:
@@ -109,7 +117,6 @@ def decoded(model: MaskedModel, decoder: Setup, requests: Sequence[Request], bat
     served = model.rows if isinstance(model, Toy) else 0
     for finished in UnmaskingLoop(model, *decoder, batch_size).steps(requests):
         assert finished.canvas is not None
-        assert finished.settled is not None
         state, leaving = finished.state, iter(finished.tokens.tolist())
         for i, index in enumerate(state.row.tolist()):
             before = rows.get(index, Row([], 0, 0, "", []))
@@ -121,7 +128,7 @@ def decoded(model: MaskedModel, decoder: Setup, requests: Sequence[Request], bat
             assert not done or canvas == tuple(next(leaving))
             reason = "halted" if halted else "full" if full else "budget" if done else ""
             seen = [*before.logits, *([state.logits[i]] if "logits" in state.signals else [])]
-            calls, settled = int(state.nfe[i]), int(finished.settled[i])
+            calls, settled = int(state.nfe[i]), int(finished.counts.settled[i])
             rows[index] = Row([*before.canvases, canvas], calls, settled, reason, seen)
         assert next(leaving, None) is None
     if isinstance(model, Toy):

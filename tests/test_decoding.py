@@ -513,9 +513,9 @@ def test_a_cache_computes_a_block_and_not_the_row(kind: Any) -> None:
     widths: list[int] = []
 
     class Watched(Toy):
-        def partial(self, tokens: Tensor, slots: Tensor, cache: Any, valid: Tensor | None = None) -> Tensor:
+        def partial(self, tokens: Tensor, *rest: Any) -> Tensor:
             widths.append(tokens.shape[1])
-            return super().partial(tokens, slots, cache, valid)
+            return super().partial(tokens, *rest)
 
     decoded(Watched(), unmasking(LLaDA(6, block=3), cache=kind), canvases([[3, 4]], 6))
     assert widths == ([3] * 4 if kind == "dual" else [6, 6, 3, 3])
@@ -583,16 +583,20 @@ def test_a_broken_model() -> None:
 
 def test_a_broken_call_of_a_block() -> None:
     class Broken(Toy):
-        def partial(self, tokens: Tensor, slots: Tensor, cache: Any, valid: Tensor | None = None) -> Tensor:
-            return super().partial(tokens, slots, cache, valid).fill_(math.nan)
+        def partial(self, *arguments: Any) -> Tensor:
+            return super().partial(*arguments).fill_(math.nan)
 
     assert "not numbers" in refused(LLaDA(8, block=4), [[3]], model=Broken(), cache="dual")
 
 
-@pytest.mark.parametrize("shape", [(1, 9, MASK), (1, 9, 1), (1, 8, VOCAB), (2, 9, VOCAB), (9, VOCAB), (1, 9, VOCAB, 1)])
-def test_logits_of_another_shape_or_vocabulary(shape: tuple[int, ...]) -> None:
-    message = refused(LLaDA(8), [[3]], model=Scripted(lambda _: torch.zeros(shape)))
-    assert "expected [1, 9]" in message
+@pytest.mark.parametrize("shape", [(1, 8, VOCAB), (2, 9, VOCAB), (9, VOCAB), (1, 9, VOCAB, 1)])
+def test_logits_of_another_shape(shape: tuple[int, ...]) -> None:
+    assert "expected [1, 9] positions" in refused(LLaDA(8), [[3]], model=Scripted(lambda _: torch.zeros(shape)))
+
+
+@pytest.mark.parametrize("vocabulary", [MASK, 1])
+def test_logits_of_another_vocabulary(vocabulary: int) -> None:
+    message = refused(LLaDA(8), [[3]], model=Scripted(lambda tokens: torch.zeros(*tokens.shape, vocabulary)))
     assert f"at least {MASK + 1}" in message
 
 

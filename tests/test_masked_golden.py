@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from setups import Setup, unmasking
 from torch import Tensor
 
-from cdlm.core.rng import ORDER, TOKENS, PositionNoise, Site
+from cdlm.core.rng import PositionNoise, Site
 from cdlm.halting import Criterion, Never, Prophet
 from cdlm.masked.checkpoints.model import open_checkpoint
 from cdlm.masked.model import CachedModel, Constants
@@ -36,30 +36,41 @@ def cases(name: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class Recorded(PositionNoise):
-    """What the published decoder drew, in the order of its steps."""
+    """What the published decoder of LLaDA drew, in the order of its steps."""
 
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def uniform(self, site: Site, purpose: int, *tail: int) -> Float[Tensor, "k ..."]:
-        return self.arrays[{TOKENS: "rand_like", ORDER: "rand"}[purpose]][int(site.step[0])][site.at].double()
+    def uniform(self, site: Site, purpose: int) -> Float[Tensor, "..."]:
+        return self.arrays["rand"][int(site.step[0])]
+
+    def token(self, site: Site, logits: Float[Tensor, "k v"], temperature: float) -> Int[Tensor, " k"]:
+        """Its formula, without the exponential."""
+        tiny = torch.finfo(torch.float64).tiny
+        u = self.arrays["rand_like"][int(site.step[0])][site.row, site.place].double().clamp(min=tiny)
+        return (logits.double() - temperature * (-u.log()).log()).argmax(-1)
 
 
 @dataclass(frozen=True)
 class Drawn(PositionNoise):
-    """Numbers of the recorded draws of Dream, one array a step, in the order of the masked positions."""
+    """What the published decoder of Dream drew, one array a step: numbers and tokens in the order of the masked
+    positions, or the positions of a drawn order."""
 
     arrays: Mapping[int, Tensor] = field(default_factory=dict)
+    masked: tuple[Bool[Tensor, " n"], ...] = ()
+    """At each step."""
 
-    def uniform(self, site: Site, purpose: int, *tail: int) -> Float[Tensor, "k ..."]:
-        return self.arrays[int(site.step[0])].double()
+    def uniform(self, site: Site, purpose: int) -> Float[Tensor, "..."]:
+        step = int(site.step[0])
+        numbers = torch.ones(1, len(self.masked[step]), dtype=torch.float64)
+        return numbers.masked_scatter(self.masked[step], self.arrays[step].double())
 
     def category(self, site: Site, log_p: Float[Tensor, "k v"]) -> Int[Tensor, " k"]:
-        return self.arrays[int(site.step[0])].flatten()
+        step = int(site.step[0])
+        before = self.masked[step].cumsum(0)[site.place] - 1
+        return self.arrays[step].flatten()[before]
 
-    def order(self, site: Site, score: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        places = self.arrays[int(site.step[0])].flatten()
-        chosen = torch.zeros(site.at.shape[1], dtype=torch.bool).index_fill(0, places, True)
-        return chosen[site.at[0]].double()
+    def order(self, site: Site, score: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+        return torch.zeros_like(score).index_fill(1, self.arrays[int(site.step[0])].flatten(), 1.0)
 
 
 def noise_of(folder: str, case: Mapping[str, Any]) -> PositionNoise | None:
@@ -68,9 +79,13 @@ def noise_of(folder: str, case: Mapping[str, Any]) -> PositionNoise | None:
     arrays = load_file(GOLDEN / folder / "arrays.safetensors")
     prefix = f"{case['id']}."
     own = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-    if folder == "dream":
-        return Drawn(0, {int(name.split(".")[0]): value for name, value in own.items() if name[0].isdigit()})
-    return Recorded(0, own)
+    if folder != "dream":
+        return Recorded(0, own)
+    length = len(case["tokens_after_step"][0][0])
+    start = case["prompt"][0] + [MASK] * (length - len(case["prompt"][0]))
+    before = [start, *(rows[0] for rows in case["tokens_after_step"])]
+    numbers = {int(name.split(".")[0]): value for name, value in own.items() if name[0].isdigit()}
+    return Drawn(0, numbers, tuple(torch.tensor(row) == MASK for row in before))
 
 
 def replayed(

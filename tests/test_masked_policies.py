@@ -16,7 +16,7 @@ from setups import unmasking
 from torch import Tensor
 
 from cdlm.core.errors import CdlmError
-from cdlm.core.rng import ORDER, TOKENS, PositionNoise, Site
+from cdlm.core.rng import ORDER, TOKENS, PositionNoise, Site, _mixed
 from cdlm.halting import Full, Never
 from cdlm.masked.model import Constants
 from cdlm.policies import parse_policy
@@ -26,7 +26,7 @@ from cdlm.policies.entropy import EntropyBound, entropy_bounded
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
 from cdlm.policies.policy import Policy
-from cdlm.policies.quotas import best, even, falling, ranked, transfer_share
+from cdlm.policies.quotas import best, even, falling, ranked, transfer_share, transfer_shares
 from cdlm.sampling.requests import canvases
 
 INF = math.inf
@@ -67,9 +67,10 @@ few = settings(max_examples=15)
 def spent(masks: int, steps: int, eps: float | None = None) -> list[int]:
     """Tokens of each step of a schedule."""
     total, out = torch.tensor([masks]), []
+    shares = None if eps is None else transfer_shares([steps], steps, eps)
     for step in range(steps):
         now, all_ = torch.tensor([step]), torch.tensor([steps])
-        out.append(int(even(total, all_, now) if eps is None else falling(total - sum(out), all_, now, eps)))
+        out.append(int(even(total, all_, now) if shares is None else falling(total - sum(out), shares, all_, now)))
     return out
 
 
@@ -97,15 +98,19 @@ def test_quotas_spend_all(masks: int, steps: int) -> None:
 
 def test_the_share_of_a_step() -> None:
     # With t = 1, 0.75, 0.5, 0.25, 0: a quarter of all at each step.
-    steps, step = torch.full((4,), 4), torch.arange(4)
-    torch.testing.assert_close(transfer_share(steps, step, 0.0), torch.tensor([1 / 4, 1 / 3, 1 / 2, 1.0]))
-    torch.testing.assert_close(transfer_share(steps, step, 1.0), torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    for eps, expected in ((0.0, [1 / 4, 1 / 3, 1 / 2, 1.0]), (1.0, [0.0, 0.0, 0.0, 1.0])):
+        shares = transfer_shares([4] * 4, 4, eps)
+        torch.testing.assert_close(transfer_share(shares, torch.arange(4)), torch.tensor(expected))
+    # Rows with fewer steps than others, and steps after the last.
+    shares = transfer_shares([2, 4], 4, 0.0)
+    torch.testing.assert_close(shares, torch.tensor([[1 / 2, 1, 1, 1], [1 / 4, 1 / 3, 1 / 2, 1]]))
+    assert transfer_share(shares, torch.tensor([9, 4])).tolist() == [1, 1]
 
 
 def test_rows_have_quotas_of_their_own() -> None:
     masks, steps, step = torch.tensor([10, 3]), torch.tensor([4, 4]), torch.tensor([0, 3])
     assert even(masks, steps, step).tolist() == [3, 0]
-    assert falling(masks, steps, step, 1e-3).tolist() == [2, 3]
+    assert falling(masks, transfer_shares([4, 4], 4, 1e-3), steps, step).tolist() == [2, 3]
 
 
 def test_of_equals_the_first_is_best() -> None:
@@ -370,26 +375,69 @@ def test_a_filter_cuts_what_is_drawn() -> None:
     assert set(seen) == {0, 1}
 
 
+def a_site(rows: int, steps: int, places: int, row: int = 0, step: int = 0, place: int = 0) -> Site:
+    """Positions of some rows at some steps, one after the other."""
+    axes = torch.arange(rows) + row, torch.arange(steps) + step, torch.arange(places) + place
+    return Site(*(part.flatten() for part in torch.meshgrid(*axes, indexing="ij")))
+
+
 def test_the_first_of_a_drawn_order_has_the_chance_of_its_score() -> None:
     score = torch.tensor([0.0, 1.0, 2.0, -1.0], dtype=torch.float64)
-    site = Site(torch.arange(1500), torch.zeros(1500, dtype=torch.int64), torch.ones(1500, 4, dtype=torch.bool))
-    drawn = PositionNoise(0).order(site, score.repeat(1500)).view(-1, 4)
+    site = Site(torch.arange(1500)[:, None], torch.zeros(1, 1, dtype=torch.int64), torch.arange(4))
+    drawn = PositionNoise(0).order(site, score.expand(1500, 4))
     seen = Counter(drawn.argmax(1).tolist())
     assert chi_square([seen[i] for i in range(4)], score.softmax(0).tolist()) < 16.3  # 3 degrees, 0.1 %
 
 
-def test_draws_are_a_function_of_seed_purpose_sample_and_step() -> None:
-    def site(row: int, step: int) -> Site:
-        return Site(torch.tensor([row]), torch.tensor([step]), torch.ones(1, 3, dtype=torch.bool))
+def test_draws_are_a_function_of_seed_purpose_sample_step_and_position() -> None:
+    site = a_site(4, 4, 4)
+    drawn = torch.stack([PositionNoise(s).uniform(site, p) for s in range(3) for p in (TOKENS, ORDER)])
+    assert len(drawn.unique()) == drawn.numel()
+    assert torch.equal(PositionNoise(2).uniform(site, ORDER), drawn[5])
+    some = torch.tensor([5, 60, 17])
+    assert torch.equal(PositionNoise(1).uniform(site.at(some), TOKENS), drawn[2][some])
+    logits = torch.randn(64, 9, generator=torch.Generator().manual_seed(0))
+    tokens = PositionNoise(0).token(site, logits, 1.0)
+    assert torch.equal(PositionNoise(0).token(site.at(some), logits[some], 1.0), tokens[some])
 
-    keys = [(s, p, r, i) for s in (0, 1) for p in (TOKENS, ORDER) for r in (0, 1) for i in (0, 1)]
-    drawn = {tuple(PositionNoise(s).uniform(site(r, i), p).tolist()) for s, p, r, i in keys}
-    assert len(drawn) == len(keys)
-    assert torch.equal(PositionNoise(3).uniform(site(5, 2), ORDER), PositionNoise(3).uniform(site(5, 2), ORDER))
-    two = Site(torch.tensor([4, 9]), torch.tensor([1, 0]), torch.tensor([[True, False, True], [False, True, False]]))
-    one = Site(torch.tensor([9]), torch.tensor([0]), torch.tensor([[True, False, False]]))
-    assert PositionNoise(0).uniform(two, TOKENS, 5).shape == (3, 5)
-    assert torch.equal(PositionNoise(0).uniform(two, TOKENS, 5)[2:], PositionNoise(0).uniform(one, TOKENS, 5))
+
+def test_the_bits_of_the_draws_are_those_of_splitmix() -> None:
+    """The finaliser against the published generator from seed 0 (its first numbers are in many test suites), so that
+    the draws are the same on every device and in every version."""
+    golden = 0x9E3779B97F4A7C15
+    states = [(i * golden) % 2**64 for i in (1, 2, 3)]
+    signed = torch.tensor([s - 2**64 if s >= 2**63 else s for s in states])
+    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [x % 2**64 for x in _mixed(signed).tolist()] == expected
+    drawn = PositionNoise(0).uniform(a_site(1, 1, 4), TOKENS)
+    assert (drawn * 2**24).long().tolist() == FIRST_DRAWS
+
+
+FIRST_DRAWS = [9665031, 5960007, 4126550, 2503892]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_draws_are_even_and_neighbours_know_nothing_of_each_other(axis: int) -> None:
+    """Along samples, steps and positions: uniform numbers, exponential ones, and no correlation of neighbours."""
+    size = [3, 3, 3]
+    size[axis] = 20_000
+    u = PositionNoise(5).uniform(a_site(*size), ORDER).view(size).movedim(axis, 0).flatten(1).T.double()
+    assert 0 <= float(u.min()) < float(u.max()) < 1
+    cells = torch.stack([torch.histc(row, 64, 0, 1) for row in u])
+    assert float(((cells - 312.5) ** 2 / 312.5).sum(1).max()) < 63 + 5 * (2 * 63) ** 0.5
+    between = torch.corrcoef(torch.cat([u[:, 1:], u[:, :-1]]))
+    assert float((between - torch.eye(len(between))).abs().max()) < 5.5 / 20_000**0.5
+    e = PositionNoise(5).exponential(a_site(*size), ORDER).double()
+    assert abs(float(e.mean()) - 1) < 5 / len(e) ** 0.5
+    assert abs(float((e < 0.01).double().mean()) - -math.expm1(-0.01)) < 5 * (0.01 / len(e)) ** 0.5
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should() -> None:
+    """Of 2,000 tokens, each with a probability of 2e-6, 0.4 % in all; and one with the rest."""
+    logits = torch.full((4_000, 2_001), math.log(2e-6))
+    logits[:, -1] = math.log(1 - 2_000 * 2e-6)
+    drawn = PositionNoise(1).token(a_site(4_000, 1, 1), logits, 1.0)
+    assert 2 <= int((drawn < 2_000).sum()) <= 36  # 16 expected
 
 
 def test_dream_origin_decides_each_position_at_a_step_with_the_chance_of_its_time() -> None:

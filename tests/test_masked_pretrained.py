@@ -76,8 +76,10 @@ def test_padding_changes_no_real_position(family: str, name: str) -> None:
 def test_dream_counts_positions_over_real_tokens(name: str) -> None:
     tokens, valid = case("Dream", name)
     seen = []
-    hook = MODELS["Dream"].network.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    hook = (
+        MODELS["Dream"]
+        .network.get_decoder()
+        .register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
     )
     MODELS["Dream"].logits(tokens, valid)
     hook.remove()

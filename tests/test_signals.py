@@ -251,7 +251,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("name", sorted(EVERYTHING))
 def test_no_signal_copies_the_logits(name: str) -> None:
     needs = frozenset({name})
-    now, before = torch.randn(4, 64, 9001), torch.randn(4, 64, 9001)
+    now, before = torch.randn(8, 64, 9001), torch.randn(8, 64, 9001)
     first = statistics(before, None, needs)
     with Largest(now, before) as noted:
         _, past = observe(needs, first)

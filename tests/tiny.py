@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cdlm.masked.model import Cache, CachedModel, Constants
+from cdlm.masked.model import Cache, CachedModel, Constants, at_positions
 
 GOLDEN = Path(__file__).parent / "golden" / "masked"
 HEADS = 4
@@ -27,14 +27,19 @@ class Tiny(CachedModel):
         self.layers = len({name.split(".")[1] for name in weights if name.startswith("layer.")})
         self.calls, self.rows = 0, 0
 
-    def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
-        return self.fill(tokens, valid)[0]
+    def logits(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
+        return self.fill(tokens, valid, positions)[0]
 
     def fill(
-        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None
-    ) -> tuple[Float[Tensor, "b n v"], Cache]:
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> tuple[Float[Tensor, "*s v"], Cache]:  # fmt: skip
         place = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return self._run(tokens, place, None, valid)
+        logits, cache = self._run(tokens, place, None, valid)
+        return at_positions(logits, tokens, positions), cache
 
     def partial(
         self,
@@ -42,8 +47,9 @@ class Tiny(CachedModel):
         slots: Int[Tensor, "b q"],
         cache: Cache,
         valid: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b q v"]:
-        return self._run(tokens, slots, cache, valid)[0]
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:
+        return at_positions(self._run(tokens, slots, cache, valid)[0], tokens, positions)
 
     def _run(self, tokens: Tensor, slots: Tensor, cache: Cache, valid: Tensor | None) -> tuple[Tensor, Cache]:
         self.calls, self.rows = self.calls + 1, self.rows + len(tokens)

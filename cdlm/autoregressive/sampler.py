@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.core.checks import check_number
+from cdlm.core.devices import read_columns
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise, Site
-from cdlm.core.types import LoopStep, StepState
+from cdlm.core.types import LoopStep, RowCounts, StepState
 from cdlm.halting import Full
 from cdlm.halting.signals import check_signals
 from cdlm.sampling.loop import Loop, RunOptions
@@ -165,8 +166,9 @@ class LeftToRightLoop(Loop[LeftToRightRows]):
         here = torch.arange(open_.shape[1], device=self.device) == live.at[:, None]
         tokens = torch.where(here | (ended[:, None] & open_), drawn[:, None], live.tokens)
         done = ended | (live.step == live.budget - 1)
-        finished = LoopStep(state, done, torch.zeros_like(done), ended, tokens[done], {})
-        return finished, live._replace(tokens=tokens)
+        row, taken, left, full = read_columns(live.row, live.step + 1, done, ended)
+        counts = RowCounts.of(row, taken, taken, left, [0] * len(row), full)
+        return LoopStep(state, counts, tokens[counts.leaving.to(self.device)], {}), live._replace(tokens=tokens)
 
     def advance(self, carried: LeftToRightRows) -> LeftToRightRows:
         return carried._replace(step=carried.step + 1)
@@ -179,8 +181,7 @@ class LeftToRightLoop(Loop[LeftToRightRows]):
             raise CdlmError("the model gave logits that are not numbers (NaN): its weights or its precision are broken")
         if self.sampling.temperature == 0:
             return logits.argmax(-1)
-        site = Site(live.row, live.step, torch.ones_like(live.at, dtype=torch.bool)[:, None])
-        return self.noise.token(site, logits, self.sampling.temperature)
+        return self.noise.token(Site(live.row, live.step, live.at), logits, self.sampling.temperature)
 
 
 def check_order(open_: Bool[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None) -> None:

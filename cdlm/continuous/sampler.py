@@ -17,10 +17,11 @@ from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import PROJECTIONS, Projection
 from cdlm.continuous.solvers import SOLVERS, Ancestral, Euler, Interval, Solver
 from cdlm.core.checks import MOST_STEPS, check_number, check_object, check_whole
+from cdlm.core.devices import read_columns
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise, StepNoise, generator
 from cdlm.core.trees import join, take
-from cdlm.core.types import Condition, LoopStep, NewRows, Prediction, StepState
+from cdlm.core.types import Condition, LoopStep, NewRows, Prediction, RowCounts, StepState
 from cdlm.halting.signals import (
     RECORDED,
     SIGNALS,
@@ -233,7 +234,7 @@ class Stepped(NamedTuple):
     tokens: Int[Tensor, "b n"]
     """The row as it would be returned now."""
     ended: Bool[Tensor, " b"]
-    """Rows whose block is done and that have another."""
+    """Rows whose block is done and that have another; on the CPU."""
 
 
 class DiffusionLoop(Loop[DiffusionRows]):
@@ -339,16 +340,19 @@ class DiffusionLoop(Loop[DiffusionRows]):
         full = ~live.open.any(1)
         ended = decision.halt | full | self.walk.ended(t, live.step)
         done = ended & ~live.later.any(1)
-        tokens = _read_out(prediction, live, ended)
-        finished = LoopStep(
-            state, done, decision.halt, full & ~decision.halt, tokens[done], decision.info, self._canvas(live),
-            taken=live.before + live.step + 1,
-        )  # fmt: skip
+        taken = live.before + live.step + 1
+        *columns, over = read_columns(live.row, taken, nfe, done, decision.halt, full, ended)
+        counts = RowCounts.of(*columns)
+        tokens = _read_out(prediction, live, over)
+        leaving = counts.leaving.to(self.device)
+        finished = LoopStep(state, counts, tokens[leaving], decision.info, self._canvas(live))
         seen = Seen(t, live.step, prediction.x0, statistics.open)
         grid, t_next = self.walk.next(live.grid, seen)
         live = live._replace(nfe=nfe, past=past, memory=memory, grid=grid)
         live = live._replace(condition=live.condition._replace(x0=self._held(live, prediction.x0)))
-        return finished, Stepped(live, self._held(live, x0), t_next, tokens, ended & ~done)
+        return finished, Stepped(
+            live, self._held(live, x0), t_next, tokens, torch.tensor(over, dtype=torch.bool) & ~counts.done
+        )
 
     @torch.no_grad()
     def advance(self, carried: Stepped) -> DiffusionRows:
@@ -394,7 +398,8 @@ class DiffusionLoop(Loop[DiffusionRows]):
         candidates = live.open & (plan.block_of <= plan.block[:, None])
         level = t / self.denoiser.rho
         # Of the block: no position is drawn for in two blocks, so that the draws differ all the same.
-        view = View(statistics, candidates, live.row, live.step, plan, level, 0.0, None, self.position_noise)
+        place = torch.arange(live.tokens.shape[1], device=self.device).expand_as(live.tokens)
+        view = View(statistics, candidates, live.row, live.step, plan, level, 0.0, None, self.position_noise, place)
         choice = policy.choose(view)
         doubted = self._doubted(live, statistics)
         commit = choice.commit & candidates
@@ -453,10 +458,10 @@ def _broken() -> CdlmError:
     return CdlmError("the model gave logits that are not numbers (NaN): its weights or its precision are broken")
 
 
-def _read_out(prediction: Prediction, live: DiffusionRows, ended: Bool[Tensor, " b"]) -> Int[Tensor, "b n"]:
-    """The tokens of each row, read out of the prediction where the block has ended."""
+def _read_out(prediction: Prediction, live: DiffusionRows, ended: Sequence[int]) -> Int[Tensor, "b n"]:
+    """The tokens of each row, read out of the prediction in those whose block has ended."""
     tokens = live.tokens.clone()
-    for row in ended.nonzero().squeeze(1).tolist():  # row by row: no copy of the logits
+    for row in [row for row, over in enumerate(ended) if over]:  # row by row: no copy of the logits
         if bool((prediction.logits[row].isnan().any(-1) & live.open[row]).any()):
             raise _broken()
         tokens[row] = torch.where(live.open[row], most_likely(prediction.logits[row]), tokens[row])

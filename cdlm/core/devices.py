@@ -11,6 +11,7 @@ from cdlm.core.progress import announce
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 Precision = Literal["fp32", "bf16"]
 """Arithmetic of a network."""
@@ -45,6 +46,33 @@ def resolve_device(device: str | torch.device) -> str:
 
 def _unusable(device: object, reason: str) -> CdlmError:
     return CdlmError(f"device {shown(device)} cannot be used ({reason}); use auto, or cpu")
+
+
+def fine(device: torch.device) -> torch.dtype:
+    """The finest numbers that a device has: float64, on Apple's GPUs float32."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def read_columns(*columns: Tensor) -> list[list[int]]:
+    """Truth values and whole numbers, one of each row, read from the device at once."""
+    import torch
+
+    return torch.stack(columns).tolist()
+
+
+def places(chosen: Tensor, count: int | None = None) -> Tensor:
+    """Places of what is true in a mask of one axis, int64.
+
+    Args:
+        count: how many there are, where that is known: then nothing has to be read from the device to find out.
+    """
+    import torch
+
+    if count is None or chosen.device.type not in ("cpu", "cuda"):
+        return chosen.nonzero().squeeze(1)
+    return torch.nonzero_static(chosen, size=count).squeeze(1)
 
 
 @dataclass(frozen=True)

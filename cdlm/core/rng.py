@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -63,47 +63,94 @@ TOKENS, ORDER = 0x746F, 0x6F72
 
 
 class Site(NamedTuple):
-    """Positions of some rows that something is drawn for."""
+    """Positions that something is drawn for; the three have shapes that can be broadcast."""
 
-    row: Int[Tensor, " b"]
-    """Index of each sample."""
-    step: Int[Tensor, " b"]
-    at: Bool[Tensor, "b q"]
-    """k positions in all."""
+    row: Int[Tensor, ...]
+    """Index of the sample."""
+    step: Int[Tensor, ...]
+    place: Int[Tensor, ...]
+    """Place in the sample, not counting padding before it."""
+
+    def at(self, some: slice | Int[Tensor, " k"]) -> Site:
+        """Some of the positions along the first axis, of a site whose parts have one shape."""
+        return Site(self.row[some], self.step[some], self.place[some])
 
 
 @dataclass(frozen=True)
 class PositionNoise:
     """Random numbers of single positions, as decoding a masked model needs them.
 
-    Every row has its own generator at each step, so a sample is the same in any batch.
+    A number is a hash of the seed, its purpose, the sample, the step, the position and its place in a row of numbers.
+    It does not depend on the batch, on what else is drawn, or on the device: the bits are the same on all of them.
+    What is computed from the bits, logarithms, may differ between devices in the last bit.
+
+    The hash is the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) at a counter. Each position has a
+    start and a stride of its own, as the generators of that paper have when they are split.
     """
 
     seed: int
 
-    def uniform(self, site: Site, purpose: int, *tail: int) -> Float[Tensor, "k ..."]:
-        """Numbers in [0, 1) for the k positions, row by row from left to right, float64."""
-        rows = zip(site.row.tolist(), site.step.tolist(), site.at.sum(1).tolist(), strict=True)
-        parts = [
-            torch.rand(count, *tail, generator=generator(self.seed, purpose, row, step), dtype=torch.float64)
-            for row, step, count in rows
-        ]
-        return torch.cat(parts).to(site.at.device)
+    def uniform(self, site: Site, purpose: int) -> Float[Tensor, ...]:
+        """A number in [0, 1) for each position, float32."""
+        return (_shifted(self._keys(site, purpose), 40) * 2.0**-24).float()
 
-    def gumbel(self, site: Site, purpose: int, *tail: int) -> Float[Tensor, "k ..."]:
-        """Standard Gumbel noise, float64: coarser numbers would sharpen what is drawn with it."""
-        tiny = torch.finfo(torch.float64).tiny
-        return -(-self.uniform(site, purpose, *tail).clamp(min=tiny).log()).log()
+    def exponential(self, site: Site, purpose: int) -> Float[Tensor, ...]:
+        """A standard exponential number for each position, float32."""
+        return _exponential(self._keys(site, purpose))
 
     def token(self, site: Site, logits: Float[Tensor, "k v"], temperature: float) -> Int[Tensor, " k"]:
-        """A token of each position from softmax(logits / temperature), temperature > 0 (Gumbel-max)."""
-        noise = self.gumbel(site, TOKENS, logits.shape[-1])
-        return (logits.double() + temperature * noise).argmax(-1)
+        """A token of each of k positions from softmax(logits / temperature), temperature > 0.
+
+        The token whose exponential number, divided by its probability, is smallest (the Gumbel-max trick). The small
+        numbers decide, and these are exact to float32's relative precision: nothing is sharpened.
+        """
+        start = self._keys(site, TOKENS)[:, None]
+        stride = _mixed(start ^ _GOLDEN) | 1
+        count = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
+        # A few positions at a time: on a CPU what is made of them stays in the cache.
+        size = max(1, (2**15 if logits.device.type == "cpu" else 2**24) // len(count))
+        drawn = [
+            (z / temperature - _exponential(_mixed((count * by).add_(begin))).log_()).argmax(-1)
+            for z, begin, by in zip(*(whole.split(size) for whole in (logits, start, stride)), strict=True)
+        ]
+        return torch.cat(drawn)
 
     def category(self, site: Site, log_p: Float[Tensor, "k v"]) -> Int[Tensor, " k"]:
-        """A token of each position, from log-probabilities."""
+        """A token of each of k positions, from log-probabilities."""
         return self.token(site, log_p, 1.0)
 
-    def order(self, site: Site, score: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    def order(self, site: Site, score: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """Scores whose largest are positions drawn one after the other, without replacement, from softmax(score)."""
-        return score.double() + self.gumbel(site, ORDER)
+        return score - self.exponential(site, ORDER).log_()
+
+    def _keys(self, site: Site, purpose: int) -> Int[Tensor, ...]:
+        start = int(np.random.SeedSequence([self.seed, purpose]).generate_state(1, np.uint64)[0])
+        key = torch.full((), _signed(start), device=site.row.device)
+        for word in site:
+            key = _mixed(key + (word + 1) * _GOLDEN)
+        return key
+
+
+def _signed(word: int) -> int:
+    """64 bits as torch counts them: int64 arithmetic wraps around."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+_GOLDEN, _FIRST, _SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mixed(bits: Int[Tensor, "*s"]) -> Int[Tensor, "*s"]:
+    """A bijection of 64 bits in which every bit depends on all (the finaliser of SplitMix64)."""
+    bits = (bits ^ _shifted(bits, 30)).mul_(_FIRST)
+    bits.bitwise_xor_(_shifted(bits, 27)).mul_(_SECOND)
+    return bits.bitwise_xor_(_shifted(bits, 31))
+
+
+def _shifted(bits: Int[Tensor, "*s"], by: int) -> Int[Tensor, "*s"]:
+    """Moved to the right, with zeros from the left."""
+    return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
+
+
+def _exponential(bits: Int[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """Standard exponential numbers from 64 random bits each, float32: -log(1 - u), fine where u is small."""
+    return _shifted(bits, 1).float().mul_(-(2.0**-63)).log1p_().neg_()

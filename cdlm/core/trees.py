@@ -1,24 +1,63 @@
-"""Nests of tensors whose first axis is the row: drop, join and blank rows."""
+"""Nests of tensors whose first axis is the row, and of `Rows`: drop, join and blank rows."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Self
 
+import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 
+class Rows(ABC):
+    """What a nest has of each row that is no tensor with the row as its first axis."""
+
+    @abstractmethod
+    def take(self, rows: list[int]) -> Self:
+        """Some of the rows."""
+
+    @abstractmethod
+    def join(self, other: Any) -> Self:
+        """These rows, then those of the other."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged(Rows):
+    """Some entries of each row, row by row. Where there are none at all, they may have any shape."""
+
+    values: Shaped[Tensor, "k ..."]
+    counts: tuple[int, ...]
+    """Entries of each row."""
+
+    def take(self, rows: list[int]) -> Ragged:
+        ends = list(accumulate(self.counts))
+        parts = [self.values[ends[row] - self.counts[row] : ends[row]] for row in rows]
+        return Ragged(torch.cat(parts) if parts else self.values[:0], tuple(self.counts[row] for row in rows))
+
+    def join(self, other: Any) -> Ragged:
+        parts = [part.values for part in (self, other) if len(part.values)]
+        return Ragged(torch.cat(parts) if parts else other.values, self.counts + other.counts)
+
+
 def take(tree: Any, index: Tensor) -> Any:
-    """Rows `index` (int64 positions) of every tensor in a nest of tuples, lists and dicts."""
-    return _map(lambda x: x.index_select(0, index), tree)
+    """Rows `index` (int64 positions, best on the CPU) of every tensor in a nest of tuples, lists and dicts."""
+
+    def some(x: Any) -> Any:
+        return x.take(index.tolist()) if isinstance(x, Rows) else x.index_select(0, index.to(x.device))
+
+    return _map(some, tree)
 
 
 def join(first: Any, second: Any) -> Any:
     """Two nests of the same form, concatenated along the rows."""
-    import torch
-
     if isinstance(first, Tensor):
         return torch.cat([first, second])
+    if isinstance(first, Rows):
+        return first.join(second)
     if first is None:
         return None
     if isinstance(first, Mapping):
@@ -32,7 +71,7 @@ def blank(tree: Any, rows: int) -> Any:
 
 
 def _map(function: Any, tree: Any) -> Any:
-    if isinstance(tree, Tensor):
+    if isinstance(tree, Tensor | Rows):
         return function(tree)
     if tree is None:
         return None

@@ -8,7 +8,7 @@ Noise coordinate: `t = sigma / alpha`, the noise-to-signal ratio. Larger is nois
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
@@ -225,23 +225,71 @@ class SignalReader:
     """Names of the signals that it reads (see `cdlm.halting.signals.SIGNALS`)."""
 
 
-class LoopStep(NamedTuple):
-    """A step as the loop's consumers see it."""
+class RowCounts(NamedTuple):
+    """What a step says of each row, on the CPU: it is read from the device once a step, all of it together."""
 
-    state: StepState
+    row: Int[Tensor, " b"]
+    """Index of the sample in the run."""
+    taken: Int[Tensor, " b"]
+    """Steps that the row has taken, this one included, those of its earlier blocks too."""
+    nfe: Int[Tensor, " b"]
+    """Calls spent on it so far."""
     done: Bool[Tensor, " b"]
     """Rows that leave with this step's tokens."""
     halted: Bool[Tensor, " b"]
     """Those of them that the criterion halted."""
     full: Bool[Tensor, " b"]
     """Those of them in which every position is frozen; the others reached the end of the grid."""
+    settled: Int[Tensor, " b"]
+    """Of a masked model: calls after which the text up to its first end was decided; 0 while it is not, and of other
+    models."""
+
+    @staticmethod
+    def of(
+        row: list[int], taken: list[int], nfe: list[int], done: Sequence[int], halted: Sequence[int],
+        full: Sequence[int], settled: list[int] | None = None,
+    ) -> RowCounts:  # fmt: skip
+        """From what was read; a row that is full and is halted counts as halted."""
+        said = [0] * len(row) if settled is None else settled
+        index, steps, calls, left, stopped, whole, at = torch.tensor(
+            [row, taken, nfe, done, halted, full, said]
+        ).unbind()
+        return RowCounts(index, steps, calls, left.bool(), stopped.bool(), whole.bool() & ~stopped.bool(), at)
+
+    @property
+    def leaving(self) -> Int[Tensor, " m"]:
+        """Places of the rows that leave."""
+        return self.done.nonzero().squeeze(1)
+
+    @property
+    def staying(self) -> Int[Tensor, " k"]:
+        """Places of the others."""
+        return (~self.done).nonzero().squeeze(1)
+
+
+class LoopStep(NamedTuple):
+    """A step as the loop's consumers see it."""
+
+    state: StepState
+    counts: RowCounts
     tokens: Int[Tensor, "m n"]
     """Final tokens of the m rows that leave, prompts filled in."""
     info: Mapping[str, Tensor]
     """What the criterion logged, one value a row."""
     canvas: Int[Tensor, "b n"] | None = None
     """Of a run that commits: every row after the step; where it is open the mask, or of a continuous model -1."""
-    settled: Int[Tensor, " b"] | None = None
-    """Of a masked model: calls after which the text up to its first end was decided; 0 while it is not."""
-    taken: Int[Tensor, " b"] | None = None
-    """Steps that each row has taken, in a run whose rows count anew for each block."""
+
+    @property
+    def done(self) -> Bool[Tensor, " b"]:
+        """Rows that leave with this step's tokens; on the CPU."""
+        return self.counts.done
+
+    @property
+    def halted(self) -> Bool[Tensor, " b"]:
+        """Those of them that the criterion halted; on the CPU."""
+        return self.counts.halted
+
+    @property
+    def full(self) -> Bool[Tensor, " b"]:
+        """Those of them in which every position is frozen; on the CPU."""
+        return self.counts.full

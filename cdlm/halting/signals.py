@@ -6,13 +6,36 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.trees import Ragged
+
+
+class Where(NamedTuple):
+    """Some positions of the rows, row by row from left to right."""
+
+    flat: Int[Tensor, " k"]
+    """Place of each among all positions of all rows."""
+    counts: tuple[int, ...]
+    """How many there are in each row."""
+    shape: tuple[int, int]
+    """Rows, and positions of a row."""
+    open: bool = True
+    """Whether all of them are open."""
+
+    def plane(self, values: Shaped[Tensor, "k ..."], fill: float) -> Shaped[Tensor, "b n ..."]:
+        """The values at their places, and `fill` everywhere else."""
+        whole = values.new_full((self.shape[0] * self.shape[1], *values.shape[1:]), fill)
+        return self.onto(whole, values)
+
+    def onto(self, whole: Shaped[Tensor, "bn ..."], values: Shaped[Tensor, "k ..."]) -> Shaped[Tensor, "b n ..."]:
+        """The values written over those of all positions of all rows."""
+        return whole.index_copy_(0, self.flat, values).unflatten(0, self.shape)
 
 
 class Past(NamedTuple):
@@ -20,10 +43,13 @@ class Past(NamedTuple):
 
     tokens: Int[Tensor, "b n"] | None
     score: Float[Tensor, "b n d"] | None
-    logits: Float[Tensor, "b n v"] | None
-    """The very tensor of the step before, no copy; without a vocabulary axis (v = 0) while no row has a past."""
+    logits: Float[Tensor, "b n v"] | Ragged | None
+    """The very tensor of the step before, no copy; without a vocabulary axis (v = 0) while no row has a past. Of steps
+    that have the logits of some positions alone, those."""
     scale: Float[Tensor, "b n 2"] | None = None
     """Of those logits: the largest, and the log of the sum of exp(logit - largest); as `StepStatistics.scale`."""
+    known: Bool[Tensor, "b n"] | None = None
+    """Positions that those logits are of; None where they are all."""
 
 
 class EmbeddingState(NamedTuple):
@@ -38,15 +64,15 @@ class EmbeddingState(NamedTuple):
 class Sums(NamedTuple):
     """What one pass over the logits finds, as far as it is needed; p is their softmax."""
 
-    peak: Float[Tensor, "*n"]
+    peak: Float[Tensor, " k"]
     """Largest logit."""
-    peaks: Float[Tensor, "*n c"] | None
+    peaks: Float[Tensor, "k c"] | None
     """Largest logit of each chunk of the vocabulary."""
-    total: Float[Tensor, "*n"]
+    total: Float[Tensor, " k"]
     """Sum of exp(logit - peak), from 1 to v."""
-    below: Float[Tensor, "*n"] | None
+    below: Float[Tensor, " k"] | None
     """Mean over p of logit - peak, times the total."""
-    drift: Float[Tensor, "*n"] | None
+    drift: Float[Tensor, " k"] | None
     """Mean over p of logit - logit of the step before, times the total."""
 
 
@@ -64,11 +90,12 @@ class StepStatistics:
     """What the signals of one step are computed from; intermediate results are computed once.
 
     The cost lies in the sums over the vocabulary, most of it in reading the logits from memory. So the logits are read
-    piece by piece, each piece once for all sums, and no intermediate tensor is larger than a piece (`chance_from`
-    copies the positions that it sums).
+    piece by piece, each piece once for all sums, and what is made of a piece is written over what was made of the one
+    before: nothing is as large as the logits.
     """
 
-    logits: Float[Tensor, "b n v"]
+    logits: Float[Tensor, "*s v"]
+    """Of all positions [b n v], or of those of `where` [k v]."""
     open: Bool[Tensor, "b n"]
     target: Bool[Tensor, "b n"]
     """Positions that are generated, frozen ones included."""
@@ -80,38 +107,58 @@ class StepStatistics:
     embedding: EmbeddingState | None = None
     """None in a model without embeddings; the signals of `SPATIAL` then do not exist."""
     held: Int[Tensor, "b n"] | None = None
-    """Tokens of the targets that are no longer open, where the logits do not say them."""
+    """Tokens of the targets that are no longer open, where the logits do not say them; with `where`, of all positions
+    that are not open."""
+    where: Where | None = None
+    """The positions that the logits are of; None of all. At others numbers are NaN, and a divergence infinite."""
+
+    @cached_property
+    def flat(self) -> Float[Tensor, "k v"]:
+        """The logits, one position after the other."""
+        return self.logits.flatten(0, -2)
 
     @cached_property
     def sums(self) -> Sums:
-        before = self.past.logits
-        known = before is not None and before.shape[-1] > 0
-        return _sums(self.logits, before if known else None, self.needs)
+        return self._sums_of(None, self.needs)
 
     @cached_property
-    def peaks(self) -> Float[Tensor, "b n c"]:
+    def peaks(self) -> Float[Tensor, "k c"]:
         peaks = None if self.needs.isdisjoint(SUMMED) else self.sums.peaks
-        return chunk_maxima(self.logits) if peaks is None else peaks
+        return chunk_maxima(self.flat) if peaks is None else peaks
+
+    @cached_property
+    def best(self) -> Int[Tensor, " k"]:
+        """The most likely token of each position that the logits are of; of equals, the first."""
+        return _argmax(self.flat, self.peaks)
 
     @cached_property
     def tokens(self) -> Int[Tensor, "b n"]:
-        best = _argmax(self.logits, self.peaks)
-        return best if self.held is None else torch.where(self.target & ~self.open, self.held, best)
+        return self.placed(self.best)
 
     @cached_property
     def top(self) -> Float[Tensor, "b n 2"]:
         # The two largest logits lie in the two chunks with the largest maxima.
         best = self.peaks.topk(min(2, self.peaks.shape[-1]), -1).indices
-        return _members(self.logits, best).topk(2, -1).values
+        return self.plane(_members(self.flat, best).topk(2, -1).values)
+
+    @cached_property
+    def log_total(self) -> Float[Tensor, " k"]:
+        """Log of the sum of exp(logit - largest logit)."""
+        return self.sums.total.log()
 
     @cached_property
     def scale(self) -> Float[Tensor, "b n 2"]:
-        return torch.stack([self.sums.peak, self.sums.total.log()], -1)
+        return self.plane(torch.stack([self.sums.peak, self.log_total], -1))
 
     @property
     def chance(self) -> Float[Tensor, "b n"]:
         """Probability of the most likely token."""
-        return (-self.scale[..., 1]).exp()  # the scale is relative to the largest logit
+        return self.plane(1 / self.sums.total)  # the total is relative to the largest logit
+
+    def chance_of(self, tokens: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
+        """Probability of a token of each position that the logits are of."""
+        chosen = self.flat.gather(1, tokens[:, None]).squeeze(1)
+        return (chosen - self.sums.peak).exp() / self.sums.total
 
     def chance_from(self, least: Float[Tensor, " b"], over: Bool[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         """The same at the positions of `over` where it is at least `least`; elsewhere something smaller.
@@ -121,28 +168,29 @@ class StepStatistics:
         if self.peaks.shape[-1] == 1 or not self.needs.isdisjoint(SUMMED):  # useless, or known
             return self.chance.where(over, 0)
         least_sum = (self.peaks - self.peaks.amax(-1, keepdim=True)).exp().sum(-1)
-        bound = (1 / least_sum).where(over, 0)
-        near = over & (bound >= least[:, None] * (1 - ROUNDING))
-        for rows in _apart(self.logits):  # so that the last bit does not depend on the batch
-            if bool(near[rows].any()):
-                some = _sums(self.logits[rows][near[rows]][None], None, frozenset({"logsumexp"}))
-                bound[rows] = bound[rows].masked_scatter(near[rows], 1 / some.total)
-        return bound
+        bound = self.plane(1 / least_sum).where(over, 0)
+        near = (over & (bound >= least[:, None] * (1 - ROUNDING))).flatten().nonzero().squeeze(1)
+        if not len(near):
+            return bound
+        some = self._sums_of(near, frozenset({"logsumexp"}))
+        return bound.flatten().index_copy(0, near, 1 / some.total).view(over.shape)
 
     @cached_property
     def entropy(self) -> Float[Tensor, "b n"]:
         assert self.sums.below is not None
-        return (self.scale[..., 1] - self.sums.below / self.sums.total).clamp(min=0)
+        return self.plane((self.log_total - self.sums.below / self.sums.total).clamp(min=0))
 
     @cached_property
     def kl(self) -> Float[Tensor, "b n"]:
-        assert self.past.scale is not None
+        before = self.past.scale
+        assert before is not None
         if self.sums.drift is None:
-            return torch.full_like(self.sums.total, torch.inf)
-        # Peaks and logs apart: both are near those of the step before, and the difference of near numbers is exact.
-        peak, log = (self.scale - self.past.scale).unbind(-1)
-        kl = self.sums.drift / self.sums.total - peak - log
-        return torch.where(self.first[:, None], torch.inf, kl.clamp(min=0))
+            return before.new_full(self.open.shape, torch.inf)
+        # Peaks and logits apart: both are near those of the step before, and the difference of near numbers is exact.
+        peak, log = (self.scale - before).unbind(-1)
+        kl = (self.plane(self.sums.drift / self.sums.total) - peak - log).clamp(min=0)
+        new = self.first[:, None] if self.past.known is None else self.first[:, None] | ~self.past.known
+        return torch.where(new | kl.isnan(), torch.inf, kl)
 
     @cached_property
     def score(self) -> Float[Tensor, "b n d"]:
@@ -169,6 +217,42 @@ class StepStatistics:
         """Mean over the open positions of each row, or over others, in float32."""
         over = self.open if over is None else over
         return torch.where(over, values, 0).sum(1).float() / over.sum(1)
+
+    def plane(self, values: Float[Tensor, "k ..."]) -> Float[Tensor, "b n ..."]:
+        """Values of the positions that the logits are of, at their places."""
+        return values.unflatten(0, self.open.shape) if self.where is None else self.where.plane(values, torch.nan)
+
+    def placed(self, tokens: Int[Tensor, " k"]) -> Int[Tensor, "b n"]:
+        """A token of each position that the logits are of, at its place, and what is held elsewhere."""
+        if self.where is None:
+            found = tokens.view(self.open.shape)
+            return found if self.held is None else torch.where(self.target & ~self.open, self.held, found)
+        assert self.held is not None
+        if self.where.open:
+            return self.where.onto(self.held.flatten().clone(), tokens)
+        return torch.where(self.open, self.where.onto(self.held.flatten().clone(), tokens), self.held)
+
+    def pick(self, values: Shaped[Tensor, "b n ..."]) -> Shaped[Tensor, "k ..."]:
+        """What `plane` has put at its place."""
+        return values.flatten(0, 1) if self.where is None else values.flatten(0, 1)[self.where.flat]
+
+    def kept(self) -> Past:
+        """Of the logits, what the divergence of the next step needs."""
+        if self.where is None:
+            return Past(None, None, self.logits, self.scale)
+        known = torch.zeros_like(self.open).flatten().index_fill_(0, self.where.flat, True).view(self.open.shape)
+        return Past(None, None, Ragged(self.logits, self.where.counts), self.scale, known)
+
+    def _sums_of(self, some: Int[Tensor, " m"] | None, needs: frozenset[str]) -> Sums:
+        """The sums of some positions that the logits are of, or of all."""
+        before = self.past.logits
+        values = before.values if isinstance(before, Ragged) else before
+        if values is None or values.numel() == 0 or "mean_kl" not in needs:
+            return _sums(self.flat, some, None, None, needs)
+        place, known = None, self.past.known
+        if known is not None:  # among the positions of the step before; of one that was not there, anywhere
+            place = self.pick(known.flatten().cumsum(0).view_as(known)).sub_(1).clamp_(min=0)
+        return _sums(self.flat, some, values.flatten(0, -2), place, needs)
 
 
 def most_likely(logits: Float[Tensor, "*b n v"]) -> Int[Tensor, "*b n"]:
@@ -204,45 +288,63 @@ def _members(logits: Float[Tensor, "*n v"], chunks: Int[Tensor, "*n k"]) -> Floa
 
 
 def _argmax(logits: Float[Tensor, "*n v"], peaks: Float[Tensor, "*n c"]) -> Int[Tensor, "*n"]:
-    best = peaks.max(-1, keepdim=True).indices  # the same as argmax, and on CPUs twice as fast
+    if peaks.shape[-1] == 1:
+        return logits.max(-1).indices  # the same as argmax, and on CPUs twice as fast
+    best = peaks.max(-1, keepdim=True).indices
     return best.squeeze(-1) * _width(logits.shape[-1]) + _members(logits, best).max(-1).indices
 
 
-def _sums(logits: Float[Tensor, "b n v"], before: Float[Tensor, "b n v"] | None, needs: frozenset[str]) -> Sums:
-    def whole(parts: Any) -> Any:
-        return None if parts[0] is None else torch.cat(parts).unflatten(0, logits.shape[:2])
-
-    pieces = _pieces(logits)
-    pasts = [None] * len(pieces) if before is None else _pieces(before)
-    sums = [_piece_sums(piece, past, needs) for piece, past in zip(pieces, pasts, strict=True)]
-    return Sums(*map(whole, zip(*sums, strict=True)))
-
-
-def _apart(logits: Float[Tensor, "b n v"]) -> list[slice]:
-    """Rows whose sums are found together: on a CPU one by one, on a GPU about a piece."""
-    together = 1 if logits.device.type == "cpu" else max(1, 2**24 // max(1, logits[0].numel()))
-    return [slice(row, row + together) for row in range(0, len(logits), together)]
+def positions_at_a_time(logits: Float[Tensor, "*s v"]) -> int:
+    """Positions of a piece of the logits. On a CPU a piece and what is made of it fit in the second cache; a GPU wants
+    few and large ones."""
+    vocabulary = logits.shape[-1]
+    if logits.device.type != "cpu":
+        return max(1, 2**24 // vocabulary)
+    # The last bit of a sum must not depend on the batch. It does where torch shares a long sum among threads, which it
+    # does for a piece of one position.
+    return 1 if vocabulary >= 2**15 else 2**17 // vocabulary
 
 
-def _pieces(logits: Float[Tensor, "b n v"]) -> list[Float[Tensor, "k v"]]:
-    # On a CPU a piece and what is made of it fit in the second cache, and no piece holds positions of two rows, so that
-    # the last bit of a sum does not depend on the batch. A GPU wants few and large pieces.
-    small = logits.device.type == "cpu"
-    size = max(1, (2**17 if small else 2**24) // logits.shape[-1])
-    rows = logits if small else logits.flatten(0, 1)[None]
-    return [piece for row in rows for piece in row.split(size)]
+def _sums(
+    logits: Float[Tensor, "k v"], some: Int[Tensor, " m"] | None, before: Float[Tensor, "l v"] | None,
+    place: Int[Tensor, " k"] | None, needs: frozenset[str],
+) -> Sums:  # fmt: skip
+    """The sums of `some` of the logits, or of all.
 
-
-def _piece_sums(logits: Float[Tensor, "k v"], before: Float[Tensor, "k v"] | None, needs: frozenset[str]) -> Sums:
-    peaks = None if needs.isdisjoint(RANKED) else chunk_maxima(logits)
-    peak = (logits if peaks is None else peaks).amax(-1)
-    x = logits - peak[:, None]
-    p = x.exp()
-    total = p.sum(-1)
-    # A token that is ruled out has p = 0 and a logit of minus infinity: nansum takes 0 * inf as the 0 that it is.
-    below = None if needs.isdisjoint(ENTROPIES) else x.mul_(p).nansum(-1)
-    drift = None if before is None else torch.sub(logits, before, out=x).mul_(p).nansum(-1)
-    return Sums(peak, peaks, total, below, drift)
+    Args:
+        before: logits of the step before.
+        place: of each position among these; None if they are of the same positions.
+    """
+    count, size = len(logits) if some is None else len(some), positions_at_a_time(logits)
+    # All room is taken before the loop: what is kept of each piece, between what is not, would leave holes in memory.
+    ranked, entropies = not needs.isdisjoint(RANKED), not needs.isdisjoint(ENTROPIES)
+    apart = entropies or before is not None  # p is needed beside the logits that it came from
+    buffer = logits.new_empty(1 + apart + (place is not None), min(size, count), logits.shape[-1])
+    peak, total, below, drift = logits.new_empty(4, count)
+    chunks = -(-logits.shape[-1] // _width(logits.shape[-1]))
+    peaks = logits.new_empty(count, chunks) if ranked and chunks > 1 else None
+    for begin in range(0, count, size):
+        piece = slice(begin, min(begin + size, count))
+        room = buffer[:, : piece.stop - begin]
+        x, p = room[0], room[int(apart)]
+        here = logits[piece] if some is None else logits[some[piece]]
+        if peaks is None:
+            torch.amax(here, -1, out=peak[piece])
+        else:
+            peaks[piece] = chunk_maxima(here)
+            torch.amax(peaks[piece], -1, out=peak[piece])
+        torch.sub(here, peak[piece, None], out=x)
+        torch.exp(x, out=p)
+        torch.sum(p, -1, out=total[piece])
+        # A token that is ruled out has p = 0 and a logit of minus infinity: nansum takes 0 * inf as the 0 that it is.
+        if entropies:
+            below[piece] = x.mul_(p).nansum(-1)
+        if before is not None:
+            past = before[piece] if place is None else torch.index_select(before, 0, place[piece], out=room[-1])
+            drift[piece] = torch.sub(here, past, out=x).mul_(p).nansum(-1)
+    if ranked and peaks is None:
+        peaks = peak[:, None]
+    return Sums(peak, peaks, total, below if entropies else None, None if before is None else drift)
 
 
 def _switches(statistics: StepStatistics) -> Int[Tensor, " b"]:
@@ -275,7 +377,7 @@ SIGNALS: Mapping[str, Signal] = MappingProxyType(
         "tokens": Signal(lambda step: step.tokens),
         "top1": Signal(lambda step: step.top[..., 0]),
         "top2": Signal(lambda step: step.top[..., 1]),
-        "logsumexp": Signal(lambda step: step.scale.sum(-1)),
+        "logsumexp": Signal(lambda step: step.plane(step.sums.peak + step.log_total)),
         "entropy": Signal(lambda step: step.entropy),
         "switches": Signal(_switches),
         "mean_entropy": Signal(lambda step: step.mean(step.entropy), recorded=True),
@@ -318,25 +420,31 @@ def check_signals(names: Iterable[str], known: Collection[str] = SIGNALS) -> fro
     return frozenset(names)
 
 
-def first_past(needs: frozenset[str], z: Float[Tensor, "b n d"], beside: Past | None) -> Past:
-    """The past of rows that enter, in the form of the past of the rows `beside` them."""
-    vocabulary = 0 if beside is None or beside.logits is None else beside.logits.shape[-1]
-    dtype = z.dtype if beside is None or beside.logits is None else beside.logits.dtype
+def first_past(needs: frozenset[str], z: Float[Tensor, "b n d"], beside: Past | None, ragged: bool = False) -> Past:
+    """The past of rows that enter, in the form of the past of the rows `beside` them.
+
+    Args:
+        ragged: their steps have the logits of some positions alone.
+    """
+    before = None if beside is None else beside.logits
+    vocabulary = before.shape[-1] if isinstance(before, Tensor) else 0
+    dtype = z.dtype if beside is None or beside.scale is None else beside.scale.dtype
+    divergence, nothing = "mean_kl" in needs, z.new_empty((0, 0), dtype=dtype)
+    logits = Ragged(nothing, (0,) * len(z)) if ragged else z.new_empty((*z.shape[:2], vocabulary), dtype=dtype)
     return Past(
         torch.full(z.shape[:2], -1, device=z.device) if "switches" in needs else None,
         torch.full_like(z, torch.nan) if "score_cosine" in needs else None,
-        z.new_empty((*z.shape[:2], vocabulary), dtype=dtype) if "mean_kl" in needs else None,
-        z.new_empty((*z.shape[:2], 2), dtype=dtype) if "mean_kl" in needs else None,
+        logits if divergence else None,
+        z.new_empty((*z.shape[:2], 2), dtype=dtype) if divergence else None,
+        torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device) if divergence and ragged else None,
     )
 
 
 def observe(needs: frozenset[str], statistics: StepStatistics) -> tuple[dict[str, Tensor], Past]:
     """The signals in `needs`, and what the next step needs of this one."""
     signals = {name: SIGNALS[name].compute(statistics) for name in sorted(needs)}
-    past = Past(
-        statistics.tokens if "switches" in needs else None,
-        statistics.score if "score_cosine" in needs else None,
-        statistics.logits if "mean_kl" in needs else None,
-        statistics.scale if "mean_kl" in needs else None,
+    kept = statistics.kept() if "mean_kl" in needs else Past(None, None, None)
+    return signals, kept._replace(
+        tokens=statistics.tokens if "switches" in needs else None,
+        score=statistics.score if "score_cosine" in needs else None,
     )
-    return signals, past

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from cdlm.core.checks import check_object, shown
@@ -51,15 +52,51 @@ class MaskedModel(Model):
         return self.constants.end_ids if self.ends else ()
 
     @abstractmethod
-    def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
-        """One call of the network. `valid` is False on padding, which may stand on either side; None: there is none.
+    def logits(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
+        """One call of the network, [b n v], or with `positions` [k v].
 
         Unshifted, as the network gives them, in float32 or float64; the caller may write into the result.
+
+        Args:
+            valid: False on padding, which may stand on either side; None: there is none.
+            positions: the places in `tokens.flatten()` that logits are wanted of. At a real vocabulary these are most
+                of the memory and much of the work: compute no others.
         """
 
 
-LogitsFn = Callable[[Tensor, Tensor | None], Tensor]
-"""(tokens [b n], attention mask [b n] or None) -> logits [b n v]."""
+def at_positions(
+    values: Shaped[Tensor, ...], tokens: Int[Tensor, "b n"], positions: Int[Tensor, " k"] | None
+) -> Shaped[Tensor, ...]:
+    """Of values of all positions [b n ...], hidden states or logits, those that are asked for [k ...].
+
+    Args:
+        positions: None asks for all of them, as they are.
+
+    Raises:
+        CdlmError: the values are not of the positions of these tokens.
+    """
+    if values.ndim != 3 or values.shape[:2] != tokens.shape:
+        raise CdlmError(
+            f"the model gave logits of shape {list(values.shape)}, expected {list(tokens.shape)} positions, each with"
+            " the logits of a vocabulary"
+        )
+    return values if positions is None else values.flatten(0, 1)[positions]
+
+
+LogitsFn = Callable[..., Tensor]
+"""(tokens [b n], attention mask [b n] or None) -> logits [b n v]; or, with a third parameter called `positions`, places
+in `tokens.flatten()`, -> logits [k v] of these."""
+
+
+def takes_positions(function: Callable[..., Any]) -> bool:
+    """Whether a function has a parameter `positions`."""
+    try:
+        return "positions" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of some functions written in C nothing is known
+        return False
 
 
 class Function(MaskedModel):
@@ -76,20 +113,31 @@ class Function(MaskedModel):
             raise CdlmError(f"a function of tokens was expected, got {shown(logits_fn)}")
         check_object("a function of tokens", Constants, constants=constants)
         self.logits_fn, self.constants, self.tokenizer = logits_fn, constants, tokenizer
+        self.picks = takes_positions(logits_fn)
+        """Whether the function gives logits of the positions that it is asked for."""
         self._device = torch.device(resolve_device(device))
 
     @property
     def device(self) -> torch.device:
         return self._device
 
-    def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
-        found = self.logits_fn(tokens, valid)
-        if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim != 3:
+    def logits(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
+        asked = positions if self.picks else None
+        found = self.logits_fn(tokens, valid) if asked is None else self.logits_fn(tokens, valid, positions=asked)
+        if not isinstance(found, Tensor) or not found.is_floating_point():
+            kind = f"a tensor of {found.dtype}" if isinstance(found, Tensor) else shown(found)
+            raise CdlmError(f"logits_fn must give floating-point logits [rows, positions, vocabulary], got {kind}")
+        if asked is not None and (found.ndim != 2 or len(found) != len(asked)):
             raise CdlmError(
-                "logits_fn must give floating-point logits [rows, positions, vocabulary], got"
-                f" {list(found.shape) if isinstance(found, Tensor) else type(found).__name__}"
+                f"logits_fn was asked for the logits of {len(asked)} positions, expected [{len(asked)}, vocabulary],"
+                f" got {list(found.shape)}: select hidden states, hidden.flatten(0, 1)[positions], before the head, or"
+                " leave out the parameter positions"
             )
-        return found.to(torch.promote_types(found.dtype, torch.float32), copy=True)  # theirs is not ours to write into
+        wanted = at_positions(found, tokens, positions) if asked is None else found
+        return wanted.to(torch.promote_types(found.dtype, torch.float32), copy=wanted is found)  # theirs is not ours
 
 
 class CachedModel(MaskedModel):
@@ -97,8 +145,9 @@ class CachedModel(MaskedModel):
 
     @abstractmethod
     def fill(
-        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None
-    ) -> tuple[Float[Tensor, "b n v"], Cache]:
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> tuple[Float[Tensor, "*s v"], Cache]:  # fmt: skip
         """As `logits`, with the keys and values of every position."""
 
     @abstractmethod
@@ -108,13 +157,17 @@ class CachedModel(MaskedModel):
         slots: Int[Tensor, "b q"],
         cache: Cache,
         valid: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b q v"]:
-        """A call for some positions alone. They attend to all n, with the cached keys and values of the others.
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:
+        """A call for some positions alone, [b q v], or with `positions` [k v].
+
+        They attend to all n, with the cached keys and values of the others.
 
         Args:
             slots: place of each token in its row, which may differ between rows.
             cache: from `fill`; what stands at the slots is overwritten.
             valid: of the whole rows.
+            positions: the places in `tokens.flatten()` that logits are wanted of.
         """
 
 

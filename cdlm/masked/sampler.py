@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,11 +13,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.core.checks import check_number, check_object, shown
+from cdlm.core.devices import fine, places, read_columns
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise
-from cdlm.core.trees import blank
-from cdlm.core.types import Decision, LoopStep, NewRows, StepState
-from cdlm.halting.signals import RECORDED, SIGNALS, SPATIAL, Past, StepStatistics, check_signals, first_past, observe
+from cdlm.core.trees import Rows, blank
+from cdlm.core.types import Decision, LoopStep, NewRows, RowCounts, StepState
+from cdlm.halting import Full, Never
+from cdlm.halting.signals import (
+    RECORDED,
+    SIGNALS,
+    SPATIAL,
+    Past,
+    StepStatistics,
+    Where,
+    check_signals,
+    first_past,
+    observe,
+)
 from cdlm.masked.model import Cache, CachedModel, MaskedModel
 from cdlm.masked.published import Quirks
 from cdlm.policies import parse_policy
@@ -159,6 +172,86 @@ class Unmasking(Sampling):
         return 2 if self.cfg_scale > 0 else 1
 
 
+class Scope(Enum):
+    """The positions of a row that a step of whole rows needs logits of."""
+
+    CANDIDATES = "what the policy chooses from"
+    OPEN = "what is open"
+    TARGET = "what is generated"
+    ALL = "every position"
+
+
+OF_EACH = frozenset({"top1", "top2", "logsumexp", "entropy", "span_margin"})
+"""Signals that say something of every position that is generated, decided or not."""
+
+
+def scope_of(needs: frozenset[str], halts: bool) -> Scope:
+    """What the signals that are read need.
+
+    Args:
+        halts: a rule may halt a row, whose open positions are then all filled.
+    """
+    if "logits" in needs:
+        return Scope.ALL
+    if not needs.isdisjoint(OF_EACH):
+        return Scope.TARGET
+    return Scope.OPEN if halts or needs else Scope.CANDIDATES
+
+
+@dataclass(frozen=True, eq=False)
+class Known(Rows):
+    """What the host knows of each row before its next step, so that nothing has to be read in the midst of it."""
+
+    row: list[int]
+    step: list[int]
+    nfe: list[int]
+    settled: list[int]
+    """Calls after which the text up to its first end was decided; 0 while it is not."""
+    budget: list[int]
+    largest: list[int]
+    """Largest token of the prompt."""
+    size: list[int]
+    """Positions that are generated."""
+    steps: list[int]
+    """Steps of each block; -1 if it ends when it is full."""
+    open: list[int]
+    """Positions that are masked."""
+    due: list[int]
+    """Those of them in the block that is decoded, and in earlier ones."""
+    own: list[int]
+    """Those in the block itself."""
+    inner: list[int]
+    """Steps spent in the block."""
+    more: list[int]
+    """Whether another block follows."""
+    called: list[int]
+    """Positions that a call with a cache computes anew, times 2, and 1 more if nothing stands before them."""
+    whole: list[int]
+    """Whether the next call is of the whole row: all are without a cache, else those that enter a block."""
+    holes: list[int]
+    """With a cache, whether there are holes in the prompt that are open."""
+
+    def take(self, rows: list[int]) -> Known:
+        return Known(*([column[row] for row in rows] for column in self._columns))
+
+    def join(self, other: Any) -> Known:
+        return Known(*(one + two for one, two in zip(self._columns, other._columns, strict=True)))
+
+    @property
+    def shape(self) -> list[int]:
+        """Rows with the same number can be called together."""
+        return [0 if whole else called for whole, called in zip(self.whole, self.called, strict=True)]
+
+    @property
+    def last(self) -> list[bool]:
+        """Whether a row is at its last step."""
+        return [step == budget - 1 for step, budget in zip(self.step, self.budget, strict=True)]
+
+    @property
+    def _columns(self) -> list[list[int]]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
 class UnmaskingRows(NamedTuple):
     """Everything with a row axis that lives from one step to the next."""
 
@@ -166,27 +259,29 @@ class UnmaskingRows(NamedTuple):
     step: Int[Tensor, " b"]
     budget: Int[Tensor, " b"]
     nfe: Int[Tensor, " b"]
-    settled: Int[Tensor, " b"]
-    """Calls after which the text up to its first end was decided; 0 while it is not."""
     tokens: Int[Tensor, "b n"]
     """The canvas: the mask where a position is open."""
-    given: Bool[Tensor, "b n"]
+    open: Bool[Tensor, "b n"]
+    reach: Bool[Tensor, "b n"]
+    """Positions of the block that is decoded, and those before it."""
+    due: Bool[Tensor, "b n"]
+    """Those of them that are open."""
+    target: Bool[Tensor, "b n"]
+    """Positions that are generated."""
+    share: Float[Tensor, " b"]
+    """Of them, the share that is open."""
+    size: Float[Tensor, " b"]
+    """How many are generated."""
+    ending: Bool[Tensor, "b n"]
+    """Positions behind all that is given: a stop token there ends the text."""
+    place: Int[Tensor, "b n"]
+    """Of each position in its row, not counting padding before it."""
     valid: Bool[Tensor, "b n"] | None
     plan: Plan
     past: Past
     memory: Any
-    fresh: Bool[Tensor, " b"]
-    """Rows whose next call is of whole rows: all of them without a cache, else those that enter a block."""
+    known: Known
     cache: Cache = None
-
-
-class Seen(NamedTuple):
-    """What one call found of q positions of each row."""
-
-    logits: Float[Tensor, "b q v"]
-    at: Int[Tensor, "b q"]
-    """Place of each position in its row."""
-    cache: Cache
 
 
 class UnmaskingLoop(Loop[UnmaskingRows]):
@@ -194,6 +289,9 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
 
     Row i is the same in any batch, order or batch size (bit for bit where the model's arithmetic is), and until it
     halts a row is what it is without a rule. No step writes over a token that is decided, nor over what was given.
+
+    Logits are asked for, and statistics made, of those positions alone that this step can decide or a signal reads, see
+    `Scope`. A step reads from the device once, at its end.
 
     Args:
         noise: source of randomness; by default that of the run's seed.
@@ -213,36 +311,66 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         self.noise = PositionNoise(options.seed) if noise is None else noise
         self.needs = options.needs | (sampling.policy.needs & {"mean_kl"})
         """Signals of a step: those that are read, and those whose past the policy needs."""
+        self.halts = type(options.criterion) not in (Full, Never)
+        """Whether the rule can do anything."""
+        self.scope = scope_of(self.needs, self.halts)
         mask = () if sampling.quirks.propose_mask else (model.constants.mask_id,)
-        self.suppressed = (*mask, *sampling.policy.suppressed(model.constants))
+        suppressed = (*mask, *sampling.policy.suppressed(model.constants))
+        self.suppressed = torch.tensor(suppressed, device=self.device) if suppressed else None
+        self.ends = torch.tensor(model.end_ids, dtype=torch.int64, device=self.device)
 
     def budget(self, requests: Sequence[Request]) -> int:
         return max(int(self.admit([request], None).budget) for request in requests)
 
     @torch.no_grad()
     def admit(self, requests: list[Request], beside: UnmaskingRows | None) -> UnmaskingRows:
-        sampling = self.sampling
+        sampling, criterion = self.sampling, self.options.criterion
         tokens, given, valid = self._canvas(requests)
-        real = torch.ones_like(given) if valid is None else valid
-        place = torch.arange(tokens.shape[1], device=self.device)
+        open_, real = ~given, torch.ones_like(given) if valid is None else valid
+        place = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
         begin = torch.tensor([-1 if r.start is None else r.start for r in requests], device=self.device)
-        start = torch.where(begin < 0, (~given).long().argmax(1), begin)
+        start = torch.where(begin < 0, open_.long().argmax(1), begin)
         end = torch.where(real, place + 1, 0).amax(1)
         for length in sorted(set((end - start).tolist())):
             sampling.policy.check(length, self.model.constants)
-        plan = plan_of(sampling.policy, ~given, start, end, tokens)
-        plan = enter(sampling.policy, plan, ~given, self.options.criterion.waits)
-        if self.options.criterion.waits and self.options.record >= sampling.recorded:
-            self._check_replay(plan, ~given)
-        budget = sampling.policy.budget((~given).sum(1), plan.last + 1)
-        if sampling.quirks.extra_call and sampling.policy.schedule(plan) is None:
+        plan = plan_of(sampling.policy, open_, start, end, tokens)
+        plan = enter(sampling.policy, plan, open_, criterion.waits)
+        if criterion.waits and self.options.record >= sampling.recorded:
+            self._check_replay(plan, open_)
+        budget = sampling.policy.budget(open_.sum(1), plan.last + 1)
+        if sampling.quirks.extra_call and plan.steps is None:
             budget = budget + plan.last + 1
         index = torch.tensor([request.index for request in requests], device=self.device)
-        zero, fresh = torch.zeros_like(index), torch.ones_like(index, dtype=torch.bool)
-        past = first_past(self.needs, tokens[..., None].float(), None if beside is None else beside.past)
-        memory = self.options.criterion.start(NewRows(~given, budget, real))
+        zero = torch.zeros_like(index)
+        # What is given after a hole belongs to the text.
+        ending = place > torch.where(given & real, place, -1).amax(1, keepdim=True)
+        reach = plan.block_of <= plan.block[:, None]
+        size = open_.sum(1)
+        columns = index, zero, zero, zero, budget, tokens.masked_fill(open_, 0).amax(1), size
+        steps = zero - 1 if plan.steps is None else plan.steps
+        known = Known(*read_columns(*columns, steps, size), *self._of_the_block(plan, open_), *([1] * len(index),) * 2)
+        past = first_past(
+            self.needs, tokens[..., None].float(), None if beside is None else beside.past,
+            ragged=self.scope is not Scope.ALL,
+        )  # fmt: skip
+        memory = criterion.start(NewRows(open_, budget, real))
         cache = None if beside is None else blank(beside.cache, len(index))
-        return UnmaskingRows(index, zero, budget, zero, zero, tokens, given, valid, plan, past, memory, fresh, cache)
+        count = size.to(fine(self.device))
+        return UnmaskingRows(
+            index, zero, budget, zero, tokens, open_, reach, open_ & reach, open_, count / count, count, ending,
+            place - real.long().argmax(1, keepdim=True), valid, plan, past, memory, known, cache,
+        )  # fmt: skip
+
+    def _of_the_block(self, plan: Plan, open_: Bool[Tensor, "b n"]) -> list[list[int]]:
+        """What the host has to know of rows that have entered a block: `due`, `own`, `inner`, `more` and `called`."""
+        block_of, block = plan.block_of, plan.block[:, None]
+        own = block_of == block
+        called = (block_of >= block if self.sampling.cache == "prefix" else own).sum(1)
+        first = (block_of >= block).all(1)
+        return read_columns(
+            (open_ & (block_of <= block)).sum(1), (open_ & own).sum(1), plan.inner, plan.block < plan.last,
+            2 * called + first,
+        )  # fmt: skip
 
     def _canvas(self, requests: list[Request]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens with masks where something is to be generated, what is given, and what is no padding."""
@@ -262,7 +390,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
 
     def _check_replay(self, plan: Plan, open_: Bool[Tensor, "b n"]) -> None:
         """Raise if rows idle inside their blocks, which every rule but Never passes over: replay could not tell."""
-        steps = self.sampling.policy.schedule(plan)
+        steps = plan.steps
         if steps is None:
             return
         for block in range(int(plan.last.max())):
@@ -276,172 +404,209 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
     def choose(self, live: UnmaskingRows) -> Int[Tensor, " k"] | None:
         if self.sampling.cache is None:
             return None
-        # Rows whose calls have the same shape go together, the largest such group first. Of the others, those whose
-        # block begins their row are apart: nothing stands before it.
-        start = self._block_start(live)
-        shape = torch.where(live.fresh, 0, 2 * (self._block_end(live) - start) + (start == 0))
-        largest = Counter(shape.tolist()).most_common(1)[0][0]
-        return (shape == largest).nonzero().squeeze(1)
+        # Rows whose calls have the same shape go together, the largest such group first.
+        shape = live.known.shape
+        largest = Counter(shape).most_common(1)[0][0]
+        return torch.tensor([row for row, its in enumerate(shape) if its == largest])
 
     @torch.no_grad()
     def step(self, live: UnmaskingRows) -> tuple[LoopStep, UnmaskingRows]:
-        sampling, whole = self.sampling, bool(live.fresh.all())
-        seen = self._whole(live) if whole else self._part(live)
-        masked = live.tokens == self.model.constants.mask_id
-        statistics = self._glance(live, seen, masked, whole)
-        share = masked.sum(1).double() / (~live.given).sum(1)
-        live = live._replace(nfe=live.nfe + sampling.calls, cache=seen.cache)
-        decision, signals = Decision(torch.zeros_like(live.fresh)), {}
+        whole = all(live.known.whole)
+        where = self._where(live, whole)
+        logits, cache = self._whole(live, where) if whole else self._part(live, where)
+        if self.suppressed is not None:
+            logits.index_fill_(-1, self.suppressed, -torch.inf)
+        statistics = self._glance(live, logits, where, whole)
+        live = live._replace(nfe=live.nfe + self.sampling.calls, cache=cache)
+        decision, signals = None, {}
         if whole:
             signals, past = observe(self.needs, statistics)
             live = live._replace(past=past)
-        state = StepState(live.row, live.step, live.budget, share, live.nfe, masked, signals)
-        if whole:
+        state = StepState(live.row, live.step, live.budget, live.share, live.nfe, live.open, signals)
+        if whole and self.halts:
             memory, decision = self.options.criterion.look(live.memory, state)
             live = live._replace(memory=memory)
-        choice = self._propose(live, seen, statistics, share, whole)
-        live = self._write(live, seen, statistics, decision, choice)
-        return self._finish(live, state, decision)
+        choice = self._propose(live, statistics, whole)
+        live = self._write(live, statistics, decision, choice)
+        return self._finish(live, statistics, state, decision)
 
     def advance(self, carried: UnmaskingRows) -> UnmaskingRows:
-        sampling, plan = self.sampling, carried.plan
-        open_ = carried.tokens == self.model.constants.mask_id
-        moved = enter(sampling.policy, plan, open_, self.options.criterion.waits)
-        if sampling.quirks.extra_call:
-            moved = _where(plan.inner >= 2, moved, plan)
+        """Rows whose block is done go on to their next one. The host knows whether there are any."""
+        policy, plan, open_, known = self.sampling.policy, carried.plan, carried.open, carried.known
+        moves = self._moves(known)
+        if any(moves):
+            moved = enter(policy, plan, open_, self.options.criterion.waits)
+            plan = _where(plan.inner >= 2, moved, plan) if self.sampling.quirks.extra_call else moved
+            reach = plan.block_of <= plan.block[:, None]
+            names = ("due", "own", "inner", "more", "called")
+            known = replace(known, **dict(zip(names, self._of_the_block(plan, open_), strict=True)))
+            carried = carried._replace(plan=plan, reach=reach, due=open_ & reach)
+        if self.sampling.cache is None:
+            return carried._replace(known=known)
         # Holes in the prompt lie outside every block, so that only whole calls see them.
-        holes = (open_ & (plan.block_of < 0)).any(1)
-        fresh = torch.ones_like(carried.fresh) if sampling.cache is None else (moved.block != plan.block) | holes
-        return carried._replace(plan=moved, fresh=fresh, step=carried.step + 1)
+        whole = [int(moved or hole) for moved, hole in zip(moves, known.holes, strict=True)]
+        return carried._replace(known=replace(known, whole=whole))
 
-    def _whole(self, live: UnmaskingRows) -> Seen:
+    def _moves(self, known: Known) -> list[bool]:
+        """Rows that leave their block."""
+        waits, least = self.options.criterion.waits, 2 if self.sampling.quirks.extra_call else 0
+        return [
+            bool(more) and inner >= least and ((due == 0 and not (waits and steps >= 0)) or 0 <= steps <= inner)
+            for due, inner, steps, more in zip(known.due, known.inner, known.steps, known.more, strict=True)
+        ]
+
+    def _where(self, live: UnmaskingRows, whole: bool) -> Where:
+        """The positions that this step needs logits of."""
+        known, scope = live.known, self.scope if whole else Scope.CANDIDATES
+        shape = (len(live.row), live.open.shape[1])
+        if scope is Scope.ALL:
+            everything = torch.arange(live.open.numel(), device=self.device)
+            return Where(everything, (shape[1],) * shape[0], shape, open=False)
+        if scope is Scope.CANDIDATES:
+            chosen, counts = self._candidates(live, whole), known.due if whole else known.own
+        else:
+            chosen, counts = (live.open, known.open) if scope is Scope.OPEN else (live.target, known.size)
+        if scope is Scope.CANDIDATES and any(known.last):  # a last step fills what the policy leaves
+            ending = torch.tensor(known.last, device=self.device)[:, None]
+            chosen = torch.where(ending, live.open if whole else live.open & self._called(live), chosen)
+            (counts,) = read_columns(chosen.sum(1))
+        return Where(places(chosen.flatten(), sum(counts)), tuple(counts), shape, open=scope is not Scope.TARGET)
+
+    def _candidates(self, live: UnmaskingRows, whole: bool) -> Bool[Tensor, "b n"]:
+        """What the policy chooses from: of a call with a cache, positions of the block alone."""
+        return live.due if whole else live.open & (live.plan.block_of == live.plan.block[:, None])
+
+    def _whole(self, live: UnmaskingRows, where: Where) -> tuple[Float[Tensor, "k v"], Cache]:
         """A call of whole rows."""
-        tokens, cache = live.tokens, live.cache
+        tokens, wanted = live.tokens, where.flat
+        if self.model.constants.shift:  # the position before each, in its row
+            wanted = wanted - (wanted % tokens.shape[1] > 0).long()
         if self.sampling.cache is not None:
             assert isinstance(self.model, CachedModel)
-            logits, cache = self.model.fill(tokens, live.valid)
-        elif self.sampling.cfg_scale > 0:
-            free = tokens.masked_fill(live.given, self.model.constants.mask_id)
-            valid = None if live.valid is None else torch.cat([live.valid, live.valid])
-            both = torch.cat([tokens, free])
-            logits = self.model.logits(both, valid)
-            self._check(logits, both)
-            conditional, free = logits.chunk(2)
-            logits = free + (self.sampling.cfg_scale + 1) * (conditional - free)
-        else:
-            logits = self.model.logits(tokens, live.valid)
-        self._check(logits, tokens)
-        if self.model.constants.shift:
-            logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
-        at = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
-        return Seen(self._suppress(logits), at, cache)
+            logits, cache = self.model.fill(tokens, live.valid, wanted)
+            return self._checked(logits, wanted, live.known), cache
+        if self.sampling.cfg_scale == 0:
+            return self._checked(self.model.logits(tokens, live.valid, wanted), wanted, live.known), None
+        free = torch.where(live.target, tokens, self.model.constants.mask_id)
+        valid = None if live.valid is None else torch.cat([live.valid, live.valid])
+        wanted = torch.cat([wanted, wanted + tokens.numel()])
+        both = self._checked(self.model.logits(torch.cat([tokens, free]), valid, wanted), wanted, live.known)
+        given, free = both.chunk(2)
+        return given.sub_(free).mul_(self.sampling.cfg_scale + 1).add_(free), None
 
-    def _part(self, live: UnmaskingRows) -> Seen:
+    def _part(self, live: UnmaskingRows, where: Where) -> tuple[Float[Tensor, "k v"], Cache]:
         """A call of each row's block, or of what follows it too, against the keys and values of the last whole call."""
         assert isinstance(self.model, CachedModel)
-        start, end = self._block_start(live), self._block_end(live)
-        at = start[:, None] + torch.arange(int((end - start)[0]), device=self.device)
-        if not self.model.constants.shift:
-            logits = self.model.partial(live.tokens.gather(1, at), at, live.cache, live.valid)
-        elif self.sampling.quirks.first_from_full or bool((start == 0).any()):
-            logits = self.model.partial(live.tokens.gather(1, at), at, live.cache, live.valid)
-            logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
-        else:  # the position before the block is what predicts its first one
-            wider = torch.cat([at[:, :1] - 1, at], 1)
-            logits = self.model.partial(live.tokens.gather(1, wider), wider, live.cache, live.valid)[:, :-1]
-        return Seen(self._suppress(logits), at, live.cache)
+        width, first = divmod(live.known.called[0], 2)
+        start = (live.plan.block_of < live.plan.block[:, None]).sum(1)
+        slots = start[:, None] + torch.arange(width, device=self.device)
+        length = live.tokens.shape[1]
+        row = where.flat // length
+        place = where.flat % length - start[row]
+        if self.model.constants.shift:
+            if self.sampling.quirks.first_from_full or first:
+                place = (place - 1).clamp(min=0)
+            else:  # the position before the block is what predicts its first one
+                slots = torch.cat([slots[:, :1] - 1, slots], 1)
+        wanted = row * slots.shape[1] + place
+        logits = self.model.partial(live.tokens.gather(1, slots), slots, live.cache, live.valid, wanted)
+        return self._checked(logits, wanted, live.known), live.cache
 
-    def _block_start(self, live: UnmaskingRows) -> Int[Tensor, " b"]:
-        before = live.plan.block_of < live.plan.block[:, None]
-        return before.sum(1)
+    def _called(self, live: UnmaskingRows) -> Bool[Tensor, "b n"]:
+        """Positions of the block, and with a prefix cache of what follows it."""
+        block_of, block = live.plan.block_of, live.plan.block[:, None]
+        return block_of >= block if self.sampling.cache == "prefix" else block_of == block
 
-    def _block_end(self, live: UnmaskingRows) -> Int[Tensor, " b"]:
-        if self.sampling.cache == "prefix":
-            return torch.full_like(live.row, live.tokens.shape[1])
-        return (live.plan.block_of <= live.plan.block[:, None]).sum(1)
-
-    def _suppress(self, logits: Float[Tensor, "b q v"]) -> Float[Tensor, "b q v"]:
-        if not self.suppressed:
-            return logits
-        return logits.contiguous().index_fill_(-1, torch.tensor(self.suppressed, device=logits.device), -torch.inf)
-
-    def _check(self, logits: Tensor, tokens: Int[Tensor, "b n"]) -> None:
+    def _checked(self, logits: Float[Tensor, "k v"], wanted: Int[Tensor, " k"], known: Known) -> Float[Tensor, "k v"]:
         constants = self.model.constants
-        most = max(int(tokens.max()), constants.mask_id, *constants.end_ids)
-        if logits.ndim != 3 or logits.shape[:2] != tokens.shape or logits.shape[2] <= most:
+        most = max(*known.largest, constants.mask_id, *constants.end_ids)
+        if logits.ndim != 2 or len(logits) != len(wanted) or logits.shape[1] <= most:
             raise CdlmError(
-                f"the model gave logits of shape {list(logits.shape)}, expected {list(tokens.shape)} and a vocabulary"
-                f" of at least {most + 1}: the tokens, or mask_id and the ends, are of another vocabulary"
+                f"the model gave logits of shape {list(logits.shape)}, expected {len(wanted)} positions and a"
+                f" vocabulary of at least {most + 1}: the tokens, or mask_id and the ends, are of another vocabulary"
             )
+        return logits
 
-    def _glance(self, live: UnmaskingRows, seen: Seen, masked: Bool[Tensor, "b n"], whole: bool) -> StepStatistics:
-        open_ = masked.gather(1, seen.at)
-        target = ~live.given.gather(1, seen.at)
+    def _glance(self, live: UnmaskingRows, logits: Float[Tensor, "k v"], where: Where, whole: bool) -> StepStatistics:
         needs = self.sampling.policy.needs | (self.needs if whole else frozenset())
         past = live.past if whole else Past(None, None, None)
-        statistics = StepStatistics(seen.logits, open_, target, live.step == 0, past, needs)
-        if bool((statistics.peaks.isnan().any(-1) & open_).any()):
-            raise CdlmError("the model gave logits that are not numbers (NaN): its weights or its precision are broken")
-        return statistics
+        if whole and self.scope is Scope.ALL:  # a rule reads the logits of whole rows
+            all_logits = logits.unflatten(0, where.shape)
+            return StepStatistics(all_logits, live.open, live.target, live.step == 0, past, needs)
+        return StepStatistics(
+            logits, live.open, live.target, live.step == 0, past, needs, held=live.tokens, where=where
+        )
 
-    def _propose(
-        self, live: UnmaskingRows, seen: Seen, statistics: StepStatistics, share: Float[Tensor, " b"], whole: bool
-    ) -> Choice:
-        block_of = live.plan.block_of.gather(1, seen.at)
-        if whole and self.sampling.cache is not None and self.sampling.quirks.first_from_full:
-            return Choice(seen.at == self._block_start(live)[:, None], statistics.tokens, live.plan.own)
-        candidates = statistics.open & (block_of <= live.plan.block[:, None])
-        sampling, steps = self.sampling, self.sampling.policy.schedule(live.plan)
+    def _propose(self, live: UnmaskingRows, statistics: StepStatistics, whole: bool) -> Choice:
+        sampling, plan = self.sampling, live.plan
+        if whole and sampling.cache is not None and sampling.quirks.first_from_full:
+            start = (plan.block_of < plan.block[:, None]).sum(1, keepdim=True)
+            place = torch.arange(live.tokens.shape[1], device=self.device)
+            return Choice(place == start, statistics.tokens, plan.own)
         # Of a schedule the clock is its own, so that steps that are skipped change nothing that is drawn.
-        clock = live.step if steps is None else live.plan.block * steps + live.plan.inner
+        clock = live.step if plan.steps is None else plan.block * plan.steps + plan.inner
         view = View(
-            statistics, candidates, live.row, clock, live.plan, share, sampling.temperature,
-            self.model.constants, self.noise,
+            statistics, self._candidates(live, whole), live.row, clock, plan, live.share, sampling.temperature,
+            self.model.constants, self.noise, live.place, sum(live.known.due if whole else live.known.own),
         )  # fmt: skip
         return sampling.policy.choose(view)
 
     def _write(
-        self, live: UnmaskingRows, seen: Seen, statistics: StepStatistics, decision: Decision, choice: Choice
+        self, live: UnmaskingRows, statistics: StepStatistics, decision: Decision | None, choice: Choice
     ) -> UnmaskingRows:
         """Commit what the policy chose and the criterion froze; fill rows that halt, and those at their last step."""
         quirks, mask_id = self.sampling.quirks, self.model.constants.mask_id
-        value = torch.where(choice.commit, choice.tokens, live.tokens.gather(1, seen.at))
-        if decision.freeze is not None:
-            value = torch.where(decision.freeze & statistics.open, statistics.tokens, value)
-        fill = torch.where(decision.halt[:, None], statistics.open, False)
-        value = torch.where(fill, choice.tokens if quirks.noisy_fill else statistics.tokens, value)
-        if not quirks.leave_masks:
-            last = (live.step == live.budget - 1)[:, None]
-            value = torch.where(last & (value == mask_id), statistics.tokens, value)
-        tokens = live.tokens.scatter(1, seen.at, value)
+        tokens = torch.where(choice.commit, choice.tokens, live.tokens)
+        if decision is not None and decision.freeze is not None:
+            tokens = torch.where(decision.freeze & live.open, statistics.tokens, tokens)
+        if decision is not None:
+            fill = choice.tokens if quirks.noisy_fill else statistics.tokens
+            tokens = torch.where(decision.halt[:, None] & live.open, fill, tokens)
+        if any(live.known.last) and not quirks.leave_masks:
+            last = torch.tensor(live.known.last, device=self.device)[:, None]
+            tokens = torch.where(last & (tokens == mask_id), statistics.tokens, tokens)
         plan = live.plan._replace(inner=live.plan.inner + 1, own=choice.own)
-        return live._replace(tokens=tokens, plan=plan, settled=self._settled(live, tokens))
+        open_ = tokens == mask_id
+        return live._replace(tokens=tokens, open=open_, due=open_ & live.reach, plan=plan)
 
-    def _settled(self, live: UnmaskingRows, tokens: Int[Tensor, "b n"]) -> Int[Tensor, " b"]:
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        ends = torch.tensor(self.model.end_ids, dtype=tokens.dtype, device=tokens.device)
-        real = live.given if live.valid is None else live.given & live.valid
-        given_last = torch.where(real, place, -1).amax(
-            1, keepdim=True
-        )  # what is given after a hole belongs to the text
-        found = torch.isin(tokens, ends) & (place > given_last)
-        end = torch.where(found, place, tokens.shape[1]).amin(1, keepdim=True)
-        ready = ~((tokens == self.model.constants.mask_id) & (place < end)).any(1)
-        return torch.where(ready & (live.settled == 0), live.nfe, live.settled)
-
-    def _finish(self, live: UnmaskingRows, state: StepState, decision: Decision) -> tuple[LoopStep, UnmaskingRows]:
-        sampling = self.sampling
-        full = ~(live.tokens == self.model.constants.mask_id).any(1)
-        if self.options.criterion.waits and sampling.policy.schedule(live.plan) is not None:
-            full = full & False  # it takes all steps of its schedule
-        if sampling.quirks.extra_call:
-            full = full & (live.plan.inner >= 2)
-        done = decision.halt | full | (live.step == live.budget - 1)
-        finished = LoopStep(
-            state, done, decision.halt, full & ~decision.halt, live.tokens[done], decision.info, live.tokens,
-            live.settled,
+    def _finish(
+        self, live: UnmaskingRows, statistics: StepStatistics, state: StepState, decision: Decision | None
+    ) -> tuple[LoopStep, UnmaskingRows]:
+        """What the step says of its rows. Here it is read from the device how they are, all at once."""
+        known, calls, open_ = live.known, self.sampling.calls, live.open.sum(1)
+        broken = statistics.peaks.isnan()
+        if statistics.where is None or not statistics.where.open:
+            broken = broken & statistics.pick(statistics.open)[:, None]
+        before_end = (torch.isin(live.tokens, self.ends) & live.ending).cumsum(1) == 0
+        waiting = (live.open & before_end).any(1)
+        halt = waiting if decision is None else decision.halt
+        columns = open_, live.due.sum(1), waiting, broken.any().expand_as(waiting), halt
+        if self.sampling.cache is not None:
+            holes = (live.open & (live.plan.block_of < 0)).any(1)
+            columns = *columns, self._candidates(live, whole=False).sum(1), holes
+        left, due, unsettled, nan, halted, *cached = read_columns(*columns)
+        if any(nan):
+            raise CdlmError("the model gave logits that are not numbers (NaN): its weights or its precision are broken")
+        own, open_holes = cached or (due, known.holes)
+        nfe = [spent + calls for spent in known.nfe]
+        settled = [old or (0 if wait else now) for old, wait, now in zip(known.settled, unsettled, nfe, strict=True)]
+        last = known.last
+        known = replace(
+            known, step=[step + 1 for step in known.step], inner=[inner + 1 for inner in known.inner], nfe=nfe,
+            settled=settled, open=left, due=due, own=own, holes=open_holes,
         )  # fmt: skip
-        return finished, live
+        halts = [decision is not None and bool(halt) for halt in halted]
+        full = [not halt and self._full(known, row) for row, halt in enumerate(halts)]
+        done = [any(reasons) for reasons in zip(halts, full, last, strict=True)]
+        counts = RowCounts.of(known.row, known.step, nfe, done, halts, full, settled)
+        tokens = live.tokens[counts.leaving.to(self.device)] if any(done) else live.tokens[:0]
+        finished = LoopStep(state, counts, tokens, {} if decision is None else decision.info, live.tokens)
+        return finished, live._replace(step=live.step + 1, share=open_ / live.size, known=known)
+
+    def _full(self, known: Known, row: int) -> bool:
+        """Whether a row ends because nothing in it is open, and no steps of a schedule have to be taken."""
+        waits = self.options.criterion.waits and known.steps[row] >= 0
+        return known.open[row] == 0 and not waits and known.inner[row] >= (2 if self.sampling.quirks.extra_call else 0)
 
 
 def _where(condition: Bool[Tensor, " b"], first: Plan, second: Plan) -> Plan:

@@ -50,9 +50,12 @@ class MaskedDiffusion(System, MaskedModel):
         """Drawn at temperature 1, one position a step in random order: samples of what it was trained on."""
         return Unmasking(LLaDA(remasking="random"), temperature=1.0)
 
-    def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
+    def logits(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
         level = torch.zeros(len(tokens), device=tokens.device)
-        logits = self.run_network(self.embedding(tokens), level, valid)
+        logits = self.run_network(self.embedding(tokens), level, valid, positions)
         return logits.index_fill_(-1, torch.tensor([self.constants.mask_id], device=logits.device), -torch.inf)
 
     def forward(self, batch: Batch) -> Loss:

@@ -79,11 +79,17 @@ class System(Pretrained, ABC):
         return [*groups["matrices"], *groups["rest"]]
 
     def run_network(
-        self, features: Float[Tensor, "b n f"], level: Float[Tensor, " b"], valid: Bool[Tensor, "b n"] | None
-    ) -> Float[Tensor, "b n v"]:
-        """The network in its precision; the result is at least float32."""
+        self, features: Float[Tensor, "b n f"], level: Float[Tensor, " b"], valid: Bool[Tensor, "b n"] | None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
+        """The network in its precision; the result is at least float32.
+
+        Args:
+            positions: see `Transformer.forward`; a network that is asked for all need not know of it.
+        """
+        some = () if positions is None else (positions,)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.network(features, level, valid)
+            logits = self.network(features, level, valid, *some)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -129,7 +129,9 @@ class Transformer(nn.Module):
         features: Float[Tensor, "b n f"],
         level: Float[Tensor, " b"],
         valid: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b n o"]:
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s o"]:
+        """Outputs of every position [b n o], or of some [k o], given by their places among all of all rows."""
         cond = self.level(level)
         rotary = self._rotary(features.shape[1], features.device)
         mask = None if valid is None or self.causal else valid[:, None, None, :]
@@ -137,7 +139,8 @@ class Transformer(nn.Module):
         for block in self.blocks:
             h = block(h, cond, rotary, mask)
         shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
-        return self.output(self.norm(h) * (1 + scale) + shift)
+        h = self.norm(h) * (1 + scale) + shift
+        return self.output(h if positions is None else h.flatten(0, 1)[positions])
 
     def _rotary(self, n: int, device: torch.device) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
         half = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim

@@ -14,7 +14,6 @@ from torch import Tensor
 from cdlm.core.checks import check_number, check_whole
 from cdlm.policies.policy import (
     Choice,
-    Plan,
     Policy,
     View,
     proposal,
@@ -49,8 +48,8 @@ class Threshold(Policy):
         taus = (0.999, 0.99, 0.97, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
         return [cls(tau, **fixed) for tau in taus]
 
-    def schedule(self, plan: Plan) -> Int[Tensor, " b"] | None:
-        return None if self.calls is None else torch.full_like(plan.block, self.calls)
+    def schedule(self, blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"] | None:
+        return None if self.calls is None else torch.full_like(blocks, self.calls)
 
     def budget(self, masks: Int[Tensor, " b"], blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         return masks if self.calls is None else blocks * self.calls

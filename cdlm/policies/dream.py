@@ -11,17 +11,16 @@ from torch import Tensor
 
 from cdlm.core.checks import MOST_STEPS, check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
-from cdlm.core.rng import ORDER
+from cdlm.core.rng import ORDER, Site
 from cdlm.core.types import Constants
 from cdlm.policies.policy import (
     Choice,
-    Plan,
     Policy,
     View,
     check_blocks,
     proposal,
 )
-from cdlm.policies.quotas import best, falling, transfer_share
+from cdlm.policies.quotas import best, falling, transfer_share, transfer_shares
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
@@ -76,58 +75,61 @@ class Dream(Policy):
         if self.block is not None:
             check_blocks("Dream", length, self.block, self.steps)
 
-    def schedule(self, plan: Plan) -> Int[Tensor, " b"] | None:
-        return None if self.steps is None else (self.steps // (plan.last + 1)).clamp(min=1)
+    def schedule(self, blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"] | None:
+        return None if self.steps is None else (self.steps // blocks).clamp(min=1)
 
     def budget(self, masks: Int[Tensor, " b"], blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         return masks if self.steps is None else torch.full_like(masks, self.steps)
 
+    def start(self, tokens: Int[Tensor, "b n"], last: Int[Tensor, " b"]) -> Any:
+        """The share of the masks that are left at each step of a block."""
+        if self.steps is None:
+            return ()
+        steps = [max(1, self.steps // (blocks + 1)) for blocks in last.tolist()]
+        return transfer_shares(steps, self.steps, self.eps).to(tokens.device)
+
     def choose(self, view: View) -> Choice:
-        steps, inner = self.schedule(view.plan), view.plan.inner
+        steps, inner = view.plan.steps, view.plan.inner
         tokens, confidence = self.propose(view)
         if self.alg == "origin" and steps is not None:
-            chance = transfer_share(steps, inner, self.eps)[:, None].expand_as(view.candidates)
-            drawn = view.at_candidates(view.draws.uniform(view.site, ORDER).float(), 1.0)
-            return Choice(view.candidates & (drawn < chance), tokens)
+            chance = transfer_share(view.plan.own, inner)[:, None]
+            return Choice(view.candidates & (view.draws.uniform(view.site, ORDER) < chance), tokens, view.plan.own)
         if self.pooled:
             return self._pooled(view, tokens, confidence)
         if self.alg_temp:
-            score = view.draws.order(view.site, confidence[view.candidates] / self.alg_temp)
-            confidence = view.at_candidates(score, 0.0)
+            confidence = view.draws.order(view.site, confidence / self.alg_temp)
         masks = view.candidates.sum(1)
-        quota = torch.ones_like(masks) if steps is None else falling(masks, steps, inner, self.eps)
-        return Choice(best(confidence, view.candidates, quota), tokens)
+        quota = torch.ones_like(masks) if steps is None else falling(masks, view.plan.own, steps, inner)
+        return Choice(best(confidence, view.candidates, quota), tokens, view.plan.own)
 
-    def propose(self, view: View) -> tuple[Int[Tensor, "b q"], Float[Tensor, "b q"]]:
+    def propose(self, view: View) -> tuple[Int[Tensor, "b n"], Float[Tensor, "b n"]]:
         """Tokens and confidence, from the tempered and filtered distribution."""
-        logits = view.statistics.logits[view.candidates]
-        if view.temperature > 0:
-            logits = logits / view.temperature
-        logits = filtered(logits, self.top_p, self.top_k)
-        p = logits.softmax(-1)
-        chosen = view.draws.category(view.site, p.log()) if view.temperature > 0 else p.argmax(-1)
-        if self.alg == "topk_margin":
-            first, second = p.topk(2, -1).values.unbind(-1)
-            confidence = first - second
-        elif self.alg == "entropy":
-            confidence = (p * (p + 1e-10).log()).sum(-1)
-        else:
-            confidence = p.gather(1, chosen[:, None]).squeeze(1)
-        tokens = view.statistics.tokens.clone()
-        tokens[view.candidates] = chosen
-        return tokens, view.at_candidates(confidence, 0.0)
 
-    def _pooled(self, view: View, tokens: Int[Tensor, "b q"], confidence: Float[Tensor, "b q"]) -> Choice:
+        def proposed(logits: Tensor, site: Site, best: Tensor) -> tuple[Tensor, Tensor]:
+            if view.temperature > 0:
+                logits = logits / view.temperature
+            p = filtered(logits, self.top_p, self.top_k).softmax(-1)
+            chosen = view.draws.category(site, p.log()) if view.temperature > 0 else p.argmax(-1)
+            if self.alg == "topk_margin":
+                first, second = p.topk(2, -1).values.unbind(-1)
+                return chosen, first - second
+            if self.alg == "entropy":
+                return chosen, (p * (p + 1e-10).log()).sum(-1)
+            return chosen, p.gather(1, chosen[:, None]).squeeze(1)
+
+        return view.of_candidates(proposed)
+
+    def _pooled(self, view: View, tokens: Int[Tensor, "b n"], confidence: Float[Tensor, "b n"]) -> Choice:
         masks = view.candidates.sum()[None].float() / len(view.row)
-        step, schedule = view.plan.inner[:1], self.schedule(view.plan)
+        step, schedule = view.plan.inner[:1], view.plan.steps
         assert schedule is not None
         steps = schedule[:1]
-        share = transfer_share(steps, step, self.eps)
+        share = transfer_share(view.plan.own, view.plan.inner)[0]
         count = int(masks if bool(step >= steps - 1) else masks * share)
         places = confidence.masked_fill(~view.candidates, -torch.inf).topk(count, -1).indices
         commit = torch.zeros_like(view.candidates).scatter(1, places, True)
         assert view.constants is not None
-        return Choice(commit, tokens.masked_fill(~view.candidates, view.constants.mask_id))
+        return Choice(commit, tokens.masked_fill(~view.candidates, view.constants.mask_id), view.plan.own)
 
 
 def filtered(logits: Float[Tensor, "k v"], top_p: float | None, top_k: int | None) -> Float[Tensor, "k v"]:
@@ -175,8 +177,8 @@ class DreamThreshold(Policy):
     def budget(self, masks: Int[Tensor, " b"], blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         return masks + self.steps
 
-    def start(self, tokens: Int[Tensor, "b n"]) -> Any:
-        return torch.zeros_like(tokens[:, 0])
+    def start(self, tokens: Int[Tensor, "b n"], last: Int[Tensor, " b"]) -> Any:
+        return torch.zeros_like(last)
 
     def choose(self, view: View) -> Choice:
         tokens, confidence = proposal(view)

@@ -47,7 +47,7 @@ class KLASS(Policy):
     def tokenwise(self) -> bool:
         return False
 
-    def start(self, tokens: Int[Tensor, "b n"]) -> Any:
+    def start(self, tokens: Int[Tensor, "b n"], last: Int[Tensor, " b"]) -> Any:
         return torch.full(tokens.shape, torch.inf, device=tokens.device)
 
     def choose(self, view: View) -> Choice:

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from cdlm.core.checks import MOST_STEPS, check_choice, check_whole
 from cdlm.core.errors import CdlmError
-from cdlm.core.rng import ORDER
+from cdlm.core.rng import ORDER, Site
 from cdlm.core.types import Constants
 from cdlm.policies.policy import (
     Choice,
-    Plan,
     Policy,
     View,
     check_blocks,
@@ -71,9 +70,9 @@ class LLaDA(Policy):
             return (open_ & (block_of == block[:, None])).sum(1)
         return super().due(block_of, block, open_)
 
-    def schedule(self, plan: Plan) -> Int[Tensor, " b"] | None:
+    def schedule(self, blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"] | None:
         # One step a block at least: on a continuous model nobody checks that the blocks divide the steps.
-        return None if self.steps is None else (self.steps // (plan.last + 1)).clamp(min=1)
+        return None if self.steps is None else (self.steps // blocks).clamp(min=1)
 
     def budget(self, masks: Int[Tensor, " b"], blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         return masks if self.steps is None else torch.full_like(masks, self.steps)
@@ -81,22 +80,25 @@ class LLaDA(Policy):
     def choose(self, view: View) -> Choice:
         tokens, confidence = proposal(view)
         if self.remasking == "random":
-            confidence = view.at_candidates(view.draws.uniform(view.site, ORDER), 0.0)
+            confidence = view.draws.uniform(view.site, ORDER)
         elif self.eos_last:
             confidence = self._without_ends(view, tokens)
-        steps, plan = self.schedule(view.plan), view.plan
-        quota = torch.ones_like(plan.inner) if steps is None else even(plan.masks, steps, plan.inner)
+        plan = view.plan
+        quota = torch.ones_like(plan.inner) if plan.steps is None else even(plan.masks, plan.steps, plan.inner)
         return Choice(best(confidence, view.candidates, quota), tokens)
 
-    def _without_ends(self, view: View, tokens: Int[Tensor, "b q"]) -> Float[Tensor, "b q"]:
+    def _without_ends(self, view: View, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         """Probability of each proposal when there are no ends: 0 for them, and more for the others."""
         assert view.constants is not None
         ends = [view.constants.eos_id, view.constants.eot_id]
         held = ends[1:] if self.eot_only and view.temperature > 0 else ends
-        logits = view.statistics.logits[view.candidates].clone()
-        logits[:, [end for end in held if end is not None]] = -torch.inf
-        chosen = tokens[view.candidates][:, None]
-        return view.at_candidates(logits.softmax(-1).gather(1, chosen).squeeze(1), 0.0)
+        without = [end for end in held if end is not None]
+
+        def chance(logits: Tensor, site: Site, chosen: Tensor) -> tuple[Tensor, Tensor]:
+            logits[:, without] = -torch.inf
+            return chosen, logits.softmax(-1).gather(1, chosen[:, None]).squeeze(1)
+
+        return view.of_candidates(chance, tokens)[1]
 
 
 def _end(constants: Constants, switch: str) -> int:

@@ -6,7 +6,7 @@ Of a masked model they decide what is unmasked; of a continuous one, what is no 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.core.checks import Settings
+from cdlm.core.devices import places
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise, Site
 from cdlm.core.types import Constants, SignalReader
-from cdlm.halting.signals import StepStatistics
+from cdlm.halting.signals import StepStatistics, positions_at_a_time
 
 LIGHT = frozenset({"tokens", "logsumexp"})
 """Signals from which the most likely token and its probability follow."""
@@ -37,16 +38,18 @@ class Plan(NamedTuple):
     """Open positions when it was entered."""
     last: Int[Tensor, " b"]
     """The row's last block."""
+    steps: Int[Tensor, " b"] | None = None
+    """Steps of a block, after which it is left whatever is open; None if it ends when it is full."""
     own: Any = ()
     """What the policy itself remembers: a nest of row-first tensors."""
 
 
 class View(NamedTuple):
-    """What a policy sees of a step: q positions of each row, all of them or those of a block."""
+    """What a policy sees of a step."""
 
     statistics: StepStatistics
     """Logits (guided, suppressed and shifted) and what follows from them."""
-    candidates: Bool[Tensor, "b q"]
+    candidates: Bool[Tensor, "b n"]
     """Open positions of the current block and those before it."""
     row: Int[Tensor, " b"]
     step: Int[Tensor, " b"]
@@ -59,6 +62,10 @@ class View(NamedTuple):
     constants: Constants | None
     """Of a masked model."""
     draws: PositionNoise
+    place: Int[Tensor, "b n"]
+    """Of each position in its row, not counting padding before it."""
+    known: int | None = None
+    """How many candidates there are, where the host knows that."""
 
     @property
     def least(self) -> int:
@@ -68,21 +75,42 @@ class View(NamedTuple):
 
     @property
     def site(self) -> Site:
-        """Where things are drawn at random."""
-        return Site(self.row, self.step, self.candidates)
+        """Every position, as something is drawn for it."""
+        return Site(self.row[:, None], self.step[:, None], self.place)
 
-    def at_candidates(self, values: Float[Tensor, " k"], empty: float) -> Float[Tensor, "b q"]:
-        """Values of the k candidates at their places; `empty` elsewhere."""
-        out = torch.full(self.candidates.shape, empty, dtype=values.dtype, device=values.device)
-        out[self.candidates] = values
-        return out
+    def of_candidates(
+        self, work: Callable[[Float[Tensor, "k v"], Site, Int[Tensor, " k"]], tuple[Tensor, Tensor]],
+        tokens: Int[Tensor, "b n"] | None = None,
+    ) -> tuple[Int[Tensor, "b n"], Float[Tensor, "b n"]]:  # fmt: skip
+        """Tokens and numbers that some work makes of the logits of the candidates, at their places; elsewhere `tokens`
+        and 0.
+
+        Args:
+            work: gets some of the logits, which it may write into, a few positions at a time, with their sites and
+                `tokens`.
+            tokens: by default the most likely ones.
+        """
+        statistics = self.statistics
+        chosen = places(statistics.pick(self.candidates), self.known)
+        site = Site(*(statistics.pick(part.expand_as(self.candidates)) for part in self.site)).at(chosen)
+        likely = statistics.tokens if tokens is None else tokens
+        at = chosen if statistics.where is None else statistics.where.flat[chosen]
+        best, size = likely.flatten()[at], positions_at_a_time(statistics.flat)
+        drawn, numbers = torch.empty_like(best), statistics.flat.new_empty(len(best))
+        for begin in range(0, len(chosen), size):
+            some = slice(begin, begin + size)
+            drawn[some], numbers[some] = work(statistics.flat[chosen[some]], site.at(some), best[some])
+        return (
+            likely.flatten().index_copy(0, at, drawn).view_as(likely),
+            numbers.new_zeros(likely.numel()).index_copy_(0, at, numbers).view_as(likely),
+        )
 
 
 class Choice(NamedTuple):
     """What to commit."""
 
-    commit: Bool[Tensor, "b q"]
-    tokens: Int[Tensor, "b q"]
+    commit: Bool[Tensor, "b n"]
+    tokens: Int[Tensor, "b n"]
     """Proposals; used where committed, and with some quirks to fill what is left."""
     own: Any = ()
     """The policy's next memory."""
@@ -104,8 +132,9 @@ class Policy(SignalReader, Settings, ABC):
         """Positions of a block; None makes all that is generated one."""
         return getattr(self, "block", None)
 
-    def schedule(self, plan: Plan) -> Int[Tensor, " b"] | None:
-        """Steps of a block, after which it is left whatever is open; None if it ends when it is full."""
+    def schedule(self, blocks: Int[Tensor, " b"]) -> Int[Tensor, " b"] | None:
+        """Steps of each block of rows that have so many, after which it is left whatever is open; None if it ends when
+        it is full."""
         return None
 
     @property
@@ -141,8 +170,8 @@ class Policy(SignalReader, Settings, ABC):
         """Steps that rows with so many open positions and blocks take at most: here one position a step."""
         return masks
 
-    def start(self, tokens: Int[Tensor, "b n"]) -> Any:
-        """The policy's own memory of rows that enter."""
+    def start(self, tokens: Int[Tensor, "b n"], last: Int[Tensor, " b"]) -> Any:
+        """The policy's own memory of rows that enter, whose last block is `last`."""
         return ()
 
     @abstractmethod
@@ -160,7 +189,8 @@ def plan_of(
     block_of = torch.div(place - start[:, None], size, rounding_mode="floor")
     last = torch.div(end - 1 - start, size, rounding_mode="floor")
     zero = torch.zeros_like(start)
-    return Plan(block_of, zero, zero, policy.due(block_of, zero, open_), last, policy.start(tokens))
+    steps, due = policy.schedule(last + 1), policy.due(block_of, zero, open_)
+    return Plan(block_of, zero, zero, due, last, steps, policy.start(tokens, last))
 
 
 def enter(policy: Policy, plan: Plan, open_: Bool[Tensor, "b n"], waits: bool) -> Plan:
@@ -169,7 +199,7 @@ def enter(policy: Policy, plan: Plan, open_: Bool[Tensor, "b n"], waits: bool) -
     Args:
         waits: a block with a schedule of steps is left at its end alone, even if nothing in it is open any more.
     """
-    steps = policy.schedule(plan)
+    steps = plan.steps
     full = ~(open_ & (plan.block_of <= plan.block[:, None])).any(1)
     following = plan.block + 1
     if steps is None or not waits:  # blocks that are full already are passed over
@@ -185,7 +215,7 @@ def enter(policy: Policy, plan: Plan, open_: Bool[Tensor, "b n"], waits: bool) -
 
 def proposal(
     view: View, least: Float[Tensor, " b"] | float | None = None
-) -> tuple[Int[Tensor, "b q"], Float[Tensor, "b q"]]:
+) -> tuple[Int[Tensor, "b n"], Float[Tensor, "b n"]]:
     """The most likely token, or one drawn at the temperature, and its probability at temperature 1 (LLaDA).
 
     Args:
@@ -198,12 +228,12 @@ def proposal(
             return statistics.tokens, statistics.chance
         floor = torch.as_tensor(least, device=view.row.device).expand(len(view.row))
         return statistics.tokens, statistics.chance_from(floor, view.candidates)
-    logits = statistics.logits[view.candidates]
-    drawn = view.draws.token(view.site, logits, view.temperature)
-    chance = logits.log_softmax(-1).gather(1, drawn[:, None]).squeeze(1).exp()
-    tokens = statistics.tokens.clone()
-    tokens[view.candidates] = drawn
-    return tokens, view.at_candidates(chance, 0.0)
+
+    def drawn(logits: Tensor, site: Site, best: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = view.draws.token(site, logits, view.temperature)
+        return tokens, logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1).exp()
+
+    return view.of_candidates(drawn)
 
 
 def check_blocks(policy: str, length: int, block: int | None, steps: int | None) -> None:

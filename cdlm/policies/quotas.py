@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -13,22 +15,27 @@ def even(masks: Int[Tensor, " b"], steps: Int[Tensor, " b"], step: Int[Tensor, "
 
 
 def falling(
-    masks: Int[Tensor, " b"], steps: Int[Tensor, " b"], step: Int[Tensor, " b"], eps: float
+    masks: Int[Tensor, " b"], shares: Float[Tensor, "b s"], steps: Int[Tensor, " b"], step: Int[Tensor, " b"]
 ) -> Int[Tensor, " b"]:
-    """The floor of `masks * (1 - s / t)`, of the masks that are left, between neighbours t > s of `steps` + 1 times
-    from 1 to `eps`; all of them in the last step (Dream, arXiv 2508.15487, as published: the floor makes the first
-    steps commit too few, and the last too many)."""
-    share = transfer_share(steps, step, eps)
+    """The floor of `masks` times the share of the step, of the masks that are left, and all of them in the last step
+    (Dream, arXiv 2508.15487, as published: the floor makes the first steps commit too few, and the last too many)."""
+    share = transfer_share(shares, step)
     return torch.where(step >= steps - 1, masks, (masks.float() * share).long())
 
 
-def transfer_share(steps: Int[Tensor, " b"], step: Int[Tensor, " b"], eps: float) -> Float[Tensor, " b"]:
-    """1 - s / t of the step, and 1 in the last one; float32, in which the published schedule is rounded."""
-    shares = []
-    for total, now in zip(steps.tolist(), step.tolist(), strict=True):
+def transfer_shares(steps: Sequence[int], most: int, eps: float) -> Float[Tensor, "b s"]:
+    """Of rows that take so many steps, `most` at most, at each step 1 - s / t, between neighbours t > s of `steps` + 1
+    times from 1 to `eps`, and 1 from the last step on; float32, in which the published schedule is rounded."""
+    shares = torch.ones(len(steps), most)
+    for row, total in zip(shares, steps, strict=True):
         times = torch.linspace(1, eps, total + 1)
-        shares.append(1 - times[now + 1] / times[now] if now < total - 1 else torch.tensor(1.0))
-    return torch.stack(shares).to(step.device)
+        row[: total - 1] = (1 - times[1:] / times[:-1])[:-1]
+    return shares
+
+
+def transfer_share(shares: Float[Tensor, "b s"], step: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """The share of each row's step."""
+    return shares.gather(1, step.clamp(max=shares.shape[1] - 1)[:, None]).squeeze(1)
 
 
 def best(score: Float[Tensor, "b q"], candidates: Bool[Tensor, "b q"], count: Int[Tensor, " b"]) -> Bool[Tensor, "b q"]:

@@ -38,7 +38,7 @@ class Recorder:
     def write(self, step: LoopStep, columns: Int[np.ndarray, " b"]) -> None:
         """Record one step of the rows whose places among the samples are `columns`."""
         state, canvas = step.state, step.canvas
-        self.ended[columns] = (step.done & ~step.halted).cpu().numpy()
+        self.ended[columns] = (step.done & ~step.halted).numpy()
         steps, tokens = state.step.cpu().numpy(), state.tokens.cpu().numpy()
         self.nfe[steps, columns], self.budget[columns] = state.nfe.cpu().numpy(), state.budget.cpu().numpy()
         for name in self.names:

@@ -88,7 +88,7 @@ class Loop(ABC, Generic[L]):
         """The rows that stay, ready for their next step."""
 
     def choose(self, live: L) -> Int[Tensor, " k"] | None:
-        """Rows that take the next step together; None for all."""
+        """Rows that take the next step together, on the CPU; None for all."""
         return None
 
     def steps(self, requests: Iterable[Request]) -> Iterator[LoopStep]:
@@ -104,15 +104,15 @@ class Loop(ABC, Generic[L]):
             served, idle = self._split(live)
             finished, carried = self.step(served)
             yield finished
-            if finished.done.any():
-                carried = take(carried, (~finished.done).nonzero().squeeze(1))
-            moved = None if bool(finished.done.all()) else self.advance(carried)
+            if len(finished.tokens):  # some leave
+                carried = take(carried, finished.counts.staying)
+            moved = self.advance(carried) if len(finished.tokens) < len(finished.done) else None
             live = moved if idle is None else idle if moved is None else join(idle, moved)
 
     def _split(self, live: L) -> tuple[L, L | None]:
         chosen = self.choose(live)
         if chosen is None or len(chosen) == len(live.row):
             return live, None
-        others = torch.ones_like(live.row, dtype=torch.bool)
+        others = torch.ones(len(live.row), dtype=torch.bool)
         others[chosen] = False
         return take(live, chosen), take(live, others.nonzero().squeeze(1))

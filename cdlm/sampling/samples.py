@@ -301,19 +301,21 @@ def collect(
     reasons = [HaltReason.BUDGET] * count
     recorder = Recorder(RECORDED, budget, tokens, mask_id) if record else None
     for step in steps:
-        columns = np.array([place[row] for row in step.state.row.tolist()])
+        counts = step.counts
+        columns = np.array([place[row] for row in counts.row.tolist()])
         if recorder is not None:
             recorder.write(step, columns)
-        leaving = step.done.nonzero().squeeze(1).tolist()
-        for row, final in zip(leaving, step.tokens.cpu(), strict=True):
-            i = columns[row]
-            tokens[i] = final
-            counted = step.state.step[row] + 1 if step.taken is None else step.taken[row]
-            nfe[i], taken[i] = int(step.state.nfe[row]), int(counted)
-            settled[i] = nfe[i] if step.settled is None else int(step.settled[row]) or nfe[i]
-            if bool(step.halted[row]):
+        if not len(step.tokens):
+            continue
+        leaving = counts.leaving.numpy()
+        gone = columns[leaving]
+        tokens[gone] = step.tokens.cpu()
+        nfe[gone], taken[gone] = counts.nfe.numpy()[leaving], counts.taken.numpy()[leaving]
+        settled[gone] = np.where(counts.settled.numpy()[leaving] > 0, counts.settled.numpy()[leaving], nfe[gone])
+        for row, i in zip(leaving, gone, strict=True):
+            if bool(counts.halted[row]):
                 reasons[i] = HaltReason.CRITERION
-            elif bool(step.full[row]):
+            elif bool(counts.full[row]):
                 reasons[i] = HaltReason.FULL
     valid = np.stack([np.ones(len(r.tokens), bool) if r.valid is None else r.valid.numpy() for r in requests])
     given = np.stack([request.given.numpy() for request in requests])

@@ -21,7 +21,7 @@ from cdlm.masked.checkpoints.dream import DREAM
 from cdlm.masked.checkpoints.family import Family, Settings
 from cdlm.masked.checkpoints.folder import check_sizes, load_weights, read_settings, read_tokenizer
 from cdlm.masked.checkpoints.llada import LLADA
-from cdlm.masked.model import Cache, CachedModel
+from cdlm.masked.model import Cache, CachedModel, at_positions
 from cdlm.models.foreign import read_specs
 from cdlm.models.hub import fingerprint_of, to_device
 from cdlm.sampling.prompts import Prompt
@@ -91,14 +91,18 @@ class ForeignModel(CachedModel):
 
     bfloat16 = float = double = half
 
-    def logits(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n v"]:
-        return self._call(tokens, self._positions(valid), valid, None)
+    def logits(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
+        return self._call(tokens, self._places(valid), valid, None, positions)
 
     def fill(
-        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None
-    ) -> tuple[Float[Tensor, "b n v"], Cache]:
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> tuple[Float[Tensor, "*s v"], Cache]:  # fmt: skip
         layers = [SlotLayer() for _ in range(self.network.config.num_hidden_layers)]
-        logits = self._call(tokens, self._positions(valid), valid, layers)
+        logits = self._call(tokens, self._places(valid), valid, layers, positions)
         return logits, tuple((layer.keys, layer.values) for layer in layers)
 
     def partial(
@@ -107,25 +111,35 @@ class ForeignModel(CachedModel):
         slots: Int[Tensor, "b q"],
         cache: Cache,
         valid: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b q v"]:
-        places = self._positions(valid)
-        positions = slots if places is None else places.gather(1, slots)
-        return self._call(tokens, positions, valid, [SlotLayer(keys, values, slots) for keys, values in cache])
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:
+        places = self._places(valid)
+        there = slots if places is None else places.gather(1, slots)
+        layers = [SlotLayer(keys, values, slots) for keys, values in cache]
+        return self._call(tokens, there, valid, layers, positions)
 
-    def _positions(self, valid: Bool[Tensor, "b n"] | None) -> Int[Tensor, "b n"] | None:
-        """Running count of real tokens and 1 on padding, as Dream was trained; None: places in the row."""
-        if valid is None or not self.skips_padding:
+    def _places(self, valid: Bool[Tensor, "b n"] | None) -> Int[Tensor, "b n"] | None:
+        """What queries and keys are rotated by. Dream counts real tokens, with 1 on padding, as it was trained; the
+        others count from the first real token. None: places in the row."""
+        if valid is None:
             return None
-        return (valid.cumsum(1) - 1).masked_fill(~valid, 1)
+        if self.skips_padding:
+            return (valid.cumsum(1) - 1).masked_fill(~valid, 1)
+        place = torch.arange(valid.shape[1], device=valid.device)
+        return place - valid.long().argmax(1, keepdim=True)
 
     @torch.no_grad()
     def _call(
-        self, tokens: Tensor, positions: Tensor | None, valid: Tensor | None, layers: list[SlotLayer] | None
-    ) -> Float[Tensor, "b q v"]:
+        self, tokens: Tensor, places: Tensor | None, valid: Tensor | None, layers: list[SlotLayer] | None,
+        positions: Tensor | None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
         cache = None if layers is None else LibraryCache(layers=list(layers))
-        logits = self.network(
-            input_ids=tokens, attention_mask=valid, position_ids=positions, past_key_values=cache
-        ).logits
+        hidden = self.network.get_decoder()(
+            input_ids=tokens, attention_mask=valid, position_ids=places, past_key_values=cache
+        ).last_hidden_state
+        head = self.network.get_output_embeddings()
+        assert head is not None
+        logits = head(at_positions(hidden, tokens, positions))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
