@@ -124,7 +124,7 @@ class ForeignModel(CachedModel):
     ) -> Float[Tensor, "b q v"]:
         cache = None if layers is None else LibraryCache(layers=list(layers))
         logits = self.network(
-            input_ids=tokens, attention_mask=valid, position_ids=positions, past_key_values=cache
+            input_ids=tokens, attention_mask=valid, position_ids=positions, past_key_values=cache, use_cache=False
         ).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
