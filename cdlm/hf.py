@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria
-from transformers.utils import ModelOutput
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.utils.generic import ModelOutput
 
 from cdlm.api import open_session, with_halt
 from cdlm.core.checks import shown
@@ -230,7 +231,9 @@ def _check(
                 f"{HINTS.get(type(found[0]).__name__, '')}"
             )
     asked = [name for name in OUTPUTS if getattr(config, name, False)]
-    asked += sorted(name for name, value in inputs.items() if name not in NOT_READ and value not in (None, False))
+    asked += sorted(
+        name for name, value in inputs.items() if name not in NOT_READ and value is not None and value is not False
+    )
     if asked:
         raise CdlmError(f"halted knows nothing of {', '.join(asked)}: leave it out")
 
@@ -247,7 +250,8 @@ HINTS = {
 def _withheld(name: str) -> Any:
     """An argument of `generate` that it does not hand on to a function of ours, and would drop in silence (transformers
     5.23): it is read where it was given. None if there is none, or `generate` did not call."""
-    generate, frame = inspect.unwrap(GenerationMixin.generate).__code__, inspect.currentframe()
-    while frame is not None and frame.f_code is not generate:
+    generate: Any = GenerationMixin.__dict__["generate"]
+    code, frame = inspect.unwrap(generate).__code__, inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return None if frame is None else frame.f_locals.get(name)
