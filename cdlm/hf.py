@@ -53,7 +53,8 @@ def halted(
     model: PreTrainedModel, input_ids: Int[Tensor, "b k"], generation_config: GenerationConfig,
     logits_processor: Sequence[Any] | None = None, stopping_criteria: Sequence[Any] | None = None,
     streamer: BaseStreamer | None = None, *, halt: str | Criterion | None = None, policy: str | Policy | None = None,
-    mask_id: int | None = None, shift: bool | None = None, temperature: float | None = None, cfg_scale: float = 0.0,
+    mask_id: int | None = None, shift: bool | None = None, temperature: float | None = None,
+    cfg_scale: float | None = None,
     cache: Literal["prefix", "dual"] | None = None, seed: int = 0, **inputs: Any,
 ) -> Int[Tensor, "b n"] | HaltedOutput:  # fmt: skip
     """Decode as a masked model: `model.generate(ids, custom_generate=cdlm.hf.halted, max_new_tokens=64, halt=...)`.
@@ -65,14 +66,14 @@ def halted(
         model: one of transformers' decoders, such as Llama or Qwen2, with `config.is_causal = False`.
         input_ids: prompts, padded on the left.
         generation_config: `max_new_tokens`, `eos_token_id` (the end of a text, and that of a turn), `pad_token_id` and
-            `return_dict_in_generate` are read; `do_sample` sets the temperature to 1 where none is given.
+            `return_dict_in_generate` are read, and `do_sample`.
         streamer: gets what is final: of each row all up to its first open position. Where it has `put_draft`, that gets
             the rest as it stands, with the likeliest token at open positions.
         halt: a halting rule, as an object or as its text.
         policy: which positions a step commits; by default one, as `cdlm.decode`.
         mask_id: the token of the mask; by default `mask_token_id` of the generation config or of the model's.
         shift: the logits at position i - 1 predict token i, as in Dream; by default what is known of the model type.
-        temperature: 0 takes the likeliest token.
+        temperature: 0 takes the likeliest token; by default as `cdlm.decode`, and with `do_sample` 1.
         cfg_scale, cache: see `cdlm.Unmasking`.
         seed: with the number of a row it fixes what is drawn for it.
 
@@ -87,8 +88,8 @@ def halted(
     length = most - input_ids.shape[1] if length is None else length
     requests = canvases([row[there].tolist() for row, there in zip(input_ids, real, strict=True)], length)
     masked = _masked(model, _constants(model, generation_config, mask_id, shift))
-    if temperature is None:
-        temperature = 1.0 if generation_config.do_sample else 0.0
+    if temperature is None and generation_config.do_sample:
+        temperature = 1.0
     settings = {"policy": policy, "temperature": temperature, "cfg_scale": cfg_scale, "cache": cache}
     session = with_halt(open_session(masked, seed=seed, batch_size=len(requests), **settings), halt, requests)
     drafts = hasattr(streamer, "put_draft") and cache is None  # calls of a part of the row say nothing of the rest
@@ -209,8 +210,8 @@ def _check(
     """Raise for what `generate` takes and decoding here would not obey."""
     if getattr(model.config, "is_causal", True) is not False:
         raise CdlmError(
-            "this model attends to the left alone, and a masked model attends both ways: load it with"
-            " from_pretrained(..., is_causal=False), or set model.config.is_causal = False"
+            "this model attends to the left alone, and a masked model attends both ways: if it was trained for that, set"
+            " model.config.is_causal = False"
         )
     if model.training:
         raise CdlmError("the model is in training mode: call model.eval()")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -348,13 +349,16 @@ def test_a_second_model_is_refused_though_generate_does_not_hand_it_on() -> None
         generated(tiny(), PROMPTS[:1], assistant_model=tiny("qwen2"))
 
 
-def test_a_model_that_looks_to_the_left_alone_is_refused_with_advice() -> None:
+def test_a_model_that_looks_to_the_left_alone_is_refused_with_advice(tmp_path: Path) -> None:
     model = made(is_causal=True)
     with pytest.raises(CdlmError, match=r"set model.config.is_causal = False") as caught:
         generated(model)
     assert "\n" not in str(caught.value)
     model.config.is_causal = False
     assert generated(model).tolist() == generated(tiny()).tolist()
+    model.save_pretrained(tmp_path)
+    loaded = KINDS["llama"][0].from_pretrained(tmp_path, dtype=torch.float64)
+    assert generated(loaded).tolist() == generated(tiny()).tolist(), "the config that is saved says so too"
     with pytest.raises(CdlmError, match=r"call model.eval\(\)"):
         generated(made().train())
 
