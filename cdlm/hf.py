@@ -54,8 +54,7 @@ def halted(
     logits_processor: Sequence[Any] | None = None, stopping_criteria: Sequence[Any] | None = None,
     streamer: BaseStreamer | None = None, *, halt: str | Criterion | None = None, policy: str | Policy | None = None,
     mask_id: int | None = None, shift: bool | None = None, temperature: float | None = None,
-    cfg_scale: float | None = None,
-    cache: Literal["prefix", "dual"] | None = None, seed: int = 0, **inputs: Any,
+    cfg_scale: float | None = None, cache: Literal["prefix", "dual"] | None = None, seed: int = 0, **inputs: Any,
 ) -> Int[Tensor, "b n"] | HaltedOutput:  # fmt: skip
     """Decode as a masked model: `model.generate(ids, custom_generate=cdlm.hf.halted, max_new_tokens=64, halt=...)`.
 
@@ -210,8 +209,8 @@ def _check(
     """Raise for what `generate` takes and decoding here would not obey."""
     if getattr(model.config, "is_causal", True) is not False:
         raise CdlmError(
-            "this model attends to the left alone, and a masked model attends both ways: if it was trained for that, set"
-            " model.config.is_causal = False"
+            "this model attends to the left alone, and a masked model attends both ways: if it was trained for that,"
+            " set model.config.is_causal = False"
         )
     if model.training:
         raise CdlmError("the model is in training mode: call model.eval()")

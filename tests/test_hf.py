@@ -144,6 +144,18 @@ def test_a_batch_is_its_rows_one_by_one(kind: str, cache: str | None) -> None:
     assert whole == [generated(tiny(kind), [prompt], **ways)[0].tolist() for prompt in PROMPTS]
 
 
+def test_a_call_keeps_nothing_and_counts_places_of_real_tokens() -> None:
+    model, calls = made(), []
+    assert model.config.use_cache
+    model.register_forward_hook(lambda _, args, kwargs, out: calls.append((kwargs, out)), with_kwargs=True)
+    generated(model, policy="LLaDA(4)")
+    assert len(calls) == 4
+    for kwargs, out in calls:
+        assert out.past_key_values is None
+        places = kwargs["position_ids"]
+        assert [row[-1] + 1 for row in places.tolist()] == [len(prompt) + NEW for prompt in PROMPTS]
+
+
 def test_rules_and_policies_are_objects_or_their_texts() -> None:
     texts = generated(tiny(), halt="SchED(4.0, 1.0)", policy="LLaDA(4, block=4)")
     assert texts.tolist() == generated(tiny(), halt=SchED(4.0, 1.0), policy=LLaDA(4, block=4)).tolist()
