@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from toys import autoregressive_with_tokenizer, masked_with_tokenizer, with_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import cdlm
+from cdlm.hf import halted
 from cdlm.masked.model import Function
 from cdlm.sampling.requests import Request
 
@@ -40,7 +42,8 @@ NUMBERS = {"0", "1.5", "10**23"}  # of a number >= 0; 10**23 is none of these: n
 OPTIONAL: set[str] = {"None"}
 RUNS: Mapping[str, set[str]] = {
     "seed": {"0"}, "index": {"0"}, "start": {"None", "0"}, "record": {"True"}, "recorded": {"True"},
-    "template": {"True"}, "shift": {"True"}, "mask_id": {"0"}, "eos_id": {"None", "0"}, "eot_id": {"None", "0"},
+    "template": {"True"}, "shift": {"True"}, "halted.shift": {"None", "True"},
+    "mask_id": {"0"}, "eos_id": {"None", "0"}, "eot_id": {"None", "0"},
     "with_seed": {"0"}, "check_made_for": {"[]", "''", "{}"}, "select": {"[]"},
     "item": {"-1", "0", "True", "tensor(2)"},
     "prompt": {"''", "'x'", "'a\\nb'"}, "request.prompt": {"None", "''", "'x'", "'\\ud800'", "'a\\nb'"},
@@ -61,6 +64,24 @@ METHODS = (
     "with_criterion with_seed with_sampling with_steps recorded run steps_of blocks_of replayable check_recordable"
     " check_made_for refuses"
 )
+
+
+HALTED = "halt policy mask_id halted.shift temperature cfg_scale cache seed"
+
+
+def generated(name: str, value: Any) -> Any:
+    """One argument of `cdlm.hf.halted`, given to transformers' generate."""
+    settings = {"mask_id": 9, "max_new_tokens": 1, "custom_generate": halted}
+    settings[name.rpartition(".")[2]] = value
+    return network().generate(torch.tensor([[3]]), **settings)
+
+
+@cache
+def network() -> Any:
+    """A bidirectional Llama of ten tokens."""
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    settings: dict[str, Any] = {"vocab_size": 10, "is_causal": False, **sizes}
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
 
 
 def calls(folder: str) -> dict[str, Callable[[Any], object]]:
@@ -97,6 +118,7 @@ def calls(folder: str) -> dict[str, Callable[[Any], object]]:
         for title, call, base, names in table
         for name in names.split()
     }
+    found |= {f"halted {name}": partial(generated, name) for name in HALTED.split()}
     found |= {f"session {name}": getattr(session, name) for name in METHODS.split()}
     return found | {
         "open_session flag": lambda v: cdlm.open_session(model, progress=v),

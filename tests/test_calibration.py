@@ -447,7 +447,7 @@ def test_the_table_of_a_comparison(bench: Bench) -> None:
     assert not by["Never"][0].chosen  # it saves nothing
     assert {p.samples for p in points if p.family not in ("JoT", held_out)} == {15}
     assert full.frechet_change is None  # 15 samples are too few
-    assert "| Never | 15 | - | saves no call within the goal |" in markdown(points, goal, "ar-nll")
+    assert "| Never | 15 | - | - | saves no call within the goal |" in markdown(points, goal, "ar-nll")
 
 
 def test_the_distance_to_real_text_is_that_of_the_full_run_and_its_change(bench: Bench) -> None:

@@ -21,8 +21,10 @@ from cdlm.api import open_session
 from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Bootstrap, Scores
 from cdlm.evaluation.bench import Bench, FullRun, Outcome, Scorer, fewest
-from cdlm.evaluation.compare import PLAIN, Comparison, Point, markdown, save_json, terminal, write_csv
+from cdlm.evaluation.compare import FULL, PLAIN, Comparison, Point, areas, markdown, save_json, terminal, write_csv
+from cdlm.evaluation.metrics.aup import aup
 from cdlm.evaluation.metrics.diversity import sample_entropy
+from cdlm.evaluation.oracles import ORACLES
 from cdlm.evaluation.rivals import Duel, Rivals, verdict
 from cdlm.evaluation.texts import RealText
 from cdlm.halting import Criterion, FixedSteps, Patience
@@ -288,6 +290,60 @@ def test_rivals_of_a_real_model_spend_as_many_calls_on_the_same_samples() -> Non
     assert "Ancestral()" in plain[2].setting
 
 
+# --- accuracy under parallelism ---------------------------------------------------------------------------------------
+
+FULL_ROW = replace(point(2, 20), family=FULL)
+
+
+def marked(family: str, tpf: float, right: float, **more: Any) -> Point:
+    """A row with that share of right answers."""
+    return replace(FULL_ROW, **{"family": family, "tpf": tpf, "right": right, **more})
+
+
+def test_tokens_per_forward_are_sums_of_the_whole_run() -> None:
+    assert point(2, 5).tpf == N / 5
+    uneven = replace(outcome(2, 5), nfe=np.arange(1, M + 1))
+    assert comparison().point("Patience", "Patience(3)", uneven).tpf == pytest.approx(M * N / np.arange(1, M + 1).sum())
+
+
+def test_the_area_of_a_rule_is_over_its_settings_and_the_full_run() -> None:
+    rows = [
+        marked(FULL, 1.0, 0.8), marked("KL", 4.0, 0.6), marked("KL", 2.0, 0.78), marked("Full()", 1.5, 0.8),
+        marked(PLAIN, 3.0, 0.84), marked("the last change", 9.0, 0.99), marked("real text, held out", 9.0, 1.0),
+    ]  # fmt: skip
+    rows[5] = replace(rows[5], family=next(iter(ORACLES)))
+    found = {area.family: area for area in areas(rows)}
+    assert list(found) == [FULL, "KL", "Full()", PLAIN], "oracles and real text are no methods"
+    assert {area.y_max for area in found.values()} == {84.0}
+    assert found["KL"].aup == aup([(1.0, 80.0), (2.0, 78.0), (4.0, 60.0)], 84.0)
+    assert found[FULL].aup == pytest.approx(80)
+    assert found["KL"].tpf == 4
+
+
+def test_areas_by_ar_nll_are_relative_to_the_best_of_the_model() -> None:
+    rows = [FULL_ROW, replace(point(1, 5), model="other"), replace(point(2, 5), family="KL"), point(3, 10)]
+    found = {(area.model, area.family): area for area in areas(rows)}
+    assert found["toy", "KL"].best_ar_nll == 2
+    assert found["other", "Patience"].best_ar_nll == 1
+    assert found["toy", "KL"].aup_ar_nll == pytest.approx(100 * N / 5)
+    assert found["toy", "Patience"].aup_ar_nll == pytest.approx(100 * N / 20)  # 100 / e is more than 5 points less
+    assert all(area.aup is None and area.y_max is None for area in found.values())
+    assert areas([replace(FULL_ROW, ar_nll=float("nan"))])[0].aup_ar_nll is None
+
+
+def test_areas_stand_in_the_files_and_on_a_terminal_where_there_are_answers(tmp_path: Path) -> None:
+    plain, answered = [FULL_ROW, point(2, 10)], [marked(FULL, 1.0, 0.8), marked("KL", 4.0, 0.8, steps=7)]
+    save_json(answered, GOAL, "nats", tmp_path / "compare.json")
+    stored = json.loads((tmp_path / "compare.json").read_text())["aup"]
+    assert [(row["family"], row["aup"], row["y_max"]) for row in stored] == [(FULL, 80.0, 80.0), ("KL", 320.0, 80.0)]
+    assert "AUP" not in terminal(plain, GOAL, "nats")
+    last = [re.split(r"\s{2,}", line) for line in terminal(answered, GOAL, "nats").split("\n") if line][-4:]
+    assert last[0] == ["steps", "rule", "most TPF", "AUP"]
+    assert last[2:] == [["20", FULL, "1.00", "80.0"], ["7", "KL", "4.00", "320.0"]]
+    assert "| rule | model | steps | most TPF | AUP by AR-NLL |" in markdown(plain, GOAL, "nats")
+    assert "| KL | toy | 7 | 4.00 | 320.0 |" in markdown(answered, GOAL, "nats")
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -310,7 +366,7 @@ def test_a_terminal_shows_the_columns_that_decide() -> None:
     points = [replace(point(2, 15), chosen=True), replace(point(3, 5), family=PLAIN)]
     head, _, *lines = terminal(points, GOAL, "nats").split("\n")
     assert re.split(r"\s{2,}", head) == [
-        "rule", "calls", "saved", "AR-NLL", "change, nats", "agreement", "beside its hardest rival",
+        "rule", "calls", "TPF", "saved", "AR-NLL", "change, nats", "agreement", "beside its hardest rival",
     ]  # fmt: skip
     assert [re.split(r"\s{2,}", line)[0] for line in lines[:2]] == [one.setting for one in points]
     assert re.split(r"\s{2,}", terminal([*points, replace(points[0], steps=7)], GOAL, "nats"))[0] == "steps"

@@ -24,7 +24,7 @@ from cdlm.studies.command import reader
 ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md", "docs/write-a-criterion.md", "docs/bring-your-model.md", "docs/masked.md", "docs/add-a-system.md",
-    "docs/likelihood.md",
+    "docs/likelihood.md", "docs/transformers.md",
 )  # fmt: skip
 SHOWING = (
     "README.md", "docs/masked.md", "docs/halting.md", "docs/likelihood.md", "docs/results.md",

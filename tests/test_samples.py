@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from masked_toys import Toy
+from masked_toys import EOS, EOT, Toy
 from pyarrow import parquet
 from toys import with_tokenizer
 
@@ -30,6 +30,41 @@ def samples() -> Samples:
 def wordless() -> Samples:
     """Of a model without a tokenizer."""
     return cdlm.decode(Toy(), [[3, 4], [5]], 6, n=2)
+
+
+# --- what was made, and what it cost ---
+
+
+def counted(samples: Samples, i: int, ends: tuple[int, ...]) -> int:
+    """Output tokens of a sample, one by one."""
+    made, last = 0, max(np.flatnonzero(samples.given[i] & samples.valid[i]), default=-1)
+    for place in np.flatnonzero(samples.valid[i] & ~samples.given[i]).tolist():
+        made += 1
+        if samples.tokens[i, place] in ends and place > last:
+            break
+    return made
+
+
+def test_output_tokens_are_those_up_to_the_first_end_and_with_it(samples: Samples, wordless: Samples) -> None:
+    ending = cdlm.decode(Toy(), [[3, 4], [5], [6, None, EOS]], 9, n=3, temperature=1.0)
+    assert {int(made) for made in ending.output_tokens} > {1}
+    assert not ending.shown.all()
+    for some, ends in ((samples, ()), (wordless, (EOS, EOT)), (ending, (EOS, EOT))):
+        assert some.output_tokens.tolist() == [counted(some, i, ends) for i in range(len(some))]
+        assert some.tpf == some.output_tokens.sum() / some.nfe.sum()
+
+
+def test_tokens_per_forward_are_a_ratio_of_sums() -> None:
+    ending = cdlm.decode(Toy(), [[3, 4], [5]], 9, n=3, temperature=1.0, policy="Threshold(0.5)")
+    parts = ending[:1], ending[1:]
+    made, calls = (sum(getattr(part, name).sum() for part in parts) for name in ("output_tokens", "nfe"))
+    assert ending.tpf == made / calls
+    assert ending.tpf != pytest.approx(np.mean(ending.output_tokens / ending.nfe))
+    assert np.isnan(ending[:0].tpf)
+    one = cdlm.decode(Toy(), [[3]], 6, policy="LLaDA(6)")
+    guided = cdlm.decode(Toy(), [[3]], 6, policy="LLaDA(6)", cfg_scale=1.0)
+    assert one.tpf == one.output_tokens[0] / 6
+    assert guided.tpf == guided.output_tokens[0] / 12, "guidance takes two forwards a step"
 
 
 # --- a sequence ---

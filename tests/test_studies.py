@@ -22,6 +22,7 @@ from cdlm.continuous.projections import Greedy
 from cdlm.continuous.sampler import Diffusion, DiffusionLoop
 from cdlm.continuous.solvers import Euler, Renoise, Solver
 from cdlm.core.errors import CdlmError
+from cdlm.evaluation.metrics.aup import aup
 from cdlm.evaluation.plots.panels import Line, Panel, draw
 from cdlm.masked.sampler import Unmasking
 from cdlm.models import hub
@@ -31,6 +32,7 @@ from cdlm.recording.record import Record, Switches
 from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.requests import requests
 from cdlm.sampling.session import Session
+from cdlm.studies.accuracy import with_areas
 from cdlm.studies.measures import position_zero_switch, reached, settled_by, zero_switch
 from cdlm.studies.more_steps import VANILLA, _shown
 from cdlm.studies.norm_causality import UNTOUCHED, Driven, Struck, at_norm, with_noise
@@ -342,6 +344,21 @@ def test_answers_are_decoded_at_temperature_zero(base: str, masked_run: str) -> 
     exam = study.exam(masked_run)
     assert exam.session.settings == Unmasking(parse_policy(f"{base}(4, block=2)"), temperature=0.0).settings
     assert exam.decoded(Threshold(0.5)).session.settings == Unmasking(Threshold(0.5), temperature=0.0).settings
+
+
+def test_an_area_is_over_the_settings_of_a_family_and_the_full_budget() -> None:
+    def row(family: str, tpf: float, accuracy: float) -> dict[str, Any]:
+        return {"family": family, "tpf": tpf, "accuracy": accuracy}
+
+    first = [row("full budget", 1.0, 0.8), row("KL", 4.0, 0.7), row("KL", 2.0, 0.78), row("JoT(3.0)", 6.0, 0.8)]
+    second = [row("full budget", 1.0, 0.9), row("KL", 3.0, 0.88)]
+    one, two = with_areas([first, second])
+    assert [{**found, "aup": 0, "y_max": 0} for found in one] == [{**given, "aup": 0, "y_max": 0} for given in first]
+    assert {found["y_max"] for found in (*one, *two)} == {90.0}
+    assert [found["aup"] for found in one[:1] + two[:1]] == [80.0, 90.0]
+    assert one[1]["aup"] == one[2]["aup"] == pytest.approx(aup([(1.0, 80.0), (2.0, 78.0), (4.0, 70.0)], 90.0))
+    assert one[3]["aup"] == pytest.approx(aup([(1.0, 80.0), (6.0, 80.0)], 90.0))
+    assert two[1]["aup"] == pytest.approx(aup([(1.0, 90.0), (3.0, 88.0)], 90.0))
 
 
 def test_continuous_studies_take_euler_steps_whatever_a_paper_does(run: str) -> None:

@@ -28,7 +28,7 @@ from cdlm.recording.file import Recording
 from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import Request
 from cdlm.sampling.session import Session
-from cdlm.sampling.texts import given_spans, shown_of, texts_of
+from cdlm.sampling.texts import given_spans, outputs_of, shown_of, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -312,6 +312,11 @@ class Bench:
         """The same without what was given."""
         made = self.shown(outcome) & ~self.full_run.given[: len(outcome.tokens)]
         return [row[text].tolist() for row, text in zip(outcome.tokens, made, strict=True)]
+
+    def tpf(self, outcome: Outcome) -> float:
+        """Tokens per forward: tokens that all samples made, up to their ends and with them, over all their calls."""
+        m, full = len(outcome.tokens), self.full_run
+        return float(outputs_of(self.shown(outcome), full.given[:m], full.valid[:m]).sum() / outcome.nfe.sum())
 
     def right(self, outcome: Outcome) -> float | None:
         """Share of right answers; None where the workload asks for none."""

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import takewhile
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from cdlm.core.inert import table_line
 from cdlm.core.progress import progress
 from cdlm.core.stats import Bootstrap, Scores
 from cdlm.evaluation.bench import OWN_ROWS, Bench, Outcome, RealSample, fewest, tried
+from cdlm.evaluation.metrics.aup import accuracy_of, aup
 from cdlm.evaluation.metrics.diversity import sample_entropy, unigram_entropy
 from cdlm.evaluation.metrics.reference import DISTANCES, Spread
 from cdlm.evaluation.oracles import ORACLES, oracles
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel
 from cdlm.evaluation.rivals import FEWEST_SAMPLES, Duel, Rivals, Verdict, verdict
-from cdlm.evaluation.table import aligned_table
+from cdlm.evaluation.table import aligned_table, markdown_table
 from cdlm.evaluation.texts import REAL, Part
 from cdlm.halting import Criterion, FixedSteps, Never
 from cdlm.halting.calibration import Goal
@@ -71,6 +73,8 @@ class Point:
     calls: float | None = None
     calls_low: float | None = None
     calls_high: float | None = None
+    tpf: float | None = None
+    """Tokens per forward: tokens that all samples made, up to their ends and with them, over all their calls."""
     saved: float | None = None
     """Share of the full run's calls."""
     step_speedup: float | None = None
@@ -253,6 +257,7 @@ class Comparison:
         values: dict[str, Any] = {
             **_interval("calls", spent), **_interval("change", bench.change(drawn)), **_interval("loss", relative),
             **gap,
+            "tpf": bench.tpf(drawn),
             "saved": 1 - 1 / speedup,
             "step_speedup": speedup,
             "step_speedup_each": float((before / calls).mean()),
@@ -365,15 +370,61 @@ RIVAL = tuple(field.name for field in fields(Duel))
 def save_json(points: Sequence[Point], goal: Goal, measure: str, path: Path) -> None:
     """Every point with all its rivals and the verdict, and what the choice was made by."""
     rows = [point.to_dict() for point in points]
-    write_json(path, {"goal": asdict(goal), "measure": measure, "rows": rows})
+    found = [asdict(area) for area in areas(points)]
+    write_json(path, {"goal": asdict(goal), "measure": measure, "rows": rows, "aup": found})
+
+
+@dataclass(frozen=True)
+class Area:
+    """Accuracy under parallelism of one way of decoding: its settings, strict to loose, and the full run."""
+
+    model: str
+    steps: int
+    family: str
+    tpf: float
+    """The most tokens per forward of its settings."""
+    aup: float | None
+    """By right answers; None where the workload asks for none."""
+    y_max: float | None
+    """Share of right answers of the best row of the table, in per cent: `aup` is relative to it."""
+    aup_ar_nll: float | None
+    """The same, of 100 exp(best AR-NLL - AR-NLL) in place of right answers; None where there is no text to judge."""
+    best_ar_nll: float | None
+    """The lowest of the model's rows."""
+
+
+def areas(points: Sequence[Point]) -> list[Area]:
+    """The area of every rule and plain sampler, and of the full run alone."""
+    ran = [point for point in points if point.family not in (*REAL.values(), OWN_ROWS, *ORACLES)]
+    y_max = max((100 * point.right for point in ran if point.right is not None), default=None)
+    found = []
+    for model, steps, family in dict.fromkeys((p.model, p.steps, p.family) for p in ran):
+        own = [p for p in ran if (p.model, p.steps) == (model, steps) and p.family in (family, FULL)]
+        best = min((p.ar_nll for p in ran if p.model == model and not isnan(p.ar_nll)), default=None)
+        tpf = max(p.tpf or 0.0 for p in own)
+        found.append(Area(model, steps, family, tpf, _right(own, y_max), y_max, _near(own, best), best))
+    return found
+
+
+def _right(own: Sequence[Point], y_max: float | None) -> float | None:
+    curve = [(p.tpf or 0.0, 100 * p.right) for p in own if p.right is not None]
+    return aup(curve, y_max) if curve and y_max is not None else None
+
+
+def _near(own: Sequence[Point], best: float | None) -> float | None:
+    curve = [(p.tpf or 0.0, accuracy_of(p.ar_nll, best)) for p in own if best is not None and not isnan(p.ar_nll)]
+    return aup(curve, 100.0) if curve else None
 
 
 COLUMNS = (
-    "model", "steps", "rule", "n", "calls", "saved", "AR-NLL", "change, nats", "share of the gap", "agreement",
-    "H sample", "Fréchet", "its change", "QPS", "wall", "beside its hardest rival",
+    "model", "steps", "rule", "n", "calls", "TPF", "saved", "AR-NLL", "change, nats", "share of the gap", "agreement",
+    "H sample", "Fréchet", "its change", "QPS_4", "wall", "beside its hardest rival",
 )  # fmt: skip
 NOTHING = "saves no call within the goal"
-SHOWN = ("rule", "calls", "saved", "AR-NLL", "change, nats", "agreement", "right", "beside its hardest rival")
+SHOWN = (
+    "rule", "calls", "TPF", "saved", "AR-NLL", "change, nats", "agreement", "right", "most TPF", "AUP",
+    "beside its hardest rival",
+)  # fmt: skip
 """Columns that a terminal shows."""
 
 
@@ -382,17 +433,48 @@ def markdown(points: Sequence[Point], goal: Goal, measure: str) -> str:
     head, *body = _lines(points)
     ruler = ["--:" if i not in (0, 2) else ":--" for i in range(len(head))]
     lines = [table_line(cells) for cells in (head, ruler, *body)]
-    return "\n".join(lines) + "\n\n" + _note(goal, measure) + _marks(points, goal, measure)
+    under = markdown_table([line[2:3] + line[:2] + line[3:] for line in _area_lines(points)])
+    return (
+        "\n".join(lines) + "\n\n" + _note(goal, measure) + _marks(points, goal, measure) + f"\n{under}\n\n{AREA_NOTE}"
+    )
 
 
 def terminal(points: Sequence[Point], goal: Goal, measure: str) -> str:
-    """The columns of the same table that decide, as aligned plain text."""
-    head, *body = _lines(points)
+    """The columns of the same tables that decide, as aligned plain text."""
+    lines = [["none" if cell == NOTHING else cell for cell in line] for line in _lines(points)]
+    shown = aligned_table(_columns(lines, SHOWN)) + "\n" + _marks(points, goal, measure)
+    if all(point.right is None for point in points):
+        return shown
+    return shown + "\n" + aligned_table(_columns(_area_lines(points), SHOWN)) + "\n"
+
+
+def _columns(lines: Sequence[Sequence[str]], shown: Collection[str]) -> list[list[str]]:
+    """Some of the columns, and of model and steps those that are not always the same; the rule first after these."""
+    head, *body = lines
     several = {name for name in ("model", "steps") if len({line[head.index(name)] for line in body}) > 1}
-    chosen = [i for i, name in enumerate(head) if name in SHOWN or name in several]
+    chosen = [i for i, name in enumerate(head) if name in shown or name in several]
     chosen.sort(key=lambda i: (head[i] not in several, head[i] != "rule", i))
-    lines = [["none" if line[i] == NOTHING else line[i] for i in chosen] for line in (head, *body)]
-    return aligned_table(lines) + "\n" + _marks(points, goal, measure)
+    return [[line[i] for i in chosen] for line in lines]
+
+
+def _area_lines(points: Sequence[Point]) -> list[list[str]]:
+    """Heading and lines of the areas."""
+    found = areas(points)
+    answered = any(area.aup is not None for area in found)
+    lines = [["model", "steps", "rule", "most TPF", *(["AUP"] if answered else []), "AUP by AR-NLL"]]
+    for area in found:
+        right = [_number(area.aup, ".1f")] if answered else []
+        lines.append([area.model, str(area.steps), area.family, f"{area.tpf:.2f}", *right,
+                      _number(area.aup_ar_nll, ".1f")])  # fmt: skip
+    return lines
+
+
+AREA_NOTE = (
+    "AUP: the area under right answers (in per cent) over TPF, of all settings of a rule and the full run, where an"
+    " answer counts less the further its setting is from the best of the table (d3LLM). AUP by AR-NLL is ours: 100"
+    " exp(-(AR-NLL - the best of the model)) in place of right answers. compare.json has what they are relative to:"
+    " compare no areas of different tables.\n"
+)
 
 
 def _marks(points: Sequence[Point], goal: Goal, measure: str) -> str:
@@ -414,7 +496,7 @@ def _lines(points: Sequence[Point]) -> list[list[str]]:
         for family in rules:
             own = [p for p in there if p.family == family]
             if own and not any(p.chosen for p in own):
-                said = [model, str(steps), family, str(own[0].samples), "-", NOTHING]
+                said = [model, str(steps), family, str(own[0].samples), "-", "-", NOTHING]
                 lines.append(said + [""] * (len(columns) - len(said)))
     return lines
 
@@ -433,7 +515,8 @@ def _note(goal: Goal, measure: str) -> str:
     return (
         f"Of each rule the loosest setting within {goal} ({measure}, {goal.confidence:.0%} confidence), chosen on one"
         " half of the samples; all numbers are of the other half. Intervals are 95 %, bootstrap over samples. The gap"
-        " is from the full run to real text. QPS is the step speed-up times (AR-NLL of the full run / AR-NLL) **"
+        " is from the full run to real text. TPF, tokens per forward: tokens of all samples, up to their ends and with"
+        " them, over all calls. QPS_4 is the step speed-up times (AR-NLL of the full run / AR-NLL) **"
         f" {GAMMA}. The last column is AR-NLL less that of the rival that decides, with as many calls on the"
         " same samples: better is better than every rival, worse is worse than one, and of fewer than"
         f" {FEWEST_SAMPLES} samples it is unclear. The oracles are no"
@@ -463,7 +546,8 @@ def _cells(p: Point, answered: bool) -> list[str]:
         against = f"{found.word}: {numbers}, {duel.rival} ({duel.setting}{same})"
     distance = "-" if p.frechet_change is None else f"{p.frechet_change:+.3f} ± {p.frechet_change_sd:.3f}"
     return [
-        p.model, str(p.steps), name, str(p.samples), _number(p.calls, ".1f"), _number(p.saved, ".1%"),
+        p.model, str(p.steps), name, str(p.samples), _number(p.calls, ".1f"), _number(p.tpf, ".2f"),
+        _number(p.saved, ".1%"),
         _ends(p, "ar_nll", ".3f"), _ends(p, "change", "+.3f"), _ends(p, "gap_share", "+.1%"),
         _number(p.agreement, ".2%"), f"{p.entropy_sample:.3f}", _number(p.frechet, ".3f"), distance,
         _number(p.qps, ".2f"), _number(p.wall_speedup, ".2f"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from cdlm.halting.signals import RECORDED
 from cdlm.recording.record import Record
 from cdlm.recording.writer import Recorder
 from cdlm.sampling.requests import Request
-from cdlm.sampling.texts import given_spans, shown_of, spans_where, texts_of
+from cdlm.sampling.texts import given_spans, outputs_of, shown_of, spans_where, texts_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -140,6 +141,18 @@ class Samples:
     def calls_after_end(self) -> Int[np.ndarray, " m"]:
         """Calls that each sample spent when its text was already decided."""
         return self.nfe - self.settled
+
+    @property
+    def output_tokens(self) -> Int[np.ndarray, " m"]:
+        """Tokens that each sample made: up to its first stop token and with it, without prompt and padding."""
+        return outputs_of(self.shown, self.given, self.valid)
+
+    @property
+    def tpf(self) -> float:
+        """Tokens per forward: output tokens of all samples over their model calls, as the dllm leaderboard counts them.
+        Of several runs, add both sums before dividing; a mean of ratios is another number. NaN of no samples."""
+        calls = int(self.nfe.sum())
+        return int(self.output_tokens.sum()) / calls if calls else math.nan
 
     def select(self, samples: Int[np.ndarray, " k"]) -> Samples:
         """The samples at these places, in this order.

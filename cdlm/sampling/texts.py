@@ -79,6 +79,18 @@ def shown_of(
     return valid & ~np.logical_or.accumulate(ends_of(tokens, given & valid, end_ids), 1)
 
 
+def outputs_of(
+    shown: Bool[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], valid: Bool[np.ndarray, "m n"]
+) -> Int[np.ndarray, " m"]:
+    """Tokens of each row that count as output: what was generated, up to its first stop token and with it, without
+    prompt and padding.
+
+    Args:
+        shown: positions that are text, from `shown_of` with the same `given` and `valid`.
+    """
+    return (shown & ~given).sum(1) + (valid & ~shown).any(1)
+
+
 def ends_of(
     tokens: Int[np.ndarray, "m n"], given: Bool[np.ndarray, "m n"], end_ids: Collection[int]
 ) -> Bool[np.ndarray, "m n"]:

@@ -18,6 +18,7 @@ from cdlm.core.stats import Scores, bootstrap
 from cdlm.data.arithmetic import Problem, problems, right
 from cdlm.data.gsm8k import read_problems
 from cdlm.evaluation.bench import Outcome
+from cdlm.evaluation.metrics.aup import aup
 from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.halting import Criterion, Full, sweep
 from cdlm.halting.losses import Binary
@@ -27,7 +28,7 @@ from cdlm.recording.file import Recording
 from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import Request
 from cdlm.sampling.session import Session
-from cdlm.sampling.texts import shown_of, special_of, texts_of
+from cdlm.sampling.texts import outputs_of, shown_of, special_of, texts_of
 from cdlm.studies.study import Finding, Study, column, ends, interval, label
 
 NOTE = (
@@ -35,7 +36,10 @@ NOTE = (
     " whole sweeps, on the first half of the problems; where even the strictest loses more, that one. All numbers are"
     " of the second half. Intervals are 95 %, bootstrap over problems, paired. Lost: problems that the full run solves"
     " and the setting does not, with the exact binomial bound at 95 % confidence. Speed-up: calls of the full run over"
-    " calls. Wall time: of one run of the first problems."
+    " calls. TPF, tokens per forward: tokens of all answers, up to their ends and with them, over all calls. AUP: the"
+    " area under accuracy (in per cent) over TPF, of all settings of a rule or policy and the full run, where an answer"
+    " counts less the further its setting is from the best of the study (d3LLM). Wall time: of one run of the first"
+    " problems."
 )
 FULL = "full budget"
 CONFIDENCE = 0.95
@@ -48,6 +52,8 @@ class SettingResult(NamedTuple):
     nfe: Int[np.ndarray, " m"]
     right: Float[np.ndarray, " m"]
     """1.0 where the answer is right."""
+    made: Int[np.ndarray, " m"]
+    """Tokens of the answer, its end included."""
     session: Session
     """What runs it."""
 
@@ -101,8 +107,8 @@ class Accuracy(Study):
 
     def find(self) -> Finding:
         rows, table, panels = [], [], []
-        for exam in [self.exam(model) for model in self.models]:  # all, before any work
-            own = self.measure(exam)
+        exams = [self.exam(model) for model in self.models]  # all, before any work
+        for exam, own in zip(exams, with_areas([self.measure(exam) for exam in exams]), strict=True):
             rows += own
             table += shown(own)
             panels += [
@@ -177,13 +183,10 @@ class Exam:
 
     def result(self, setting: str, session: Session, outcome: Outcome) -> SettingResult:
         """A finished run with its marks."""
-        return SettingResult(setting, outcome.nfe, self.right(outcome.tokens), session)
-
-    def right(self, tokens: Int[np.ndarray, "m n"]) -> Float[np.ndarray, " m"]:
-        """1.0 where the answer is right."""
         tokenizer, given = self.session.model.need_tokenizer(), self.recording.given
-        texts = texts_of(tokenizer, tokens, shown_of(tokens, given, ~given, special_of(tokenizer).end_ids))
-        return right(texts, [problem.answer for problem in self.tasks])
+        answer = shown_of(outcome.tokens, given, ~given, special_of(tokenizer).end_ids)
+        marks = right(texts_of(tokenizer, outcome.tokens, answer), [problem.answer for problem in self.tasks])
+        return SettingResult(setting, outcome.nfe, marks, outputs_of(answer, given, ~given), session)
 
     def seconds(self, session: Session) -> float:
         """Wall time of the first `live` problems, in one process and without a record."""
@@ -197,7 +200,7 @@ class Exam:
         second = slice(len(result.right) // 2, None)
         right, before = result.right[second], self.full.right[second]
         calls, full = result.nfe[second].astype(np.float64), self.full.nfe[second].astype(np.float64)
-        m, ones = len(right), np.ones(len(right))
+        m, ones, made = len(right), np.ones(len(right)), result.made[second].astype(np.float64)
         drop = bootstrap(lambda times: (times @ (before - right)) / times.sum(1), m)
         lost = Binary(((before == 1) & (right == 0)).astype(np.float64))
         return {
@@ -210,10 +213,27 @@ class Exam:
             "lost": lost.value,
             "lost_upper": lost.at_most(CONFIDENCE),
             **ends("calls", Scores(calls, ones).bootstrap()),
+            **ends("tpf", Scores(made, calls).bootstrap()),
             **ends("speedup", Scores(full, calls).bootstrap()),
             "seconds": self.seconds(result.session) if chosen else None,
             "chosen": chosen,
         }
+
+
+def with_areas(exams: Sequence[Sequence[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """The rows of each exam with the area under all settings of their family and the full run, and the best accuracy of
+    any row in per cent, which the areas are relative to."""
+    y_max = max(100 * row["accuracy"] for rows in exams for row in rows)
+
+    def area(rows: Sequence[dict[str, Any]], family: str) -> float:
+        own = [row for row in rows if row["family"] in (FULL, family)]
+        return aup([(row["tpf"], 100 * row["accuracy"]) for row in own], y_max)
+
+    found = [{family: area(rows, family) for family in {row["family"] for row in rows}} for rows in exams]
+    return [
+        [{**row, "aup": areas[row["family"]], "y_max": y_max} for row in rows]
+        for rows, areas in zip(exams, found, strict=True)
+    ]
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -235,6 +255,8 @@ def _line(row: Mapping[str, Any]) -> dict[str, str]:
         "drop": interval(row, "drop", "+.1%"),
         "lost": f"{row['lost']:.1%}, at most {row['lost_upper']:.1%}",
         "calls": interval(row, "calls", ".1f"),
+        "TPF": interval(row, "tpf", ".2f"),
+        "AUP": f"{row['aup']:.1f}",
         "speed-up": interval(row, "speedup", ".2f"),
         "wall time": "-" if row["seconds"] is None else f"{row['seconds']:.1f} s",
     }

@@ -135,7 +135,7 @@ class ForeignModel(CachedModel):
     ) -> Float[Tensor, "*s v"]:  # fmt: skip
         cache = None if layers is None else LibraryCache(layers=list(layers))
         hidden = self.network.get_decoder()(
-            input_ids=tokens, attention_mask=valid, position_ids=places, past_key_values=cache
+            input_ids=tokens, attention_mask=valid, position_ids=places, past_key_values=cache, use_cache=False
         ).last_hidden_state
         head = self.network.get_output_embeddings()
         assert head is not None
