@@ -26,6 +26,7 @@ from cdlm.lm_eval.tasks import (
     Reader,
     Scored,
     Wanted,
+    alike,
     encode,
     encode_pair,
     name_of,
@@ -226,29 +227,21 @@ class CdlmLM(LM):
         self._check_fits(parts)
         if self._masked and self.session.settings["cfg_scale"]:
             raise CdlmError("a likelihood is that of the model without guidance: leave out cfg_scale")
-        nats, done, rows = [0.0] * len(texts), 0, self.session.batch_size or 1
+        nats, done = [0.0] * len(texts), 0
+        # Of a single token a masked model has but one draw, which is exact.
+        draws = [1 if self._masked and len(part.target) == 1 else self.arguments.mc for part in parts]
         with Parts(self.rank == 0) as meter:
-            for levels, alike in self._by_draws(parts).items():
-                settings = LikelihoodSettings(levels, seed=self.arguments.seed, batch_size=rows)
-                for run in runs_of([parts[i].size for i in alike], rows):
-                    chosen = [alike[i] for i in run]
-                    found = self.model.nats(text_to_score([parts[i] for i in chosen]), settings)[BOUND]
-                    for i, value in zip(chosen, found.total.tolist(), strict=True):
-                        nats[place[i]] += value
-                    errors = [error for error in found.error.tolist() if not math.isnan(error)]
-                    self._counts += Counts(error=sum(errors), errors=len(errors))
-                    done += len(chosen)
-                    meter("texts", done, len(parts))
+            for levels, places in alike(parts, draws):
+                how = LikelihoodSettings(levels, seed=self.arguments.seed, batch_size=self.session.batch_size or 1)
+                found = self.model.nats(text_to_score([parts[i] for i in places]), how)[BOUND]
+                for i, value in zip(places, found.total.tolist(), strict=True):
+                    nats[place[i]] += value
+                errors = [error for error in found.error.tolist() if not math.isnan(error)]
+                self._counts += Counts(error=math.fsum(errors), errors=len(errors))
+                done += len(places)
+                meter("texts", done, len(parts))
         self._counts += Counts(scored=len(texts))
         return [-value for value in nats]
-
-    def _by_draws(self, parts: Sequence[Scored]) -> dict[int, list[int]]:
-        """The places of parts by the draws they need: of a single token a masked model has but one, which is exact."""
-        found: dict[int, list[int]] = {}
-        for i, part in enumerate(parts):
-            draws = 1 if self._masked and len(part.target) == 1 else self.arguments.mc
-            found.setdefault(draws, []).append(i)
-        return found
 
     # --- what the harness asks about the model ------------------------------------------------------------------------
 
@@ -339,14 +332,14 @@ class CdlmLM(LM):
         torch.distributed.all_gather(found, tensor)
         return torch.cat([part.reshape(-1) if part.ndim == 0 else part for part in found])
 
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """The objects of all processes, on one of them; what the answers cost goes with them."""
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
+        """The objects of all processes, on one of them, and nothing on the others; what the answers cost goes along."""
         if not _distributed():
             return [obj]
         found: list[Any] | None = [None] * self.world_size if self.rank == dst else None
         torch.distributed.gather_object((obj, self._counts), found, dst)
         if found is None:
-            return None
+            return []
         self._gathered = sum((counts for _, counts in found), Counts())
         return [part for part, _ in found]
 

@@ -17,7 +17,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import Text
 from cdlm.sampling.prompts import check_unicode
 from cdlm.sampling.requests import Request, canvases
-from cdlm.sampling.texts import text_of
+from cdlm.sampling.texts import special_of, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -73,9 +73,7 @@ class Wanted:
 
     def cut(self, text: str) -> str:
         """The text before the first stop."""
-        for stop in self.until:
-            text = text.partition(stop)[0]
-        return text
+        return text[: min((text.index(stop) for stop in self.until if stop in text), default=len(text))]
 
 
 class Question(NamedTuple):
@@ -188,16 +186,21 @@ def rows_of(questions: Sequence[Question]) -> list[Request]:
     ]
 
 
+def alike(parts: Sequence[Scored], draws: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """The places of parts with the same number of draws and of positions: without padding, a part has the same noise
+    whatever stands beside it."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for place, (part, count) in enumerate(zip(parts, draws, strict=True)):
+        found.setdefault((count, part.size), []).append(place)
+    for (count, _), places in sorted(found.items(), reverse=True):
+        yield count, places
+
+
 def text_to_score(parts: Sequence[Scored]) -> Text:
-    """Rows to score, padded on the right to one length."""
-    width = max(part.size for part in parts)
-    tokens, target = torch.zeros(len(parts), width, dtype=torch.int64), torch.zeros(len(parts), width, dtype=torch.bool)
-    for row, part in enumerate(parts):
-        tokens[row, : part.size] = torch.tensor([*part.given, *part.target])
-        target[row, len(part.given) : part.size] = True
-    valid = torch.arange(width) < torch.tensor([part.size for part in parts])[:, None]
-    key = torch.tensor([[part.key] for part in parts])
-    return Text(tokens, target, None if bool(valid.all()) else valid, key)
+    """Rows to score, all of one length."""
+    tokens = torch.tensor([[*part.given, *part.target] for part in parts])
+    target = torch.arange(tokens.shape[1]) >= torch.tensor([len(part.given) for part in parts])[:, None]
+    return Text(tokens, target, None, torch.tensor([[part.key] for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ class Reader:
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Reader:
         """Without the special tokens of a tokenizer, but the one that joins documents, a line break."""
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        return cls(tokenizer, frozenset(special - {tokenizer.eos_token_id}))
+        return cls(tokenizer, frozenset(special - {special_of(tokenizer).eos_id}))
 
     def answer(self, question: Question, tokens: Int[np.ndarray, " k"]) -> str:
         """The text behind the prompt, up to the first stop."""
