@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
+import lm_eval.tasks
 import lm_eval.utils
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from foreign import copy_of, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.tasks import TaskManager
+from test_docs import commands_of
 from toys import autoregressive_with_tokenizer, masked_with_tokenizer, ssd, tokenizer, with_tokenizer
 
 import cdlm
@@ -30,8 +33,10 @@ from cdlm.data.arithmetic import problems
 from cdlm.halting import FixedSteps
 from cdlm.lm_eval import CdlmLM
 from cdlm.lm_eval.arguments import _OWN, ALIASES, read_arguments, read_pairs, sampling_of
+from cdlm.lm_eval.command import understood
 from cdlm.lm_eval.counts import Counts, output_tokens, tokens_per_forward
 from cdlm.lm_eval.tasks import NEAREST, Wanted, encode_pair, name_of, numbered, runs_of, windows
+from cdlm.masked.sampler import Unmasking
 from cdlm.policies import parse_policy
 from cdlm.sampling.prompts import encode_prompt
 from cdlm.sampling.samples import Samples
@@ -690,6 +695,12 @@ def test_processes_gather_answers_and_what_they_cost(models: dict[str, Model], t
 # --- the command ---
 
 
+@pytest.fixture(autouse=True)
+def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness reads thousands of files of tasks for each command: here, only those that it is given."""
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+
+
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run the command with arguments that it refuses, with one line of its own and code 2."""
@@ -749,6 +760,25 @@ def test_the_command_writes_results_with_calls_and_tpf(
     masked_with_tokenizer(length=WIDE).save_pretrained(own)
     said = refused(*common, "words", "--model_args", f"pretrained={own}", "--apply_chat_template")
     assert "the tokenizer of own has no chat template" in said
+
+
+SHOWN = [argv for name, *argv in commands_of("docs/lm-eval.md") if name == "lm-eval" and "model_args" in " ".join(argv)]
+
+
+@pytest.mark.parametrize("argv", SHOWN, ids=[" ".join(argv)[13:140] for argv in SHOWN])
+def test_the_conventions_of_the_page_are_samplers_of_their_models(models: dict[str, Model], argv: list[str]) -> None:
+    """Their policy suits the length, and their rule the model."""
+    _, asked = understood(argv)
+    arguments = read_arguments(asked.model_args)
+    model = models["Dream" if "Dream" in str(arguments.pretrained) else "llada"]
+    own = {**asked.model_args}
+    own.pop("model_path", None)
+    lm = CdlmLM(**{**own, "pretrained": model, "max_length": 2048})
+    if arguments.new_tokens is not None:
+        assert isinstance(lm.session.sampling, Unmasking)
+        lm.session.sampling.policy.check(arguments.new_tokens, model.constants)  # type: ignore[attr-defined]
+        (request,) = lm.session.requests(["the cat"], new_tokens=arguments.new_tokens)
+        assert lm.session.steps_of(request) == arguments.settings.get("steps", arguments.new_tokens)
 
 
 def test_help_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:

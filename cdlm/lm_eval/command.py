@@ -36,10 +36,7 @@ def run(argv: list[str]) -> None:
     if argv[0] not in WORDS:
         raise CdlmError(f"lm-eval has no command {shown(argv[0])}{nearest(argv[0], WORDS)}: use {', '.join(WORDS)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    harness = _harness(argv)
-    settings = _parsed(harness, argv)
-    if argv[0] == "run":
-        _settle(settings)
+    harness, settings = understood(argv)
     with _several_processes(), _one_line():
         harness.execute(settings)
 
@@ -49,6 +46,19 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="cdlm lm-eval")
     made.add_argument("command", choices=WORDS)
     return made
+
+
+def understood(argv: list[str]) -> tuple[Any, argparse.Namespace]:
+    """The harness's command line, and the arguments as it reads them.
+
+    Raises:
+        CdlmError: it refuses them, or `model_args` are not ours.
+    """
+    harness = _harness(argv)
+    settings = _parsed(harness, argv)
+    if argv[0] == "run":
+        _settle(settings)
+    return harness, settings
 
 
 def _harness(argv: list[str]) -> Any:
