@@ -765,7 +765,7 @@ def test_the_command_writes_results_with_calls_and_tpf(
 SHOWN = [argv for name, *argv in commands_of("docs/lm-eval.md") if name == "lm-eval" and "model_args" in " ".join(argv)]
 
 
-@pytest.mark.parametrize("argv", SHOWN, ids=[" ".join(argv)[13:140] for argv in SHOWN])
+@pytest.mark.parametrize("argv", SHOWN, ids=range(len(SHOWN)))
 def test_the_conventions_of_the_page_are_samplers_of_their_models(models: dict[str, Model], argv: list[str]) -> None:
     """Their policy suits the length, and their rule the model."""
     _, asked = understood(argv)
