@@ -32,6 +32,7 @@ from cdlm.core.types import HaltReason
 from cdlm.data.arithmetic import problems
 from cdlm.halting import FixedSteps
 from cdlm.lm_eval import CdlmLM
+from cdlm.lm_eval.adapter import _device_of
 from cdlm.lm_eval.arguments import _OWN, ALIASES, read_arguments, read_pairs, sampling_of
 from cdlm.lm_eval.command import understood
 from cdlm.lm_eval.counts import Counts, output_tokens, tokens_per_forward
@@ -42,7 +43,7 @@ from cdlm.sampling.prompts import encode_prompt
 from cdlm.sampling.samples import Samples
 from cdlm.sampling.session import Model
 
-LENGTH = 48
+LENGTH = 32
 PROMPTS = ("the cat sat", "a bird sang on the roof, and", "the dog", "the cat sat", "")
 GREEDY = {"until": [], "do_sample": False, "temperature": 0.0}
 
@@ -72,14 +73,14 @@ def models(folders: dict[str, Path]) -> dict[str, Model]:
     return {
         "masked": masked_with_tokenizer(length=LENGTH),
         "continuous": with_tokenizer(length=LENGTH),
-        "autoregressive": autoregressive_with_tokenizer(length=LENGTH),
+        "autoregressive": autoregressive_with_tokenizer(length=24),
         **{family: cdlm.load(folder, device="cpu") for family, folder in folders.items()},
     }
 
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "masked": {"temperature": 0.7, "steps": 6},
-    "continuous": {"steps": 5},
+    "continuous": {"steps": 3},
     "autoregressive": {},
     "llada": {"new_tokens": 8, "steps": 4, "block": 4, "temperature": 0.5},
     "Dream": {"new_tokens": 8, "steps": 8, "alg": "entropy", "top_p": 0.9, "temperature": 0.5},
@@ -333,7 +334,7 @@ def test_an_answer_is_cut_at_the_first_stop_and_at_its_most_tokens(models: dict[
         (cut,) = lm.generate_until(asks({"until": ["never there", stop]}, ["the cat"]))
         assert cut == whole[: whole.index(stop)]
         (short,) = lm.generate_until(asks({**GREEDY, "max_gen_toks": 3}, ["the cat"]))
-        assert whole.startswith(short)
+        assert whole.startswith(short.rstrip("\ufffd"))  # half of a character
         assert len(short) < len(whole)
         kept = CdlmLM(models[family], **SAMPLERS[family], escape_until=True)
         assert kept.generate_until(asks({"until": [stop]}, ["the cat"])) == [whole]
@@ -438,7 +439,7 @@ def test_the_likelihood_of_one_token_is_exact(models: dict[str, Model]) -> None:
 @pytest.mark.parametrize("family", ["masked", "continuous"])
 def test_a_likelihood_is_the_bound_of_what_follows_the_context(models: dict[str, Model], family: str) -> None:
     model = models[family]
-    lm = CdlmLM(model, mc=6, seed=3)
+    lm = CdlmLM(model, mc=4, seed=3)
     pairs = [("the cat", " sat on the mat"), ("a bird", " sang"), ("the cat", " ran on the roof"), ("", "the dog")]
     found = lm.loglikelihood([one(*pair) for pair in pairs])
     assert [greedy for _, greedy in found] == [False] * 4
@@ -447,10 +448,10 @@ def test_a_likelihood_is_the_bound_of_what_follows_the_context(models: dict[str,
         key = torch.tensor([[name_of(pair[0])]])
         scored = torch.tensor([[False] * len(context) + [True] * len(target)])
         text = Text(torch.tensor([[*context, *target]]), scored, None, key)
-        alone = model.nats(text, LikelihoodSettings(6, seed=3))[BOUND].total
+        alone = model.nats(text, LikelihoodSettings(4, seed=3))[BOUND].total
         assert value == pytest.approx(-float(alone[0]), rel=1e-4)
     for batch in (1, 3):  # alone, and in any batch
-        other = CdlmLM(model, mc=6, seed=3, batch_size=batch)
+        other = CdlmLM(model, mc=4, seed=3, batch_size=batch)
         values = [value for value, _ in other.loglikelihood([one(*pair) for pair in pairs[::-1]])]
         assert values == pytest.approx([value for value, _ in found[::-1]], rel=1e-4)
     error = lm.get_model_info()["cdlm"]["mean_standard_error"]
@@ -509,7 +510,7 @@ CHAT = [{"role": "user", "content": "the cat"}]
 def test_a_rendered_conversation_has_the_tokens_of_a_chat(models: dict[str, Model], family: str) -> None:
     lm = CdlmLM(models[family])
     rendered = lm.apply_chat_template(CHAT)
-    assert rendered.startswith(lm.tokenizer.apply_chat_template(CHAT, tokenize=False))
+    assert rendered.startswith(str(lm.tokenizer.apply_chat_template(CHAT, tokenize=False)))
     assert lm._encoded(rendered) == encode_prompt(lm.tokenizer, CHAT, chat=True)
     assert lm.chat_template(True) == lm.tokenizer.chat_template
     assert lm.chat_template(False) is None
@@ -672,6 +673,21 @@ def test_cuda_where_there_is_none_is_said(folders: dict[str, Path], capsys: pyte
     assert str(lm.device) == str(lm.model.device)
     assert lm.device.type != "cuda"
     assert "in place of cuda:0 the model runs on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "local", "used"),
+    [("cuda:0", None, "cuda:0"), ("cuda:1", None, "cuda:1"), ("cuda:0", "1", "cuda:1"), (None, "1", "cuda:1"),
+     ("cpu", "1", "cpu")],
+)  # fmt: skip
+def test_each_process_has_a_device_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, local: str | None, used: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert _device_of(asked) == used
 
 
 def test_processes_gather_answers_and_what_they_cost(models: dict[str, Model], tasks: Path, tmp_path: Path) -> None:

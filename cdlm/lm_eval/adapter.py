@@ -52,7 +52,6 @@ except ImportError as error:
     ) from error
 
 
-@register_model("cdlm")
 class CdlmLM(LM):
     """A continuous, masked or foreign masked model in the harness, under any halting rule.
 
@@ -68,7 +67,6 @@ class CdlmLM(LM):
         named = {**arguments} if pretrained is None else {"pretrained": pretrained, **arguments}
         self.arguments = read_arguments(named)
         self.model = _opened(self.arguments)
-        self._device = self.model.device
         self.tokenizer = self.model.need_tokenizer()
         sampling, unused = sampling_of(self.model, self.arguments)
         self.session = api.open_session(
@@ -317,6 +315,11 @@ class CdlmLM(LM):
     # --- several processes --------------------------------------------------------------------------------------------
 
     @property
+    def device(self) -> Any:  # a torch.device; the harness declares None
+        """Where the model is."""
+        return self.model.device
+
+    @property
     def rank(self) -> int:
         return torch.distributed.get_rank() if _distributed() else 0
 
@@ -386,6 +389,8 @@ class CdlmLM(LM):
             to_stderr(f"cdlm: {line}")
 
 
+register_model("cdlm")(CdlmLM)  # no decorator: it would hide the class from type checkers
+
 NO_CACHE = (
     "the harness names a kept answer by its question alone, so that another rule, sampler or model would get the old"
     " ones: leave out use_cache; --log_samples keeps the answers of a run"
@@ -402,16 +407,23 @@ def _opened(arguments: ModelArguments) -> Model:
 
 
 def _device_of(device: str | None) -> str:
-    """The device to use. The harness asks for CUDA whether there is any or not."""
+    """The device to use. The harness asks for the first CUDA device, in each process and with none."""
     if device is None or device == "auto":
-        local = os.environ.get("LOCAL_RANK")
-        return f"cuda:{local}" if local and torch.cuda.is_available() else resolve_device("auto")
-    if device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
-        found = resolve_device("auto")
-        if os.environ.get("RANK", "0") == "0":
-            to_stderr(f"cdlm: there is no CUDA device here, in place of {device} the model runs on {found}")
-        return found
-    return resolve_device(device)
+        return _own_device("auto")
+    if device.partition(":")[0] != "cuda":
+        return resolve_device(device)
+    if torch.cuda.is_available():
+        return _own_device(device)
+    found = resolve_device("auto")
+    if os.environ.get("RANK", "0") == "0":
+        to_stderr(f"cdlm: there is no CUDA device here, in place of {device} the model runs on {found}")
+    return found
+
+
+def _own_device(device: str) -> str:
+    """The device of this process among those of `torchrun`; the one that is asked for where there is no other."""
+    local = os.environ.get("LOCAL_RANK")
+    return resolve_device(f"cuda:{local}" if local and torch.cuda.is_available() else device)
 
 
 def _distributed() -> bool:

@@ -121,7 +121,10 @@ def _several_processes() -> Iterator[None]:
         return
     import torch
 
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
     try:
         yield
     finally:
