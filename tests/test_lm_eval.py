@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -748,6 +749,16 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 )
 def test_bad_input_of_the_command_is_one_line(refused: Callable[..., str], argv: list[str], said: str) -> None:
     assert said in refused(*argv)
+
+
+def test_without_the_harness_the_command_says_what_to_install(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "cdlm.lm_eval.adapter")
+    for argv in (["run", "--tasks", "words"], ["ls", "tasks"]):
+        assert "pip install 'cdlm[lm-eval]'" in refused(*argv)
 
 
 def test_the_command_writes_results_with_calls_and_tpf(
