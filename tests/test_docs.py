@@ -17,6 +17,7 @@ from cdlm.data.masking import MASKINGS
 from cdlm.evaluation.workloads import WORKLOADS
 from cdlm.halting import RULES
 from cdlm.halting.signals import SIGNALS
+from cdlm.lm_eval.command import understood
 from cdlm.policies import POLICIES
 from cdlm.studies import STUDIES
 from cdlm.studies.command import reader
@@ -24,10 +25,10 @@ from cdlm.studies.command import reader
 ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md", "docs/write-a-criterion.md", "docs/bring-your-model.md", "docs/masked.md", "docs/add-a-system.md",
-    "docs/likelihood.md", "docs/transformers.md",
+    "docs/likelihood.md", "docs/transformers.md", "docs/lm-eval.md",
 )  # fmt: skip
 SHOWING = (
-    "README.md", "docs/masked.md", "docs/halting.md", "docs/likelihood.md", "docs/results.md",
+    "README.md", "docs/masked.md", "docs/halting.md", "docs/likelihood.md", "docs/results.md", "docs/lm-eval.md",
     *(f"docs/studies/{name}.md" for name in STUDIES),
 )  # fmt: skip
 """Pages that show commands."""
@@ -160,5 +161,7 @@ def test_every_command_that_a_page_shows_is_understood(page: str) -> None:
             _own(argv)
         elif name == "study":
             reader(argv[0]).settings(argv[1:])
+        elif name == "lm-eval":
+            understood(argv)
         elif not command.own:
             parser_of(command, function_of(command)).values(argv)

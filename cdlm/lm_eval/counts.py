@@ -1,0 +1,74 @@
+"""What the answers of a run cost, summed over all of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from cdlm.sampling.samples import Samples
+
+
+def output_tokens(samples: Samples) -> Int[np.ndarray, " m"]:
+    """Generated tokens of each sample before its first end: no prompt, no padding, and not the end itself."""
+    return (~samples.given & samples.shown).sum(1)
+
+
+def tokens_per_forward(tokens: int, calls: int) -> float | None:
+    """TPF: output tokens over calls of the denoiser, both summed over all samples; None without calls."""
+    return tokens / calls if calls else None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sums over the answers so far."""
+
+    answers: int = 0
+    tokens: int = 0
+    """Output tokens, see `output_tokens`."""
+    calls: int = 0
+    """Of the denoiser; two a step under guidance."""
+    calls_after_end: int = 0
+    """Calls that were spent when the text was already decided."""
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    """How many answers ended for which reason."""
+    truncated: int = 0
+    """Prompts, and texts to score, that were cut."""
+    scored: int = 0
+    """Texts whose likelihood was computed."""
+    error: float = 0.0
+    """Summed Monte-Carlo standard errors of these, in nats."""
+    errors: int = 0
+    """Texts that have one: it takes two draws."""
+
+    def __add__(self, other: Counts) -> Counts:
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "reasons"}
+        return Counts(**sums, reasons=dict(Counter(self.reasons) + Counter(other.reasons)))
+
+    @classmethod
+    def of(cls, samples: Samples) -> Counts:
+        """Of a finished run."""
+        return cls(
+            answers=len(samples), tokens=int(output_tokens(samples).sum()), calls=int(samples.nfe.sum()),
+            calls_after_end=int(samples.calls_after_end.sum()),
+            reasons=dict(Counter(reason.name.lower() for reason in samples.reason)),
+        )  # fmt: skip
+
+    def summary(self) -> dict[str, Any]:
+        """The same for people: means where they say more than sums."""
+        found: dict[str, Any] = {"truncated": self.truncated}
+        if self.answers:
+            found |= {
+                "answers": self.answers, "mean_calls": self.calls / self.answers,
+                "mean_calls_after_end": self.calls_after_end / self.answers, "output_tokens": self.tokens,
+                "calls": self.calls, "tpf": tokens_per_forward(self.tokens, self.calls),
+                "halt_reasons": dict(sorted(self.reasons.items())),
+            }  # fmt: skip
+        if self.scored:
+            error = self.error / self.errors if self.errors else None
+            found |= {"scored": self.scored, "mean_standard_error": error}
+        return found
