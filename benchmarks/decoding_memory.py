@@ -115,9 +115,8 @@ def main() -> None:
         print(json.dumps(measure(args.one, args)))
         return
     wanted = args.batch * args.length * args.vocab * 4
-    print(
-        f"{args.batch} rows of {args.prompt} + {args.length}, vocabulary {args.vocab}: open logits {wanted / MIB:.0f} MiB"
-    )
+    print(f"{args.batch} rows of {args.prompt} + {args.length}, vocabulary {args.vocab}")
+    print(f"logits of what is open, float32: {wanted / MIB:.0f} MiB")
     print(f"{'':20} {'peak, MiB':>10} {'/ logits':>9} {'s / step':>9}")
     for way in args.ways:
         command = [sys.executable, __file__, "--one", way, *sys.argv[1:]]

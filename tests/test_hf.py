@@ -147,7 +147,9 @@ def test_a_batch_is_its_rows_one_by_one(kind: str, cache: str | None) -> None:
 def test_a_call_keeps_nothing_and_counts_places_of_real_tokens() -> None:
     model, calls = made(), []
     assert model.config.use_cache
-    model.register_forward_hook(lambda _, args, kwargs, out: calls.append((kwargs, out)), with_kwargs=True)
+    model.get_decoder().register_forward_hook(
+        lambda _, args, kwargs, out: calls.append((kwargs, out)), with_kwargs=True
+    )
     generated(model, policy="LLaDA(4)")
     assert len(calls) == 4
     for kwargs, out in calls:
