@@ -129,7 +129,9 @@ def fixed_batches(rows: TextRows, batch_size: int, limit: int | None = None) -> 
 def collate(rows: list[Row]) -> Batch:
     """Stack rows of equal length."""
     valid = torch.from_numpy(np.stack([row.valid for row in rows]))
-    return Batch(torch.from_numpy(np.stack([row.tokens for row in rows])), valid, target=valid)
+    # A mask that masks nothing would keep attention from its fastest kernels.
+    mask = None if bool(valid.all()) else valid
+    return Batch(torch.from_numpy(np.stack([row.tokens for row in rows])), mask, target=valid)
 
 
 class _Endless:

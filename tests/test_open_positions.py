@@ -1,0 +1,161 @@
+"""Logits are computed of those positions alone that a step can decide or a signal reads, and nothing else changes."""
+
+from typing import Any
+
+import pytest
+import torch
+from masked_toys import MASK, PLAIN, SHIFTED, VOCAB, Toy
+from setups import unmasking
+from test_masked_pretrained import ARRAYS, MODELS, case
+from torch import Tensor
+
+import cdlm
+from cdlm.core.errors import CdlmError
+from cdlm.halting import KL, Criterion, Entropy, Full, JoT, Never, Patience, Prophet, SchED
+from cdlm.masked.model import Constants, Function
+from cdlm.masked.sampler import UnmaskingLoop
+from cdlm.masked.system import Masked
+from cdlm.policies.confidence import Threshold
+from cdlm.policies.dream import Dream
+from cdlm.policies.entropy import EntropyBound
+from cdlm.policies.klass import KLASS
+from cdlm.policies.llada import LLaDA
+from cdlm.policies.policy import Policy
+from cdlm.sampling.requests import canvases
+from cdlm.sampling.texts import Special
+
+PROMPTS = [[3, 4], [5, 6, 7, 8], [9]]
+LENGTH = 8
+POLICIES: tuple[Policy, ...] = (
+    LLaDA(8), LLaDA(4, block=4), LLaDA(8, eos_last=True), Dream(8), Dream(8, top_p=0.9, alg_temp=0.5),
+    Threshold(0.4, block=4), EntropyBound(0.5), KLASS(0.3, 1.0),
+)  # fmt: skip
+RULES: tuple[Criterion, ...] = (Full(), Never(), Patience(2), Entropy(0.5), KL(0.05), Prophet(), SchED(), JoT())
+both_kinds = pytest.mark.parametrize("constants", [PLAIN, SHIFTED], ids=["plain", "shifted"])
+
+
+class Asked:
+    """A function of tokens that notes which positions it was asked for."""
+
+    def __init__(self, constants: Constants):
+        self.toy, self.seen = Toy(constants), list[list[int]]()
+
+    def whole(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        return self.toy.logits(tokens, valid)
+
+    def some(self, tokens: Tensor, valid: Tensor | None, positions: Tensor) -> Tensor:
+        self.seen.append(positions.tolist())
+        return self.toy.logits(tokens, valid, positions)
+
+
+@both_kinds
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_a_function_of_positions_decodes_as_one_of_all(constants: Constants, policy: Policy) -> None:
+    asked = Asked(constants)
+    for rule in RULES:
+        for temperature in (0.0, 0.8):
+            settings: dict[str, Any] = {"policy": policy, "halt": rule, "temperature": temperature, "cfg_scale": 0.5}
+            one, two = (
+                cdlm.decode(function, PROMPTS, LENGTH, constants=constants, record=False, **settings)
+                for function in (asked.some, asked.whole)
+            )
+            assert (one.tokens == two.tokens).all(), (rule, temperature)
+            assert one.nfe.tolist() == two.nfe.tolist()
+
+
+def wanted(policy: Policy, rule: Criterion, constants: Constants = PLAIN, **more: Any) -> list[list[int]]:
+    """What is asked for at each step of one row, whose first position to generate is at 2."""
+    asked = Asked(constants)
+    cdlm.decode(asked.some, [[3, 4]], LENGTH, constants=constants, policy=policy, halt=rule, temperature=0.0, **more)
+    return asked.seen
+
+
+def test_what_is_asked_for() -> None:
+    every, blocks = list(range(2, 10)), LLaDA(8, block=4)
+    sizes = [[len(step) for step in wanted(blocks, rule)] for rule in (Full(), Entropy(1e-9), Prophet(99, 99, 99))]
+    assert sizes == [[4, 3, 2, 1] * 2, [8, 7, 6, 5, 4, 3, 2, 1], [8] * 8]
+    assert wanted(blocks, Full())[0] == [2, 3, 4, 5]
+    assert wanted(blocks, Entropy(1e-9))[0] == every
+    assert wanted(Dream(8), Full(), SHIFTED)[0] == list(range(1, 9))  # the position before each
+    asked = Asked(PLAIN)
+    cdlm.decode(asked.some, [[3, 4]], LENGTH, constants=PLAIN, policy=LLaDA(8), halt=Full(), cfg_scale=1.0)
+    assert asked.seen[0] == [*every, *(10 + place for place in every)]  # those of the call that sees no prompt as well
+
+
+def test_a_position_that_nothing_stands_before_keeps_its_own() -> None:
+    asked = Asked(SHIFTED)
+    cdlm.decode(asked.some, [[None, 3]], 2, constants=SHIFTED, policy=Dream(), halt=Full())
+    assert asked.seen[0] == [0, 1, 2]
+
+
+def test_a_rule_that_reads_the_logits_has_them_all() -> None:
+    class Reads(Full):
+        needs = frozenset({"logits"})
+
+    loop = UnmaskingLoop(Toy(), *unmasking(LLaDA(8), Reads()), 2)
+    for step in loop.steps(canvases([[3, 4]], 8)):
+        assert step.state.signals["logits"].shape == (1, 10, VOCAB)
+
+
+@both_kinds
+def test_a_step_that_ends_the_row_fills_what_is_open(constants: Constants) -> None:
+    """The last step of a budget decides positions that the policy did not choose from."""
+    samples = cdlm.decode(
+        Asked(constants).some, PROMPTS, 8, constants=constants, policy=Threshold(1.0, block=4, calls=1), halt=Full()
+    )
+    assert not (samples.tokens == MASK).any()
+
+
+@pytest.mark.parametrize("family", ["llada", "Dream"])
+@pytest.mark.parametrize("name", ["full", "left_pad"])
+def test_foreign_models_give_the_logits_of_positions(family: str, name: str) -> None:
+    tokens, valid = case(family, name)
+    model, some = MODELS[family], torch.tensor([3, 1, tokens.numel() - 1, 3])
+    whole = model.logits(tokens, valid)
+    torch.testing.assert_close(model.logits(tokens, valid, some), whole.flatten(0, 1)[some])
+    logits, cache = model.fill(tokens, valid, some)
+    torch.testing.assert_close(logits, whole.flatten(0, 1)[some])
+    slots = torch.arange(2, 6).expand(len(tokens), 4)
+    part = model.partial(tokens.gather(1, slots), slots, cache, valid, torch.tensor([1, 6]))
+    torch.testing.assert_close(part, torch.stack([whole[0, 3], whole[1, 4]]))
+    assert model.logits(tokens, valid, some[:0]).shape == (0, whole.shape[-1])
+
+
+def test_our_own_model_gives_the_logits_of_positions() -> None:
+    torch.manual_seed(0)
+    model = Masked(width=32, depth=2, heads=2).build(40, Special(39, 0)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        tokens, some = torch.randint(0, 39, (3, 7)), torch.tensor([20, 0, 9])
+        torch.testing.assert_close(model.logits(tokens, None, some), model.logits(tokens).flatten(0, 1)[some])
+
+
+def test_positions_of_padded_rows_of_llada_count_from_the_first_real_token() -> None:
+    tokens, valid = case("llada", "left_pad")
+    assert valid is not None
+    for row in range(len(tokens)):
+        bare = MODELS["llada"].logits(tokens[row, valid[row]][None])[0]
+        torch.testing.assert_close(MODELS["llada"].logits(tokens, valid)[row, valid[row]], bare)
+    torch.testing.assert_close(
+        MODELS["llada"].logits(tokens, valid)[valid], ARRAYS["llada"]["left_pad.logits"][valid], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_function_that_ignores_the_positions_is_told() -> None:
+    def ignores(tokens: Tensor, valid: Tensor | None, positions: Tensor) -> Tensor:
+        return torch.zeros(*tokens.shape, VOCAB)
+
+    with pytest.raises(
+        CdlmError, match=r"asked for the logits of 8 positions, expected \[8, vocabulary\], got \[1, 9, 12\]"
+    ):
+        cdlm.decode(ignores, [[3]], 8, constants=PLAIN)
+
+
+def test_a_function_may_give_half_precision_and_keeps_its_own_logits() -> None:
+    kept = torch.zeros(1, 9, VOCAB, dtype=torch.bfloat16)
+    given = Function(lambda tokens, valid: kept, PLAIN)
+    assert given.logits(torch.zeros(1, 9, dtype=torch.int64), None, torch.tensor([2])).dtype == torch.float32
+    whole = Function(lambda tokens, valid: kept.float(), PLAIN).logits(torch.zeros(1, 9, dtype=torch.int64))
+    whole.fill_(3)
+    assert (kept == 0).all()
