@@ -13,7 +13,9 @@ from torch import Tensor
 from cdlm.core.checks import check_object, shown
 from cdlm.core.devices import resolve_device
 from cdlm.core.errors import CdlmError
+from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.types import Constants
+from cdlm.masked import likelihood
 from cdlm.sampling.session import Model, Sampling
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ class MaskedModel(Model):
 
         Unshifted, as the network gives them, in float32 or float64; the caller may write into the result.
         """
+
+    def nats(self, text: Text, settings: LikelihoodSettings, progress: Progress | None = None) -> dict[str, Nats]:
+        return likelihood.nats(self, text, settings, progress)
 
 
 LogitsFn = Callable[[Tensor, Tensor | None], Tensor]

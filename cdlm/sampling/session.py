@@ -329,10 +329,10 @@ class Session:
 
     def requests(
         self, prompts: Iterable[Prompt | Message] | None = None, n: int = 1, length: int | None = None, *,
-        new_tokens: int | None = None, chat: bool = False, template: bool = True,
+        new_tokens: int | None = None, chat: bool = False, system: str | None = None, template: bool = True,
     ) -> list[Request]:  # fmt: skip
         """`n` samples of each prompt, or in all where there are none; see `cdlm.generate`."""
-        texts = checked_prompts(prompts, chat)
+        texts = checked_prompts(prompts, chat, system)
         asked = Asked(texts, n, length, new_tokens=new_tokens, chat=chat, template=template)
         return self.sampling.requests(self.model, asked)
 

@@ -88,8 +88,9 @@ def _asked(session: Session, texts: list[Prompt] | None, prompts: PromptOptions)
     if prompts.workload is not None:
         return api.ask(session, prompts.n, workload=prompts.workload)
     made = session.requests(
-        texts, prompts.n, prompts.length, new_tokens=prompts.new_tokens, chat=prompts.chat, template=prompts.template
-    )
+        texts, prompts.n, prompts.length, new_tokens=prompts.new_tokens, chat=prompts.chat, system=prompts.system,
+        template=prompts.template,
+    )  # fmt: skip
     return made, None
 
 
