@@ -166,10 +166,10 @@ def evaluate(
         out: folder for evaluation.json, evaluation.md, likelihood.json, answers.json and answers.csv; by default the
             run folder, and of other models none.
     """
-    if not samples and not likelihood.likelihood:
-        raise CdlmError("evaluate needs samples to measure, files of texts, or --likelihood")
     if answered.answers is not None and not likelihood.likelihood:
         raise CdlmError("answers are measured by their likelihood: add --likelihood")
+    if not samples and not likelihood.likelihood:
+        raise CdlmError("evaluate needs samples to measure, files of texts, or --likelihood")
     if n is not None and n < 1:
         raise CdlmError(f"n is a number of samples >= 1, got {n}: leave it out to use all")
     settings, distances = likelihood.settings(machine.batch_size or 32), distance.distances
