@@ -353,7 +353,7 @@ def likelihood(
     batch_size: int | None = None,
     ode: Ode | None = None,
     read_out: float | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Answers:
     """How likely answers are, each given its prompt: the bound on minus their log-probability, in nats.
 
@@ -371,12 +371,13 @@ def likelihood(
         batch_size: answers at a time; by default 64 (4 of a foreign model).
         ode: of continuous models, also compute the likelihood of the ODE.
         read_out: of continuous models, the noise level at which tokens are read out.
+        progress: show a bar; by default none is shown.
 
     Raises:
         CdlmError: the numbers of prompts and answers differ, an answer is longer than the model's length, or the model
             has no likelihood, or not with these settings.
     """
-    session = open_session(model, batch_size=batch_size, progress=progress)
+    session = open_session(model, batch_size=batch_size, progress=False if progress is None else progress)
     settings = LikelihoodSettings(levels, ode, seed, session.batch_size or model.batch_size, read_out)
     return likelihood_of_answers(
         session, prompts, answers, chat=chat, system=system, template=template, settings=settings

@@ -78,11 +78,10 @@ def test_what_draws_nothing_is_the_same_under_any_seed(policy: Policy) -> None:
 )  # fmt: skip
 def test_what_draws_is_drawn_for_each(sampling: Unmasking) -> None:
     assert sampling.draws
-    samples, rows = served(sampling, n=8)
+    samples, rows = served(sampling, n=3)
     assert samples.copy_of == []
     assert rows == samples.nfe.sum()
-    runs = [served(sampling, n=8, seed=seed)[0] for seed in (1, 2)]
-    assert not all(same(samples, other) for other in runs)
+    assert not same(samples, served(sampling, n=3, seed=1)[0])
 
 
 def test_rows_that_see_each_other_are_all_served() -> None:

@@ -394,7 +394,7 @@ def test_a_conversation_begins_with_the_systems_message(family: str, tmp_path: P
         assert one.tokens.tolist() == other.tokens.tolist()
         assert one.prompt == other.prompt
     assert found[0].tokens.tolist() != session.requests([TALK, "a cat"], new_tokens=2, chat=True)[0].tokens.tolist()
-    with pytest.raises(CdlmError, match="begins with a message of the system, 'the door': leave out system"):
+    with pytest.raises(CdlmError, match="begins with a system's message, 'the door': leave out system"):
         session.requests([[first, *TALK]], new_tokens=2, chat=True, system="another")
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cdlm.core.checks import check_choice, check_whole
+from cdlm.core.checks import check_choice, check_number, check_object, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.trees import join, take
 
@@ -151,6 +151,9 @@ class LikelihoodSettings:
     def __post_init__(self) -> None:
         check_whole("the bound", levels=self.levels, batch_size=self.batch_size)
         check_whole("the bound", least=0, seed=self.seed)
+        check_number("the bound", optional=True, read_out=self.read_out)
+        if self.ode is not None:
+            check_object("the likelihood", Ode, ode=self.ode)
 
 
 def in_batches(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cdlm.core.checks import shown
+from cdlm.core.checks import check_flag
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_json, write_rows
 from cdlm.core.inert import one_line
@@ -19,7 +19,7 @@ from cdlm.core.likelihood import LikelihoodSettings, Nats, Text
 from cdlm.evaluation.likelihood import nats_of, shown_settings
 from cdlm.evaluation.metrics.likelihood import Likelihood
 from cdlm.evaluation.table import aligned_table
-from cdlm.sampling.prompts import Message, Prompt, check_unicode, checked_prompts, encode_pair, text_of_prompt
+from cdlm.sampling.prompts import Message, Prompt, checked_answers, checked_prompts, encode_pair, text_of_prompt
 from cdlm.sampling.session import Model, Session
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def likelihood_of_answers(
         CdlmError: their numbers differ, one of them cannot be read, an answer says nothing or is longer than the
             model's rows, or the model has no likelihood, or not with these settings.
     """
+    check_flag("what is asked", chat=chat, template=template)
     asked, said = checked_prompts(prompts, chat, system) or [], checked_answers(answers)
     if len(asked) != len(said):
         raise CdlmError(f"each prompt has one answer, got {len(asked)} prompts and {len(said)} answers")
@@ -129,24 +130,6 @@ def likelihood_of_answers(
     summary = Likelihood.of(found, tokens, chars, shown_settings(settings, model.precision), "answers")
     made_by = {name: session.description[name] for name in ("model", "weights", "version")}
     return Answers([text_of_prompt(prompt) or "" for prompt in asked], said, found, summary, made_by)
-
-
-def checked_answers(answers: object) -> list[str]:
-    """The answers as a list.
-
-    Raises:
-        CdlmError: they are no list, or one of them is no text.
-    """
-    if isinstance(answers, str | bytes) or not isinstance(answers, Iterable):
-        raise CdlmError(f"answers is a list of texts, got {shown(answers)}")
-    found = list(answers)
-    for answer in found:
-        if not isinstance(answer, str):
-            raise CdlmError(f"an answer is a text, got {shown(answer)}")
-        check_unicode(answer, "the answer")
-    if not found:
-        raise CdlmError("there are no answers: give one for each prompt")
-    return found
 
 
 def text_of(pairs: Sequence[tuple[list[int], list[int]]], model: Model) -> Text:

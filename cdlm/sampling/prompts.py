@@ -51,7 +51,7 @@ def checked_prompts(prompts: object, chat: bool, system: str | None = None) -> l
         _check_system(system, chat, prompts)
     if prompts is None:
         return None
-    found = _listed(prompts)
+    found = _listed(prompts, "prompts")
     if found and all(isinstance(part, Mapping) for part in found):
         found = [found]
     if not found:
@@ -83,16 +83,32 @@ def conversation_of(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def _listed(prompts: object) -> list[Any]:
-    if isinstance(prompts, str):
-        raise CdlmError(f"prompts is a list of texts, got the text {prompts[:40]!r}: put it into a list")
-    unordered = isinstance(prompts, Mapping | Set | bytes | bytearray)
+def checked_answers(answers: object) -> list[str]:
+    """Answers as a list.
+
+    Raises:
+        CdlmError: they are one text and no list, there are none, or one of them is no text, or no Unicode.
+    """
+    found = _listed(answers, "answers")
+    if not found:
+        raise CdlmError("there are no answers: give one for each prompt")
+    for answer in found:
+        if not isinstance(answer, str):
+            raise CdlmError(f"an answer is a text, got {shown(answer)}")
+        check_unicode(answer, "the answer")
+    return found
+
+
+def _listed(texts: object, what: str) -> list[Any]:
+    if isinstance(texts, str):
+        raise CdlmError(f"{what} is a list of texts, got the text {texts[:40]!r}: put it into a list")
+    unordered = isinstance(texts, Mapping | Set | bytes | bytearray)
     try:
-        found = None if unordered or not isinstance(prompts, Iterable) else list(islice(prompts, MOST_SAMPLES + 1))
+        found = None if unordered or not isinstance(texts, Iterable) else list(islice(texts, MOST_SAMPLES + 1))
     except TypeError:  # of a tensor without axes
         found = None
     if found is None:
-        raise CdlmError(f"prompts is a list of texts, got {shown(prompts)}")
+        raise CdlmError(f"{what} is a list of texts, got {shown(texts)}")
     return found
 
 
