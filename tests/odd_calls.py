@@ -47,7 +47,8 @@ RUNS: Mapping[str, set[str]] = {
     "token": {"None", "0"}, "row": {"[]", "[None]"}, "constraint": {"None", "0"}, "constraints": {"None", "{}"},
     "temperature": {"None", "0", "1.5"}, "cfg_scale": {"None", "0", "1.5"}, "init_scale": {"None", "0", "1.5"},
     "softmax_temperature": {"None", "1.5"}, "score_temperature": {"None", "1.5"},
-    "guidance": {"None", "-1", "0", "1.5"}, "valid": {"None"}, "progress": {"None", "True"}, "flag": {"True"},
+    "guidance": {"None", "-1", "0", "1.5"},
+    "read_out": {"None", "1.5"}, "valid": {"None"}, "progress": {"None", "True"}, "flag": {"True"},
     "logits_fn": set(), "function": {"lambda"},
 }  # fmt: skip
 """The values that are right, by the last part of a call's name; elsewhere None alone may be."""
@@ -85,7 +86,7 @@ def calls(folder: str) -> dict[str, Callable[[Any], object]]:
         ("generate masked", cdlm.generate, {"model": masked}, "policy temperature cfg_scale cache steps new_tokens"),
         ("generate causal", cdlm.generate, {"model": causal}, "temperature"),
         ("likelihood", cdlm.likelihood, {"model": masked, "prompts": ["a"], "answers": ["b"], "levels": 1}, "model"
-         " prompts answers chat system template levels seed batch_size ode read_out progress"),
+         " prompts answers chat system template levels seed batch_size ode progress"),
         ("likelihood continuous", cdlm.likelihood, {"model": model, "prompts": ["a"], "answers": ["b"], "levels": 1},
          "ode read_out"),
         ("decode", cdlm.decode, {"logits_fn": nothing, "prompts": [[1]], **fixed}, "prompts length logits_fn constants"

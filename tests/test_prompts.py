@@ -437,7 +437,7 @@ def test_as_many_tokens_as_published_unless_told_otherwise(family: str, tmp_path
     assert open_(["the cat"]) == open_(["the cat"], chat=True) == [published]
     assert open_(["the [3] sat", "[2]"]) == [3, 2]
     assert open_(["the [3] sat", "the cat"], new_tokens=4) == [7, 4]
-    with pytest.raises(CdlmError, match="some prompts have holes and others have none: give new_tokens"):
+    with pytest.raises(CdlmError, match="some prompts have holes, others none: give new_tokens"):
         open_(["the [3] sat", "the cat"])
     with pytest.raises(CdlmError, match="no length beside it"):
         open_(["the cat"], length=9)
