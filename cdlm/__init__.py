@@ -6,7 +6,7 @@ The names below are imported on first use, so that importing a part costs that p
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cdlm.api import decode, generate, load, open_session
+    from cdlm.api import decode, generate, likelihood, load, open_session
     from cdlm.autoregressive.sampler import LeftToRight
     from cdlm.continuous.guidance import Guidance
     from cdlm.continuous.sampler import Diffusion
@@ -32,6 +32,7 @@ _HOMES = {
     "Unmasking": "cdlm.masked.sampler",
     "decode": "cdlm.api",
     "generate": "cdlm.api",
+    "likelihood": "cdlm.api",
     "load": "cdlm.api",
     "open_session": "cdlm.api",
     "train": "cdlm.runs.train",
@@ -39,7 +40,7 @@ _HOMES = {
 
 __all__ = [
     "Constants", "Diffusion", "Guidance", "LeftToRight", "Model", "RunConfig", "Sample", "Samples", "Session",
-    "Unmasking", "decode", "generate", "load", "open_session", "train",
+    "Unmasking", "decode", "generate", "likelihood", "load", "open_session", "train",
 ]  # fmt: skip
 
 

@@ -15,10 +15,12 @@ from cdlm.core.checks import check_choice, shown
 from cdlm.core.devices import Precision, resolve_device
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json
+from cdlm.core.likelihood import LikelihoodSettings, Ode
 from cdlm.core.parallel import Workers
 from cdlm.core.parsing import nearest
 from cdlm.core.types import Constants
 from cdlm.data.masking import MASKINGS
+from cdlm.evaluation.answers import Answers, likelihood_of_answers
 from cdlm.evaluation.bench import Bench, settings_of
 from cdlm.evaluation.small_judge import SmallJudge, open_judge
 from cdlm.evaluation.texts import RealText
@@ -295,6 +297,7 @@ def generate(
     progress: bool | None = None,
     new_tokens: int | None = None,
     chat: bool = False,
+    system: str | None = None,
     template: bool = True,
     **settings: Any,
 ) -> Samples:
@@ -318,6 +321,7 @@ def generate(
         new_tokens: of a masked model, positions after each prompt, in place of `length`.
         chat: of a masked model, the prompts are a user's messages, or conversations, put into its chat template; what
             is said is text, without holes.
+        system: with `chat`, a message of the system that each conversation begins with.
         template: if False, prompts are plain text, without holes.
         settings: what `sampling` is to have otherwise, under the names of the command line: `steps`; of continuous
             models `solver`, `grid`, `projection`, `softmax_temperature`, `score_temperature`, `guidance`,
@@ -332,8 +336,52 @@ def generate(
     session = session.with_sampling(sampling_of(session.model, sampling, settings))
     if warning := warning_of_commits(session):
         warnings.warn(warning, stacklevel=2)
-    requests = session.requests(prompts, n, length, new_tokens=new_tokens, chat=chat, template=template)
+    requests = session.requests(prompts, n, length, new_tokens=new_tokens, chat=chat, system=system, template=template)
     return with_halt(session, halt, requests).recorded(record).run(requests)
+
+
+def likelihood(
+    model: Model,
+    prompts: Iterable[Prompt | Message],
+    answers: Iterable[str],
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    template: bool = True,
+    levels: int = 8,
+    seed: int = 0,
+    batch_size: int | None = None,
+    ode: Ode | None = None,
+    read_out: float | None = None,
+    progress: bool | None = None,
+) -> Answers:
+    """How likely answers are, each given its prompt: the bound on minus their log-probability, in nats.
+
+    The prompt is given and not scored. Diffusion models have a bound, see `docs/likelihood.md`; of autoregressive ones
+    it is the negative log likelihood itself. No end of text is added to an answer.
+
+    Args:
+        model: from `load` or `train`.
+        prompts: as of `generate`, without holes.
+        answers: plain texts, one for each prompt. A blank between the two may end the prompt or begin the answer, which
+            it is a part of.
+        chat, system, template: as of `generate`.
+        levels: draws of the bound of each answer.
+        seed: with its number it fixes an answer's noise, whatever the batch.
+        batch_size: answers at a time; by default 64 (4 of a foreign model).
+        ode: of continuous models, also compute the likelihood of the ODE.
+        read_out: of continuous models, the noise level at which tokens are read out.
+        progress: show a bar; by default none is shown.
+
+    Raises:
+        CdlmError: the numbers of prompts and answers differ, an answer is longer than the model's length, or the model
+            has no likelihood, or not with these settings.
+    """
+    session = open_session(model, batch_size=batch_size, progress=False if progress is None else progress)
+    settings = LikelihoodSettings(levels, ode, seed, session.batch_size or model.batch_size, read_out)
+    return likelihood_of_answers(
+        session, prompts, answers, chat=chat, system=system, template=template, settings=settings
+    )
 
 
 def decode(

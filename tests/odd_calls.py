@@ -50,13 +50,15 @@ RUNS: Mapping[str, set[str]] = {
     "token": {"None", "0"}, "row": {"[]", "[None]"}, "constraint": {"None", "0"}, "constraints": {"None", "{}"},
     "temperature": {"None", "0", "1.5"}, "cfg_scale": {"None", "0", "1.5"}, "init_scale": {"None", "0", "1.5"},
     "softmax_temperature": {"None", "1.5"}, "score_temperature": {"None", "1.5"},
-    "guidance": {"None", "-1", "0", "1.5"}, "valid": {"None"}, "progress": {"None", "True"}, "flag": {"True"},
+    "guidance": {"None", "-1", "0", "1.5"},
+    "read_out": {"None", "1.5"}, "valid": {"None"}, "progress": {"None", "True"}, "flag": {"True"},
     "logits_fn": set(), "function": {"lambda"},
 }  # fmt: skip
 """The values that are right, by the last part of a call's name; elsewhere None alone may be."""
 NEVER_NONE = set(
     "model n chat run steps_of blocks_of replayable check_recordable refuses with_criterion with_sampling with_steps"
-    " save name device devices length.decode prompts.decode constants options sampling.session tokens given".split()
+    " save name device devices length.decode prompts.decode prompts.likelihood answers levels stops constants options"
+    " sampling.session tokens given".split()
 )
 
 
@@ -99,19 +101,23 @@ def calls(folder: str) -> dict[str, Callable[[Any], object]]:
     fixed = {"constants": constants, "length": 2}
     table: list[tuple[str, Callable[..., object], dict[str, Any], str]] = [
         ("generate", cdlm.generate, {"model": model, "steps": 1}, "prompts n length sampling halt seed batch_size"
-         " record progress chat template new_tokens solver grid projection softmax_temperature score_temperature"
+         " record progress chat system template new_tokens solver grid projection softmax_temperature score_temperature"
          " guidance init_scale commit reopen"),
         ("generate", cdlm.generate, {"model": model}, "model steps"),
         ("generate masked", cdlm.generate, {"model": masked}, "policy temperature cfg_scale cache steps new_tokens"),
         ("generate causal", cdlm.generate, {"model": causal}, "temperature"),
+        ("likelihood", cdlm.likelihood, {"model": masked, "prompts": ["a"], "answers": ["b"], "levels": 1}, "model"
+         " prompts answers chat system template levels seed batch_size ode progress"),
+        ("likelihood continuous", cdlm.likelihood, {"model": model, "prompts": ["a"], "answers": ["b"], "levels": 1},
+         "ode read_out"),
         ("decode", cdlm.decode, {"logits_fn": nothing, "prompts": [[1]], **fixed}, "prompts length logits_fn constants"
          " n seed batch_size record constraints halt sampling"),
         ("load", cdlm.load, {"name": folder, "device": "cpu"}, "name device precision device_map"),
         ("open_session", cdlm.open_session, {"model": folder, "device": "cpu"}, "model sampling seed batch_size device"
          " devices precision"),
-        ("requests", session.requests, {}, "prompts n length new_tokens chat template"),
+        ("requests", session.requests, {}, "prompts n length new_tokens chat system template"),
         ("request", Request, asked, "index tokens given valid start"),
-        ("Constants", cdlm.Constants, {"mask_id": 3}, "mask_id eos_id eot_id shift"),
+        ("Constants", cdlm.Constants, {"mask_id": 3}, "mask_id eos_id eot_id shift stops"),
     ]  # fmt: skip
     found: dict[str, Callable[[Any], object]] = {
         f"{title} {name}": lambda value, call=call, base=base, name=name: call(**{**base, name: value})

@@ -465,7 +465,7 @@ def test_positions_that_cannot_be_scored() -> None:
         (lambda: nelbo(toys.masked(), toy_text(), levels=0), "levels >= 1"),
         (
             lambda: Function(lambda x, _: x, Constants(2)).nats(toy_text(), LikelihoodSettings()),
-            "of a Function, which has none",
+            "the model gave logits|floating-point logits",
         ),
         (lambda: toys.masked().nats(toy_text(), LikelihoodSettings(ode=Ode())), "a masked model has no ODE"),
     ],

@@ -5,6 +5,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from cdlm.core.trees import join, take
 from cdlm.masked.checkpoints.family import Settings
 from cdlm.masked.checkpoints.model import FAMILIES, ForeignModel, open_checkpoint
 from cdlm.masked.model import Constants
+from cdlm.masked.sampler import Unmasking
+from cdlm.policies.confidence import Threshold
+from cdlm.policies.dream import Dream
+from cdlm.policies.llada import LLaDA
 
 ATOL = 1e-5
 CASES = ["full", "left_pad", "right_pad", "long", "single", "all_mask"]
@@ -574,3 +579,57 @@ def test_the_cache_in_bfloat16(family: str) -> None:
     assert {part.dtype for layer in cache for part in layer} == {torch.bfloat16}
     part = model.partial(tokens[:, 9:15], torch.arange(9, 15)[None], cache)
     assert rms(part, logits[:, 9:15]) < 0.02
+
+
+# --- as published ---
+
+
+@both
+def test_how_its_authors_sample_it(family: str) -> None:
+    """LLaDA's generate.py, and Dream's README and evaluation; one position a call is as many steps as tokens."""
+    llada, dream = Unmasking(LLaDA(), temperature=0.0), Unmasking(Dream(alg="entropy", top_p=0.95), temperature=0.2)
+    model = MODELS[family]
+    assert model.sampling == (dream if family == "Dream" else llada)
+    assert model.new_tokens == {"llada": 128, "Dream": 512}[family]
+    bare = ForeignModel(model.network, model.constants, length=model.length)
+    assert bare.sampling == Unmasking(Dream() if family == "Dream" else LLaDA())
+    assert bare.new_tokens is None
+
+
+def test_a_setting_that_is_given_changes_itself_alone() -> None:
+    base = MODELS["Dream"].sampling
+    assert base.with_flat(temperature=0.0) == Unmasking(Dream(top_p=0.95))
+    assert base.with_flat(steps=4) == Unmasking(Dream(4, top_p=0.95), temperature=0.2)
+    assert base.with_flat(policy="Threshold(0.9)") == Unmasking(Threshold(0.9), temperature=0.2)
+
+
+@both
+def test_ends_that_a_generation_config_names(family: str, tmp_path: Path) -> None:
+    copy_of(family, tmp_path)
+    before = open_checkpoint(tmp_path)
+    for ends, more in (([120, 7, 9, 7], (7, 9)), (7, (7,)), (120, ()), (None, ()), ([], ())):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "max_length": "any"}))
+        model = open_checkpoint(tmp_path)
+        assert model.end_ids == (*before.end_ids, *more)
+        assert model.constants == replace(before.constants, stops=more)
+
+
+@both
+def test_a_generation_config_does_not_sample(family: str, tmp_path: Path) -> None:
+    """What transformers writes of Dream's class by itself is not what its authors use."""
+    saved = {"alg": "origin", "steps": 512, "eps": 0.001, "temperature": 0.0, "top_p": None, "do_sample": True}
+    (copy_of(family, tmp_path) / "generation_config.json").write_text(json.dumps(saved))
+    assert open_checkpoint(tmp_path).sampling == MODELS[family].sampling
+
+
+@both
+@pytest.mark.parametrize("ends", ["120", [128], -1, True, [120, None], [126], 126, [[120]], 1.0, {"a": 1}], ids=str)
+def test_ends_that_are_no_tokens(family: str, ends: object, tmp_path: Path) -> None:
+    (copy_of(family, tmp_path) / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    assert "eos_token_id is" in refused(tmp_path)
+
+
+@both
+def test_a_broken_generation_config(family: str, tmp_path: Path) -> None:
+    (copy_of(family, tmp_path) / "generation_config.json").write_text("[120]")
+    assert "not a JSON object" in refused(tmp_path)

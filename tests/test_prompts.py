@@ -384,6 +384,66 @@ def test_names_of_tokens_are_tokens_in_a_template_of_a_foreign_model(family: str
 
 
 @pytest.mark.parametrize("family", TINY)
+def test_a_conversation_begins_with_the_systems_message(family: str, tmp_path: Path) -> None:
+    write_tokenizer(copy_of(family, tmp_path), family)
+    session = cdlm.open_session(cdlm.load(tmp_path, device="cpu"))
+    first = {"role": "system", "content": "the door"}
+    spelt = session.requests([[first, *TALK], [first, {"role": "user", "content": "a cat"}]], new_tokens=2, chat=True)
+    found = session.requests([TALK, "a cat"], new_tokens=2, chat=True, system="the door")
+    for one, other in zip(found, spelt, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one.prompt == other.prompt
+    assert found[0].tokens.tolist() != session.requests([TALK, "a cat"], new_tokens=2, chat=True)[0].tokens.tolist()
+    with pytest.raises(CdlmError, match="begins with a system's message, 'the door': leave out system"):
+        session.requests([[first, *TALK]], new_tokens=2, chat=True, system="another")
+
+
+SYSTEMS: list[tuple[Any, bool, Any, str]] = [
+    (["a"], False, "b", "give prompts and chat"),
+    (None, True, "b", "give prompts and chat"),
+    (["a"], True, " ", "a text, got ' '"),
+    (["a"], True, 5, "a text, got 5"),
+    (["a"], True, "\ud800", "not valid Unicode"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "chat", "system", "says"), SYSTEMS)
+def test_systems_messages_that_are_none(prompts: Any, chat: bool, system: Any, says: str) -> None:
+    unchecked: Callable[..., Any] = getattr(checked_prompts, "__wrapped__", checked_prompts)  # types speak first here
+    with pytest.raises(CdlmError, match=re.escape(says)) as caught:
+        unchecked(prompts, chat, system)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_without_a_systems_message_is_not_silent() -> None:
+    reader = PreTrainedTokenizerFast(tokenizer_object=reader_of("llada").backend_tokenizer)
+    reader.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    talk = [{"role": "system", "content": " the door "}, *TALK[:1]]
+    with pytest.raises(CdlmError, match="leaves out the system's message"):
+        encode_prompt(reader, talk, chat=True)
+    reader.chat_template = "{% for m in messages %}{{ m.content | trim }}{% endfor %}"
+    assert encode_prompt(reader, talk, chat=True)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_as_many_tokens_as_published_unless_told_otherwise(family: str, tmp_path: Path) -> None:
+    write_tokenizer(copy_of(family, tmp_path), family)
+    session = cdlm.open_session(cdlm.load(tmp_path, device="cpu"))
+
+    def open_(prompts: list[str], **how: Any) -> list[int]:
+        return [int((~request.given).sum()) for request in session.requests(prompts, **how)]
+
+    published = {"llada": 128, "Dream": 512}[family]
+    assert open_(["the cat"]) == open_(["the cat"], chat=True) == [published]
+    assert open_(["the [3] sat", "[2]"]) == [3, 2]
+    assert open_(["the [3] sat", "the cat"], new_tokens=4) == [7, 4]
+    with pytest.raises(CdlmError, match="some prompts have holes, others none: give new_tokens"):
+        open_(["the [3] sat", "the cat"])
+    with pytest.raises(CdlmError, match="no length beside it"):
+        open_(["the cat"], length=9)
+
+
+@pytest.mark.parametrize("family", TINY)
 def test_a_checkpoint_knows_the_end_of_a_turn(family: str, tmp_path: Path) -> None:
     write_tokenizer(copy_of(family, tmp_path), family)
     assert open_checkpoint(tmp_path).end_ids == (120, ENDS[family][1])

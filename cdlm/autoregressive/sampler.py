@@ -96,6 +96,10 @@ class LeftToRight(Sampling):
     def length_of(self, requests: Sequence[Request]) -> int:
         return len(requests[0].tokens)
 
+    @property
+    def draws(self) -> bool:
+        return self.temperature > 0
+
     def loop(self, model: Any, options: RunOptions, batch_size: int) -> LeftToRightLoop:
         return LeftToRightLoop(model, self, options, batch_size, model.device)
 

@@ -51,6 +51,8 @@ class PromptOptions:
     """Of a masked model, tokens after each prompt, in place of length."""
     chat: bool = False
     """Of a masked model, the prompts are a user's messages, or conversations, put into its chat template."""
+    system: str | None = None
+    """With chat, a message of the system that each conversation begins with."""
     template: bool = True
     """Numbers in brackets are tokens to generate; if not, prompts are plain text."""
     workload: str | None = None
@@ -60,9 +62,8 @@ class PromptOptions:
     """Fixes every sample, whatever the batch and the number of devices."""
 
     def __post_init__(self) -> None:
-        others = [
-            n for n in ("prompt", "prompts", "length", "new_tokens", "chat") if getattr(self, n) not in (None, False)
-        ]
+        names = ("prompt", "prompts", "length", "new_tokens", "chat", "system")
+        others = [name for name in names if getattr(self, name) not in (None, False)]
         others += [] if self.template else ["no-template"]
         if self.workload is not None and others:
             raise CdlmError(f"a workload has prompts and lengths of its own: leave out {' and '.join(others)}")
@@ -86,12 +87,46 @@ def read_prompts(file: Path) -> list[Prompt]:
     Raises:
         CdlmError: the file cannot be read, it holds none, or a line is something else.
     """
-    with reading(file, "give a text file, one prompt a line", pipes=True):
-        lines = file.read_text(encoding="utf-8").split("\n")
-    found: list[Prompt] = [line for line in lines if line.strip()]
-    if not found:
-        raise CdlmError(f"{file} holds no prompts: write one a line")
+    found: list[Prompt] = [*_lines(file, "prompt")]
     return found if file.suffix != ".jsonl" else [_prompt_of(place, value) for place, value in jsonl_rows(file)]
+
+
+def read_answers(file: Path) -> list[str]:
+    """The lines of a text file that hold something; of a .jsonl file the answer of each.
+
+    Raises:
+        CdlmError: as `read_prompts`.
+    """
+    found = _lines(file, "answer")
+    return found if file.suffix != ".jsonl" else [_answer_of(place, value) for place, value in jsonl_rows(file)]
+
+
+def read_pairs(file: Path) -> tuple[list[Prompt], list[str]]:
+    """Prompts and answers of a .jsonl file whose lines hold both.
+
+    Raises:
+        CdlmError: as `read_prompts`.
+    """
+    _lines(file, "answer")
+    if file.suffix != ".jsonl":
+        raise CdlmError(f"{file} holds one text a line: give prompts and answers, or one .jsonl file with both")
+    prompts, answers = list[Prompt](), list[str]()
+    for place, value in jsonl_rows(file):
+        if not isinstance(value, dict) or "answer" not in value or len(value) != 2:
+            raise CdlmError(f'{place}: expected {{"prompt": "a text", "answer": "a text"}}, got {shown(value)}')
+        answers.append(_answer_of(place, {"answer": value["answer"]}))
+        prompts.append(_prompt_of(place, {name: part for name, part in value.items() if name != "answer"}))
+    return prompts, answers
+
+
+def _lines(file: Path, what: str) -> list[str]:
+    """The lines of a file that hold something."""
+    with reading(file, f"give a text file, one {what} a line", pipes=True):
+        lines = file.read_text(encoding="utf-8").split("\n")
+    found = [line for line in lines if line.strip()]
+    if not found:
+        raise CdlmError(f"{file} holds no {what}s: write one a line")
+    return found
 
 
 def _prompt_of(place: str, value: Any) -> Prompt:
@@ -106,6 +141,17 @@ def _prompt_of(place: str, value: Any) -> Prompt:
     except CdlmError as error:
         raise CdlmError(f"{place}: {error}") from error
     raise CdlmError(f'{place}: expected {{"prompt": "a text"}} or {{"messages": [...]}}, got {shown(value)}')
+
+
+def _answer_of(place: str, value: Any) -> str:
+    """What a line of a .jsonl file answers."""
+    if not isinstance(value, dict) or set(value) != {"answer"} or not isinstance(value["answer"], str):
+        raise CdlmError(f'{place}: expected {{"answer": "a text"}}, got {shown(value)}')
+    try:
+        check_unicode(value["answer"], "the answer")
+    except CdlmError as error:
+        raise CdlmError(f"{place}: {error}") from error
+    return value["answer"]
 
 
 @dataclass(frozen=True)

@@ -159,11 +159,11 @@ def bound(
     low = denoiser.schedule.t_of_u(torch.full((len(keys),), first, dtype=torch.float64, device=clean.device))
     reconstruction, diffusion = [], []
     for level in range(levels):
-        u, eps = _bound_noise([(seed, BOUND_NOISE, *key, level) for key in keys], clean)
+        u, eps = _bound_noise([(seed, BOUND_NOISE, *key, level) for key in keys], text, clean)
         t, weight = _level((level + u) / levels, denoiser.schedule, first)
-        x0 = estimate(_noisy(clean, t, eps[:, 0]), t).x0
+        x0 = estimate(_noisy(clean, t, eps[:, :, 0]), t).x0
         diffusion.append(weight / t**3 * squared_error(x0.double(), clean.double(), text.target))
-        logits = estimate(_noisy(clean, low, eps[:, 1]), low).logits
+        logits = estimate(_noisy(clean, low, eps[:, :, 1]), low).logits
         reconstruction.append(row_cross_entropy(logits, text.tokens, text.target)[0].double())
     at_end, between = torch.stack(reconstruction, 1), torch.stack(diffusion, 1)
     terms = {"prior": _prior_nats(denoiser, clean, text.target), "reconstruction": at_end.mean(1)}
@@ -193,12 +193,13 @@ def _level(v: Float[Tensor, " b"], schedule: Schedule, first: float) -> tuple[Fl
 
 
 def _bound_noise(
-    keys: list[tuple[int, ...]], like: Float[Tensor, "b n d"]
-) -> tuple[Float[Tensor, " b"], Float[Tensor, "b 2 n d"]]:
+    keys: list[tuple[int, ...]], text: Text, like: Float[Tensor, "b n d"]
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b n 2 d"]]:
     made = [generator(*key) for key in keys]  # on the CPU, as in sampling
     u = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in made])
-    eps = torch.stack([torch.randn(2, *like.shape[1:], generator=g) for g in made])
-    return u.to(like.device), eps.to(like)
+    sizes = zip(text.sizes, made, strict=True)
+    eps = [torch.randn(2, size, like.shape[-1], generator=g).transpose(0, 1) for size, g in sizes]
+    return u.to(like.device), text.spread(eps).to(like)
 
 
 def _noisy(
@@ -259,8 +260,9 @@ def ode_nats(
     made = []
     for number in range(ode.probes):
         sources = [generator(seed, FLOW_NOISE, *key, number) for key in text.key.tolist()]
-        eps = torch.stack([torch.randn(like.shape[1:], generator=source) for source in sources])
-        along = torch.stack([_direction(ode.law, like.shape[1:], source) for source in sources])
+        shapes = [(size, like.shape[-1]) for size in text.sizes]
+        eps = text.spread([torch.randn(shape, generator=g) for shape, g in zip(shapes, sources, strict=True)])
+        along = text.spread([_direction(ode.law, shape, g) for shape, g in zip(shapes, sources, strict=True)])
         probe = along[None].to(like.device, ode.state)
         made.append(walk_nats(denoiser, text, Walk(levels, eps.to(like.device), lambda p=probe: p), ode, two_passes))
     draws = torch.stack([nats.total for nats in made], 1)
@@ -354,7 +356,7 @@ def _slope(
     return x0.detach(), trace
 
 
-def _direction(law: str, shape: torch.Size, source: torch.Generator) -> Float[Tensor, "n d"]:
+def _direction(law: str, shape: tuple[int, int], source: torch.Generator) -> Float[Tensor, "n d"]:
     if law == "gaussian":
         return torch.randn(shape, generator=source)
     return 2.0 * torch.randint(0, 2, shape, generator=source) - 1

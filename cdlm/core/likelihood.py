@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal, NamedTuple
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cdlm.core.checks import check_choice, check_whole
+from cdlm.core.checks import check_choice, check_number, check_object, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.trees import join, take
 
@@ -42,6 +42,29 @@ class Text(NamedTuple):
     def given(self) -> Bool[Tensor, "b n"]:
         """Positions that are neither scored nor padding."""
         return ~self.target if self.valid is None else self.valid & ~self.target
+
+    @property
+    def sizes(self) -> list[int]:
+        """Positions of each row without its padding."""
+        return [self.tokens.shape[1]] * len(self.tokens) if self.valid is None else self.valid.sum(1).tolist()
+
+    def spread(self, values: Sequence[Float[Tensor, "_ ..."]]) -> Float[Tensor, "b n ..."]:
+        """Values of the positions of each row in one tensor on the text's device, 0 on padding: what is drawn for a row
+        does not depend on the rows beside it."""
+        if self.valid is None:
+            return torch.stack(list(values)).to(self.tokens.device)
+        flat = torch.cat(list(values)).to(self.tokens.device)
+        whole = flat.new_zeros((*self.tokens.shape, *flat.shape[1:]))
+        whole[self.valid] = flat
+        return whole
+
+    def cropped(self) -> Text:
+        """The same without columns that are padding in every row; `valid` is None if no padding is left."""
+        if self.valid is None:
+            return self
+        kept = self.valid.any(0)
+        valid = self.valid[:, kept]
+        return Text(self.tokens[:, kept], self.target[:, kept], None if bool(valid.all()) else valid, self.key)
 
     def to(self, device: torch.device) -> Text:
         """The same on another device."""
@@ -128,21 +151,26 @@ class LikelihoodSettings:
     def __post_init__(self) -> None:
         check_whole("the bound", levels=self.levels, batch_size=self.batch_size)
         check_whole("the bound", least=0, seed=self.seed)
+        check_number("the bound", optional=True, read_out=self.read_out)
+        if self.ode is not None:
+            check_object("the likelihood", Ode, ode=self.ode)
 
 
 def in_batches(
     score: Callable[[Text], Nats], text: Text, name: str, settings: LikelihoodSettings, device: torch.device,
     progress: Progress | None = None,
 ) -> Nats:  # fmt: skip
-    """Score the rows batch by batch on `device`; the result is on the CPU."""
-    found, count = [], len(text.tokens)
-    for batch in torch.arange(count).split(settings.batch_size):
-        nats = score(take(text, batch.to(text.tokens.device)).to(device))
+    """Score the rows batch by batch on `device`, the longest first; the result is on the CPU, in the rows' order."""
+    found, done, count = [], 0, len(text.tokens)
+    order = torch.tensor(text.sizes).argsort(descending=True, stable=True)
+    for batch in order.split(settings.batch_size):
+        nats = score(take(text, batch.to(text.tokens.device)).cropped().to(device))
         terms = {key: value.cpu() for key, value in nats.terms.items()}
         found.append(Nats(terms, nats.error.cpu(), nats.positions.cpu()))
+        done += len(batch)
         if progress is not None:
-            progress(name, int(batch[-1]) + 1, count)
-    return reduce(join, found)
+            progress(name, done, count)
+    return take(reduce(join, found), order.argsort())
 
 
 def stratified_error(draws: Float[Tensor, "b k"]) -> Float[Tensor, " b"]:

@@ -68,6 +68,7 @@ class Constants:
         mask_id: the absorbing token.
         eos_id: the end of a text; None if the model has none.
         eot_id: the end of a turn, of models that have one.
+        stops: further tokens that end a text.
         shift: the logits at position i - 1 predict token i (Dream); position 0 keeps its own, which nobody needs.
     """
 
@@ -75,17 +76,20 @@ class Constants:
     eos_id: int | None = None
     eot_id: int | None = None
     shift: bool = False
+    stops: tuple[int, ...] = ()
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Stop tokens: the ends of a text and of a turn, where there are any."""
-        return tuple(end for end in (self.eos_id, self.eot_id) if end is not None)
+        """Stop tokens: the ends of a text and of a turn, where there are any, and the further ones."""
+        return tuple(dict.fromkeys(end for end in (self.eos_id, self.eot_id, *self.stops) if end is not None))
 
     def __post_init__(self) -> None:
         check_flag("Constants", shift=self.shift)
-        for name in ("mask_id", "eos_id", "eot_id"):
-            value = getattr(self, name)
-            if value is None and name != "mask_id":
+        if not isinstance(self.stops, tuple):
+            raise CdlmError(f"stops is a tuple of tokens, got {shown(self.stops)}")
+        named = [(name, getattr(self, name)) for name in ("mask_id", "eos_id", "eot_id")]
+        for name, value in [*named, *(("a stop", stop) for stop in self.stops)]:
+            if value is None and name in ("eos_id", "eot_id"):
                 continue
             if type(value) is not int or not 0 <= value < 2**63:
                 raise CdlmError(f"{name} is a token, a whole number >= 0, got {shown(value)}")

@@ -51,11 +51,13 @@ def likelihood(
     )
     ids = [text_ids(row.tokens[row.valid].tolist(), real.eos_id, with_end=True) for row in held]
     tokens, chars = (np.array([len(part) for part in parts]) for parts in (ids, map(real.decode, ids)))
-    return Likelihood.of(_nats(session, text, settings), tokens, chars, _shown(settings, session.model.precision))
+    return Likelihood.of(
+        nats_of(session, text, settings), tokens, chars, shown_settings(settings, session.model.precision)
+    )
 
 
-def _nats(session: Session, text: Text, settings: LikelihoodSettings) -> dict[str, Nats]:
-    """On the processes of the session; the first one reports."""
+def nats_of(session: Session, text: Text, settings: LikelihoodSettings) -> dict[str, Nats]:
+    """`Model.nats` on the processes of the session; the first one reports."""
     if session.workers is None:
         with Parts(session.progress) as parts:
             return session.model.nats(text, settings, parts)
@@ -64,7 +66,7 @@ def _nats(session: Session, text: Text, settings: LikelihoodSettings) -> dict[st
     return _joined(session.workers.map(partial(_share, settings), session.model, work))
 
 
-def _shown(settings: LikelihoodSettings, precision: str) -> dict[str, Any]:
+def shown_settings(settings: LikelihoodSettings, precision: str) -> dict[str, Any]:
     """The settings that the numbers depend on, under the names of the command line."""
     shown: dict[str, Any] = {"levels": settings.levels}
     if settings.read_out is not None:

@@ -14,7 +14,9 @@ from torch import Tensor
 from cdlm.core.checks import check_object, shown
 from cdlm.core.devices import resolve_device
 from cdlm.core.errors import CdlmError
+from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.types import Constants
+from cdlm.masked import likelihood
 from cdlm.sampling.session import Model, Sampling
 
 if TYPE_CHECKING:
@@ -65,6 +67,9 @@ class MaskedModel(Model):
             positions: the places in `tokens.flatten()` that logits are wanted of. At a real vocabulary these are most
                 of the memory and much of the work: compute no others.
         """
+
+    def nats(self, text: Text, settings: LikelihoodSettings, progress: Progress | None = None) -> dict[str, Nats]:
+        return likelihood.nats(self, text, settings, progress)
 
 
 def at_positions(

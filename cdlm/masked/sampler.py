@@ -155,16 +155,25 @@ class Unmasking(Sampling):
     def requests(self, model: Model, asked: Asked) -> list[Request]:
         if model.whole_rows and asked.new_tokens is None and not asked.chat:
             return super().requests(model, asked)
-        if asked.length is not None or asked.new_tokens is None:
+        new = model.new_tokens if asked.new_tokens is None else asked.new_tokens
+        if asked.length is not None or new is None:
             raise CdlmError("new_tokens is the number of positions after each prompt: give it, and no length beside it")
         prompts, tokenizer = asked.prompts or [""], model.need_tokenizer()
         how = {"chat": asked.chat, "template": asked.template, "names": model.reads_names}
         rows = [encode_prompt(tokenizer, prompt, **how) for prompt in prompts]
-        made, texts = canvases(rows, asked.new_tokens, asked.n), [text_of_prompt(prompt) for prompt in prompts]
+        if asked.new_tokens is None and any(None in row for row in rows):  # these say what is to be generated
+            if not all(None in row for row in rows):
+                raise CdlmError("some prompts have holes, others none: give new_tokens, the positions after each")
+            new = 0
+        made, texts = canvases(rows, new, asked.n), [text_of_prompt(prompt) for prompt in prompts]
         return [replace(request, prompt=texts[i // asked.n]) for i, request in enumerate(made)]
 
     def loop(self, model: Any, options: RunOptions, batch_size: int) -> UnmaskingLoop:
         return UnmaskingLoop(model, self, options, batch_size, model.device)
+
+    @property
+    def draws(self) -> bool:
+        return self.temperature > 0 or self.policy.draws
 
     @property
     def calls(self) -> int:

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from cdlm.core.checks import check_choice, check_whole
 from cdlm.core.errors import CdlmError
-from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.types import Batch, Constants
-from cdlm.masked import likelihood
 from cdlm.masked.model import MaskedModel
 from cdlm.masked.sampler import Unmasking
 from cdlm.models.system import Loss, System, SystemConfig, levels_of, row_cross_entropy
@@ -71,9 +69,6 @@ class MaskedDiffusion(System, MaskedModel):
         bound = nats / t.to(nats.dtype)
         total = nats.sum() / hidden.sum().clamp(min=1) if self.flat and self.training else bound.sum() / count.sum()
         return Loss(total, (bound / count).detach(), t, count)
-
-    def nats(self, text: Text, settings: LikelihoodSettings, progress: Progress | None = None) -> dict[str, Nats]:
-        return likelihood.nats(self, text, settings, progress)
 
     def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
         return (1 - EPS) * u.double() + EPS

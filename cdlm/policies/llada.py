@@ -55,6 +55,10 @@ class LLaDA(Policy):
         switches = ("no_eos", "eos_last", "eot_only", "block_quota")
         return next((name for name in switches if getattr(self, name)), "")
 
+    @property
+    def draws(self) -> bool:
+        return self.remasking == "random"
+
     def suppressed(self, constants: Constants) -> tuple[int, ...]:
         return (_end(constants, "no_eos"),) if self.no_eos else ()
 

@@ -142,6 +142,12 @@ class Policy(SignalReader, Settings, ABC):
         """Whether it can decode one block alone, as a cache requires."""
         return True
 
+    @property
+    def draws(self) -> bool:
+        """Whether equal rows may be decoded differently at temperature 0: something is drawn at random, or rows that
+        are decoded together see each other."""
+        return False
+
     @classmethod
     def sweep(cls, **fixed: Any) -> Sequence[Policy]:
         """Settings to try, from strict to loose; `fixed` are the parameters not swept."""

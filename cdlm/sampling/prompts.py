@@ -36,33 +36,79 @@ _HOLE = re.compile(r"(?<!\\)(\\*)\[([0-9]+)\]")
 _BEFORE = ("a", "q", "z", "x", "1", ".", "~", "\n", "#", "-")
 
 
-def checked_prompts(prompts: object, chat: bool) -> list[Prompt] | None:
+def checked_prompts(prompts: object, chat: bool, system: str | None = None) -> list[Prompt] | None:
     """The prompts as a list; a list of messages alone is one conversation.
+
+    Args:
+        chat: they are conversations, or a user's messages.
+        system: with `chat`, what each conversation begins with, as a message of the system.
 
     Raises:
         CdlmError: they are one text and no list, one of them is no text and no conversation, or no Unicode, or there
-            are messages without `chat`.
+            are messages without `chat`; or a system's message without `chat`, or before another one.
     """
+    if system is not None:
+        _check_system(system, chat, prompts)
     if prompts is None:
         return None
-    found = _listed(prompts)
+    found = _listed(prompts, "prompts")
     if found and all(isinstance(part, Mapping) for part in found):
         found = [found]
     if not found:
         raise CdlmError("there are no prompts: give one or more, or leave them out")
-    return [_checked(prompt, chat) for prompt in found]
+    checked = [_checked(prompt, chat) for prompt in found]
+    return checked if system is None else [_begun(prompt, system) for prompt in checked]
 
 
-def _listed(prompts: object) -> list[Any]:
-    if isinstance(prompts, str):
-        raise CdlmError(f"prompts is a list of texts, got the text {prompts[:40]!r}: put it into a list")
-    unordered = isinstance(prompts, Mapping | Set | bytes | bytearray)
+def _check_system(system: object, chat: bool, prompts: object) -> None:
+    if not isinstance(system, str) or not system.strip():
+        raise CdlmError(f"system is what a conversation begins with, a text, got {shown(system)}")
+    check_unicode(system, "the system's message")
+    if not chat or prompts is None:
+        raise CdlmError("system is a message before conversations: give prompts and chat, or leave it out")
+
+
+def _begun(prompt: Prompt, system: str) -> list[Message]:
+    """The conversation behind a message of the system."""
+    messages = conversation_of(prompt)
+    if messages[0]["role"] == "system":
+        raise CdlmError(
+            f"a conversation begins with a system's message, {shown(messages[0]['content'])}: leave out system"
+        )
+    return [{"role": "system", "content": system}, *messages]
+
+
+def conversation_of(prompt: Prompt) -> list[Message]:
+    """A conversation, of which a text is the user's first message."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def checked_answers(answers: object) -> list[str]:
+    """Answers as a list.
+
+    Raises:
+        CdlmError: they are one text and no list, there are none, or one of them is no text, or no Unicode.
+    """
+    found = _listed(answers, "answers")
+    if not found:
+        raise CdlmError("there are no answers: give one for each prompt")
+    for answer in found:
+        if not isinstance(answer, str):
+            raise CdlmError(f"an answer is a text, got {shown(answer)}")
+        check_unicode(answer, "the answer")
+    return found
+
+
+def _listed(texts: object, what: str) -> list[Any]:
+    if isinstance(texts, str):
+        raise CdlmError(f"{what} is a list of texts, got the text {texts[:40]!r}: put it into a list")
+    unordered = isinstance(texts, Mapping | Set | bytes | bytearray)
     try:
-        found = None if unordered or not isinstance(prompts, Iterable) else list(islice(prompts, MOST_SAMPLES + 1))
+        found = None if unordered or not isinstance(texts, Iterable) else list(islice(texts, MOST_SAMPLES + 1))
     except TypeError:  # of a tensor without axes
         found = None
     if found is None:
-        raise CdlmError(f"prompts is a list of texts, got {shown(prompts)}")
+        raise CdlmError(f"{what} is a list of texts, got {shown(texts)}")
     return found
 
 
@@ -156,7 +202,7 @@ def encode_prompt(
         CdlmError: there are more positions, or the tokenizer has no chat template or cannot use it.
     """
     if chat:
-        return [*_chat(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
+        return [*_chat(tokenizer, conversation_of(prompt))]
     if not isinstance(prompt, str):
         raise CdlmError(f"a prompt is a text, got {shown(prompt)}: a conversation needs chat")
     pieces = pieces_of(prompt) if template else [(prompt, 0)]
@@ -176,6 +222,30 @@ def encode_prompt(
     if len(tokens) > most:
         raise too_long(prompt, len(tokens), most)
     return tokens
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, answer: str, *, chat: bool = False, template: bool = True,
+    names: bool = False,
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """Tokens of a prompt without holes, and of an answer behind it, which is plain text.
+
+    A blank that ends the prompt is a part of the answer's first token, as a blank before a hole is. Otherwise the
+    prompt's tokens are those of `encode_prompt`.
+
+    Raises:
+        CdlmError: as `encode_prompt`, or the prompt has a hole.
+    """
+    if isinstance(prompt, str) and not chat and prompt.endswith(" "):
+        prompt, answer = prompt.removesuffix(" "), f" {answer}"
+    tokens = encode_prompt(tokenizer, prompt, chat=chat, template=template, names=names)
+    given = [token for token in tokens if token is not None]
+    if len(given) < len(tokens):
+        raise CdlmError(
+            f"the prompt {shown(prompt, 40)} has a hole, and an answer stands behind its prompt: write brackets that"
+            r" are text as \[8], or give the prompt with template=False"
+        )
+    return given, _behind(tokenizer, answer, False) if given else _encoded(tokenizer, answer, False)
 
 
 def too_long(prompt: str, tokens: int | str, most: int) -> CdlmError:
@@ -236,6 +306,9 @@ def _chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> li
     said = set("".join(value for message in messages for value in message.values()))
     mark = next(sign for sign in map(chr, range(0xFDD0, 0x110000)) if sign not in said)  # from where no text has any
     text = _rendered(tokenizer, [_each(message, lambda v: any_name.sub(_broken(mark), v)) for message in messages])
+    for message in messages:
+        if message["role"] == "system" and message["content"].strip() not in text.replace(mark, ""):
+            raise CdlmError("the chat template leaves out the system's message: say it in the user's, without system")
     if mark not in text:
         return _encoded(tokenizer, text, True)
     tokens, end = [], 0

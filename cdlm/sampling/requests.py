@@ -160,6 +160,18 @@ def check_run(requests: Sequence[Request]) -> None:
         raise CdlmError("a token of a request is a whole number >= 0, got a negative one")
 
 
+def firsts(requests: Sequence[Request]) -> list[int]:
+    """Of each request the place of the first one that asks for the same, whatever their numbers and texts."""
+    seen: dict[Any, int] = {}
+    return [seen.setdefault(_content(request), i) for i, request in enumerate(requests)]
+
+
+def _content(request: Request) -> tuple[Any, ...]:
+    tokens = request.tokens.masked_fill(~request.given, 0)
+    parts = (tokens, request.given, request.valid)
+    return request.start, *(None if part is None else part.numpy().tobytes() for part in parts)
+
+
 def _row(prompt: list[int | None], written: Prompt, length: int) -> tuple[Tensor, Tensor]:
     """Tokens and what is given of a prompt, whose holes are open, or of a prefix, behind which all is."""
     whole = prompt if None in prompt else [*prompt, *[None] * (length - len(prompt))]

@@ -64,7 +64,7 @@ class Samples:
     texts: list[str]
     """Empty when there is no tokenizer."""
     nfe: Int[np.ndarray, " m"]
-    """Model calls spent on each sample."""
+    """Model calls spent on each sample; of a copy those of the sample that it is a copy of, which were spent once."""
     steps: Int[np.ndarray, " m"]
     """Steps that each sample took."""
     budget: int
@@ -88,6 +88,9 @@ class Samples:
     """The prompt of each sample; a conversation is written as JSON."""
     answers: list[str | None] = field(default_factory=list)
     """The right answer of each problem; None where none was asked for."""
+    copy_of: list[int | None] = field(default_factory=list)
+    """Of each sample the index of the one that it is a copy of, as nothing was drawn and both were asked for the same;
+    None of one that was computed. Empty if all were."""
     made_by: Mapping[str, str] = field(default_factory=dict)
     """Model, fingerprint of its weights, sampling, rule and version."""
     record: Record | None = None
@@ -136,6 +139,28 @@ class Samples:
         lines = [f"  {sample.nfe:4} calls  {_short(sample)}" for sample in self[:SHOWN]]
         rest = [f"  ... and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
         return "\n".join([head, *lines, *rest])
+
+    @property
+    def originals(self) -> list[int]:
+        """Places of the samples that are no copies of others."""
+        return [i for i, index in enumerate(self.copy_of or [None] * len(self)) if index is None]
+
+    def repeated(self, first: Sequence[int], requests: Sequence[Request]) -> Samples:
+        """The samples of requests that were served once where they ask for the same.
+
+        Args:
+            first: of each request the place of the one that was served, whose samples these are, in order.
+        """
+        place = {at: i for i, at in enumerate(sorted(set(first)))}
+        if len(place) == len(requests):
+            return self
+        return replace(
+            self.select(np.array([place[at] for at in first])),
+            index=np.array([request.index for request in requests]),
+            prompts=[request.prompt for request in requests],
+            answers=[request.answer for request in requests],
+            copy_of=[None if at == i else requests[at].index for i, at in enumerate(first)],
+        )
 
     @property
     def calls_after_end(self) -> Int[np.ndarray, " m"]:
@@ -204,14 +229,20 @@ class Samples:
                 "budget": self.budget, "reason": sample.reason.name.lower(), "seed": sample.seed,
                 "index": sample.index, "prompt": sample.prompt, "given": [list(span) for span in sample.given],
                 "generated": [list(span) for span in sample.generated], "length": int(length), **answer,
-                **self.made_by,
+                **copied, **self.made_by,
             }
-            for sample, length, answer in zip(self, self.valid.sum(1), self._answers(), strict=True)
+            for sample, length, answer, copied in zip(
+                self, self.valid.sum(1), self._answers(), self._copies(), strict=True
+            )
         ]  # fmt: skip
 
     def _answers(self) -> list[dict[str, str]]:
         """A column for problems."""
         return [{} if answer is None else {"answer": answer} for answer in self.answers] or [{} for _ in self.nfe]
+
+    def _copies(self) -> list[dict[str, int | None]]:
+        """A column for runs with copies."""
+        return [{"copy_of": index} for index in self.copy_of] or [{} for _ in self.nfe]
 
     def to_pandas(self) -> DataFrame:
         """The rows as a table of pandas."""
@@ -237,7 +268,7 @@ class Samples:
 
 PER_SAMPLE = (
     "tokens", "texts", "nfe", "steps", "reason", "index", "given", "valid", "shown", "settled", "spans", "prompts",
-    "answers",
+    "answers", "copy_of",
 )  # fmt: skip
 """Fields of samples with an entry for each."""
 

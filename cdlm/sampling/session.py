@@ -21,7 +21,7 @@ from cdlm.halting.signals import check_signals
 from cdlm.sampling.loop import Loop, RunOptions, check_batch_size
 from cdlm.sampling.progress import with_progress
 from cdlm.sampling.prompts import Message, Prompt, checked_prompts
-from cdlm.sampling.requests import Asked, Request, check_requests, check_run
+from cdlm.sampling.requests import Asked, Request, check_requests, check_run, firsts
 from cdlm.sampling.requests import requests as row_requests
 from cdlm.sampling.samples import Samples, collect
 
@@ -56,6 +56,8 @@ class Model(ABC):
     reads_names: bool = False
     """Whether the name of a special token in a template is that token, as whole prompts of a foreign model are written;
     our own are trained on text in which such a name is text."""
+    new_tokens: int | None = None
+    """Of a masked model, positions after each prompt unless a call asks for others; None: a call has to ask."""
     preset: Mapping[str, int | float | str] = {}
     """Flat settings of the sampler that its folder recommends; empty if it recommends none."""
     _sampling: Sampling | None = None
@@ -208,6 +210,12 @@ class Sampling(Settings, ABC):
         return 1
 
     @property
+    def draws(self) -> bool:
+        """Whether equal requests may have different samples; if not, one of them is served, and the others are copies
+        of its sample."""
+        return True
+
+    @property
     def keeps(self) -> bool:
         """Whether what is committed stays: a record does not say what is taken back."""
         return True
@@ -329,10 +337,10 @@ class Session:
 
     def requests(
         self, prompts: Iterable[Prompt | Message] | None = None, n: int = 1, length: int | None = None, *,
-        new_tokens: int | None = None, chat: bool = False, template: bool = True,
+        new_tokens: int | None = None, chat: bool = False, system: str | None = None, template: bool = True,
     ) -> list[Request]:  # fmt: skip
         """`n` samples of each prompt, or in all where there are none; see `cdlm.generate`."""
-        texts = checked_prompts(prompts, chat)
+        texts = checked_prompts(prompts, chat, system)
         asked = Asked(texts, n, length, new_tokens=new_tokens, chat=chat, template=template)
         return self.sampling.requests(self.model, asked)
 
@@ -395,14 +403,20 @@ class Session:
         check_run(requests)
         if self.options.record >= self.sampling.recorded:
             self.check_recordable(requests)
+        if self.sampling.draws or self.options.record:  # a record has every row's own steps
+            samples = self._served(requests)
+        else:
+            first = firsts(requests)
+            samples = self._served([requests[i] for i in sorted(set(first))]).repeated(first, requests)
+        return replace(samples, made_by=self.description)
+
+    def _served(self, requests: Sequence[Request]) -> Samples:
+        """The samples of requests, drawn here or by the further processes."""
         work = partial(serve, self.sampling, self.options, self.batch_size)
         if self.workers is None or len(self.workers) == 1:
-            samples = work(self.model, requests, progress=self.progress)
-        else:
-            shares = deal(requests, len(self.workers))
-            order = [request.index for request in requests]
-            samples = Samples.merge(self.workers.map(work, self.model, shares), order)
-        return replace(samples, made_by=self.description)
+            return work(self.model, requests, progress=self.progress)
+        order = [request.index for request in requests]
+        return Samples.merge(self.workers.map(work, self.model, deal(requests, len(self.workers))), order)
 
     @property
     def description(self) -> dict[str, str]:

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from cdlm import api
-from cdlm.cli.groups import session_on
+from cdlm.cli.groups import read_answers, read_pairs, read_prompts, session_on
 from cdlm.core.checks import check_whole
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
 from cdlm.core.likelihood import LikelihoodSettings, Ode
+from cdlm.evaluation.answers import Answers, likelihood_of_answers
 from cdlm.evaluation.evaluate import Distances, evaluate_files
 from cdlm.evaluation.likelihood import likelihood as likelihood_of
 from cdlm.evaluation.metrics.features import FEATURES
@@ -24,6 +25,7 @@ from cdlm.evaluation.texts import Entry, read_texts
 from cdlm.models import hub
 from cdlm.runs.config import RunConfig, read_run
 from cdlm.runs.train import RunText
+from cdlm.sampling.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,50 @@ class LikelihoodOptions:
         return LikelihoodSettings(self.levels, ode if self.ode_steps else None, self.seed, batch_size, self.read_out)
 
 
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Answers whose likelihood is computed, in place of that of held-out text."""
+
+    prompts: Path | None = None
+    """File with one prompt a line; in a .jsonl file {"prompt": "..."} or, with chat, {"messages": [...]}. Prompts are
+    given, and not scored."""
+    answers: Path | None = None
+    """File with one answer a line; in a .jsonl file {"answer": "..."}, or, without prompts, both in one line."""
+    chat: bool = False
+    """Of a masked model, the prompts are a user's messages, or conversations, put into its chat template."""
+    system: str | None = None
+    """With chat, a message of the system that each conversation begins with."""
+    template: bool = True
+    """Prompts are written as in cdlm sample, where brackets around a number need a backslash; if not, they are plain
+    text."""
+
+    def __post_init__(self) -> None:
+        others = [name for name in ("prompts", "chat", "system") if getattr(self, name) not in (None, False)]
+        others += [] if self.template else ["no-template"]
+        if self.answers is None and others:
+            raise CdlmError(f"give --answers FILE beside {' and '.join(others)}: only answers are scored with prompts")
+
+    def pairs(self) -> tuple[list[Prompt], list[str]] | None:
+        """Prompts and answers; None if there are none.
+
+        Raises:
+            CdlmError: a file cannot be read or holds none, or their numbers differ.
+        """
+        if self.answers is None:
+            return None
+        if self.prompts is None or self.prompts == self.answers:
+            return read_pairs(self.answers)
+        prompts, answers = read_prompts(self.prompts), read_answers(self.answers)
+        if len(prompts) != len(answers):
+            raise CdlmError(
+                f"each prompt has one answer, got {len(prompts)} prompts in {self.prompts} and {len(answers)} answers"
+                f" in {self.answers}"
+            )
+        return prompts, answers
+
+
 DISTANCE, LIKELIHOOD, JUDGES = DistanceOptions(), LikelihoodOptions(), JudgesOptions()
-MACHINE = MachineOptions(precision="fp32", batch_size=32)
+ANSWERS, MACHINE = AnswerOptions(), MachineOptions()
 
 
 def evaluate(
@@ -107,31 +151,43 @@ def evaluate(
     judge: JudgesOptions = JUDGES,
     distance: DistanceOptions = DISTANCE,
     likelihood: LikelihoodOptions = LIKELIHOOD,
+    answered: AnswerOptions = ANSWERS,
     machine: MachineOptions = MACHINE,
 ) -> None:
     """Measure samples beside real text and beside text without order; or the model itself, by the likelihood of
-    held-out text.
+    held-out text, or of answers to prompts.
 
     Args:
-        run: the run folder whose text the samples are compared with.
+        run: the run folder whose text the samples are compared with; of answers also a Hub id, and a model in a
+            published format.
         samples: files of cdlm sample --out, or of any texts: .jsonl, .csv or .parquet with a column "text", or .txt
             with one text a line; a row of the table each. They may be left out with --likelihood.
         n: samples of each file to use; by default as many as the shortest file has.
-        out: folder for evaluation.json, evaluation.md and likelihood.json; by default the run folder.
+        out: folder for evaluation.json, evaluation.md, likelihood.json, answers.json and answers.csv; by default the
+            run folder, and of other models none.
     """
+    if answered.answers is not None and not likelihood.likelihood:
+        raise CdlmError("answers are measured by their likelihood: add --likelihood")
     if not samples and not likelihood.likelihood:
         raise CdlmError("evaluate needs samples to measure, files of texts, or --likelihood")
     if n is not None and n < 1:
         raise CdlmError(f"n is a number of samples >= 1, got {n}: leave it out to use all")
     settings, distances = likelihood.settings(machine.batch_size or 32), distance.distances
-    files = _read(samples or [])
-    if likelihood.likelihood and hub.is_foreign(hub.locate(run)):
-        raise CdlmError(f"{run} is another library's model, which has no held-out text here: give a run folder")
+    files, pairs = _read(samples or []), answered.pairs()
+    if pairs is not None:
+        _score(run, pairs, out, likelihood, answered, machine)
+        if not files:
+            return
+    held_out = likelihood.likelihood and pairs is None
+    if held_out and hub.is_foreign(hub.locate(run)):
+        raise CdlmError(
+            f"{run} is another library's model, which has no held-out text here: give a run folder, or --answers"
+        )
     place, config = out or Path(run), read_run(run)
     check_places(place / "evaluation.json")
     text = RunText.of(config, hub.read_tokenizer(Path(run)))
     real = api.real_text(config, text)
-    if likelihood.likelihood:
+    if held_out:
         with session_on(machine, run) as session:
             _report(likelihood_of(session, real, likelihood.rows, settings), place, machine)
     if files:
@@ -143,6 +199,23 @@ def evaluate(
             distances=distances, device=machine.device, devices=machine.devices, notes=_notes(config, judge.judge),
         )  # fmt: skip
         _report(found, place, machine)
+
+
+def _score(
+    run: str, pairs: tuple[list[Prompt], list[str]], out: Path | None, likelihood: LikelihoodOptions,
+    answered: AnswerOptions, machine: MachineOptions,
+) -> None:  # fmt: skip
+    """Score answers, and write and print what was found."""
+    ours = Path(run).is_dir() and not hub.is_foreign(Path(run))
+    place = Path(run) if out is None and ours else out
+    if place is None and machine.quiet:
+        raise CdlmError("nothing would be written and nothing shown: give --out, or leave out --quiet")
+    check_places(None if place is None else place / "answers.json")
+    with session_on(machine, run) as session:
+        settings = likelihood.settings(machine.batch_size or session.model.batch_size)
+        how = {"chat": answered.chat, "system": answered.system, "template": answered.template}
+        found = likelihood_of_answers(session, *pairs, settings=settings, **how)
+    _report(found, place, machine)
 
 
 def _read(paths: Sequence[Path]) -> dict[str, list[Entry]]:
@@ -159,7 +232,8 @@ def _notes(config: RunConfig, judges: Sequence[str]) -> list[str]:
     return []
 
 
-def _report(found: Likelihood | Evaluation, place: Path, machine: MachineOptions) -> None:
-    found.save(place)
+def _report(found: Likelihood | Evaluation | Answers, place: Path | None, machine: MachineOptions) -> None:
+    if place is not None:
+        found.save(place)
     if not machine.quiet:
         print(found.terminal())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from cdlm import api
 from cdlm.cli.groups import OutputOptions, PromptOptions, flat_settings, session_on
@@ -11,7 +13,7 @@ from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
-from cdlm.core.progress import to_stderr
+from cdlm.core.progress import announce, to_stderr
 from cdlm.evaluation.plots.trajectories import plot_samples
 from cdlm.evaluation.workloads import Work
 from cdlm.halting import Full, parse_criterion
@@ -56,7 +58,7 @@ def sample(
         requests, work = _asked(session, texts, prompts)
         session = api.with_halt(session, halt, requests, work)
         if not machine.quiet:
-            _say_how(session, settings)
+            _say_how(session, requests, settings)
         if output.record is not None:
             check_same_model(output.record, session.model.has_weights)
         if output.record is not None or output.plot is not None:
@@ -69,8 +71,11 @@ def sample(
     _write(samples, session, output, title, machine.quiet, marked=work is not None)
 
 
-def _say_how(session: Session, settings: Mapping[str, Any]) -> None:
+def _say_how(session: Session, requests: Sequence[Request], settings: Mapping[str, Any]) -> None:
     """What is to be known of the sampler before it runs."""
+    most = max(int((~request.given).sum()) for request in requests)
+    how = ", ".join(f"{name} {value}" for name, value in session.settings.items())
+    announce(f"cdlm: {most} tokens to generate; {how}")
     walk = session.sampling.walk
     preset = walk & session.model.preset.keys()
     if preset and session.model.recommends(settings):
@@ -88,8 +93,9 @@ def _asked(session: Session, texts: list[Prompt] | None, prompts: PromptOptions)
     if prompts.workload is not None:
         return api.ask(session, prompts.n, workload=prompts.workload)
     made = session.requests(
-        texts, prompts.n, prompts.length, new_tokens=prompts.new_tokens, chat=prompts.chat, template=prompts.template
-    )
+        texts, prompts.n, prompts.length, new_tokens=prompts.new_tokens, chat=prompts.chat, system=prompts.system,
+        template=prompts.template,
+    )  # fmt: skip
     return made, None
 
 
@@ -105,11 +111,16 @@ def _write(samples: Samples, session: Session, output: OutputOptions, title: str
     if quiet:
         return
     if output.out is None and output.record is None:
-        for one in samples:
+        for one in samples.select(np.array(samples.originals)):
             text = _marked(one) if marked else one.text
             print(f"--- sample {one.index}, {one.nfe} calls, {one.reason.name.lower()}\n{text.strip()}")
         if marked:
             to_stderr("what was given stands in [ ]")
+    if (computed := len(samples.originals)) < len(samples):
+        to_stderr(
+            f"nothing is drawn at random with these settings: {computed} of {len(samples)} samples were computed, the"
+            " others are copies"
+        )
     late = samples.calls_after_end.mean()
     after = f", {late:.1f} of them after the end of the text" if late > 0 else ""
     to_stderr(f"{len(samples)} samples, {samples.nfe.mean():.1f} calls a sample of {samples.budget} steps{after}")

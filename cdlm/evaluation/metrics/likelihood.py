@@ -72,11 +72,13 @@ class Likelihood:
     chars: int
     settings: Mapping[str, Any]
     """Whatever else the numbers depend on, plain values."""
+    what: str = "rows of held-out text"
+    """What the rows are."""
 
     @staticmethod
     def of(
         found: Mapping[str, Nats], tokens: Int[np.ndarray, " m"], chars: Int[np.ndarray, " m"],
-        settings: Mapping[str, Any],
+        settings: Mapping[str, Any], what: str = "rows of held-out text",
     ) -> Likelihood:  # fmt: skip
         """From the nats of rows in the order of the text, with so many tokens and characters.
 
@@ -86,7 +88,7 @@ class Likelihood:
         if not chars.sum():
             raise CdlmError("the rows hold no text to score: take more rows, or look at the source")
         measures = tuple(Measure.of(name, nats, tokens, chars) for name, nats in found.items())
-        return Likelihood(measures, len(tokens), int(tokens.sum()), int(chars.sum()), dict(settings))
+        return Likelihood(measures, len(tokens), int(tokens.sum()), int(chars.sum()), dict(settings), what)
 
     def save(self, folder: str | Path) -> None:
         """Write `likelihood.json` into `folder`, whole or not at all."""
@@ -104,7 +106,7 @@ class Likelihood:
     def _footer(self) -> str:
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         parts = [
-            f"{self.rows} rows of held-out text, {self.tokens} tokens, {self.chars} characters; {settings}.",
+            f"{self.rows} {self.what}, {self.tokens} tokens, {self.chars} characters; {settings}.",
             "Over its noise each number lies above the model's own on average: lower is better.",
             "The interval is over blocks of rows; ± noise is the standard error of the noise alone, on these rows.",
         ]

@@ -10,6 +10,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.family import BIDIRECTIONAL, Family, Settings
+from cdlm.masked.sampler import Unmasking
+from cdlm.policies.dream import Dream
 
 ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -67,4 +69,6 @@ DREAM = Family(
     tokenizer=Qwen2Tokenizer,
     tokenizer_files=(("tokenizer.json",), ("vocab.json", "merges.txt")),
     turn_end="<|im_end|>",
+    sampling=Unmasking(Dream(alg="entropy", top_p=0.95), temperature=0.2),
+    new_tokens=512,
 )

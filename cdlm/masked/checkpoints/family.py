@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Constants
+from cdlm.masked.sampler import Unmasking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -110,6 +111,10 @@ class Family:
     """The sets of files of which a tokenizer needs one."""
     turn_end: str
     """Name of the token that ends a turn."""
+    sampling: Unmasking
+    """How its authors sample it."""
+    new_tokens: int
+    """Positions that they generate after a prompt."""
 
     def constants(self, settings: Settings, rows: int) -> Constants:
         """Mask and end tokens among `rows` tokens: those of config.json, or the released models'."""

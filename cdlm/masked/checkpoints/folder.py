@@ -27,6 +27,27 @@ def read_settings(folder: Path) -> Settings:
     return Settings(folder / "config.json", read_json(folder / "config.json", "a checkpoint"))
 
 
+def read_stops(folder: Path, constants: Constants, rows: int) -> tuple[int, ...]:
+    """Further stop tokens that the folder's generation_config.json names as ends; none without the file.
+
+    Nothing else of it is read. Its other settings are mostly no choice of anybody: transformers writes the defaults of
+    Dream's class, which sample otherwise than its authors, and those of the autoregressive model that Dream began as.
+
+    Raises:
+        CdlmError: its ends are no tokens of the model.
+    """
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return ()
+    settings = Settings(file, read_json(file, "a checkpoint"))
+    found = settings.values.get("eos_token_id")
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    for end in ends:
+        if type(end) is not int or not 0 <= end < rows or end == constants.mask_id:
+            raise settings.wrong("eos_token_id", f"one or a list of the {rows} tokens, without the mask")
+    return tuple(dict.fromkeys(end for end in ends if end not in constants.end_ids))
+
+
 def check_sizes(settings: Settings, family: Family, specs: Mapping[str, Spec]) -> None:
     """Raise if config.json asks for more layers than there are tensors, or for wider ones than any of them: such a
     network is not built."""

@@ -18,6 +18,8 @@ from transformers.models.llama.modeling_llama import (
 
 from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.family import BIDIRECTIONAL, Family, Settings
+from cdlm.masked.sampler import Unmasking
+from cdlm.policies.llada import LLaDA
 
 ONLY: dict[str, tuple[Any, ...]] = {
     "block_type": ("llama",),
@@ -145,4 +147,6 @@ LLADA = Family(
     tokenizer=PreTrainedTokenizerFast,
     tokenizer_files=(("tokenizer.json",),),
     turn_end="<|eot_id|>",
+    sampling=Unmasking(LLaDA(), temperature=0.0),
+    new_tokens=128,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,12 +20,14 @@ from cdlm.core.tensors import check_values
 from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.dream import DREAM
 from cdlm.masked.checkpoints.family import Family, Settings
-from cdlm.masked.checkpoints.folder import check_sizes, load_weights, read_settings, read_tokenizer
+from cdlm.masked.checkpoints.folder import check_sizes, load_weights, read_settings, read_stops, read_tokenizer
 from cdlm.masked.checkpoints.llada import LLADA
 from cdlm.masked.model import Cache, CachedModel, at_positions
+from cdlm.masked.sampler import Unmasking
 from cdlm.models.foreign import read_specs
 from cdlm.models.hub import fingerprint_of, to_device
 from cdlm.sampling.prompts import Prompt
+from cdlm.sampling.session import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -43,6 +46,7 @@ class ForeignModel(CachedModel):
         skips_padding: positions are counted over real tokens. Otherwise they are places in the row.
         tokenizer: None if the folder has none.
         folder: where it was loaded from.
+        published: how its authors sample it, and `new_tokens` how many tokens they generate; None of an unknown family.
     """
 
     reads_names = True
@@ -56,11 +60,19 @@ class ForeignModel(CachedModel):
         skips_padding: bool = False,
         tokenizer: PreTrainedTokenizerFast | None = None,
         folder: Path | None = None,
+        published: Unmasking | None = None,
+        new_tokens: int | None = None,
     ):
         self.network, self.constants, self.length = network, constants, length
         self.skips_padding, self.tokenizer, self.folder = skips_padding, tokenizer, folder
+        self.published, self.new_tokens = published, new_tokens
         self.vocab = int(network.config.vocab_size)
         """Rows of the logits; the tokenizer may use fewer."""
+
+    @property
+    def defaults(self) -> Sampling:
+        """As its authors sample it."""
+        return super().defaults if self.published is None else self.published
 
     @property
     def precision(self) -> str:  # type: ignore[override]  # read off the weights, and not to be set
@@ -218,6 +230,7 @@ def open_checkpoint(
     constants = family.constants(settings, rows)
     tokenizer = read_tokenizer(folder, family, constants, rows)
     constants = family.with_turn(constants, tokenizer)
+    constants = replace(constants, stops=read_stops(folder, constants, rows))
     load_weights(network, family, folder, None if dtype is None else DTYPES[dtype])
     if device_map is None:
         to_device(network, device)  # where the values are quickly checked
@@ -226,7 +239,7 @@ def open_checkpoint(
         network = _spread(network, device_map)
     return ForeignModel(
         network, constants, length=settings.count(family.length), skips_padding=family.skips_padding,
-        tokenizer=tokenizer, folder=folder,
+        tokenizer=tokenizer, folder=folder, published=family.sampling, new_tokens=family.new_tokens,
     )  # fmt: skip
 
 
