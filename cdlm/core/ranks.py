@@ -319,3 +319,10 @@ def cannot_travel(error: Exception) -> CdlmError:
         f"other processes cannot be given this work ({first_line(error)}): define rules at the top of a module, or use"
         " one device"
     )
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether torch says that another process of a training has ended or does not answer."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error) or "NCCL" in str(error)
