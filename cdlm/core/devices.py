@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 from cdlm.core.checks import MOST_DEVICES, MOST_ROWS, check_whole, shown
 from cdlm.core.errors import CdlmError, first_line
@@ -57,7 +57,7 @@ class DeviceOptions:
     quiet: bool = False
     """Print errors only: no progress, no device, no texts and no tables; files are written as ever."""
 
-    def ready(self) -> Self:
+    def ready(self) -> DeviceOptions:
         """The same with the device that auto stands for, which is announced unless `quiet`.
 
         Raises:
@@ -68,15 +68,15 @@ class DeviceOptions:
                 f"this command is the work of one process, and {place.size} were started: start it without torchrun or"
                 " srun"
             )
-        return self._announced(resolve_device(self.device))
+        return replace(self, device=self._announced(resolve_device(self.device)))
 
     def close(self) -> None:
         """The work is done."""
 
-    def _announced(self, device: str, shared: str = "", **changes: object) -> Self:
+    def _announced(self, device: str, shared: str = "") -> str:
         if not self.quiet:
             announce(f"device: {device}{shared}")
-        return replace(self, device=device, **changes)
+        return device
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class MachineOptions(DeviceOptions):
             check_whole("the machine", largest=MOST_DEVICES, devices=self.devices)
         check_whole("the machine", largest=MOST_ROWS, optional=True, batch_size=self.batch_size)
 
-    def ready(self) -> Self:
+    def ready(self) -> MachineOptions:
         """The same with the device that auto stands for, and with the processes that share the work.
 
         Of several that a launcher has started only the first one returns; the others serve it.
@@ -108,7 +108,7 @@ class MachineOptions(DeviceOptions):
         place, device = launched(), resolve_device(self.device)
         if place is None:
             assert isinstance(self.devices, int)
-            return self._announced(device, _shared_by(self.devices, device))
+            return replace(self, device=self._announced(device, _shared_by(self.devices, device)))
         if self.devices != 1:
             raise CdlmError(
                 f"{place.size} processes were started, and each has one device: leave out --devices {self.devices}"
@@ -119,7 +119,8 @@ class MachineOptions(DeviceOptions):
             serve(group, own)
             raise SystemExit(0)
         machines = "one machine" if group.machines == 1 else f"{group.machines} machines"
-        return self._announced(own, f", the first of {len(group)} processes on {machines}", devices=group)
+        said = f", the first of {len(group)} processes on {machines}"
+        return replace(self, device=self._announced(own, said), devices=group)
 
     @property
     def processes(self) -> int:

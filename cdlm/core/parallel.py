@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.reduction import ForkingPickler
 from pickle import PicklingError
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Workers(ABC, Generic[M]):
     def close(self) -> None:
         """The others forget what they have opened, or end."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Workers[M]:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -87,7 +87,8 @@ class TrainOptions:
             check_choice("training", LOGGERS, loggers=logger)
         if self.world > MOST_DEVICES:
             raise CdlmError(
-                f"training has at most {MOST_DEVICES} processes, got {self.devices} on each of {self.num_nodes} machines"
+                f"training has at most {MOST_DEVICES} processes, got {self.devices} on each of {self.num_nodes}"
+                " machines"
             )
         if self.strategy == "fsdp" and self.optimizer == "muon":
             raise CdlmError("strategy='fsdp' needs optimizer='adamw', got 'muon': set it, or take strategy='ddp'")

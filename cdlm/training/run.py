@@ -142,7 +142,9 @@ def rank_and_world(options: TrainOptions) -> tuple[int, int]:
         )
     rank = machine * options.devices + number_in(os.environ, "LOCAL_RANK", 0)
     if place is not None and place.rank != rank:
-        raise CdlmError(f"RANK is {place.rank} in the environment, expected {rank} by NODE_RANK and LOCAL_RANK: set it so")
+        raise CdlmError(
+            f"RANK is {place.rank} in the environment, expected {rank} by NODE_RANK and LOCAL_RANK: set it so"
+        )
     return rank, world
 
 
