@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_an_environment_that_cannot_be_is_one_line(change: dict[str, str | None]
     ],
 )
 def test_a_training_has_the_processes_that_were_started_or_none(
-    environ: dict[str, str], options: dict[str, int], found: tuple[int, int] | str, monkeypatch: pytest.MonkeyPatch
+    environ: dict[str, str], options: dict[str, Any], found: tuple[int, int] | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
