@@ -28,7 +28,7 @@ from cdlm.core.errors import CdlmError, first_line
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 JOIN_SECONDS = 600.0
 """How long processes wait for each other when a command starts."""
@@ -87,7 +87,7 @@ def launched(environ: Mapping[str, str] = os.environ) -> Place | None:
                 " start them with torchrun or srun, or set the variables"
             )
         return Place(rank, size, local, each, environ["MASTER_ADDR"], number_in(environ, "MASTER_PORT", 0))
-    from lightning.fabric.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", "127.0.0.1"))
     port = 15000 + number_in(environ, "SLURM_JOB_ID", 0) % 10_000  # as Lightning has it
