@@ -16,8 +16,9 @@ from cdlm.core.devices import Precision, resolve_device
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json
 from cdlm.core.likelihood import LikelihoodSettings, Ode
-from cdlm.core.parallel import Workers
+from cdlm.core.parallel import workers_on
 from cdlm.core.parsing import nearest
+from cdlm.core.ranks import Group
 from cdlm.core.types import Constants
 from cdlm.data.masking import MASKINGS
 from cdlm.evaluation.answers import Answers, likelihood_of_answers
@@ -88,8 +89,8 @@ def _open_ours(
 
 def open_session(
     model: Model | str | Path, *, sampling: Sampling | None = None, seed: int = 0, batch_size: int | None = None,
-    device: str = "auto", devices: int = 1, precision: Precision | None = None, progress: bool = False,
-    **settings: Any,
+    device: str = "auto", devices: int | Group = 1, precision: Precision | None = None, progress: bool = False,
+    device_map: str | Mapping[str, int | str] | None = None, **settings: Any,
 ) -> Session:  # fmt: skip
     """A model with how it is sampled and the machine it runs on, to serve any number of runs.
 
@@ -99,23 +100,27 @@ def open_session(
         batch_size: samples in flight; by default 64, of a foreign model 4.
         device, precision: of a model that is loaded here.
         devices: processes to divide the samples among; each loads the model once, from its folder.
+        device_map: of a foreign model that is loaded here, how to divide it among devices, such as "auto".
         settings: flat settings of the model's family, and `steps`; see `generate`.
 
     Raises:
         CdlmError: a setting that there is not, or of another family; several devices for a model without a folder.
     """
-    if type(devices) is not int:
+    if type(devices) is not int and not isinstance(devices, Group):
         raise CdlmError(f"devices is a number of processes, got {shown(devices)}")
+    if device_map is not None and (devices != 1 or isinstance(model, Model)):
+        raise CdlmError("device_map divides one model that is loaded here among the devices of one process: use one")
     place = resolve_device(device)
-    loaded = model if isinstance(model, Model) else load(model, device=place, precision=precision)
+    loaded = (
+        model if isinstance(model, Model) else load(model, device=place, precision=precision, device_map=device_map)
+    )
     chosen = sampling_of(loaded, sampling, settings)
     workers = None
     if devices != 1:
         if loaded.folder is None:
             raise CdlmError(f"several devices need a model that can be loaded again, and {loaded.name} has no folder")
-        workers = Workers(
-            partial(_load_on, str(loaded.folder), _precision_of(loaded, precision)), devices, loaded.device.type
-        )
+        opened = partial(_load_on, str(loaded.folder), _precision_of(loaded, precision))
+        workers = workers_on(devices, opened, loaded.device.type)
     return Session(loaded, chosen, RunOptions(seed=seed), batch_size, workers, progress)
 
 

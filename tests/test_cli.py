@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -191,6 +192,30 @@ def test_two_processes_write_what_one_writes(place: Place, tmp_path: Path, n: st
         place.sample(
             "--n", n, "--devices", devices, "--halt", "Patience(2)", "--out", str(tmp_path / f"{devices}.jsonl")
         )
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
+
+
+def test_processes_that_were_launched_write_what_one_writes(place: Place, tmp_path: Path) -> None:
+    what = ("--n", "5", "--halt", "Patience(2)", "--device", "cpu", "--out")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "cdlm", "sample", str(place.run), "--steps", "6", *what, str(tmp_path / "2.jsonl")]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **meeting, "RANK": rank},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in ("0", "1")
+    ]
+    place.sample(*what, str(tmp_path / "1.jsonl"))
+    (_, said), nothing = (process.communicate(timeout=200) for process in started)
+    assert [process.returncode for process in started] == [0, 0], said
+    assert "device: cpu, the first of 2 processes on one machine\n" in said
+    assert nothing == ("", "")
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
 
 

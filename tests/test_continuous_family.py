@@ -477,7 +477,7 @@ def test_two_processes_remember_the_mean_of_both(tmp_path: Path) -> None:
         "from functools import partial\nfrom cdlm.core.parallel import Workers\n"
         "from test_continuous_family import remembered_together\n"
         f"together = partial(remembered_together, {str(tmp_path / 'store')!r})\n"
-        "if __name__ == '__main__':\n    print(Workers(str, 2).map(together, 'cpu', (0, 1)))\n"
+        "if __name__ == '__main__':\n    print(LocalWorkers(str, 2).map(together, 'cpu', (0, 1)))\n"
     )
     told = subprocess.run([sys.executable, str(script)], check=True, capture_output=True, text=True, timeout=200)
     first, second = ast.literal_eval(told.stdout.splitlines()[-1])

@@ -513,9 +513,9 @@ def test_a_cache_computes_a_block_and_not_the_row(kind: Any) -> None:
     widths: list[int] = []
 
     class Watched(Toy):
-        def partial(self, tokens: Tensor, *rest: Any) -> Tensor:
+        def partial(self, tokens: Tensor, *rest: Any, **more: Any) -> Tensor:
             widths.append(tokens.shape[1])
-            return super().partial(tokens, *rest)
+            return super().partial(tokens, *rest, **more)
 
     decoded(Watched(), unmasking(LLaDA(6, block=3), cache=kind), canvases([[3, 4]], 6))
     assert widths == ([3] * 4 if kind == "dual" else [6, 6, 3, 3])
@@ -583,8 +583,8 @@ def test_a_broken_model() -> None:
 
 def test_a_broken_call_of_a_block() -> None:
     class Broken(Toy):
-        def partial(self, *arguments: Any) -> Tensor:
-            return super().partial(*arguments).fill_(math.nan)
+        def partial(self, *arguments: Any, **more: Any) -> Tensor:
+            return super().partial(*arguments, **more).fill_(math.nan)
 
     assert "not numbers" in refused(LLaDA(8, block=4), [[3]], model=Broken(), cache="dual")
 

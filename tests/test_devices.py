@@ -56,10 +56,20 @@ def test_the_device_is_announced_unless_quiet(
 ) -> None:
     machine(monkeypatch, 0, False)
     drop_announced()
-    assert MachineOptions(quiet=quiet, devices=2).ready() == MachineOptions("cpu", quiet, devices=2)
+    assert MachineOptions(quiet=quiet).ready() == MachineOptions("cpu", quiet)
     assert DeviceOptions(quiet=quiet).ready() == DeviceOptions("cpu", quiet)
     show_announced()
     assert capsys.readouterr().err == ("" if quiet else "device: cpu\n")  # said once
+    assert MachineOptions(quiet=quiet, devices=2).ready() == MachineOptions("cpu", quiet, devices=2)
+    show_announced()
+    assert capsys.readouterr().err == ("" if quiet else "device: cpu, shared by 2 processes\n")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 2, False)
+    assert MachineOptions(devices=2, quiet=True).ready().device == "cuda"
+    with pytest.raises(CdlmError, match="CUDA devices here: 2"):
+        MachineOptions(devices=3).ready()
 
 
 @pytest.mark.parametrize("setting", ["devices", "batch_size"])

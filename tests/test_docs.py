@@ -29,12 +29,14 @@ PAGES = (
 )  # fmt: skip
 SHOWING = (
     "README.md", "docs/masked.md", "docs/halting.md", "docs/likelihood.md", "docs/results.md", "docs/lm-eval.md",
+    "docs/several-machines.md",
     *(f"docs/studies/{name}.md" for name in STUDIES),
 )  # fmt: skip
 """Pages that show commands."""
 FILES = re.compile(r"`?((?:cdlm|tests|benchmarks|configs)/[\w/.-]+\.(?:py|yaml))")
 EXAMPLES = ("cdlm/studies/NAME.yaml", "cdlm/studies/my_study.py")
 """Files that stand for any of their kind."""
+_LAUNCHER = re.compile(r"^(torchrun .* --no-python --|srun) ")
 _BLOCK = re.compile(r"<!-- tested -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -145,7 +147,8 @@ def commands_of(page: str) -> list[list[str]]:
     """The words of every `cdlm` command in the code blocks of a page, without comments and "..."; S is any seed."""
     text = (ROOT / page).read_text(encoding="utf-8")
     shown = "\n".join(re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
-    parts = (part for line in shown.splitlines() for part in line.split("&&") if part.strip().startswith("cdlm "))
+    lines = (_LAUNCHER.sub("", line) for line in shown.splitlines())
+    parts = (part for line in lines for part in line.split("&&") if part.strip().startswith("cdlm "))
     words = ([word for word in shlex.split(part, comments=True)[1:] if word != "..."] for part in parts)
     return [["0" if word == "S" else word for word in one] for one in words]
 

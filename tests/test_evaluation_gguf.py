@@ -75,7 +75,7 @@ def test_without_the_package_the_error_says_how_to_install_it(file: Path, monkey
 
 
 def test_a_tokenizer_without_offsets_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdlm.evaluation.judge.AutoTokenizer.from_pretrained", lambda *_, **__: object())
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: object())
     assert "a tokenizer without character offsets (object)" in refused(file)
 
 

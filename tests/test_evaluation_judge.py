@@ -119,7 +119,7 @@ def test_without_network_a_name_is_explained_at_once(monkeypatch):
         calls.append(arguments)
         raise RuntimeError("no network")
 
-    monkeypatch.setattr("cdlm.evaluation.judge.HfApi.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     with pytest.raises(CdlmError, match="hf download nobody/nothing --local-dir FOLDER") as caught:
         Judge.load("nobody/nothing")
     assert "\n" not in str(caught.value)

@@ -1042,7 +1042,7 @@ def test_signals_are_what_they_say(seed: int, scale: float, v: int, dtype: torch
     score = (x0 - z) / seen.here.t[:, None, None] ** 2 * open_[..., None]
     margin = ordered.values[..., 0] - ordered.values[..., 1]
     assert seen.past.score is not None
-    assert seen.past.logits is not None
+    assert isinstance(seen.past.logits, Tensor)
     cosine = torch.nn.functional.cosine_similarity(score.flatten(1), seen.past.score.double().flatten(1))
     kl = mean(divergences(logits, seen.past.logits.double()), open_)
     switched = (ordered.indices[..., 0] != seen.past.logits.argmax(-1)) | seen.first[:, None]
@@ -1098,7 +1098,7 @@ def test_of_equal_logits_the_first_is_the_token(v: int) -> None:
 
 def test_a_token_that_is_ruled_out_counts_as_one_of_no_probability() -> None:
     seen = a_glance(0, torch.float32)
-    assert seen.past.logits is not None
+    assert isinstance(seen.past.logits, Tensor)
     ruled_out = seen.logits.clone()
     ruled_out[..., 4:9] = -math.inf
     signals, _ = observe(frozenset(SIGNALS), replace(seen, logits=ruled_out))
@@ -1119,7 +1119,7 @@ def test_extreme_predictions_have_signals_too(dtype: torch.dtype) -> None:
 def test_a_prediction_that_hardly_moves_hardly_diverges(seed: int, shift: float, scale: float) -> None:
     """And rounding does not take entropies and divergences below zero, where any threshold would be met."""
     still = a_glance(seed, torch.float32, scale=scale)
-    assert still.past.logits is not None
+    assert isinstance(still.past.logits, Tensor)
     moved = torch.where(still.first[:, None, None], still.logits, still.past.logits * (1 + shift))
     signals, _ = observe(frozenset(SIGNALS), replace(still, logits=moved))
     assert math.isinf(signals["mean_kl"][0])

@@ -26,7 +26,7 @@ from cdlm.continuous.sampler import Diffusion, DiffusionSettings
 from cdlm.continuous.solvers import Ancestral, Heun, Renoise
 from cdlm.core.devices import Precision
 from cdlm.core.errors import CdlmError
-from cdlm.core.parallel import Workers
+from cdlm.core.parallel import LocalWorkers, Workers
 from cdlm.halting import Criterion, FixedSteps, Full, Never, NormConvergence, Patience
 from cdlm.masked.model import Constants, Function
 from cdlm.masked.sampler import Unmasking, UnmaskingSettings
@@ -197,7 +197,7 @@ class Pool:
 
     def __init__(self, kind: str, log: Path):
         self.kind, self.log = kind, log
-        self.workers: Workers[Model] = Workers(partial(counted, str(log), kind), 2)
+        self.workers: Workers[Model] = LocalWorkers(partial(counted, str(log), kind), 2)
 
     @property
     def opened(self) -> list[str]:
@@ -241,7 +241,7 @@ def test_an_error_of_a_worker_is_an_error_of_the_run_and_the_worker_goes_on(pool
 
 
 def test_what_a_worker_refuses_and_its_end_are_one_line() -> None:
-    with Workers(str, 2) as workers:
+    with LocalWorkers(str, 2) as workers:
         with pytest.raises(CdlmError, match="of a worker"):
             workers.map(breaks, "here", [0, 1])
         with pytest.raises(CdlmError, match="a process ended") as caught:
@@ -261,7 +261,7 @@ def test_closed_processes_serve_no_more_and_rules_that_cannot_travel_are_named()
     class Local(Never):
         """Of no module, so that no other process can find it."""
 
-    with Workers(str, 2) as workers:
+    with LocalWorkers(str, 2) as workers:
         with pytest.raises(CdlmError, match="other processes cannot be given this work") as caught:
             workers.map(partial(place_of_rule, Local()), "here", [0, 1])
         assert "\n" not in str(caught.value)

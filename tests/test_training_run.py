@@ -7,6 +7,7 @@ import csv
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -438,7 +439,8 @@ PROCESSES = """
     from dataclasses import replace
     from cdlm.training.run import rank_and_world
     folder, strategy, stop, resume = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "stop", sys.argv[3] == "resume"
-    options = replace(options_of(strategy), devices=2, strategy=strategy)
+    nodes = 2 if "NODE_RANK" in os.environ and "LOCAL_RANK" not in os.environ else 1
+    options = replace(options_of(strategy), devices=2 // nodes, num_nodes=nodes, strategy=strategy)
     rank, world = rank_and_world(options)
     loader = Loader(signal_at(3, signal.SIGTERM) if stop and rank == 1 else None, rank)
     try:
@@ -476,6 +478,22 @@ def test_two_processes_are_one_that_averages_both_gradients(tmp_path: Path, stra
     assert_same({f"ema.system.{name}": value for name, value in exported.items()}, averaged)
     for name, value in by_hand(options_of(strategy)).items():
         torch.testing.assert_close(saved(folder)["state_dict"][f"system.{name}"], value, rtol=1e-3, atol=1e-5, msg=name)
+    if calls == ["whole"]:  # and two machines with a process each are one with two, bit for bit
+        on_two_machines(command, tmp_path / "machines", strategy)
+        for name in ("state_dict", "optimizer_states"):
+            assert_same(saved(folder)[name], saved(tmp_path / "machines")[name])
+
+
+def on_two_machines(command: list[str], folder: Path, strategy: str) -> None:
+    """The whole run, as two machines with a process each."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    here = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [*command, str(folder), strategy, "whole"]
+    machines = [subprocess.Popen(command, env={**here, "NODE_RANK": rank}) for rank in ("0", "1")]
+    assert [machine.wait(200) for machine in machines] == [0, 0]
+    told = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert [(one["rank"], one["world"]) for one in told] == [(0, 2), (1, 2)]
 
 
 def by_hand(options: TrainOptions) -> dict[str, Tensor]:

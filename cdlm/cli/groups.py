@@ -225,13 +225,16 @@ def flat_settings(*groups: Any, **more: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def session_on(machine: MachineOptions, run: str, seed: int = 0, **settings: Any) -> Session:
+def session_on(
+    machine: MachineOptions, run: str, seed: int = 0, device_map: str | None = None, **settings: Any
+) -> Session:
     """A session of a model on the machine of the command line.
 
     Args:
+        device_map: of a foreign model, how to divide it among devices.
         settings: flat settings of the model's family, and `steps`.
     """
     return open_session(
         run, seed=seed, batch_size=machine.batch_size, device=machine.device, devices=machine.devices,
-        precision=machine.precision, progress=not machine.quiet, **settings,
+        precision=machine.precision, progress=not machine.quiet, device_map=device_map, **settings,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, cast
@@ -131,7 +131,11 @@ def call(function: Callable[..., Any], settings: dict[str, Any]) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # its bars are about loading files, ours about samples
-    return function(**{k: v.ready() if isinstance(v, DeviceOptions) else v for k, v in settings.items()})
+    ready = {k: v.ready() if isinstance(v, DeviceOptions) else v for k, v in settings.items()}
+    with ExitStack() as stack:
+        for machine in filter(lambda value: isinstance(value, DeviceOptions), ready.values()):
+            stack.callback(machine.close)
+        return function(**ready)
 
 
 def _help() -> str:
@@ -143,7 +147,8 @@ def _help() -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a parallel run all fail alike
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    if local == "0":  # the processes of a parallel run all fail alike
         with suppress(OSError):
             to_stderr("cdlm: " + shortened(" ".join(message.split())))
     raise SystemExit(code)

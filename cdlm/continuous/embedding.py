@@ -46,7 +46,7 @@ class TokenEmbedding(Embedding):
 
     def __init__(self, vocab: int, dim: int, init_std: float = 1e-3, rho: float | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(vocab, dim) * init_std)
+        self.weight = nn.Parameter(torch.randn(vocab, dim).mul_(init_std))
         self.dim, self.rho = dim, math.sqrt(dim) if rho is None else rho
 
     def table(self) -> Float[Tensor, "v d"]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from cdlm.core.checks import MOST_DEVICES, MOST_ROWS, check_whole, shown
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.progress import announce
+from cdlm.core.ranks import Group, Place, join, launched, serve
 
 if TYPE_CHECKING:
     import torch
@@ -88,25 +89,94 @@ class DeviceOptions:
         """The same with the device that auto stands for, which is announced unless `quiet`.
 
         Raises:
-            CdlmError: this machine does not have the device.
+            CdlmError: this machine does not have the device, or a launcher has started several processes.
         """
-        device = resolve_device(self.device)
+        if place := launched():
+            raise CdlmError(
+                f"this command is the work of one process, and {place.size} were started: start it without torchrun or"
+                " srun"
+            )
+        return replace(self, device=self._announced(resolve_device(self.device)))
+
+    def close(self) -> None:
+        """The work is done."""
+
+    def _announced(self, device: str, shared: str = "") -> str:
         if not self.quiet:
-            announce(f"device: {device}")
-        return replace(self, device=device)
+            announce(f"device: {device}{shared}")
+        return device
 
 
 @dataclass(frozen=True)
 class MachineOptions(DeviceOptions):
     """The machine that the model runs on."""
 
-    devices: int = 1
-    """Processes that share the work, each with a device of its own."""
+    devices: int | Group = 1
+    """Processes of this machine that share the work, each with a device of its own; with torchrun or srun there is one
+    for each that they start, on several machines too."""
     precision: Precision | None = None
     """Arithmetic of the network; by default fp32, and of another library's model as in its files."""
     batch_size: int | None = None
     """Samples or rows that are worked on at a time."""
 
     def __post_init__(self) -> None:
-        check_whole("the machine", largest=MOST_DEVICES, devices=self.devices)
+        if not isinstance(self.devices, Group):
+            check_whole("the machine", largest=MOST_DEVICES, devices=self.devices)
         check_whole("the machine", largest=MOST_ROWS, optional=True, batch_size=self.batch_size)
+
+    def ready(self) -> MachineOptions:
+        """The same with the device that auto stands for, and with the processes that share the work.
+
+        Of several that a launcher has started only the first one returns; the others serve it.
+
+        Raises:
+            CdlmError: this machine does not have the devices, or the processes do not meet.
+            SystemExit: this was one of the others, and the work is done.
+        """
+        place, device = launched(), resolve_device(self.device)
+        if place is None:
+            assert isinstance(self.devices, int)
+            return replace(self, device=self._announced(device, _shared_by(self.devices, device)))
+        if self.devices != 1:
+            raise CdlmError(
+                f"{place.size} processes were started, and each has one device: leave out --devices {self.devices}"
+            )
+        own = _own_device(device, place)
+        group = join(place)
+        if not isinstance(group, Group):
+            serve(group, own)
+            raise SystemExit(0)
+        machines = "one machine" if group.machines == 1 else f"{group.machines} machines"
+        said = f", the first of {len(group)} processes on {machines}"
+        return replace(self, device=self._announced(own, said), devices=group)
+
+    @property
+    def processes(self) -> int:
+        """How many share the work."""
+        return len(self.devices) if isinstance(self.devices, Group) else self.devices
+
+    def close(self) -> None:
+        if isinstance(self.devices, Group):
+            self.devices.close()
+
+
+def _shared_by(devices: int, device: str) -> str:
+    """What is announced of several processes of this machine; checks that each has a device."""
+    if devices == 1:
+        return ""
+    if device == "cuda":
+        resolve_device(f"cuda:{devices - 1}")
+        return f", {devices} processes with a GPU each"
+    return f", shared by {devices} processes"
+
+
+def _own_device(device: str, place: Place) -> str:
+    """The device of one process of several."""
+    if ":" in device:
+        raise CdlmError(f"several processes need a kind of device, got {device!r}: say {device.split(':')[0]!r}")
+    if device != "cuda":
+        return device
+    import torch
+
+    # A launcher may let each process see its own GPU alone.
+    return device if torch.cuda.device_count() == 1 else resolve_device(f"cuda:{place.local}")

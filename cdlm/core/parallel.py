@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,18 +16,52 @@ import torch
 from jaxtyping import Shaped
 
 from cdlm.core.checks import MOST_DEVICES, shown
-from cdlm.core.errors import CdlmError, first_line
+from cdlm.core.errors import CdlmError
+from cdlm.core.ranks import Group, cannot_travel, message
 
 M = TypeVar("M")
 S = TypeVar("S")
 T = TypeVar("T")
 
 
-class Workers(Generic[M]):
-    """This process and `devices` - 1 others, one for each device.
+class Workers(ABC, Generic[M]):
+    """This process and others that share its work.
 
     Everything that travels between processes must be picklable: functions of a module, or partial calls of them, with
     plain data. Close the workers, or use them in a `with` statement.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many processes there are, this one too."""
+
+    @abstractmethod
+    def map(self, work: Callable[[M, S], T], here: M, shares: Sequence[S]) -> list[T]:
+        """`work(opened, share)` for each share, one a process at most, in the order of the shares; the first share is
+        done in this process with `here`.
+
+        Raises:
+            CdlmError: that of the work, whichever process it comes from; it cannot travel; or a process has ended.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """The others forget what they have opened, or end."""
+
+    def __enter__(self) -> Workers[M]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def workers_on(devices: int | Group, open_: Callable[[str], M], device: str = "cpu") -> Workers[M]:
+    """Workers on the devices of this machine, or on the processes of a group."""
+    return LaunchedWorkers(open_, devices) if isinstance(devices, Group) else LocalWorkers(open_, devices, device)
+
+
+class LocalWorkers(Workers[M]):
+    """This process and `devices` - 1 others that it starts, one for each device.
 
     Args:
         open_: gives what the work needs on a device, such as a loaded model; each further process calls it once.
@@ -52,14 +87,8 @@ class Workers(Generic[M]):
         return len(self._pools) + 1
 
     def map(self, work: Callable[[M, S], T], here: M, shares: Sequence[S]) -> list[T]:
-        """`work(opened, share)` for each share, one a process at most, in the order of the shares; the first share is
-        done in this process with `here`.
-
-        Raises:
-            CdlmError: that of the work, whichever process it comes from; it cannot travel; or a process has ended.
-        """
         if self._closed:
-            raise CdlmError("the session was closed and its processes have ended: open another")
+            raise _closed()
         if len(shares) > 1:
             _check_travels(work)
         try:
@@ -84,16 +113,46 @@ class Workers(Generic[M]):
             torch.set_num_threads(before)
 
     def close(self) -> None:
-        """End the processes."""
         self._closed = bool(self._pools)
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> Workers[M]:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class LaunchedWorkers(Workers[M]):
+    """The processes of a command that a launcher has started; see `cdlm.core.ranks`.
+
+    Args:
+        open_: gives what the work needs on a device; each of the others calls it once, on its own.
+        group: of the first process.
+    """
+
+    def __init__(self, open_: Callable[[str], M], group: Group):
+        self._open, self._group, self._number = open_, group, group.number()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+    def map(self, work: Callable[[M, S], T], here: M, shares: Sequence[S]) -> list[T]:
+        if self._closed or not self._group.open:
+            raise _closed()
+        for peer, sent in enumerate([message(self._number, self._open, work, share) for share in shares[1:]]):
+            self._group.give(peer, sent)
+        try:
+            first = work(here, shares[0])
+        except BaseException:
+            self._group.drop()
+            raise
+        return [first, *self._group.gather(len(shares) - 1)]
+
+    def close(self) -> None:
+        if not self._closed:
+            self._group.forget(self._number)
+        self._closed = True
+
+
+def _closed() -> CdlmError:
+    return CdlmError("the session was closed and its processes have ended: open another")
 
 
 def _check_travels(work: object) -> None:
@@ -101,10 +160,7 @@ def _check_travels(work: object) -> None:
     try:
         ForkingPickler.dumps(work)
     except (PicklingError, AttributeError, TypeError) as error:
-        raise CdlmError(
-            f"other processes cannot be given this work ({first_line(error)}): define rules at the top of a"
-            " module, or use one device"
-        ) from error
+        raise cannot_travel(error) from error
 
 
 _opened: dict[Any, Any] = {}

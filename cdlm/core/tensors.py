@@ -4,12 +4,14 @@ equal content gives equal files, byte for byte."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_readable, reading
@@ -45,6 +47,25 @@ class Header(NamedTuple):
 
     specs: dict[str, Spec]
     metadata: dict[str, str]
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Tensors that are made inside have shape and type, and no memory. None is drawn: there would be no numbers."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    """On "meta", torch draws by means of its compiler, which takes seconds to import."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else given["tensor"]
+        if func is torch.randn:
+            return torch.empty(*args, **{name: value for name, value in given.items() if name != "generator"})
+        return func(*args, **given)
 
 
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:

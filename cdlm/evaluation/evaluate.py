@@ -13,7 +13,8 @@ from typing import Any
 from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import plain
-from cdlm.core.parallel import Workers
+from cdlm.core.parallel import workers_on
+from cdlm.core.ranks import Group
 from cdlm.core.stats import RESAMPLES
 from cdlm.evaluation.judge import Judge, Readers
 from cdlm.evaluation.metrics import diversity
@@ -94,7 +95,7 @@ def evaluate_files(
     *,
     distances: Distances | None = None,
     device: str = "cpu",
-    devices: int = 1,
+    devices: int | Group = 1,
     notes: Sequence[str] = (),
 ) -> Evaluation:
     """The table of sets of texts, by name, beside real text; see `evaluate`.
@@ -115,7 +116,7 @@ def evaluate_files(
         mauve_metric.library()  # its absence is better known before the long work
     samples = [text.samples(name, entries) for name, entries in files.items()]
     beside = Beside.of(text, check_sizes(samples), distances.splits)
-    pools = [Workers(opens, devices, device) for opens in judges]
+    pools = [workers_on(devices, opens, device) for opens in judges]
     try:
         readers = [Readers(opens(device), pool) for opens, pool in zip(judges, pools, strict=True)]
         return evaluate(samples, beside, readers, distances=distances, notes=notes)

@@ -4,6 +4,8 @@ A judge re-tokenises the text with its own tokenizer, so texts of any generator 
 Numbers of different judges cannot be compared with each other.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re
@@ -12,20 +14,12 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, snapshot_download
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json, replacing
@@ -33,6 +27,9 @@ from cdlm.core.parallel import Workers, deal, interleaved
 from cdlm.core.schema import checked
 from cdlm.core.tensors import check_values
 from cdlm.models.foreign import check_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -87,13 +84,15 @@ class Judge:
         nn.Module.to(self.model, self.device).eval()
 
     @classmethod
-    def load(cls, name_or_dir: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Judge":
+    def load(cls, name_or_dir: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Judge:
         """Open a folder or a Hub model of safetensors, or a GGUF file; no code of the model's author, weights in
         `dtype`.
 
         Raises:
             CdlmError: the model cannot be found or read, or its tokenizer gives no character offsets.
         """
+        from transformers import AutoModelForCausalLM
+
         source = str(name_or_dir)
         if source.endswith(".gguf"):
             return cls(*_read_gguf(Path(source), dtype), name=Path(source).stem, device=device, origin=_file(source))
@@ -159,12 +158,14 @@ def open_encoder(name: str, device: str = "cpu") -> tuple[PreTrainedTokenizerFas
     Raises:
         CdlmError: it cannot be found or read.
     """
+    from transformers import AutoModel
+
     tokenizer, model, _ = _opened(name, "an encoder", AutoModel, torch.float32)
     network: Any = model.get_encoder() if model.config.is_encoder_decoder else model
     return tokenizer, network.to(device).eval()
 
 
-Opened = tuple[PreTrainedTokenizerFast, PreTrainedModel, dict[str, str]]
+Opened = tuple["PreTrainedTokenizerFast", "PreTrainedModel", dict[str, str]]
 """With the revision of what came from the Hub."""
 
 
@@ -206,6 +207,8 @@ def _local_first(source: str, read: Callable[[bool], Opened]) -> Opened:
 
 def _reach_hub(name: str) -> None:
     """Ask once whether the model is there: the loaders themselves retry for most of a minute without network."""
+    from huggingface_hub import HfApi
+
     try:
         HfApi().model_info(name, timeout=10)
     except Exception as error:  # a network, a name or an access problem: all mean that nothing can be loaded
@@ -213,6 +216,9 @@ def _reach_hub(name: str) -> None:
 
 
 def _read(kind: Any, source: str, dtype: torch.dtype, local: bool) -> Opened:
+    from huggingface_hub import snapshot_download
+    from transformers import AutoTokenizer
+
     folder, origin = Path(source), dict[str, str]()
     if not folder.is_dir():
         # Only files at the top, and no weights of other libraries.
@@ -235,6 +241,8 @@ def _read(kind: Any, source: str, dtype: torch.dtype, local: bool) -> Opened:
 
 
 def _with_offsets(tokenizer: Any) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"a tokenizer without character offsets ({type(tokenizer).__name__}).")
     return tokenizer
@@ -273,6 +281,8 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     if not path.is_file():
         raise CdlmError(f"there is no file {path}: name a GGUF file of a causal language model")
     place = {"pretrained_model_name_or_path": path.absolute().parent, "gguf_file": path.name, "local_files_only": True}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         _check_gguf(path)
         with redirect_stderr(StringIO()):  # a progress bar that no setting switches off

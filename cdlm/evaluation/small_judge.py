@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.progress import meter
@@ -24,7 +23,7 @@ from cdlm.data.store import TextRows
 from cdlm.evaluation.judge import NAME_FILE, Judge
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -172,6 +171,8 @@ def train_judge(
 
 
 def _fresh_gpt2(vocabulary: int, length: int, size: JudgeSize, seed: int) -> GPT2LMHeadModel:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     config = GPT2Config(
         vocab_size=vocabulary, n_positions=length, n_embd=size.width, n_layer=size.depth, n_head=size.heads,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,

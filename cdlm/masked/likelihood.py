@@ -85,8 +85,8 @@ def _cross_entropy(model: MaskedModel, text: Text, masked: Bool[Tensor, "b n"]) 
     logits = model.logits(tokens.masked_fill(masked, model.constants.mask_id), text.valid, row * length + seen)
     if int(tokens.max()) >= logits.shape[-1]:
         raise CdlmError(
-            f"the model gave logits of {logits.shape[-1]} tokens, and the text holds token {int(tokens.max())}: it is of"
-            " another vocabulary"
+            f"the model gave logits of {logits.shape[-1]} tokens, and the text holds token {int(tokens.max())}: it is"
+            " of another vocabulary"
         )
     sums = torch.zeros(len(masked), dtype=torch.float64, device=masked.device)
     size = max(1, PIECE // logits.shape[-1])

@@ -18,7 +18,7 @@ class LevelEmbedding(nn.Module):
     def __init__(self, width: int, scale: float = 0.5, features: int = 64):
         super().__init__()
         self.frequencies: Tensor  # fixed, drawn from its own key: a part of the architecture, kept in the checkpoint
-        self.register_buffer("frequencies", scale * torch.randn(features, generator=generator(0, features)))
+        self.register_buffer("frequencies", torch.randn(features, generator=generator(0, features)).mul_(scale))
         self.layers = nn.Sequential(nn.Linear(2 * features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
     def forward(self, level: Float[Tensor, " b"]) -> Float[Tensor, "b c"]:

@@ -24,6 +24,7 @@ from cdlm.core.inert import shortened
 from cdlm.core.parsing import Registry, nearest
 from cdlm.core.progress import announce
 from cdlm.core.schema import Positive, Whole, checked
+from cdlm.core.tensors import without_memory
 from cdlm.data.division import Division
 from cdlm.data.masking import MASKINGS
 from cdlm.data.sources import SOURCES, Source, Stories
@@ -498,10 +499,8 @@ def outline(config: Mapping[str, Any], file: Path) -> System:
     Raises:
         CdlmError: as `system_config`, or no tensor can be of such a size.
     """
-    import torch
-
     try:
-        with torch.device("meta"):
+        with without_memory():
             return build_system(config, file)
     except (RuntimeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise CdlmError(f"{file} has sizes that no model can have ({first_line(error)}); copy it again") from error

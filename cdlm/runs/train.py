@@ -116,7 +116,7 @@ def train(
     if first:
         check_folder(out, resume)
     if resume and steps_done(checkpoint_of(out)) == options.steps:
-        if progress:
+        if progress and first:
             print(f"{out} is finished, at step {options.steps}: more steps continue it", file=sys.stderr)
         return _finished(config, hub.read(out))
     with held(out) if first else nullcontext():
@@ -225,7 +225,7 @@ def card(config: RunConfig, system: System, step: int) -> str:
     """The model card of a run after `step` steps: its size, data and configuration, without local folders."""
     size, options = sum(p.numel() for p in system.parameters()) / 1e6, config.training
     steps = f"{step}" if step == options.steps else f"{step} of {options.steps}"
-    rows = config.batch_size * options.accumulate * options.devices
+    rows = config.batch_size * options.accumulate * options.world
     shape = f"{steps} steps of {rows} rows of {config.length} tokens"
     settings = yaml.safe_dump(_without_folders(yaml.safe_load(config.to_yaml())), sort_keys=False, allow_unicode=True)
     source = type(config.source).__name__

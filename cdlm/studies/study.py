@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -97,7 +97,7 @@ class Study(MachineOptions, ABC):
         finally:
             self.close()
         write_rows(self.out / f"{name}.csv", found.rows)
-        settings = plain(asdict(self))
+        settings = plain(asdict(replace(self, devices=self.processes)))
         content = {"study": name, "settings": settings, "note": found.note, "table": found.table, "rows": found.rows}
         write_json(self.out / f"{name}.json", content)
         text = yaml.safe_dump(settings, sort_keys=False)
@@ -110,6 +110,7 @@ class Study(MachineOptions, ABC):
         for session in self._sessions.values():
             session.close()
         self._sessions.clear()
+        super().close()
 
     @cached_property
     def _sessions(self) -> dict[str, Session]:

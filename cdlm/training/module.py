@@ -124,10 +124,12 @@ class TrainingModule(LightningModule):
             sharding.shard(system, self.device_mesh["data_parallel"])
 
     def averaged(self) -> System:
-        """The EMA system, unsharded and up to date on rank 0. Every process must call this."""
+        """The EMA system, up to date on rank 0. Every process must call this. What was spread over devices is whole on
+        the CPU: it need not fit on one of them."""
         if self._whole:
             sharding.gather(self.ema.system, self._whole[0])
-        return self.trained().to(self.device)
+            return self._whole[0]
+        return self.ema.system.to(self.device)
 
     def trained(self) -> System:
         """The EMA system as `averaged` gave it last, without asking the other processes."""

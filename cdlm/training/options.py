@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
-from cdlm.core.checks import check_choice, check_number, check_whole
+from cdlm.core.checks import MOST_DEVICES, check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
 
 Logger = Literal["tensorboard", "wandb"]
@@ -47,7 +47,10 @@ class TrainOptions:
     compile: bool = False
     """Compile the network with torch.compile."""
     devices: int = 1
-    """Processes of this machine, each with a device and its own batches."""
+    """Processes of each machine, each with a device and its own batches."""
+    num_nodes: int = 1
+    """Machines, on each of which the command is started by torchrun, by srun, or by hand with MASTER_ADDR, MASTER_PORT
+    and NODE_RANK."""
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -64,7 +67,7 @@ class TrainOptions:
     """Fixes noise and masks, and in `cdlm train` the first weights and the order of rows."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "accumulate", "devices", "validate_every", "checkpoint_every", "log_every")
+        counts = ("steps", "accumulate", "devices", "num_nodes", "validate_every", "checkpoint_every", "log_every")
         check_whole("training", **{name: getattr(self, name) for name in counts})
         check_whole("training", least=0, warmup=self.warmup, seed=self.seed)
         check_number("training", least=0, most=10, lr=self.lr, schedule_lr=self.schedule_lr, muon_lr=self.muon_lr)
@@ -82,5 +85,15 @@ class TrainOptions:
             )
         for logger in self.loggers:
             check_choice("training", LOGGERS, loggers=logger)
+        if self.world > MOST_DEVICES:
+            raise CdlmError(
+                f"training has at most {MOST_DEVICES} processes, got {self.devices} on each of {self.num_nodes}"
+                " machines"
+            )
         if self.strategy == "fsdp" and self.optimizer == "muon":
             raise CdlmError("strategy='fsdp' needs optimizer='adamw', got 'muon': set it, or take strategy='ddp'")
+
+    @property
+    def world(self) -> int:
+        """Processes of all machines."""
+        return self.devices * self.num_nodes

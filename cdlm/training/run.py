@@ -15,8 +15,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from cdlm.core.errors import CdlmError
+from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import cannot_write
+from cdlm.core.ranks import is_lost, launched, number_in
 from cdlm.core.types import Batch, MaskingFn
 from cdlm.models.system import System
 from cdlm.training.callback import Export, Outputs, RunCallback
@@ -65,7 +66,8 @@ def train(
         context: what must not change when resuming, such as a key of the data.
 
     Returns:
-        the EMA system on the device that it was trained on; of several processes, only rank 0 has the last weights.
+        the EMA system on the device that it was trained on, or on the CPU if it was spread over several; of several
+        processes, only rank 0 has the last weights.
 
     Raises:
         CdlmError: nothing to resume, a run that would be overwritten, a changed context, NaN, a full disk.
@@ -81,7 +83,7 @@ def train(
         raise cannot_write(outputs.run_dir, error if isinstance(error, OSError) else OSError(str(error))) from error
     if resume:
         steps_done(outputs.checkpoint)  # says what is wrong with it, before anything is built
-    fixed = {name: getattr(options, name) for name in ("seed", "accumulate", "optimizer", "devices")}
+    fixed = {name: getattr(options, name) for name in ("seed", "accumulate", "optimizer")} | {"devices": options.world}
     module = TrainingModule(system, loader, masking, options, {**(context or {}), **fixed})
     shown = reporter(progress and first)
     with StopRequest() as stop, _quiet():
@@ -98,19 +100,52 @@ def train(
             if error.errno is None:  # not of the system
                 raise
             raise cannot_write(outputs.run_dir, error) from error
+        except RuntimeError as error:
+            if options.world == 1 or not is_lost(error):
+                raise
+            raise CdlmError(
+                f"another process of this run has ended or cannot be reached ({first_line(error)}): see what it said in"
+                f" its own output; {outputs.checkpoint} is the last checkpoint, if there is one: resume"
+            ) from error
         finally:
             shown.close()
-        return module.trained().to(trainer.strategy.root_device)
+        return module.trained() if options.strategy == "fsdp" else module.trained().to(trainer.strategy.root_device)
 
 
 def rank_and_world(options: TrainOptions) -> tuple[int, int]:
     """Number of this process and of all processes, as the loader needs them before `train` is called.
 
-    With several devices, `train` starts the command again for each further process and numbers it in the environment.
+    They are as Lightning finds them: by the variables of torchrun or srun, or else by MASTER_ADDR, MASTER_PORT and
+    NODE_RANK, where `train` starts the command again for each further process of the machine and sets LOCAL_RANK.
+
+    Raises:
+        CdlmError: as many processes or machines as the options have were not started.
     """
-    if options.devices == 1:
-        return 0, 1
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))), options.devices
+    place, world = launched(), options.world
+    wanted = f"{options.devices} on each of {options.num_nodes} machines (devices, num_nodes)"
+    if place is not None and (place.size, place.each or options.devices) != (world, options.devices):
+        each = "" if place.each is None else f", {place.each} on each machine"
+        raise CdlmError(f"{place.size} processes were started{each}, and training is of {wanted}: set them so")
+    if place is not None and ("TORCHELASTIC_RUN_ID" in os.environ or "RANK" not in os.environ):
+        return place.rank, world
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+    if options.num_nodes > 1 and missing:
+        raise CdlmError(
+            f"training is of {wanted}, and this process was not started as one of several machines: start it with"
+            f" torchrun or srun on each, or set {', '.join(missing)}"
+        )
+    machine = number_in(os.environ, "NODE_RANK", number_in(os.environ, "GROUP_RANK", 0))
+    if machine >= options.num_nodes:
+        raise CdlmError(
+            f"NODE_RANK is {machine} in the environment, expected a number below that of machines, {options.num_nodes}:"
+            " machines are counted from 0; set num_nodes or NODE_RANK"
+        )
+    rank = machine * options.devices + number_in(os.environ, "LOCAL_RANK", 0)
+    if place is not None and place.rank != rank:
+        raise CdlmError(
+            f"RANK is {place.rank} in the environment, expected {rank} by NODE_RANK and LOCAL_RANK: set it so"
+        )
+    return rank, world
 
 
 def check_folder(run_dir: Path, resume: bool) -> None:
@@ -134,6 +169,7 @@ def _trainer(options: TrainOptions, outputs: Outputs, callback: Callback) -> Tra
         return Trainer(
             accelerator=options.accelerator,
             devices=options.devices,
+            num_nodes=options.num_nodes,
             strategy=_strategy(options),
             precision="32-true",
             max_steps=options.steps,
@@ -150,16 +186,17 @@ def _trainer(options: TrainOptions, outputs: Outputs, callback: Callback) -> Tra
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ValueError) as error:  # a ValueError is of what SLURM says
         raise CdlmError(
-            f"cannot train on {options.devices} x {options.accelerator}: {' '.join(str(error).split())}"
+            f"cannot train on {options.num_nodes} x {options.devices} x {options.accelerator}:"
+            f" {' '.join(str(error).split())}"
         ) from error
 
 
 def _strategy(options: TrainOptions) -> Strategy | str:
     if options.strategy == "fsdp":
-        return ModelParallelStrategy(options.devices, tensor_parallel_size=1, save_distributed_checkpoint=False)
-    if options.strategy == "ddp" or options.devices > 1:
+        return ModelParallelStrategy(options.world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    if options.strategy == "ddp" or options.world > 1:
         return DDPStrategy(forward_sync_buffers=False)  # buffers follow from the weights, equally in each process
     return "auto"
 

@@ -11,7 +11,7 @@ from cdlm.cli.commands.evaluate import JudgesOptions
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
-from cdlm.core.parallel import Workers
+from cdlm.core.parallel import workers_on
 from cdlm.core.parsing import nearest
 from cdlm.evaluation.frontier import check_noise, drawn_from, measure
 from cdlm.evaluation.frontier_table import save
@@ -57,7 +57,7 @@ def frontier(
     drawn = [each for way, entries in files.items() for each in drawn_from(way, entries, real.samples)]
     check_noise(drawn)
     opens = [partial(open_judge, name, small, progress=not machine.quiet) for name in judge.judge]
-    pools = [Workers(opened, machine.devices, machine.device) for opened in opens]
+    pools = [workers_on(machine.devices, opened, machine.device) for opened in opens]
     try:
         readers = [Readers(opened(machine.device), pool) for opened, pool in zip(opens, pools, strict=True)]
         found = measure(drawn, real, readers, compared, few=few, shown=not machine.quiet)

@@ -34,6 +34,7 @@ def sample(
     *,
     steps: int | None = None,
     halt: str | None = None,
+    device_map: str | None = None,
     prompts: PromptOptions = PROMPTS,
     output: OutputOptions = OUTPUT,
     diffusion: DiffusionSettings = DIFFUSION,
@@ -48,13 +49,15 @@ def sample(
             generates in blocks; of a masked model steps, by default one for each position.
         halt: halting rule, such as "Patience(20)" or "For(NormConvergence(0.01), 5) | Patience(40)"; auto is the one
             that cdlm calibrate has chosen.
+        device_map: of LLaDA and Dream, "auto" divides a model that one GPU does not hold among those of this machine,
+            and its memory (needs accelerate).
     """
     if output.record is not None and (halt == "auto" or not isinstance(parse_criterion(halt), Full)):
         raise CdlmError("a recording is of full-length runs, on which cdlm replay tries rules: leave out --halt")
     texts = prompts.texts()
     check_places(output.out, output.plot, output.record)
     settings = flat_settings(diffusion, unmasking, steps=steps)
-    with session_on(machine, run, prompts.seed, **settings) as session:
+    with session_on(machine, run, prompts.seed, device_map, **settings) as session:
         requests, work = _asked(session, texts, prompts)
         session = api.with_halt(session, halt, requests, work)
         if not machine.quiet:

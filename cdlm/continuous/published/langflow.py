@@ -19,7 +19,7 @@ from cdlm.continuous.schedules import alpha_of, gamma_of
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json, write_text
 from cdlm.core.schema import Positive, Whole, checked
-from cdlm.core.tensors import Spec, lazy_tensors, same_specs, write_tensors
+from cdlm.core.tensors import Spec, lazy_tensors, same_specs, without_memory, write_tensors
 from cdlm.core.types import Condition
 from cdlm.models.hub import check_layers
 from cdlm.models.transformer import attend
@@ -235,7 +235,7 @@ def _released(name: str) -> str:
 def _specs(config: Mapping[str, Any]) -> dict[str, Spec]:
     """Our names of the tensors that such a model has in the release, and their shapes and types."""
     sizes = {name: config[name] for name in ("width", "depth", "heads", "cond", "dropout")}
-    with torch.device("meta"):
+    with without_memory():
         network = DiT(config["vocab"], **sizes)
         network_input = PreconditionedInput(config["width"], config["self_conditioning"] > 0)
     parts = {"network": network.state_dict(), "network_input": network_input.state_dict()}

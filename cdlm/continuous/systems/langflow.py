@@ -19,7 +19,7 @@ from cdlm.continuous.schedules import Schedule, gamma_of, t_of_gamma
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.core.checks import check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
-from cdlm.core.tensors import check_value, same_specs, specs_of
+from cdlm.core.tensors import check_value, same_specs, specs_of, without_memory
 from cdlm.models.hub import read_tokenizer, ready
 from cdlm.models.transformer import Transformer
 from cdlm.sampling.texts import Special
@@ -201,7 +201,7 @@ def open_langflow(folder: Path) -> EmbeddingDiffusion:
     official = LangFlowLayout().read(folder)
     settings = {name: value for name, value in official.config.items() if name not in ("system", "vocab")}
     try:
-        with torch.device("meta"):  # the weights are read, not drawn
+        with without_memory():  # the weights are read, not drawn
             system = LangFlow(**settings).build(official.config["vocab"])
     except TypeError as error:
         raise CdlmError(f"{folder / 'config.json'} has a setting that is not one of LangFlow's ({error})") from error

@@ -188,19 +188,6 @@ class SlotLayer(CacheLayerMixin):
         return -1
 
 
-def opens(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of another library's model."""
-    return "cdlm_format" not in config and "model_type" in config
-
-
-def open_folder(
-    folder: Path, config: Mapping[str, Any], *, device: str, precision: Precision | None,
-    device_map: str | Mapping[str, int | str] | None,
-) -> ForeignModel:  # fmt: skip
-    """A LLaDA or Dream checkpoint; see `open_checkpoint`."""
-    return open_checkpoint(folder, dtype=precision, device=device, device_map=device_map)
-
-
 def open_checkpoint(
     folder: Path,
     *,
