@@ -17,7 +17,6 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.utils.generic import ModelOutput
 
 from cdlm.api import open_session, with_halt
-from cdlm.core.checks import shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Constants, LoopStep
 from cdlm.halting import Criterion
@@ -64,7 +63,7 @@ def halted(
     Args:
         model: one of transformers' decoders, such as Llama or Qwen2, with `config.is_causal = False`.
         input_ids: prompts, padded on the left.
-        generation_config: `max_new_tokens`, `eos_token_id` (the end of a text, and that of a turn), `pad_token_id` and
+        generation_config: `max_new_tokens`, `eos_token_id` (one or more), `pad_token_id` and
             `return_dict_in_generate` are read, and `do_sample`.
         streamer: gets what is final: of each row all up to its first open position. Where it has `put_draft`, that gets
             the rest as it stands, with the likeliest token at open positions.
@@ -168,15 +167,10 @@ def _constants(model: PreTrainedModel, config: GenerationConfig, mask_id: int | 
         )
     ends = config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if len(ends) > 2:
-        raise CdlmError(
-            f"a masked model ends texts and turns, got {len(ends)} ends, {shown(ends)}: give"
-            " eos_token_id=[end of a text, end of a turn]"
-        )
     if shift is None:
         family = FAMILIES.get(model.config.model_type)
         shift = family is not None and family.released.shift
-    constants = Constants(mask, *ends, shift=shift)
+    constants = Constants(mask, *ends[:2], shift=shift, stops=tuple(ends[2:]))
     for token in (constants.mask_id, *constants.end_ids):
         if token >= model.config.vocab_size:
             raise CdlmError(f"token {token} is the mask or an end, and the model has {model.config.vocab_size} tokens")

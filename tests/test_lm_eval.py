@@ -14,7 +14,6 @@ from typing import Any
 import lm_eval
 import lm_eval.tasks
 import lm_eval.utils
-import numpy as np
 import pytest
 import torch
 from foreign import copy_of, write_tokenizer
@@ -29,19 +28,17 @@ from cdlm import api
 from cdlm.cli.main import main
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import BOUND, LikelihoodSettings, Text
-from cdlm.core.types import HaltReason
 from cdlm.data.arithmetic import problems
 from cdlm.halting import FixedSteps
 from cdlm.lm_eval import CdlmLM
 from cdlm.lm_eval.adapter import _device_of
 from cdlm.lm_eval.arguments import _OWN, ALIASES, read_arguments, read_pairs, sampling_of
 from cdlm.lm_eval.command import understood
-from cdlm.lm_eval.counts import Counts, output_tokens, tokens_per_forward
+from cdlm.lm_eval.counts import Counts, tokens_per_forward
 from cdlm.lm_eval.tasks import NEAREST, Wanted, encode_pair, name_of, numbered, runs_of, windows
 from cdlm.masked.sampler import Unmasking
 from cdlm.policies import parse_policy
 from cdlm.sampling.prompts import encode_prompt
-from cdlm.sampling.samples import Samples
 from cdlm.sampling.session import Model
 
 LENGTH = 32
@@ -639,22 +636,11 @@ def test_counts_add_up_to_a_ratio_of_sums(models: dict[str, Model]) -> None:
         lm.session.with_steps(steps).run(lm.session.requests(["the cat", "a dog"], new_tokens=8)) for steps in (2, 8)
     ]
     sums = Counts.of(samples[0]) + Counts.of(samples[1])
-    tokens, calls = (sum(int(f(s).sum()) for s in samples) for f in (output_tokens, lambda s: s.nfe))
+    tokens, calls = (sum(int(f(s).sum()) for s in samples) for f in (lambda s: s.output_tokens, lambda s: s.nfe))
     assert (sums.answers, sums.tokens, sums.calls) == (4, tokens, calls)
     assert sums.summary()["tpf"] == tokens_per_forward(tokens, calls) == tokens / calls
     assert sum(sums.reasons.values()) == 4
     assert tokens_per_forward(0, 0) is None
-
-
-def test_output_tokens_end_at_the_first_end_and_have_no_prompt_and_no_padding() -> None:
-    given_ = np.array([[True, True, False, False, False], [True, False, False, False, False]])
-    shown = np.array([[False, True, True, False, False], [True, True, True, True, True]])
-    ones = np.ones(2, np.int64)
-    samples = Samples(
-        np.zeros((2, 5), np.int64), [], ones, ones, 1, [HaltReason.FULL] * 2, 0, ones, given_, np.ones((2, 5), bool),
-        shown, ones,
-    )  # fmt: skip
-    assert output_tokens(samples).tolist() == [1, 4]
 
 
 def test_the_cache_of_answers_is_refused(models: dict[str, Model], tasks: Path, tmp_path: Path) -> None:

@@ -7,15 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int
-
 from cdlm.sampling.samples import Samples
-
-
-def output_tokens(samples: Samples) -> Int[np.ndarray, " m"]:
-    """Generated tokens of each sample before its first end: no prompt, no padding, and not the end itself."""
-    return (~samples.given & samples.shown).sum(1)
 
 
 def tokens_per_forward(tokens: int, calls: int) -> float | None:
@@ -29,7 +21,7 @@ class Counts:
 
     answers: int = 0
     tokens: int = 0
-    """Output tokens, see `output_tokens`."""
+    """See `Samples.output_tokens`."""
     calls: int = 0
     """Of the denoiser; two a step under guidance."""
     calls_after_end: int = 0
@@ -53,7 +45,7 @@ class Counts:
     def of(cls, samples: Samples) -> Counts:
         """Of a finished run."""
         return cls(
-            answers=len(samples), tokens=int(output_tokens(samples).sum()), calls=int(samples.nfe.sum()),
+            answers=len(samples), tokens=int(samples.output_tokens.sum()), calls=int(samples.nfe.sum()),
             calls_after_end=int(samples.calls_after_end.sum()),
             reasons=dict(Counter(reason.name.lower() for reason in samples.reason)),
         )  # fmt: skip
