@@ -155,11 +155,6 @@ class StepStatistics:
         """Probability of the most likely token."""
         return self.plane(1 / self.sums.total)  # the total is relative to the largest logit
 
-    def chance_of(self, tokens: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
-        """Probability of a token of each position that the logits are of."""
-        chosen = self.flat.gather(1, tokens[:, None]).squeeze(1)
-        return (chosen - self.sums.peak).exp() / self.sums.total
-
     def chance_from(self, least: Float[Tensor, " b"], over: Bool[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         """The same at the positions of `over` where it is at least `least`; elsewhere something smaller.
 
