@@ -1,14 +1,18 @@
-"""Tokens per second of batched decoding beside a loop that decodes one prompt after the other.
+"""Time of decoding beside LLaDA's published loop, at equal tokens.
 
-The loop is the published sampler of LLaDA in its plainest form (quotas, the most confident first, block by block), at
-batch 1. Both get the same model of random weights, the same prompts and the same policy, and must give the same tokens.
+The loop is the published sampler in its plainest form (quotas, the most confident first, block by block): at the same
+batch, and one prompt after the other. All get the same model of random weights, the same prompts and the same policy,
+and must give the same tokens. Times are processor times of one thread, taken in turns.
 
     python benchmarks/decoding_throughput.py
-    python benchmarks/decoding_throughput.py --width 384 --depth 8 --batch 16
+    python benchmarks/decoding_throughput.py --batch 1 --prompts 4 --vocab 512
+    python benchmarks/decoding_throughput.py --batch 1 --prompts 1 --vocab 126464 --prompt 256
 """
 
 import argparse
 import time
+from collections.abc import Callable
+from statistics import median
 
 import torch
 from jaxtyping import Int
@@ -22,23 +26,28 @@ MASK, EOS = 2, 0
 
 
 @torch.no_grad()
-def one_by_one(model: MaskedDiffusion, prompt: list[int], length: int, steps: int, block: int) -> Int[Tensor, " n"]:
-    """The plain loop, one row."""
-    x = torch.tensor([[*prompt, *[MASK] * length]])
+def published(model: MaskedDiffusion, prompts: Int[Tensor, "b p"], length: int, steps: int, block: int) -> Tensor:
+    """The plain loop."""
+    x = torch.cat([prompts, torch.full((len(prompts), length), MASK)], 1)
     blocks = length // block
     for k in range(blocks):
-        end = len(prompt) + (k + 1) * block
+        end = prompts.shape[1] + (k + 1) * block
         per_step = steps // blocks
-        left = int((x[:, :end] == MASK).sum())
+        left = (x[:, :end] == MASK).sum(1)
         for i in range(per_step):
+            masked = x == MASK
             logits = model.logits(x)
-            p, best = logits.softmax(-1).max(-1)
-            p = p.masked_fill(x != MASK, -1.0)
-            p[:, end:] = -1.0
+            best = logits.argmax(-1)
+            p = logits.softmax(-1).gather(-1, best[..., None]).squeeze(-1)
+            p[:, end:] = -torch.inf
+            p = torch.where(masked, p, -torch.inf)
+            best = torch.where(masked, best, x)
+            chosen = torch.zeros_like(masked)
             quota = left // per_step + (i < left % per_step)
-            chosen = p.topk(quota, -1).indices
-            x = x.scatter(1, chosen, best.gather(1, chosen))
-    return x[0]
+            for row in range(len(x)):
+                chosen[row, p[row].topk(int(quota[row])).indices] = True
+            x = torch.where(chosen, best, x)
+    return x
 
 
 def main() -> None:
@@ -55,21 +64,34 @@ def main() -> None:
     prompts = torch.randint(3, args.vocab, (args.prompts, args.prompt), generator=torch.Generator().manual_seed(1))
     rows, total = prompts.tolist(), args.prompts * args.length
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.1f} M parameters, {args.prompts} prompts of {args.prompt}, length {args.length}, {args.steps} steps")
-    cdlm.decode(model, rows[:1], args.length, policy="LLaDA(1)")  # warm up
-    ratios = []
-    for _ in range(args.pairs):
-        start = time.perf_counter()
-        plain = torch.stack([one_by_one(model, row, args.length, args.steps, args.block) for row in rows])
-        middle = time.perf_counter()
-        policy = f"LLaDA({args.steps}, block={args.block})"
-        batched = cdlm.decode(model, rows, args.length, policy=policy, temperature=0.0, batch_size=args.batch)
-        alone, ours = middle - start, time.perf_counter() - middle
-        same = float((torch.from_numpy(batched.tokens) == plain).double().mean())
-        ratios.append(alone / ours)
-        print(f"one by one {total / alone:8.0f} tokens/s, batch {args.batch} {total / ours:8.0f} tokens/s,"
-              f" {ratios[-1]:.2f} times, {same:.1%} of the tokens equal")  # fmt: skip
-    print(f"median {sorted(ratios)[len(ratios) // 2]:.2f} times")
+    print(f"{size:.1f} M parameters, vocabulary {args.vocab}, {args.prompts} prompts of {args.prompt}, length"
+          f" {args.length}, {args.steps} steps")  # fmt: skip
+    settings = {"policy": f"LLaDA({args.steps}, block={args.block})", "temperature": 0.0}
+    shape = args.length, args.steps, args.block
+
+    def ours() -> Tensor:
+        samples = cdlm.decode(model, rows, args.length, halt="Full()", batch_size=args.batch, **settings)
+        return torch.from_numpy(samples.tokens)
+
+    loops: dict[str, Callable[[], Tensor]] = {
+        "ours": ours,
+        "published": lambda: torch.cat([published(model, part, *shape) for part in prompts.split(args.batch)]),
+        "one by one": lambda: torch.cat([published(model, part, *shape) for part in prompts.split(1)]),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in loops}
+    for turn in range(args.pairs + 1):
+        made = {}
+        for name, loop in loops.items():
+            start = time.process_time()
+            made[name] = loop()
+            if turn:  # the first warms up
+                spent[name].append(time.process_time() - start)
+    same = float((made["ours"] == made["published"]).double().mean())
+    for name, times in spent.items():
+        ratios = sorted(mine / other for mine, other in zip(spent["ours"], times, strict=True))
+        print(f"{name:10} {total / median(times):8.0f} tokens/s, ours takes {median(ratios):.2f} of its time"
+              f" [{ratios[0]:.2f}, {ratios[-1]:.2f}]")  # fmt: skip
+    print(f"{same:.1%} of the tokens are the same")
 
 
 if __name__ == "__main__":

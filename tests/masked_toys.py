@@ -128,7 +128,7 @@ def decoded(model: MaskedModel, decoder: Setup, requests: Sequence[Request], bat
             assert not done or canvas == tuple(next(leaving))
             reason = "halted" if halted else "full" if full else "budget" if done else ""
             seen = [*before.logits, *([state.logits[i]] if "logits" in state.signals else [])]
-            calls, settled = int(state.nfe[i]), int(finished.counts.settled[i])
+            calls, settled = int(state.nfe[i]), finished.counts.settled[i]
             rows[index] = Row([*before.canvases, canvas], calls, settled, reason, seen)
         assert next(leaving, None) is None
     if isinstance(model, Toy):

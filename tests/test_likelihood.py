@@ -486,8 +486,9 @@ class Known(nn.Module):
         super().__init__()
         self.rule = rule
 
-    def forward(self, features: Tensor, level: Tensor, valid: Tensor | None) -> Tensor:
-        return self.rule(features)
+    def forward(self, features: Tensor, level: Tensor, valid: Tensor | None, positions: Tensor | None = None) -> Tensor:
+        logits = self.rule(features)
+        return logits if positions is None else logits.flatten(0, 1)[positions]
 
 
 def known(rule: Callable[[Float[Tensor, "b n v"]], Float[Tensor, "b n v"]], vocab: int = 6) -> MaskedDiffusion:

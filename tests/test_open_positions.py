@@ -72,7 +72,9 @@ def wanted(policy: Policy, rule: Criterion, constants: Constants = PLAIN, **more
 
 def test_what_is_asked_for() -> None:
     every, blocks = list(range(2, 10)), LLaDA(8, block=4)
-    sizes = [[len(step) for step in wanted(blocks, rule)] for rule in (Full(), Entropy(1e-9), Prophet(99, 99, 99))]
+    sizes = [
+        [len(step) for step in wanted(blocks, rule)] for rule in (Full(), Entropy(1e-9), Prophet(99.0, 99.0, 99.0))
+    ]
     assert sizes == [[4, 3, 2, 1] * 2, [8, 7, 6, 5, 4, 3, 2, 1], [8] * 8]
     assert wanted(blocks, Full())[0] == [2, 3, 4, 5]
     assert wanted(blocks, Entropy(1e-9))[0] == every

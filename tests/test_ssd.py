@@ -152,9 +152,15 @@ def test_projections_are_the_published_ones(case: dict) -> None:
     logits, name = ARRAYS["projection.logits"], f"projection.{case['index']}"
     system = built(SSD(k=case["one_hot_value"]), V)
     kept = nucleus(logits, case["top_p"])
-    assert kept.sum(-1).tolist() == case["kept_per_place"]
-    near(MultiHot(case["top_p"])(system, logits, draws(2)), ARRAYS[f"{name}.multi_hot"])
-    near(Uneven(case["top_p"])(system, logits, draws(2)), ARRAYS[f"{name}.uneven"])
+    # Which of the last tokens has less than 1 before it is a matter of rounding, which machines do in their own ways.
+    counts, then = kept.sum(-1), torch.tensor(case["kept_per_place"])
+    same = counts == then
+    assert same.all() or case["top_p"] == 1
+    tail = logits.softmax(-1).sort(-1, descending=True).values.flip(-1).cumsum(-1).flip(-1)
+    beyond = tail.gather(-1, torch.minimum(counts, then).clamp(max=V - 1)[..., None]).squeeze(-1)
+    assert (beyond[~same] < 1e-6).all()
+    near(MultiHot(case["top_p"])(system, logits, draws(2))[same], ARRAYS[f"{name}.multi_hot"][same])
+    near(Uneven(case["top_p"])(system, logits, draws(2))[same], ARRAYS[f"{name}.uneven"][same])
     drawn = ARRAYS[f"{name}.sampling"]
     near(system.embed(drawn.argmax(-1)), drawn)
     assert kept.gather(-1, drawn.argmax(-1, keepdim=True)).all()

@@ -171,8 +171,9 @@ class LeftToRightLoop(Loop[LeftToRightRows]):
         tokens = torch.where(here | (ended[:, None] & open_), drawn[:, None], live.tokens)
         done = ended | (live.step == live.budget - 1)
         row, taken, left, full = read_columns(live.row, live.step + 1, done, ended)
-        counts = RowCounts.of(row, taken, taken, left, [0] * len(row), full)
-        return LoopStep(state, counts, tokens[counts.leaving.to(self.device)], {}), live._replace(tokens=tokens)
+        none = [0] * len(row)
+        counts = RowCounts(row, taken, taken, left, none, full, none)
+        return LoopStep(state, counts, counts.of_leaving(tokens), {}), live._replace(tokens=tokens)
 
     def advance(self, carried: LeftToRightRows) -> LeftToRightRows:
         return carried._replace(step=carried.step + 1)

@@ -341,17 +341,17 @@ class DiffusionLoop(Loop[DiffusionRows]):
         ended = decision.halt | full | self.walk.ended(t, live.step)
         done = ended & ~live.later.any(1)
         taken = live.before + live.step + 1
+        full = full & ~decision.halt
         *columns, over = read_columns(live.row, taken, nfe, done, decision.halt, full, ended)
-        counts = RowCounts.of(*columns)
+        counts = RowCounts(*columns, settled=[0] * len(over))
         tokens = _read_out(prediction, live, over)
-        leaving = counts.leaving.to(self.device)
-        finished = LoopStep(state, counts, tokens[leaving], decision.info, self._canvas(live))
+        finished = LoopStep(state, counts, counts.of_leaving(tokens), decision.info, self._canvas(live))
         seen = Seen(t, live.step, prediction.x0, statistics.open)
         grid, t_next = self.walk.next(live.grid, seen)
         live = live._replace(nfe=nfe, past=past, memory=memory, grid=grid)
         live = live._replace(condition=live.condition._replace(x0=self._held(live, prediction.x0)))
         return finished, Stepped(
-            live, self._held(live, x0), t_next, tokens, torch.tensor(over, dtype=torch.bool) & ~counts.done
+            live, self._held(live, x0), t_next, tokens, torch.tensor(over, dtype=torch.bool) & ~finished.done
         )
 
     @torch.no_grad()

@@ -230,45 +230,38 @@ class SignalReader:
 
 
 class RowCounts(NamedTuple):
-    """What a step says of each row, on the CPU: it is read from the device once a step, all of it together."""
+    """What the host knows of each row after a step; it is read from the device once a step, all of it together."""
 
-    row: Int[Tensor, " b"]
+    row: Sequence[int]
     """Index of the sample in the run."""
-    taken: Int[Tensor, " b"]
+    taken: Sequence[int]
     """Steps that the row has taken, this one included, those of its earlier blocks too."""
-    nfe: Int[Tensor, " b"]
+    nfe: Sequence[int]
     """Calls spent on it so far."""
-    done: Bool[Tensor, " b"]
-    """Rows that leave with this step's tokens."""
-    halted: Bool[Tensor, " b"]
-    """Those of them that the criterion halted."""
-    full: Bool[Tensor, " b"]
-    """Those of them in which every position is frozen; the others reached the end of the grid."""
-    settled: Int[Tensor, " b"]
+    done: Sequence[int]
+    """Whether it leaves with this step's tokens."""
+    halted: Sequence[int]
+    """Whether it does so because the criterion halted it."""
+    full: Sequence[int]
+    """Whether it does so because every position is frozen, and not halted; the others reached the end of the grid."""
+    settled: Sequence[int]
     """Of a masked model: calls after which the text up to its first end was decided; 0 while it is not, and of other
     models."""
 
-    @staticmethod
-    def of(
-        row: list[int], taken: list[int], nfe: list[int], done: Sequence[int], halted: Sequence[int],
-        full: Sequence[int], settled: list[int] | None = None,
-    ) -> RowCounts:  # fmt: skip
-        """From what was read; a row that is full and is halted counts as halted."""
-        said = [0] * len(row) if settled is None else settled
-        index, steps, calls, left, stopped, whole, at = torch.tensor(
-            [row, taken, nfe, done, halted, full, said]
-        ).unbind()
-        return RowCounts(index, steps, calls, left.bool(), stopped.bool(), whole.bool() & ~stopped.bool(), at)
-
     @property
-    def leaving(self) -> Int[Tensor, " m"]:
+    def leaving(self) -> list[int]:
         """Places of the rows that leave."""
-        return self.done.nonzero().squeeze(1)
+        return [place for place, done in enumerate(self.done) if done]
 
     @property
-    def staying(self) -> Int[Tensor, " k"]:
+    def staying(self) -> list[int]:
         """Places of the others."""
-        return (~self.done).nonzero().squeeze(1)
+        return [place for place, done in enumerate(self.done) if not done]
+
+    def of_leaving(self, tokens: Int[Tensor, "b n"]) -> Int[Tensor, "m n"]:
+        """The tokens of the rows that leave."""
+        places = self.leaving
+        return tokens[torch.tensor(places, device=tokens.device)] if places else tokens[:0]
 
 
 class LoopStep(NamedTuple):
@@ -286,14 +279,14 @@ class LoopStep(NamedTuple):
     @property
     def done(self) -> Bool[Tensor, " b"]:
         """Rows that leave with this step's tokens; on the CPU."""
-        return self.counts.done
+        return torch.tensor(self.counts.done, dtype=torch.bool)
 
     @property
     def halted(self) -> Bool[Tensor, " b"]:
         """Those of them that the criterion halted; on the CPU."""
-        return self.counts.halted
+        return torch.tensor(self.counts.halted, dtype=torch.bool)
 
     @property
     def full(self) -> Bool[Tensor, " b"]:
         """Those of them in which every position is frozen; on the CPU."""
-        return self.counts.full
+        return torch.tensor(self.counts.full, dtype=torch.bool)

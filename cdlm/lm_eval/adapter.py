@@ -36,7 +36,6 @@ from cdlm.lm_eval.tasks import (
     text_to_score,
     windows,
 )
-from cdlm.masked.sampler import Unmasking
 from cdlm.sampling.prompts import MOST_POSITIONS
 from cdlm.sampling.session import Model, Session
 
@@ -223,7 +222,7 @@ class CdlmLM(LM):
             if part.target
         ]
         self._check_fits(parts)
-        if self._masked and self.session.settings["cfg_scale"]:
+        if self.session.settings.get("cfg_scale"):
             raise CdlmError("a likelihood is that of the model without guidance: leave out cfg_scale")
         nats, done = [0.0] * len(texts), 0
         # Of a single token a masked model has but one draw, which is exact.
@@ -354,7 +353,7 @@ class CdlmLM(LM):
 
     @property
     def _masked(self) -> bool:
-        return isinstance(self.session.sampling, Unmasking)
+        return self.model.mask_id is not None
 
     @property
     def _begin(self) -> list[int]:

@@ -14,7 +14,6 @@ from cdlm.core.devices import Precision
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import nearest
 from cdlm.halting import Criterion
-from cdlm.masked.sampler import Unmasking
 from cdlm.policies.confidence import Factor, Threshold
 from cdlm.policies.dream import ALGORITHMS, Dream
 from cdlm.policies.llada import LLaDA
@@ -231,19 +230,17 @@ def sampling_of(model: Model, arguments: ModelArguments) -> tuple[Sampling, str]
     settings = dict(arguments.settings)
     parts = {name: value for name in POLICY_PARTS if (value := getattr(arguments, name)) is not None}
     base = model.base_of({*settings, *parts})
-    if not isinstance(base, Unmasking):
-        if parts:
-            names = ", ".join(parts)
-            raise CdlmError(
-                f"model_args has {names}, of masked models, and {model.name} is {base.family}: leave it out"
-            )
-        return api.sampling_of(model, None, settings), ""
     if not parts:
         return api.sampling_of(model, None, settings), ""
+    if "policy" not in base.flat_names():
+        raise CdlmError(
+            f"model_args has {', '.join(parts)}, of masked models, and {model.name} is {base.family}: leave it out"
+        )
     if "policy" in settings:
         raise CdlmError(f"a policy has its own {', '.join(parts)}: write it in {shown(settings['policy'])}")
-    policy, unused = _policy_of(base.policy, parts, settings.pop("steps", None))
-    return api.sampling_of(model, replace(base, policy=policy), settings), unused
+    own: Any = base  # of a family with policies
+    policy, unused = _policy_of(own.policy, parts, settings.pop("steps", None))
+    return api.sampling_of(model, base.with_flat(policy=policy), settings), unused
 
 
 def _policy_of(base: Policy, parts: Mapping[str, Any], steps: int | None) -> tuple[Policy, str]:

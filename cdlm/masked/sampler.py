@@ -607,9 +607,9 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         halts = [decision is not None and bool(halt) for halt in halted]
         full = [not halt and self._full(known, row) for row, halt in enumerate(halts)]
         done = [any(reasons) for reasons in zip(halts, full, last, strict=True)]
-        counts = RowCounts.of(known.row, known.step, nfe, done, halts, full, settled)
-        tokens = live.tokens[counts.leaving.to(self.device)] if any(done) else live.tokens[:0]
-        finished = LoopStep(state, counts, tokens, {} if decision is None else decision.info, live.tokens)
+        counts = RowCounts(known.row, known.step, nfe, done, halts, full, settled)
+        info = {} if decision is None else decision.info
+        finished = LoopStep(state, counts, counts.of_leaving(live.tokens), info, live.tokens)
         return finished, live._replace(step=live.step + 1, share=open_ / live.size, known=known)
 
     def _full(self, known: Known, row: int) -> bool:

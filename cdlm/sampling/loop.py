@@ -105,8 +105,8 @@ class Loop(ABC, Generic[L]):
             finished, carried = self.step(served)
             yield finished
             if len(finished.tokens):  # some leave
-                carried = take(carried, finished.counts.staying)
-            moved = self.advance(carried) if len(finished.tokens) < len(finished.done) else None
+                carried = take(carried, torch.tensor(finished.counts.staying, dtype=torch.int64))
+            moved = self.advance(carried) if len(finished.tokens) < len(finished.counts.done) else None
             live = moved if idle is None else idle if moved is None else join(idle, moved)
 
     def _split(self, live: L) -> tuple[L, L | None]:

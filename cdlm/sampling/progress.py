@@ -15,7 +15,7 @@ def with_progress(steps: Iterable[LoopStep], total: int) -> Iterator[LoopStep]:
         for number, step in enumerate(steps, 1):
             left = len(step.tokens)
             if left:
-                done, calls = done + left, calls + int(step.counts.nfe[step.done].sum())
+                done, calls = done + left, calls + sum(step.counts.nfe[row] for row in step.counts.leaving)
                 shown.advance(left, mean_calls=f"{calls / done:.1f}", loop_steps=number)
             else:
                 shown.advance(0, loop_steps=number)

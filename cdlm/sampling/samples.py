@@ -346,20 +346,15 @@ def collect(
     recorder = Recorder(RECORDED, budget, tokens, mask_id) if record else None
     for step in steps:
         counts = step.counts
-        columns = np.array([place[row] for row in counts.row.tolist()])
         if recorder is not None:
-            recorder.write(step, columns)
-        if not len(step.tokens):
-            continue
-        leaving = counts.leaving.numpy()
-        gone = columns[leaving]
-        tokens[gone] = step.tokens.cpu()
-        nfe[gone], taken[gone] = counts.nfe.numpy()[leaving], counts.taken.numpy()[leaving]
-        settled[gone] = np.where(counts.settled.numpy()[leaving] > 0, counts.settled.numpy()[leaving], nfe[gone])
-        for row, i in zip(leaving, gone, strict=True):
-            if bool(counts.halted[row]):
+            recorder.write(step, np.array([place[row] for row in counts.row]))
+        for row, final in zip(counts.leaving, step.tokens.cpu() if len(step.tokens) else (), strict=True):
+            i = place[counts.row[row]]
+            tokens[i], nfe[i], taken[i] = final, counts.nfe[row], counts.taken[row]
+            settled[i] = counts.settled[row] or counts.nfe[row]
+            if counts.halted[row]:
                 reasons[i] = HaltReason.CRITERION
-            elif bool(counts.full[row]):
+            elif counts.full[row]:
                 reasons[i] = HaltReason.FULL
     valid = np.stack([np.ones(len(r.tokens), bool) if r.valid is None else r.valid.numpy() for r in requests])
     given = np.stack([request.given.numpy() for request in requests])
