@@ -17,6 +17,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.utils.generic import ModelOutput
 
 from cdlm.api import open_session, with_halt
+from cdlm.core.checks import shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Constants, LoopStep
 from cdlm.halting import Criterion
@@ -79,7 +80,9 @@ def halted(
         CdlmError: the model attends to the left alone, its mask is not known, padding stands elsewhere, or `generate`
             was asked for what this cannot do.
     """
-    streamer = streamer or _withheld("streamer")
+    streamer = _withheld("streamer") if streamer is None else streamer
+    if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise CdlmError(f"a streamer has put and end, such as transformers' TextStreamer, got {shown(streamer)}")
     _check(model, generation_config, logits_processor or (), stopping_criteria or (), inputs)
     real = _real(input_ids, inputs.get("attention_mask"))
     most, length = generation_config.max_length or 0, generation_config.max_new_tokens

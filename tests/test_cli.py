@@ -723,6 +723,7 @@ def test_bad_samples(
         (["--new_tokens", "0"], "must be >= 1"),
         (["--new_tokens", "4", "--length", "9"], "no length"),
         (["--chat", "true", "--prompt", "a", "--new_tokens", "4"], "no chat template"),
+        (["--chat", "true", "--prompt", "a"], "chat needs new_tokens"),
         (["--halt", "NormConvergence(0.1)"], "a masked model has none"),
         (["--solver", "Heun()"], "solver is a setting of continuous models"),
         (["--grid", "LogT()"], "grid is a setting of continuous models"),

@@ -341,6 +341,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no policy": ({"policy": "Treshold(0.9)"}, "did you mean Threshold"),
     "calibrated": ({"halt": "auto"}, "give a rule"),
     "seed": ({"seed": -1}, "seed >= 0, got -1"),
+    "no streamer": ({"streamer": 3}, "a streamer has put and end, .* got 3"),
 }
 
 

@@ -1,5 +1,6 @@
 """Logits are computed of those positions alone that a step can decide or a signal reads, and nothing else changes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -152,6 +153,19 @@ def test_a_function_that_ignores_the_positions_is_told() -> None:
         CdlmError, match=r"asked for the logits of 8 positions, expected \[8, vocabulary\], got \[1, 9, 12\]"
     ):
         cdlm.decode(ignores, [[3]], 8, constants=PLAIN)
+
+
+UNCALLABLE: dict[str, Callable[..., Any]] = {
+    "too many positional arguments": lambda tokens: tokens,
+    "missing a required argument: 'places'": lambda tokens, mask, places: tokens,
+    "positional only": lambda tokens, mask, positions, /: tokens,
+}
+
+
+@pytest.mark.parametrize("says", UNCALLABLE)
+def test_a_function_that_cannot_be_called_is_refused_before_it_is(says: str) -> None:
+    with pytest.raises(CdlmError, match=rf"logits_fn\(tokens, attention_mask\), .* this one cannot be: .*{says}"):
+        cdlm.decode(UNCALLABLE[says], [[1]], 4, constants=Constants(0))
 
 
 def test_a_function_may_give_half_precision_and_keeps_its_own_logits() -> None:

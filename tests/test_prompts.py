@@ -157,6 +157,7 @@ BAD: list[tuple[Any, bool, str]] = [
     ({"role": "user", "content": "a"}, True, "prompts is a list of texts, got {'role'"),
     ([], False, "there are no prompts"),
     ([[]], True, "a list of one or more messages"),
+    (None, True, "give prompts, or leave it out"),
     ([{"role": "user", "content": "a"}], False, "a conversation needs chat"),
     ([[{"role": "user", "content": "a"}]], False, "a conversation needs chat"),
     ([[1, 2]], False, "to continue tokens use cdlm.decode"),

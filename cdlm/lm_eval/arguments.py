@@ -214,7 +214,7 @@ def _converted(name: str, value: Any) -> Any:
     if name == "batch_size" and isinstance(value, str):
         if value.partition(":")[0] == "auto":
             return None
-        return int(value) if value.isdecimal() else value
+        return int(value) if value.isdecimal() and len(value) < 19 else value  # longer ones are refused as texts
     if isinstance(value, str) and name not in _TEXTS:
         text = value.replace(";", ",").strip()
         return None if text.lower() == "none" and name != "commit" else text

@@ -104,6 +104,21 @@ def takes_positions(function: Callable[..., Any]) -> bool:
         return False
 
 
+def _check_called(function: LogitsFn, picks: bool) -> None:
+    """Raise if a function cannot be called as a masked model is."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, None, **({"positions": None} if picks else {}))
+    except TypeError as error:
+        raise CdlmError(
+            "logits_fn is called as logits_fn(tokens, attention_mask), and with positions=... if it has such a"
+            f" parameter, and this one cannot be: {error}"
+        ) from None
+
+
 class Function(MaskedModel):
     """A masked model that is a plain function; its logits may be of any precision and are read as float32 or more."""
 
@@ -119,6 +134,7 @@ class Function(MaskedModel):
         check_object("a function of tokens", Constants, constants=constants)
         self.logits_fn, self.constants, self.tokenizer = logits_fn, constants, tokenizer
         self.picks = takes_positions(logits_fn)
+        _check_called(logits_fn, self.picks)
         """Whether the function gives logits of the positions that it is asked for."""
         self._device = torch.device(resolve_device(device))
 

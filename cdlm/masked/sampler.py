@@ -156,8 +156,10 @@ class Unmasking(Sampling):
         if model.whole_rows and asked.new_tokens is None and not asked.chat:
             return super().requests(model, asked)
         new = model.new_tokens if asked.new_tokens is None else asked.new_tokens
-        if asked.length is not None or new is None:
+        if asked.length is not None:
             raise CdlmError("new_tokens is the number of positions after each prompt: give it, and no length beside it")
+        if new is None:
+            raise CdlmError("chat needs new_tokens, the number of positions after each prompt: give it")
         prompts, tokenizer = asked.prompts or [""], model.need_tokenizer()
         how = {"chat": asked.chat, "template": asked.template, "names": model.reads_names}
         rows = [encode_prompt(tokenizer, prompt, **how) for prompt in prompts]

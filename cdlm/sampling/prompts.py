@@ -45,11 +45,14 @@ def checked_prompts(prompts: object, chat: bool, system: str | None = None) -> l
 
     Raises:
         CdlmError: they are one text and no list, one of them is no text and no conversation, or no Unicode, or there
-            are messages without `chat`; or a system's message without `chat`, or before another one.
+            are messages without `chat`, or `chat` without prompts; or a system's message without `chat`, or before
+            another one.
     """
     if system is not None:
         _check_system(system, chat, prompts)
     if prompts is None:
+        if chat is True:
+            raise CdlmError("chat puts prompts into a template: give prompts, or leave it out")
         return None
     found = _listed(prompts, "prompts")
     if found and all(isinstance(part, Mapping) for part in found):

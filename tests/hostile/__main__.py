@@ -29,7 +29,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Of the command line."""
     parser = argparse.ArgumentParser(prog="hostile", description="Trials of bad input.")
     parser.add_argument(
-        "groups", nargs="*", metavar="GROUP", help="rules, texts, calls, settings, files; by default all"
+        "groups", nargs="*", metavar="GROUP", help="rules, texts, calls, settings, interfaces, files; by default all"
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--count", type=int, help="trials of each group, at most; by default all, and of files 624")

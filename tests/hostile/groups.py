@@ -12,6 +12,7 @@ from typing import Any
 
 import odd_calls
 from hostile.files import files_trials
+from hostile.interfaces import interface_trials
 from hostile.rules import rule_trials, text_trials
 from hostile.settings import settings_trials
 from hostile.sound import build_run
@@ -49,6 +50,13 @@ def with_commands() -> Iterator[Trial]:
         yield from settings_trials(commands(Path(place)))
 
 
+def with_interfaces() -> Iterator[Trial]:
+    """Odd input of what connects to other programs."""
+    with TemporaryDirectory() as place:
+        os.environ["HOME"] = place
+        yield from interface_trials(Path(place))
+
+
 def with_calls() -> Iterator[Trial]:
     """Odd arguments of the public functions."""
     with TemporaryDirectory() as place:
@@ -83,6 +91,7 @@ GROUPS: Mapping[str, Callable[[int, int | None], Iterator[Trial]]] = {
     "texts": some(text_trials),
     "calls": some(with_calls),
     "settings": some(with_commands),
+    "interfaces": some(with_interfaces),
     "files": lambda seed, count: files_trials(seed, FILES if count is None else count),
 }
 """Trials by the name of their group, from a seed and how many are wanted."""

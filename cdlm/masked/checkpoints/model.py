@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache as LibraryCache
 from transformers.cache_utils import CacheLayerMixin
 
+from cdlm.core.checks import shown
 from cdlm.core.devices import Precision
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.tensors import check_values
@@ -209,6 +210,8 @@ def open_checkpoint(
     """
     if dtype is not None and dtype not in DTYPES:
         raise CdlmError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if not (device_map is None or device_map == "auto" or isinstance(device_map, Mapping)):
+        raise CdlmError(f"device_map must be auto or a map from modules to devices, got {shown(device_map)}")
     settings = read_settings(folder)
     family = _family(settings)
     check_sizes(settings, family, read_specs(folder))
@@ -245,7 +248,7 @@ def _built(family: Family, settings: Settings) -> PreTrainedModel:
         raise CdlmError(f"{settings.file} has sizes that no model can have ({line}); copy it again") from error
 
 
-def _spread(network: PreTrainedModel, device_map: str | Mapping[str, int | str]) -> PreTrainedModel:
+def _spread(network: PreTrainedModel, device_map: Any) -> PreTrainedModel:
     try:
         accelerate: Any = import_module("accelerate")
     except ImportError as error:
@@ -254,8 +257,6 @@ def _spread(network: PreTrainedModel, device_map: str | Mapping[str, int | str])
     if device_map == "auto":
         memory = accelerate.utils.get_balanced_memory(network, no_split_module_classes=whole)
         device_map = accelerate.infer_auto_device_map(network, memory, no_split_module_classes=whole)
-    if isinstance(device_map, str):
-        raise CdlmError(f"device_map must be auto or a map from modules to devices, got {device_map!r}")
     try:
         return accelerate.dispatch_model(network, dict(device_map))
     except (RuntimeError, AssertionError, ValueError) as error:
