@@ -68,7 +68,7 @@ METHODS = (
 )
 
 
-HALTED = "halt policy mask_id halted.shift temperature cfg_scale cache seed streamer"
+HALTED = "halt policy mask_id halted.shift temperature cfg_scale cache seed"
 
 
 def generated(name: str, value: Any) -> Any:
