@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Shaped
@@ -17,11 +17,11 @@ class Rows(ABC):
     """What a nest has of each row that is no tensor with the row as its first axis."""
 
     @abstractmethod
-    def take(self, rows: list[int]) -> Self:
+    def take(self, rows: list[int]) -> Any:
         """Some of the rows."""
 
     @abstractmethod
-    def join(self, other: Any) -> Self:
+    def join(self, other: Any) -> Any:
         """These rows, then those of the other."""
 
 
