@@ -440,6 +440,15 @@ def test_rare_tokens_are_drawn_as_often_as_they_should() -> None:
     assert 2 <= int((drawn < 2_000).sum()) <= 36  # 16 expected
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-6, 1e-3, 1.0, 1e3])
+def test_a_constant_that_is_added_to_the_logits_changes_no_draw(temperature: float) -> None:
+    """At a small temperature the logits are large, and what is drawn among equals must not be rounded away."""
+    logits = torch.tensor([0.0, 1.5, 1.5, 0.25]).expand(1000, 4)
+    drawn = PositionNoise(0).token(a_site(1000, 1, 1), logits, temperature)
+    assert torch.equal(PositionNoise(0).token(a_site(1000, 1, 1), logits + 64, temperature), drawn)
+    assert temperature > 1e-3 or 400 < int((drawn == 1).sum()) == 1000 - int((drawn == 2).sum()) < 600
+
+
 def test_dream_origin_decides_each_position_at_a_step_with_the_chance_of_its_time() -> None:
     steps, eps = 5, 0.2
     rows = rows_of(Dream(steps, "origin", eps=eps), confident([0.5] * 8), 250, criterion=Never())

@@ -8,6 +8,7 @@ import torch
 from masked_toys import MASK, PLAIN, SHIFTED, VOCAB, Toy
 from setups import unmasking
 from test_masked_pretrained import ARRAYS, MODELS, case
+from test_own_rules import Confident
 from torch import Tensor
 
 import cdlm
@@ -89,6 +90,41 @@ def test_a_position_that_nothing_stands_before_keeps_its_own() -> None:
     asked = Asked(SHIFTED)
     cdlm.decode(asked.some, [[None, 3]], 2, constants=SHIFTED, policy=Dream(), halt=Full())
     assert asked.seen[0] == [0, 1, 2]
+
+
+@both_kinds
+def test_a_rule_may_sum_over_all_positions_what_it_masks(constants: Constants) -> None:
+    """The rule of the README, beside the same one of the package: what is given must not turn its sums into NaN."""
+    model = Toy(constants)
+    for nats in (0.5, 1.0, 1.5, 2.0):
+        own, ours = (cdlm.decode(model, PROMPTS, LENGTH, halt=rule(nats)) for rule in (Confident, Entropy))
+        assert own.nfe.tolist() == ours.nfe.tolist()
+
+
+def test_what_else_is_read_changes_no_signal() -> None:
+    """A rule sees the same whether or not another one reads the logits, at what is given and decided too."""
+
+    class Reads(Full):
+        def __init__(self, *needs: str):
+            object.__setattr__(self, "needs", frozenset(needs))
+
+    names = ("tokens", "entropy", "switches", "mean_kl", "span_margin")
+    runs = [
+        list(UnmaskingLoop(Toy(), *unmasking(LLaDA(4), Reads(*names, *more)), 2).steps(canvases([[3, 4], [5]], 4)))
+        for more in ((), ("logits",))
+    ]
+    for one, two in zip(*runs, strict=True):
+        for name in names:
+            over = one.state.open if name == "entropy" else ...
+            assert torch.equal(one.state.signals[name][over], two.state.signals[name][over]), name
+
+
+def test_masks_that_are_written_over_a_prompt_are_filled() -> None:
+    """The quirk of Dream's sampler, where a rule reads what is decided too."""
+    policy, prompts = Dream(4, eps=1e-3, block=1, pooled=True), [[3, None, 2, None, None], [5, 2, 0, 2]]
+    for seed in range(20):
+        samples = cdlm.decode(Toy(seed=seed), prompts, 2, policy=policy, halt=Prophet(99, 99, 99))
+        assert not (samples.tokens == MASK).any()
 
 
 def test_a_rule_that_reads_the_logits_has_them_all() -> None:

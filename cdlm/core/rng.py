@@ -102,7 +102,8 @@ class PositionNoise:
         """A token of each of k positions from softmax(logits / temperature), temperature > 0.
 
         The token whose exponential number, divided by its probability, is smallest (the Gumbel-max trick). The small
-        numbers decide, and these are exact to float32's relative precision: nothing is sharpened.
+        numbers decide, and these are exact to float32's relative precision: nothing is sharpened. Logits are taken
+        relative to the largest, so that a small temperature does not make them too large to be exact.
         """
         start = self._keys(site, TOKENS)[:, None]
         stride = _mixed(start ^ _GOLDEN) | 1
@@ -110,7 +111,7 @@ class PositionNoise:
         # A few positions at a time: on a CPU what is made of them stays in the cache.
         size = max(1, (2**15 if logits.device.type == "cpu" else 2**24) // len(count))
         drawn = [
-            (z / temperature - _exponential(_mixed((count * by).add_(begin))).log_()).argmax(-1)
+            (z.sub(z.amax(-1, keepdim=True)) / temperature - _exponential(_mixed(count * by + begin)).log_()).argmax(-1)
             for z, begin, by in zip(*(whole.split(size) for whole in (logits, start, stride)), strict=True)
         ]
         return torch.cat(drawn)

@@ -95,7 +95,7 @@ class StepStatistics:
     """
 
     logits: Float[Tensor, "*s v"]
-    """Of all positions [b n v], or of those of `where` [k v]."""
+    """Of all positions [b n v], or of those of `where` [k v], which may be all too."""
     open: Bool[Tensor, "b n"]
     target: Bool[Tensor, "b n"]
     """Positions that are generated, frozen ones included."""
@@ -110,7 +110,7 @@ class StepStatistics:
     """Tokens of the targets that are no longer open, where the logits do not say them; with `where`, of all positions
     that are not open."""
     where: Where | None = None
-    """The positions that the logits are of; None of all. At others numbers are NaN, and a divergence infinite."""
+    """The positions that the logits are of; None of all. At others numbers are 0, and a divergence infinite."""
 
     @cached_property
     def flat(self) -> Float[Tensor, "k v"]:
@@ -148,7 +148,7 @@ class StepStatistics:
 
     @cached_property
     def scale(self) -> Float[Tensor, "b n 2"]:
-        return self.plane(torch.stack([self.sums.peak, self.log_total], -1))
+        return self.plane(torch.stack([self.sums.peak, self.log_total], -1), torch.nan)
 
     @property
     def chance(self) -> Float[Tensor, "b n"]:
@@ -213,9 +213,10 @@ class StepStatistics:
         over = self.open if over is None else over
         return torch.where(over, values, 0).sum(1).float() / over.sum(1)
 
-    def plane(self, values: Float[Tensor, "k ..."]) -> Float[Tensor, "b n ..."]:
-        """Values of the positions that the logits are of, at their places."""
-        return values.unflatten(0, self.open.shape) if self.where is None else self.where.plane(values, torch.nan)
+    def plane(self, values: Float[Tensor, "k ..."], fill: float = 0.0) -> Float[Tensor, "b n ..."]:
+        """Values of the positions that the logits are of, at their places, and `fill` elsewhere: 0, so that a sum over
+        values times `open` is one over the open positions."""
+        return values.unflatten(0, self.open.shape) if self.where is None else self.where.plane(values, fill)
 
     def placed(self, tokens: Int[Tensor, " k"]) -> Int[Tensor, "b n"]:
         """A token of each position that the logits are of, at its place, and what is held elsewhere."""
@@ -236,7 +237,7 @@ class StepStatistics:
         if self.where is None:
             return Past(None, None, self.logits, self.scale)
         known = torch.zeros_like(self.open).flatten().index_fill_(0, self.where.flat, True).view(self.open.shape)
-        return Past(None, None, Ragged(self.logits, self.where.counts), self.scale, known)
+        return Past(None, None, Ragged(self.flat, self.where.counts), self.scale, known)
 
     def _sums_of(self, some: Int[Tensor, " m"] | None, needs: frozenset[str]) -> Sums:
         """The sums of some positions that the logits are of, or of all."""

@@ -196,16 +196,17 @@ OF_EACH = frozenset({"top1", "top2", "logsumexp", "entropy", "span_margin"})
 """Signals that say something of every position that is generated, decided or not."""
 
 
-def scope_of(needs: frozenset[str], halts: bool) -> Scope:
+def scope_of(needs: frozenset[str], halts: bool, keeps: bool = True) -> Scope:
     """What the signals that are read need.
 
     Args:
         halts: a rule may halt a row, whose open positions are then all filled.
+        keeps: what is given stays; if not, a prompt may have open positions too.
     """
     if "logits" in needs:
         return Scope.ALL
     if not needs.isdisjoint(OF_EACH):
-        return Scope.TARGET
+        return Scope.TARGET if keeps else Scope.ALL
     return Scope.OPEN if halts or needs else Scope.CANDIDATES
 
 
@@ -324,7 +325,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         """Signals of a step: those that are read, and those whose past the policy needs."""
         self.halts = type(options.criterion) not in (Full, Never)
         """Whether the rule can do anything."""
-        self.scope = scope_of(self.needs, self.halts)
+        self.scope = scope_of(self.needs, self.halts, sampling.policy.keeps)
         mask = () if sampling.quirks.propose_mask else (model.constants.mask_id,)
         suppressed = (*mask, *sampling.policy.suppressed(model.constants))
         self.suppressed = torch.tensor(suppressed, device=self.device) if suppressed else None
@@ -360,10 +361,8 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         columns = index, zero, zero, zero, budget, tokens.masked_fill(open_, 0).amax(1), size
         steps = zero - 1 if plan.steps is None else plan.steps
         known = Known(*read_columns(*columns, steps, size), *self._of_the_block(plan, open_), *([1] * len(index),) * 2)
-        past = first_past(
-            self.needs, tokens[..., None].float(), None if beside is None else beside.past,
-            ragged=self.scope is not Scope.ALL,
-        )  # fmt: skip
+        beside_past = None if beside is None else beside.past
+        past = first_past(self.needs, tokens[..., None].float(), beside_past, ragged=True)
         memory = criterion.start(NewRows(open_, budget, real))
         cache = None if beside is None else blank(beside.cache, len(index))
         count = size.to(fine(self.device))
@@ -542,8 +541,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         needs = self.sampling.policy.needs | (self.needs if whole else frozenset())
         past = live.past if whole else Past(None, None, None)
         if whole and self.scope is Scope.ALL:  # a rule reads the logits of whole rows
-            all_logits = logits.unflatten(0, where.shape)
-            return StepStatistics(all_logits, live.open, live.target, live.step == 0, past, needs)
+            logits = logits.unflatten(0, where.shape)
         return StepStatistics(
             logits, live.open, live.target, live.step == 0, past, needs, held=live.tokens, where=where
         )

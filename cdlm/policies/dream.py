@@ -68,6 +68,10 @@ class Dream(Policy):
         return not self.pooled
 
     @property
+    def keeps(self) -> bool:
+        return not self.pooled
+
+    @property
     def draws(self) -> bool:
         return self.alg == "origin" or bool(self.alg_temp) or self.pooled
 

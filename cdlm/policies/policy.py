@@ -143,6 +143,11 @@ class Policy(SignalReader, Settings, ABC):
         return True
 
     @property
+    def keeps(self) -> bool:
+        """Whether no mask is written over a token, be it given or committed."""
+        return True
+
+    @property
     def draws(self) -> bool:
         """Whether equal rows may be decoded differently at temperature 0: something is drawn at random, or rows that
         are decoded together see each other."""
