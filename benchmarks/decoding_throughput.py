@@ -79,8 +79,8 @@ def main() -> None:
         "one by one": lambda: torch.cat([published(model, part, *shape) for part in prompts.split(1)]),
     }
     spent: dict[str, list[float]] = {name: [] for name in loops}
+    made: dict[str, Tensor] = {}
     for turn in range(args.pairs + 1):
-        made = {}
         for name, loop in loops.items():
             start = time.process_time()
             made[name] = loop()

@@ -123,7 +123,7 @@ def test_masks_that_are_written_over_a_prompt_are_filled() -> None:
     """The quirk of Dream's sampler, where a rule reads what is decided too."""
     policy, prompts = Dream(4, eps=1e-3, block=1, pooled=True), [[3, None, 2, None, None], [5, 2, 0, 2]]
     for seed in range(20):
-        samples = cdlm.decode(Toy(seed=seed), prompts, 2, policy=policy, halt=Prophet(99, 99, 99))
+        samples = cdlm.decode(Toy(seed=seed), prompts, 2, policy=policy, halt=Prophet(99.0, 99.0, 99.0))
         assert not (samples.tokens == MASK).any()
 
 

@@ -167,6 +167,12 @@ class Unmasking(Sampling):
             if not all(None in row for row in rows):
                 raise CdlmError("some prompts have holes, others none: give new_tokens, the positions after each")
             new = 0
+        longest = new + max(map(len, rows))
+        if 0 < model.length < longest:
+            raise CdlmError(
+                f"the longest prompt and its {new} new tokens are {longest} positions, and {model.name} was made for"
+                f" {model.length}: take fewer new_tokens, or a shorter prompt"
+            )
         made, texts = canvases(rows, new, asked.n), [text_of_prompt(prompt) for prompt in prompts]
         return [replace(request, prompt=texts[i // asked.n]) for i, request in enumerate(made)]
 

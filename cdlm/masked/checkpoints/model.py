@@ -43,7 +43,7 @@ class ForeignModel(CachedModel):
 
     Args:
         network: transformers' model, bidirectional, in evaluation mode.
-        length: context of the configuration in tokens; nothing breaks beyond it.
+        length: context of the configuration in tokens; longer rows of text are refused.
         skips_padding: positions are counted over real tokens. Otherwise they are places in the row.
         tokenizer: None if the folder has none.
         folder: where it was loaded from.
