@@ -112,7 +112,7 @@ def main() -> None:
         "no rule": plain,
         "Patience": ruled,
         "everything recorded": ruled.recorded(),
-        "commits": plain.with_sampling(replace(sampling, commit=Threshold(2.0))),  # looks, and is never sure
+        "commits": plain.with_sampling(replace(sampling, commit=Threshold(1.0))),  # looks, and is never sure
         "adaptive steps": plain.with_sampling(replace(sampling, grid=Adaptive())),
     }
     print(f"{parameters(system)}, vocabulary {args.vocab}, {args.batch} rows of {args.length}, {args.steps} steps")
