@@ -230,21 +230,21 @@ class SignalReader:
 
 
 class RowCounts(NamedTuple):
-    """What a step says of each row, on the CPU: it is read from the device once a step, all of it together."""
+    """What a step says of each row, on the host: all of it is known there, or read from the device once a step."""
 
-    row: Int[Tensor, " b"]
+    row: list[int]
     """Index of the sample in the run."""
-    taken: Int[Tensor, " b"]
+    taken: list[int]
     """Steps that the row has taken, this one included, those of its earlier blocks too."""
-    nfe: Int[Tensor, " b"]
+    nfe: list[int]
     """Calls spent on it so far."""
-    done: Bool[Tensor, " b"]
+    done: list[bool]
     """Rows that leave with this step's tokens."""
-    halted: Bool[Tensor, " b"]
+    halted: list[bool]
     """Those of them that the criterion halted."""
-    full: Bool[Tensor, " b"]
+    full: list[bool]
     """Those of them in which every position is frozen; the others reached the end of the grid."""
-    settled: Int[Tensor, " b"]
+    settled: list[int]
     """Of a masked model: calls after which the text up to its first end was decided; 0 while it is not, and of other
     models."""
 
@@ -254,21 +254,25 @@ class RowCounts(NamedTuple):
         full: Sequence[int], settled: list[int] | None = None,
     ) -> RowCounts:  # fmt: skip
         """From what was read; a row that is full and is halted counts as halted."""
+        stopped = [bool(flag) for flag in halted]
+        whole = [bool(flag) and not stop for flag, stop in zip(full, stopped, strict=True)]
         said = [0] * len(row) if settled is None else settled
-        index, steps, calls, left, stopped, whole, at = torch.tensor(
-            [row, taken, nfe, done, halted, full, said]
-        ).unbind()
-        return RowCounts(index, steps, calls, left.bool(), stopped.bool(), whole.bool() & ~stopped.bool(), at)
+        return RowCounts(row, taken, nfe, [bool(flag) for flag in done], stopped, whole, said)
 
     @property
-    def leaving(self) -> Int[Tensor, " m"]:
+    def leaving(self) -> list[int]:
         """Places of the rows that leave."""
-        return self.done.nonzero().squeeze(1)
+        return [place for place, leaves in enumerate(self.done) if leaves]
 
     @property
-    def staying(self) -> Int[Tensor, " k"]:
+    def staying(self) -> list[int]:
         """Places of the others."""
-        return (~self.done).nonzero().squeeze(1)
+        return [place for place, leaves in enumerate(self.done) if not leaves]
+
+    def leave(self, tokens: Int[Tensor, "b n"]) -> Int[Tensor, "m n"]:
+        """Of each row's tokens, those of the rows that leave."""
+        leaving = self.leaving
+        return tokens.index_select(0, torch.tensor(leaving, device=tokens.device)) if leaving else tokens[:0]
 
 
 class LoopStep(NamedTuple):
@@ -286,14 +290,14 @@ class LoopStep(NamedTuple):
     @property
     def done(self) -> Bool[Tensor, " b"]:
         """Rows that leave with this step's tokens; on the CPU."""
-        return self.counts.done
+        return torch.tensor(self.counts.done)
 
     @property
     def halted(self) -> Bool[Tensor, " b"]:
         """Those of them that the criterion halted; on the CPU."""
-        return self.counts.halted
+        return torch.tensor(self.counts.halted)
 
     @property
     def full(self) -> Bool[Tensor, " b"]:
         """Those of them in which every position is frozen; on the CPU."""
-        return self.counts.full
+        return torch.tensor(self.counts.full)

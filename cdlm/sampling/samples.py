@@ -346,20 +346,19 @@ def collect(
     recorder = Recorder(RECORDED, budget, tokens, mask_id) if record else None
     for step in steps:
         counts = step.counts
-        columns = np.array([place[row] for row in counts.row.tolist()])
+        leaving = counts.leaving
+        if recorder is None and not leaving:
+            continue
+        columns = np.array([place[row] for row in counts.row])
         if recorder is not None:
             recorder.write(step, columns)
-        if not len(step.tokens):
-            continue
-        leaving = counts.leaving.numpy()
-        gone = columns[leaving]
-        tokens[gone] = step.tokens.cpu()
-        nfe[gone], taken[gone] = counts.nfe.numpy()[leaving], counts.taken.numpy()[leaving]
-        settled[gone] = np.where(counts.settled.numpy()[leaving] > 0, counts.settled.numpy()[leaving], nfe[gone])
-        for row, i in zip(leaving, gone, strict=True):
-            if bool(counts.halted[row]):
+        tokens[columns[leaving]] = step.tokens.cpu()
+        for row in leaving:
+            i = columns[row]
+            nfe[i], taken[i], settled[i] = counts.nfe[row], counts.taken[row], counts.settled[row] or counts.nfe[row]
+            if counts.halted[row]:
                 reasons[i] = HaltReason.CRITERION
-            elif bool(counts.full[row]):
+            elif counts.full[row]:
                 reasons[i] = HaltReason.FULL
     valid = np.stack([np.ones(len(r.tokens), bool) if r.valid is None else r.valid.numpy() for r in requests])
     given = np.stack([request.given.numpy() for request in requests])
