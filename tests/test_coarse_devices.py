@@ -105,7 +105,7 @@ OWN: dict[str, dict[str, Any]] = {"cdcd": {"dim": 8, "output_prior": True}, "ssd
 WAYS: list[dict[str, Any]] = [
     {}, {"solver": Heun()}, {"solver": TwoStep(), "grid": LogT()}, {"solver": Ancestral(), "commit": Dream(4)},
     {"solver": Renoise(), "grid": Adaptive()}, {"solver": TorchDiffEq("rk4"), "commit": FallingThreshold(0.2)},
-    {"solver": TorchDiffEq("dopri5"), "commit": KLASS(0.1, 9.0)},
+    {"commit": KLASS(0.1, 9.0)},
 ]  # fmt: skip
 
 

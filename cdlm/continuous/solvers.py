@@ -208,8 +208,11 @@ class TorchDiffEq(Solver):
             return (t_next - t)[:, None, None].to(y.dtype) * (y - target) / level[:, None, None].to(y.dtype)
 
         tau = torch.tensor([0.0, 1.0], dtype=state.dtype, device=z.device)
+        clock = {"dtype": fine(z.device)} if self.method in ADAPTIVE else None
         try:
-            path = torch.as_tensor(odeint(slope, state, tau, method=self.method, rtol=self.rtol, atol=self.atol))
+            path = torch.as_tensor(
+                odeint(slope, state, tau, method=self.method, rtol=self.rtol, atol=self.atol, options=clock)
+            )
         except AssertionError as error:  # its word for a step size that shrank to nothing
             raise CdlmError(f"{self.method} cannot keep its tolerances ({error}): raise rtol and atol") from error
         return path[-1].to(z.dtype), [made] * len(rows)
