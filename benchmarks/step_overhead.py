@@ -1,11 +1,13 @@
 """What a step costs besides the model: solver, statistics, halting rule, compaction, bookkeeping.
 
 The denoiser is wrapped with a clock, and what the loop spends outside it is compared with the whole step; the target
-is 5 %. The first line is a bare loop of forward and Euler step, the second the sampling loop without a halting rule:
-statistics that nobody asks for should cost nothing. On the CPU the clock is the processor time of one thread, which
-other work on the machine disturbs little; on a GPU it is wall time with the device brought to rest at each reading.
+is 5 % without a rule and 8 % with `Patience`. The first line is a bare loop of forward and Euler step, the second the
+sampling loop without a halting rule: statistics that nobody asks for should cost nothing. On the CPU the clock is the
+processor time of one thread, which other work on the machine disturbs little; on a GPU it is wall time with the device
+brought to rest at each reading.
 
     python benchmarks/step_overhead.py
+    python benchmarks/step_overhead.py --batch 1 --vocab 480 --width 128 --depth 3 --heads 4  # the demo, alone
 """
 
 import argparse
@@ -29,7 +31,8 @@ from cdlm.halting import Patience
 from cdlm.policies.confidence import Threshold
 from cdlm.sampling.session import Session
 
-TARGET = 0.05
+TARGETS = {"no rule": 0.05, "Patience": 0.08}
+"""Of the rest, as a share of a step."""
 Clock = Callable[[], float]
 
 
@@ -112,7 +115,7 @@ def main() -> None:
         "no rule": plain,
         "Patience": ruled,
         "everything recorded": ruled.recorded(),
-        "commits": plain.with_sampling(replace(sampling, commit=Threshold(2.0))),  # looks, and is never sure
+        "commits": plain.with_sampling(replace(sampling, commit=Threshold(1.0))),  # looks, and is never sure
         "adaptive steps": plain.with_sampling(replace(sampling, grid=Adaptive())),
     }
     print(f"{parameters(system)}, vocabulary {args.vocab}, {args.batch} rows of {args.length}, {args.steps} steps")
@@ -125,11 +128,12 @@ def main() -> None:
             session.run(session.requests(n=args.batch))
             costs[name].append(timed.costs())
 
-    print(f"{'':20} {'model, ms':>10} {'rest, ms':>9} {'rest / step':>11}")
+    print(f"{'':20} {'model, ms':>10} {'rest, ms':>9} {'rest / step':>11}{'target':>9}")
     for name, pairs in costs.items():
         inside, between = median(p[0] for p in pairs), median(p[1] for p in pairs)
         share = between / (inside + between)
-        verdict = "" if name == "bare loop" or share <= TARGET else f"  above the target of {TARGET:.0%}"
+        wanted = TARGETS.get(name)
+        verdict = "" if wanted is None else f"{wanted:9.0%}" + (" met" if share <= wanted else " missed")
         print(f"{name:20} {1e3 * inside:10.1f} {1e3 * between:9.2f} {share:11.2%}{verdict}")
 
 

@@ -21,7 +21,7 @@ from cdlm.core.types import Condition, Prediction
 
 def draws(rows: int = 1, step: int = 0) -> StepNoise:
     """Where the random numbers of a step come from."""
-    return StepNoise(0, torch.arange(rows), torch.full((rows,), step))
+    return StepNoise(0, range(rows), [step] * rows)
 
 
 def sigma_of(t: Tensor) -> Tensor:

@@ -119,11 +119,11 @@ class Sure(Oracle):
 class SameNoise(DiffusionLoop):
     """Every block starts from the same noise, and its steps draw the same."""
 
-    def _start(self, index: Tensor, before: Tensor, like: Tensor) -> Tensor:
-        return super()._start(index, before * 0, like)
+    def _start(self, index: list[int], before: list[int], like: Tensor) -> Tensor:
+        return super()._start(index, [0] * len(before), like)
 
     def _draws(self, live: DiffusionRows) -> StepNoise:
-        return StepNoise(self.options.seed, live.row, live.step)
+        return StepNoise(self.options.seed, live.known.row, live.known.step)
 
 
 # --- which positions, in which order ---

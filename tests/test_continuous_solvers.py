@@ -126,8 +126,8 @@ def test_heun_is_euler_for_a_constant_estimate_and_hands_its_newer_estimate_on()
     torch.testing.assert_close(heun.z, euler.z)
     assert heun.x0 is constant
     assert euler.x0 is None
-    assert heun.evaluations.tolist() == [1, 1]
-    assert euler.evaluations.tolist() == [0, 0]
+    assert heun.evaluations == [1, 1]
+    assert euler.evaluations == [0, 0]
 
 
 def test_rows_may_stand_at_different_levels() -> None:
@@ -139,7 +139,7 @@ def test_rows_may_stand_at_different_levels() -> None:
             row = slice(i, i + 1)
             alone = moved(solver, z[row], t[row], t_next[row])
             assert torch.equal(together.z[row], alone.z)
-            assert torch.equal(together.evaluations[row], alone.evaluations)
+            assert [together.evaluations[row]] == alone.evaluations
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
@@ -149,8 +149,8 @@ def test_a_stiff_neighbour_changes_nothing(method: str) -> None:
     easy = slice(0, 1)
     alone, beside = moved(solver, z[easy], t[easy], t_next[easy]), moved(solver, z, t, t_next)
     assert torch.equal(beside.z[easy], alone.z)
-    assert int(beside.evaluations[0]) == int(alone.evaluations)
-    assert int(beside.evaluations[1]) > int(beside.evaluations[0])
+    assert beside.evaluations[:1] == alone.evaluations
+    assert beside.evaluations[1] > beside.evaluations[0]
 
 
 def test_double_integrates_in_float64_and_keeps_the_type_of_the_state() -> None:

@@ -9,18 +9,23 @@ from typing import Any
 import pytest
 import torch
 from masked_toys import Toy
-from setups import Setup, unmasking
+from oracle import Oracle
+from setups import Setup, diffusion, unmasking
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cdlm.halting import Full, Never, Patience, SchED
+from cdlm.continuous.grids import Adaptive
+from cdlm.continuous.sampler import DiffusionLoop
+from cdlm.continuous.solvers import Ancestral, Euler, Heun, Renoise, TwoStep
+from cdlm.core.types import Prediction
+from cdlm.halting import KL, Full, JoT, Never, Patience, SchED
 from cdlm.masked.sampler import UnmaskingLoop
-from cdlm.policies.confidence import Threshold
+from cdlm.policies.confidence import FallingThreshold, Threshold
 from cdlm.policies.dream import Dream
 from cdlm.policies.entropy import EntropyBound
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
-from cdlm.sampling.requests import canvases
+from cdlm.sampling.requests import Request, canvases
 
 VALUES = {
     Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.cpu,
@@ -76,6 +81,51 @@ def test_a_step_reads_once(policy: Any, temperature: float) -> None:
 @pytest.mark.parametrize("cache", [None, "prefix", "dual"])
 def test_and_once_more_where_rows_enter_a_block(cache: Any) -> None:
     assert reads_of(unmasking(LLaDA(8, block=4), cache=cache), 6) == [1, 1, 1, 2, 1, 1]
+
+
+def continuous_reads(setup: Setup, steps: int, rows: int = 3) -> list[int]:
+    """Reads of each step of rows that all take the same steps, those of the denoiser aside."""
+    oracle = Oracle()
+    inner, told = oracle.denoise, Reads()
+
+    def denoise(*args: Any) -> Prediction:
+        before = told.count
+        made = inner(*args)
+        told.count = before
+        return made
+
+    oracle.denoise = denoise  # ty: ignore
+    loop = DiffusionLoop(oracle, *setup, rows)
+    asked = [Request(i, torch.zeros(6, dtype=torch.long), torch.zeros(6, dtype=torch.bool)) for i in range(rows)]
+    live, counts = loop.admit(asked, None), []
+    for _ in range(steps):
+        with told:
+            finished, carried = loop.step(live)
+            assert not finished.counts.leaving
+            live = loop.advance(carried)
+        counts.append(told.count)
+        told.count = 0
+    return counts
+
+
+SOLVERS = (Euler(), Heun(), TwoStep(), Ancestral(), Renoise())
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_a_continuous_step_without_a_rule_reads_nothing(solver: Any) -> None:
+    assert continuous_reads(diffusion(9, solver=solver), 5) == [0] * 5
+    at_its_end = continuous_reads(diffusion(3, solver=solver, block=2), 5)  # tokens are read out, row by row
+    assert at_its_end[:2] == at_its_end[3:] == [0, 0]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_with_a_rule_or_a_policy_it_reads_once(solver: Any) -> None:
+    for settings in (
+        {"criterion": Patience(99)}, {"criterion": KL(1e-300)}, {"grid": Adaptive()}, {"commit": Threshold(1.0)},
+        {"commit": FallingThreshold(1.0, 0.99), "criterion": Patience(99), "grid": Adaptive()},
+        {"commit": EntropyBound(0.0), "criterion": JoT(1e30, 1e29)},
+    ):  # fmt: skip
+        assert continuous_reads(diffusion(40, solver=solver, **settings), 5) == [1] * 5, settings
 
 
 def test_reads_are_counted() -> None:

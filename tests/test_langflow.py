@@ -238,7 +238,7 @@ class FromNoise(DiffusionLoop):
 
     noise: Tensor
 
-    def _start(self, index: Tensor, before: Tensor, like: Tensor) -> Tensor:
+    def _start(self, index: list[int], before: list[int], like: Tensor) -> Tensor:
         # The recorded grid starts a little below the schedule's end, for which the prior is made.
         scale = math.sqrt(1 + self.walk.begin**2) / self.denoiser.prior_std
         return scale * self.noise[index].to(like)

@@ -269,9 +269,8 @@ class Recorded(StepNoise):
 
 
 def noise_of(there: dict[str, Tensor], step: int, rows: int) -> Recorded:
-    place = torch.arange(rows)
     drawn = there.get("step_noise", torch.empty(0))
-    return Recorded(0, place, place * 0 + step, drawn[step] if step < len(drawn) else None)
+    return Recorded(0, range(rows), [step] * rows, drawn[step] if step < len(drawn) else None)
 
 
 def guidance(case: Mapping[str, Any]) -> Guidance:
@@ -300,9 +299,9 @@ class OneStep(Solver):
 
     def advance(self, memory: Any, interval: Interval, estimate: Any) -> tuple[Any, Advance]:
         z, _, _, t_next, draws = interval
-        step, total = int(draws.step[0]), len(self.u)
+        step, total = draws.step[0], len(self.u)
         if step == total - 1:
-            return memory, Advance(z, None, torch.zeros_like(draws.step))
+            return memory, Advance(z, None, [0] * len(z))
         below = at(self.u[step] - 1 / total, len(z))
         memory, moved = self.solver.advance(memory, interval._replace(t_next=below), estimate)
         return memory, moved._replace(z=moved.z * (alpha_of(below) / alpha_of(t_next))[:, None, None])
@@ -313,11 +312,11 @@ class FromNoise(DiffusionLoop):
 
     there: dict[str, Tensor]
 
-    def _start(self, index: Tensor, before: Tensor, like: Tensor) -> Tensor:
+    def _start(self, index: list[int], before: list[int], like: Tensor) -> Tensor:
         return self.there["initial_noise"][index].to(like)
 
     def _draws(self, live: DiffusionRows) -> StepNoise:
-        return noise_of(self.there, int(live.step[0]), len(live.row))
+        return noise_of(self.there, live.known.step[0], len(live.row))
 
 
 @pytest.mark.parametrize(("case", "there"), cases("sample"))

@@ -413,7 +413,7 @@ def looks(rule: Criterion, logits: Tensor) -> list[list[bool]]:
     past, memory, said = first_past(rule.needs, z, None), rule.start(NewRows(open_, budget, open_)), []
     for i, now in enumerate(logits):
         step, t = torch.full_like(number, i), torch.ones(len(open_), dtype=torch.float64)
-        statistics = StepStatistics(now, open_, open_, step == 0, past)
+        statistics = StepStatistics(now, open_, open_, step, past)
         signals, past = observe(rule.needs, statistics)
         memory, decision = rule.look(memory, StepState(number, step, budget, t, step + 1, open_, signals))
         said.append(decision.halt.tolist())
@@ -1018,15 +1018,15 @@ def a_glance(
     span, logits = chosen(0.8), scale * normal(b, n, v)
     before = logits + normal(b, n, v)
     none = first_past(frozenset(SIGNALS), normal(b, n, 5), None)
-    z, t, first = normal(b, n, 5), normal(b).double().exp(), torch.arange(b) == 0
+    z, t, step = normal(b, n, 5), normal(b).double().exp(), (torch.arange(b) > 0).long()
     _, past = observe(
         frozenset(SIGNALS),
-        StepStatistics(before, span, span, first | True, none, embedding=EmbeddingState(z, t, 2.0, normal(b, n, 5))),
+        StepStatistics(before, span, span, step * 0, none, embedding=EmbeddingState(z, t, 2.0, normal(b, n, 5))),
     )
     past = take(past, torch.arange(1, b))
     past = join(first_past(frozenset(SIGNALS), z[:1], past), past)
     space = EmbeddingState(z + normal(b, n, 5), t * 0.9, 2.0, normal(b, n, 5))
-    return StepStatistics(logits, span & chosen(0.8), span, first, past, embedding=space)
+    return StepStatistics(logits, span & chosen(0.8), span, step, past, embedding=space)
 
 
 @given(
@@ -1038,6 +1038,7 @@ def test_signals_are_what_they_say(seed: int, scale: float, v: int, dtype: torch
     seen = a_glance(seed, dtype, (4, 9, v), scale)
     signals, past = observe(frozenset(SIGNALS), seen)
     logits, x0, z, open_ = seen.logits.double(), seen.here.x0.double(), seen.here.z.double(), seen.open
+    first = seen.step == 0
     ordered = logits.sort(-1, descending=True)
     score = (x0 - z) / seen.here.t[:, None, None] ** 2 * open_[..., None]
     margin = ordered.values[..., 0] - ordered.values[..., 1]
@@ -1045,15 +1046,15 @@ def test_signals_are_what_they_say(seed: int, scale: float, v: int, dtype: torch
     assert isinstance(seen.past.logits, Tensor)
     cosine = torch.nn.functional.cosine_similarity(score.flatten(1), seen.past.score.double().flatten(1))
     kl = mean(divergences(logits, seen.past.logits.double()), open_)
-    switched = (ordered.indices[..., 0] != seen.past.logits.argmax(-1)) | seen.first[:, None]
+    switched = (ordered.indices[..., 0] != seen.past.logits.argmax(-1)) | first[:, None]
     expected = {
         "logits": logits, "x0": x0, "z": z, "score": score, "tokens": ordered.indices[..., 0],
         "top1": ordered.values[..., 0], "top2": ordered.values[..., 1], "logsumexp": logits.exp().sum(-1).log(),
         "entropy": entropies(logits), "switches": (switched & open_).sum(1),
-        "mean_entropy": mean(entropies(logits), open_), "mean_kl": torch.where(seen.first, math.inf, kl),
+        "mean_entropy": mean(entropies(logits), open_), "mean_kl": torch.where(first, math.inf, kl),
         "margin": mean(margin, open_), "span_margin": mean(margin, seen.target),
         "z_norm": mean(z.norm(dim=-1), open_) / 2, "x0_norm": mean(x0.norm(dim=-1), open_) / 2,
-        "score_cosine": torch.where(seen.first, math.nan, cosine),
+        "score_cosine": torch.where(first, math.nan, cosine),
     }  # fmt: skip
     assert set(expected) == set(signals) == set(SIGNALS)
     for name, value in expected.items():
@@ -1076,11 +1077,11 @@ def test_the_signals_of_a_row_do_not_depend_on_its_neighbours(v: int, dtype: tor
             whole.logits,
             whole.open,
             whole.target,
-            whole.first,
+            whole.step,
             whole.past,
         )
-        z, t, x0, logits, open_, span, first, past = take(fields, torch.tensor([row]))
-        alone = StepStatistics(logits, open_, span, first, past, embedding=EmbeddingState(z, t, 2.0, x0))
+        z, t, x0, logits, open_, span, step, past = take(fields, torch.tensor([row]))
+        alone = StepStatistics(logits, open_, span, step, past, embedding=EmbeddingState(z, t, 2.0, x0))
         single, _ = observe(frozenset(SIGNALS), alone)
         for name in SIGNALS:
             assert torch.equal(single[name][0].nan_to_num(), signals[name][row].nan_to_num()), name

@@ -39,10 +39,10 @@ def statistics(logits: Tensor, past: Past | None = None, needs: frozenset[str] =
     """A look at these logits, all positions open, at a row's first step unless there is a past."""
     b, n = logits.shape[:2]
     z, open_ = torch.ones(b, n, 3, dtype=logits.dtype), torch.ones(b, n, dtype=torch.bool)
-    first = torch.full((b,), past is None)
+    step = torch.full((b,), int(past is not None))
     past = first_past(needs, z, None) if past is None else past
     space = EmbeddingState(z, torch.ones(b, dtype=torch.float64), 1.0, z + logits[..., :1])
-    return StepStatistics(logits, open_, open_, first, past, needs, space)
+    return StepStatistics(logits, open_, open_, step, past, needs, space)
 
 
 def look(logits: Tensor, before: Tensor | None = None, needs: frozenset[str] = EVERYTHING) -> dict[str, Tensor]:

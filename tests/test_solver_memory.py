@@ -75,7 +75,7 @@ class Watched(TwoStep):
     notes: list[tuple[int, bool]] = field(default_factory=list)
 
     def advance(self, memory: Before, interval: Interval, estimate: Estimate) -> tuple[Before, Advance]:
-        taken = interval.draws.step.tolist()
+        taken = interval.draws.step
         self.notes.extend(zip(taken, memory.t.isinf().tolist(), strict=True))
         return super().advance(memory, interval, estimate)
 

@@ -173,7 +173,7 @@ class Told(StepNoise):
     """Recorded noise of one step."""
 
     def __init__(self, recording: "Recording", step: int):
-        super().__init__(0, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+        super().__init__(0, [0], [0])
         object.__setattr__(self, "recording", recording)
         object.__setattr__(self, "at", step)
 
@@ -197,11 +197,11 @@ class Recording(DiffusionLoop):
         out[:, start : start + self.case["block_length"]] = ARRAYS[f"decode.{self.case['index']}.normal"][place]
         return out
 
-    def _start(self, index: Tensor, before: Tensor, like: Tensor) -> Tensor:
-        return self.noise(int(before[0]), like, 0)
+    def _start(self, index: list[int], before: list[int], like: Tensor) -> Tensor:
+        return self.noise(before[0], like, 0)
 
     def _draws(self, live: DiffusionRows) -> StepNoise:
-        return Told(self, int((live.before + live.step)[0]))
+        return Told(self, live.known.taken[0])
 
 
 class Sampled(Projection):

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.core.checks import check_number
-from cdlm.core.devices import read_columns
+from cdlm.core.devices import read_columns, refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise, Site
 from cdlm.core.types import LoopStep, RowCounts, StepState
@@ -164,16 +164,15 @@ class LeftToRightLoop(Loop[LeftToRightRows]):
     @torch.no_grad()
     def step(self, live: LeftToRightRows) -> tuple[LoopStep, LeftToRightRows]:
         open_ = live.open
-        state = StepState(live.row, live.step, live.budget, open_.sum(1).double() / live.budget, live.step + 1, open_)
+        state = StepState(live.row, live.step, live.budget, refined(open_.sum(1)) / live.budget, live.step + 1, open_)
         drawn = self._draw(live)
         ended = torch.isin(drawn, torch.tensor(self.model.end_ids, dtype=drawn.dtype, device=self.device))
         here = torch.arange(open_.shape[1], device=self.device) == live.at[:, None]
         tokens = torch.where(here | (ended[:, None] & open_), drawn[:, None], live.tokens)
         done = ended | (live.step == live.budget - 1)
         row, taken, left, full = read_columns(live.row, live.step + 1, done, ended)
-        none = [0] * len(row)
-        counts = RowCounts(row, taken, taken, left, none, full, none)
-        return LoopStep(state, counts, counts.of_leaving(tokens), {}), live._replace(tokens=tokens)
+        counts = RowCounts.of(row, taken, taken, left, [0] * len(row), full)
+        return LoopStep(state, counts, counts.leave(tokens), {}), live._replace(tokens=tokens)
 
     def advance(self, carried: LeftToRightRows) -> LeftToRightRows:
         return carried._replace(step=carried.step + 1)

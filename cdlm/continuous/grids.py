@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.core.checks import Settings, check_number, check_object
+from cdlm.core.devices import fine, refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 
@@ -49,30 +50,38 @@ class Walk(ABC):
     def next(self, memory: Any, seen: Seen) -> tuple[Any, Float[Tensor, " b"]]:
         """The next memory and level of each row; of a row that is at its end, any."""
 
+    @property
     @abstractmethod
-    def ended(self, t: Float[Tensor, " b"], step: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
-        """Rows that are read out at this step."""
+    def steps(self) -> int:
+        """The most steps: a row is read out at the last of them."""
+
+    def arrived(self, t: Float[Tensor, " b"]) -> Bool[Tensor, " b"] | None:
+        """Rows that are read out at an earlier step, because of their level; None if no row ever is."""
+        return None
 
 
-@dataclass(frozen=True, eq=False)
 class SharedLevels(Walk):
     """The same levels for all rows.
 
     Args:
-        levels: of each step.
+        levels: of each step, on the CPU.
+        device: where the rows are.
     """
 
-    levels: Float[Tensor, " steps"]
+    def __init__(self, levels: Float[Tensor, " steps"], device: torch.device | str = "cpu"):
+        self._begin = float(levels[0])
+        self._following = torch.cat([levels[1:], levels[-1:]]).to(device, fine(torch.device(device)))
 
     @property
     def begin(self) -> float:
-        return float(self.levels[0])
+        return self._begin
+
+    @property
+    def steps(self) -> int:
+        return len(self._following)
 
     def next(self, memory: Any, seen: Seen) -> tuple[Any, Float[Tensor, " b"]]:
-        return memory, self.levels[(seen.step + 1).clamp(max=len(self.levels) - 1)]
-
-    def ended(self, t: Float[Tensor, " b"], step: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
-        return step == len(self.levels) - 1
+        return memory, self._following.index_select(0, seen.step)
 
 
 class Grid(Settings, ABC):
@@ -92,7 +101,7 @@ class Grid(Settings, ABC):
         Args:
             rho: norm of the embeddings.
         """
-        return SharedLevels(self.levels(schedule, steps).to(device))
+        return SharedLevels(self.levels(schedule, steps), device)
 
 
 def _fractions(steps: int) -> Float[Tensor, " steps"]:
@@ -216,27 +225,31 @@ class OwnLevels(Walk):
     grid: Adaptive
     top: float
     end: float
-    steps: int
+    most: int
     rho: float
 
     @property
     def begin(self) -> float:
         return self.top
 
+    @property
+    def steps(self) -> int:
+        return self.most
+
     def start(self, z: Float[Tensor, "b n d"]) -> LastStep:
-        length = torch.full((len(z),), self.grid.first, dtype=torch.float64, device=z.device)
+        length = torch.full((len(z),), self.grid.first, dtype=fine(z.device), device=z.device)
         return LastStep(length, torch.zeros_like(z))
 
     def next(self, memory: LastStep, seen: Seen) -> tuple[LastStep, Float[Tensor, " b"]]:
         grid = self.grid
-        moved = (seen.x0 - memory.x0).double().square().sum(-1) / self.rho**2 * seen.open
+        moved = refined(seen.x0 - memory.x0).square().sum(-1) / self.rho**2 * seen.open
         change = (moved.sum(1) / seen.open.sum(1).clamp(min=1)).sqrt()
         other = memory.length * (grid.tolerance / change.clamp(min=TINY)).clamp(grid.shrink, grid.grow)
         length = torch.where(seen.step == 0, memory.length, other.clamp(grid.smallest, grid.largest))
         return LastStep(length, seen.x0), (seen.t * (-length).exp()).clamp(min=self.end)
 
-    def ended(self, t: Float[Tensor, " b"], step: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
-        return (t <= self.end) | (step == self.steps - 1)
+    def arrived(self, t: Float[Tensor, " b"]) -> Bool[Tensor, " b"]:
+        return t <= self.end
 
 
 GRIDS: Registry[Grid] = Registry("grid", Grid, Warped, UniformT, LogT, UpperEnds, Truncated, Adaptive)

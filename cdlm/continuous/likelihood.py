@@ -18,6 +18,7 @@ from torch import Tensor
 from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.objectives import squared_error
 from cdlm.continuous.schedules import Schedule
+from cdlm.core.devices import fine, refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import (
     BOUND,
@@ -156,15 +157,15 @@ def bound(
     estimate, clean = Estimate.of(denoiser, text, two_passes), denoiser.embed(text.tokens)
     first = _first(denoiser.schedule, read_out, clean.device)
     keys = text.key.tolist()
-    low = denoiser.schedule.t_of_u(torch.full((len(keys),), first, dtype=torch.float64, device=clean.device))
+    low = denoiser.schedule.t_of_u(torch.full((len(keys),), first, dtype=fine(clean.device), device=clean.device))
     reconstruction, diffusion = [], []
     for level in range(levels):
         u, eps = _bound_noise([(seed, BOUND_NOISE, *key, level) for key in keys], text, clean)
         t, weight = _level((level + u) / levels, denoiser.schedule, first)
         x0 = estimate(_noisy(clean, t, eps[:, :, 0]), t).x0
-        diffusion.append(weight / t**3 * squared_error(x0.double(), clean.double(), text.target))
+        diffusion.append(weight / t**3 * squared_error(refined(x0), refined(clean), text.target))
         logits = estimate(_noisy(clean, low, eps[:, :, 1]), low).logits
-        reconstruction.append(row_cross_entropy(logits, text.tokens, text.target)[0].double())
+        reconstruction.append(refined(row_cross_entropy(logits, text.tokens, text.target)[0]))
     at_end, between = torch.stack(reconstruction, 1), torch.stack(diffusion, 1)
     terms = {"prior": _prior_nats(denoiser, clean, text.target), "reconstruction": at_end.mean(1)}
     return Nats({**terms, "diffusion": between.mean(1)}, stratified_error(at_end + between), text.target.sum(1))
@@ -179,7 +180,7 @@ def _first(schedule: Schedule, read_out: float | None, device: torch.device) -> 
             f"read_out is a noise level of the schedule, from {schedule.t_min:.4g} to below {schedule.t_max:.4g}, got"
             f" {read_out}"
         )
-    return schedule.u_of_t(torch.tensor([read_out], dtype=torch.float64, device=device)).item()
+    return schedule.u_of_t(torch.tensor([read_out], dtype=fine(device), device=device)).item()
 
 
 def _level(v: Float[Tensor, " b"], schedule: Schedule, first: float) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
@@ -199,7 +200,7 @@ def _bound_noise(
     u = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in made])
     sizes = zip(text.sizes, made, strict=True)
     eps = [torch.randn(2, size, like.shape[-1], generator=g).transpose(0, 1) for size, g in sizes]
-    return u.to(like.device), text.spread(eps).to(like)
+    return u.to(like.device, fine(like.device)), text.spread(eps).to(like)
 
 
 def _noisy(
@@ -209,10 +210,10 @@ def _noisy(
 
 
 def _prior_nats(denoiser: Denoiser, clean: Float[Tensor, "b n d"], target: Bool[Tensor, "b n"]) -> Float[Tensor, " b"]:
-    one = torch.ones(1, dtype=torch.float64, device=clean.device)
+    one = torch.ones(1, dtype=fine(clean.device), device=clean.device)
     variance = denoiser.prior_std**2
     ratio = denoiser.schedule.t_of_u(one).square() / variance
-    each = clean.double().square().sum(-1) / variance + clean.shape[-1] * (ratio - 1 - ratio.log())
+    each = refined(clean).square().sum(-1) / variance + clean.shape[-1] * (ratio - 1 - ratio.log())
     return 0.5 * (each * target).sum(1)
 
 
@@ -295,7 +296,7 @@ def walk_nats(
     ode = ode or Ode()
     solution = solve(Estimate.of(denoiser, text, two_passes), text, walk, ode)
     c, size = denoiser.prior_std / denoiser.schedule.t_max, text.target.sum(1) * walk.noise.shape[-1]
-    eps = (walk.noise.double() * text.target[..., None]).square().sum((1, 2))
+    eps = (refined(walk.noise) * text.target[..., None]).square().sum((1, 2))
     prior = size * math.log(c) + solution.length / (2 * c**2) - 0.5 * eps
     terms = {"prior": prior, "reconstruction": solution.reconstruction, "flow": solution.trace}
     return Nats(terms, torch.full_like(prior, math.nan), text.target.sum(1))
@@ -323,21 +324,21 @@ def solve(estimate: Estimate, text: Text, walk: Walk, ode: Ode) -> Solution:
     clean = estimate.denoiser.embed(text.tokens)
     check_precision(estimate.denoiser, clean.dtype, clean.device)
     open_ = text.target[..., None]
-    s = 1 / walk.levels.double().sort().values.to(clean.device)
-    start = (s[0] * clean.double() + walk.noise.double()).to(ode.state)
+    s = (1 / walk.levels.double().sort().values).to(clean.device, fine(clean.device))
+    start = (s[0] * refined(clean) + refined(walk.noise)).to(ode.state)
     logits = estimate((start / s[0]).to(clean.dtype), (1 / s[:1]).expand(len(start))).logits
     nats, _ = row_cross_entropy(logits, text.tokens, text.target)
 
     def slope(s: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return _slope(estimate, s.double(), state[0], walk.probe(), open_)
+        return _slope(estimate, refined(s), state[0], walk.probe(), open_)
 
     # Only the ends are kept; the steps in between are those of the grid.
     path = odeint(
         slope, (start, start.new_zeros(len(start))), s[[0, -1]], method=ode.method,
         options={"grid_constructor": lambda func, y0, t: s},
     )  # fmt: skip
-    y, gained = (part[-1].double() for part in path)
-    return Solution(nats.double(), -gained, (y * open_).square().sum((1, 2)))
+    y, gained = (refined(part[-1]) for part in path)
+    return Solution(refined(nats), -gained, (y * open_).square().sum((1, 2)))
 
 
 def _slope(

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from cdlm.core.devices import fine, refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Batch
 from cdlm.models.system import Loss, levels_of, row_cross_entropy
@@ -100,7 +101,7 @@ class Variational(Objective):
         nats, count = row_cross_entropy(logits, batch.tokens, batch.target)
         squares = squared_error(system.expect(logits), clean, batch.target)
         error = (slope / t**3).to(squares.dtype) * squares / count
-        made.append(torch.where(last, 0, error.detach()).double())
+        made.append(refined(torch.where(last, 0, error.detach())))
         read_out = nats / count
         self._remember(read_out[last].detach(), error[~last].detach())
         prior = system.prior_nats(system.schedule.t_of_u(torch.ones_like(u[:1])))
@@ -127,10 +128,10 @@ class Variational(Objective):
         deviation = (self.moments[:, 1] - self.moments[:, 0].square()).clamp(min=1e-12).sqrt()
         share = (deviation[0] / deviation.sum()).item()
         low = min(max(1, round(rows * share)), rows - 1)
-        offset = torch.rand(1, generator=generator, dtype=torch.float64, device=device)
+        offset = torch.rand(1, generator=generator, dtype=fine(device), device=device)
         even = (offset + torch.arange(rows - low, device=device)) / (rows - low)
         order = torch.randperm(rows, generator=generator, device=device)
-        u = torch.cat([torch.zeros(low, dtype=torch.float64, device=device), even])[order]
+        u = torch.cat([torch.zeros(low, dtype=fine(device), device=device), even])[order]
         return order < low, u
 
     @torch.no_grad()

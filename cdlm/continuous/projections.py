@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cdlm.core.checks import Settings, check_number
+from cdlm.core.devices import refined
 from cdlm.core.parsing import Registry
 from cdlm.core.rng import StepNoise
 
@@ -60,7 +61,8 @@ class Drawn(Projection):
         kept = nucleus(logits, self.top_p)
         # Gumbel-max in float64: in float32 the noise has a largest value, and rare tokens are lost.
         gumbel = -(-draws.uniform(logits).clamp(min=1e-300).log()).log()
-        scores = logits.double().masked_fill(~kept, -torch.inf) + gumbel
+        scores = refined(logits).masked_fill(~kept, -torch.inf)
+        scores = scores + gumbel.to(scores)
         return denoiser.embed(scores.argmax(-1))
 
 

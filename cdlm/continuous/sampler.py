@@ -17,11 +17,12 @@ from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import PROJECTIONS, Projection
 from cdlm.continuous.solvers import SOLVERS, Ancestral, Euler, Interval, Solver
 from cdlm.core.checks import MOST_STEPS, check_number, check_object, check_whole
-from cdlm.core.devices import read_columns
+from cdlm.core.devices import fine, read_columns
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise, StepNoise, generator
-from cdlm.core.trees import join, take
-from cdlm.core.types import Condition, LoopStep, NewRows, Prediction, RowCounts, StepState
+from cdlm.core.trees import Columns, join, take
+from cdlm.core.types import Condition, Decision, LoopStep, NewRows, Prediction, RowCounts, StepState
+from cdlm.halting import Full, Never
 from cdlm.halting.signals import (
     RECORDED,
     SIGNALS,
@@ -190,13 +191,29 @@ GUIDANCE = {
 """Flat settings of the guidance, and its fields."""
 
 
+@dataclass(frozen=True, eq=False)
+class Known(Columns):
+    """What the host knows of each row before its next step, so that nothing has to be read in the midst of it."""
+
+    row: list[int]
+    step: list[int]
+    taken: list[int]
+    """Steps so far, those of its earlier blocks too."""
+    nfe: list[int]
+    left: list[int]
+    """Positions of later blocks."""
+    decided: list[int]
+    """Whether positions of the block were decided before it is done; some may be open again."""
+    ended: list[int]
+    """Whether the block is done, and another follows."""
+
+
 class DiffusionRows(NamedTuple):
     """Everything with a row axis that lives from one step to the next."""
 
     row: Int[Tensor, " b"]
     step: Int[Tensor, " b"]
-    before: Int[Tensor, " b"]
-    """Steps taken in earlier blocks."""
+    budget: Int[Tensor, " b"]
     nfe: Int[Tensor, " b"]
     t: Float[Tensor, " b"]
     """Noise level of z, float64."""
@@ -217,6 +234,7 @@ class DiffusionRows(NamedTuple):
     """Memory of the grid."""
     plan: Plan | None
     """Of the policy, where there is one."""
+    known: Known
 
     @property
     def open(self) -> Bool[Tensor, "b n"]:
@@ -232,9 +250,38 @@ class Stepped(NamedTuple):
     """The estimate that drives the state."""
     t_next: Float[Tensor, " b"]
     tokens: Int[Tensor, "b n"]
-    """The row as it would be returned now."""
-    ended: Bool[Tensor, " b"]
-    """Rows whose block is done and that have another; on the CPU."""
+    """The row as it would be returned now, where its block is done."""
+
+
+class Change(NamedTuple):
+    """What a step decides, and what it takes back."""
+
+    fresh: Bool[Tensor, "b n"]
+    """Positions that are decided now."""
+    tokens: Int[Tensor, "b n"]
+    """The rows with what is decided."""
+    doubted: Bool[Tensor, "b n"] | None
+    """Positions that are taken back; None if nothing ever is."""
+    open: Bool[Tensor, "b n"]
+    """Positions that may still change."""
+    broken: Bool[Tensor, " b"]
+    """Rows in which a position was committed by logits that are not numbers."""
+    plan: Plan | None
+
+
+class Said(NamedTuple):
+    """What the host learns of each row in a step."""
+
+    halted: list[int]
+    """The rule halts it."""
+    full: list[int]
+    """Nothing in it is open."""
+    arrived: list[int]
+    """It has come to the end of its grid before its last step."""
+    fresh: list[int]
+    """Positions were decided."""
+    broken: list[int]
+    """A position was committed by logits that are not numbers."""
 
 
 class DiffusionLoop(Loop[DiffusionRows]):
@@ -258,6 +305,8 @@ class DiffusionLoop(Loop[DiffusionRows]):
         """And those that the policy reads."""
         self.decides = options.criterion.freezes or sampling.commit is not None
         """Whether positions can be decided before their row is done."""
+        self.halts = type(options.criterion) not in (Full, Never)
+        """Whether the rule can do anything."""
         self.position_noise = PositionNoise(options.seed)
         self.walk = sampling.grid.walk(denoiser.schedule, sampling.steps, denoiser.rho, self.device)
 
@@ -275,33 +324,41 @@ class DiffusionLoop(Loop[DiffusionRows]):
     @torch.no_grad()
     def admit(self, requests: list[Request], beside: DiffusionRows | None) -> DiffusionRows:
         tokens = torch.stack([request.tokens for request in requests]).to(self.device)
-        open_ = ~torch.stack([request.given for request in requests]).to(self.device)
+        open_ = ~torch.stack([request.given for request in requests])
         valid = stack_masks([request.valid for request in requests], self.device)
-        if not bool(open_.any(1).all()):
+        wanted = open_.sum(1).tolist()
+        if 0 in wanted:
             raise CdlmError("a prompt leaves nothing to generate: shorten it, or raise the length")
-        index = torch.tensor([request.index for request in requests], device=self.device)
-        zero = torch.zeros_like(index)
-        return self._enter(index, zero, zero, tokens, open_, valid, None if beside is None else beside.past)
+        rows = [request.index for request in requests]
+        zeros = [0] * len(rows)
+        known = Known(rows, zeros, zeros, zeros, wanted, zeros, zeros)
+        index = torch.tensor(rows, device=self.device)
+        past = None if beside is None else beside.past
+        return self._enter(known, index, torch.zeros_like(index), tokens, open_.to(self.device), valid, past)
 
     def _enter(
-        self, index: Tensor, before: Tensor, nfe: Tensor, tokens: Tensor, left: Tensor, valid: Tensor | None,
+        self, known: Known, index: Tensor, nfe: Tensor, tokens: Tensor, left: Tensor, valid: Tensor | None,
         beside: Past | None,
     ) -> DiffusionRows:  # fmt: skip
-        """Rows at the first step of their next block, with the positions in `left` yet to be generated."""
-        block = self.sampling.block
+        """Rows at the first step of their next block, with the positions in `left` yet to be generated, as many as
+        `known.left`."""
+        block, zeros = self.sampling.block, [0] * len(index)
         now = left if block is None else left & (left.cumsum(1) <= block)
+        rest = zeros if block is None else [max(0, count - block) for count in known.left]
+        known = replace(known, step=zeros, left=rest, decided=zeros, ended=zeros)
         clean = self.denoiser.embed(tokens)
-        z = self.sampling.init_scale * self.denoiser.prior_std * self._start(index, before, clean)
+        z = self.sampling.init_scale * self.denoiser.prior_std * self._start(known.row, known.taken, clean)
         real, later, zero = torch.ones_like(left) if valid is None else valid, left & ~now, torch.zeros_like(index)
+        budget = zero + self.sampling.steps
         # To a rule, later blocks are no part of the row yet: neither open nor decided.
-        memory = self.options.criterion.start(NewRows(now, zero + self.sampling.steps, real & ~later))
+        memory = self.options.criterion.start(NewRows(now, budget, real & ~later))
         condition = Condition(clean * (~left & real)[..., None], now, torch.zeros_like(z), valid, behind(now))
         past = first_past(self.needs, z, beside)
-        t = torch.full((len(index),), self.walk.begin, dtype=torch.float64, device=self.device)
+        t = torch.full((len(index),), self.walk.begin, dtype=fine(self.device), device=self.device)
         solver, grid = self.sampling.solver.start(z), self.walk.start(z)
         return DiffusionRows(
-            index, zero, before, nfe, t, z, tokens, now, later, condition, past, memory, solver, grid,
-            self._plan(now, tokens),
+            index, zero, budget, nfe, t, z, tokens, now, later, condition, past, memory, solver, grid,
+            self._plan(now, tokens), known,
         )  # fmt: skip
 
     def _plan(self, open_: Bool[Tensor, "b n"], tokens: Int[Tensor, "b n"]) -> Plan | None:
@@ -312,62 +369,81 @@ class DiffusionLoop(Loop[DiffusionRows]):
         start, end = open_.long().argmax(1), torch.where(open_, place + 1, 0).amax(1)
         return enter(policy, plan_of(policy, open_, start, end, tokens), open_, waits=False)
 
-    def _start(self, index: Tensor, before: Tensor, like: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    def _start(self, index: list[int], before: list[int], like: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Standard normal noise of each row: of its first block by its index alone, of later ones by what came before
         as well."""
-        seed, pairs = self.options.seed, zip(index.tolist(), before.tolist(), strict=True)
+        seed, pairs = self.options.seed, zip(index, before, strict=True)
         keys = [(seed, i, b) if b else (seed, i) for i, b in pairs]
         return torch.stack([torch.randn(like.shape[1:], generator=generator(*key)) for key in keys]).to(like)
 
     @torch.no_grad()
     def step(self, live: DiffusionRows) -> tuple[LoopStep, Stepped]:
-        t = live.t
+        t, calls = live.t, self.sampling.guidance.calls
         prediction, x0 = self.sampling.guidance.predict(self.denoiser, live.z, t, live.condition, self._draws(live))
-        rho, first = self.denoiser.rho, live.step == 0
-        embedding = EmbeddingState(live.z, t, rho, prediction.x0)
+        embedding = EmbeddingState(live.z, t, self.denoiser.rho, prediction.x0)
         statistics = StepStatistics(
-            prediction.logits, live.open, live.block, first, live.past, self.glanced, embedding,
+            prediction.logits, live.open, live.block, live.step, live.past, self.glanced, embedding,
             live.tokens if self.decides else None,
         )  # fmt: skip
         signals, past = observe(self.needs, statistics)
-        nfe = live.nfe + self.sampling.guidance.calls
-        budget = torch.full_like(live.step, self.sampling.steps)
-        state = StepState(live.row, live.step, budget, t, nfe, live.open, signals)
-        memory, decision = self.options.criterion.look(live.memory, state)
-        if decision.freeze is not None:
-            live = self._give(live, decision.freeze & live.open, statistics.tokens)
-        live = self._commit(live, statistics, t, x0)
-        full = ~live.open.any(1)
-        ended = decision.halt | full | self.walk.ended(t, live.step)
-        done = ended & ~live.later.any(1)
-        taken = live.before + live.step + 1
-        full = full & ~decision.halt
-        *columns, over = read_columns(live.row, taken, nfe, done, decision.halt, full, ended)
-        counts = RowCounts(*columns, settled=[0] * len(over))
+        state = StepState(live.row, live.step, live.budget, t, live.nfe + calls, live.open, signals)
+        memory, decision = live.memory, None
+        if self.halts:
+            memory, decision = self.options.criterion.look(memory, state)
+        change = self._decide(live, statistics, decision)
+        said = self._read(t, decision, change)
+        if any(said.broken):
+            raise _broken()
+        nfe, taken = [spent + calls for spent in live.known.nfe], [steps + 1 for steps in live.known.taken]
+        last = [step == self.walk.steps - 1 for step in live.known.step]
+        over = [any(reasons) for reasons in zip(said.halted, said.full, said.arrived, last, strict=True)]
+        done = [end and not left for end, left in zip(over, live.known.left, strict=True)]
+        ended = [end and not leaves for end, leaves in zip(over, done, strict=True)]
+        decided = [old or new for old, new in zip(live.known.decided, said.fresh, strict=True)]
+        counts = RowCounts.of(live.known.row, taken, nfe, done, said.halted, said.full)
+        known = replace(live.known, nfe=nfe, decided=decided, ended=ended)
+        grid, t_next = self.walk.next(live.grid, Seen(t, live.step, prediction.x0, live.open))
+        if change is not None:
+            live = self._changed(live, change, x0, any(said.fresh))
         tokens = _read_out(prediction, live, over)
-        finished = LoopStep(state, counts, counts.of_leaving(tokens), decision.info, self._canvas(live))
-        seen = Seen(t, live.step, prediction.x0, statistics.open)
-        grid, t_next = self.walk.next(live.grid, seen)
-        live = live._replace(nfe=nfe, past=past, memory=memory, grid=grid)
-        live = live._replace(condition=live.condition._replace(x0=self._held(live, prediction.x0)))
-        return finished, Stepped(
-            live, self._held(live, x0), t_next, tokens, torch.tensor(over, dtype=torch.bool) & ~finished.done
-        )
+        info = {} if decision is None else decision.info
+        finished = LoopStep(state, counts, counts.leave(tokens), info, self._canvas(live))
+        shown, driving = self._held(live, known, prediction.x0, x0)
+        live = live._replace(
+            nfe=state.nfe, past=past, memory=memory, grid=grid, known=known,
+            condition=live.condition._replace(x0=shown),
+        )  # fmt: skip
+        return finished, Stepped(live, driving, t_next, tokens)
+
+    def _read(self, t: Float[Tensor, " b"], decision: Decision | None, change: Change | None) -> Said:
+        """All that a step reads from the device; a step without rule, policy and steps of its own reads nothing."""
+        columns = {} if decision is None else {"halted": decision.halt}
+        if change is not None:
+            full, fresh = ~change.open.any(1), change.fresh.any(1)
+            columns |= {"full": full, "fresh": fresh, "broken": change.broken}
+        arrived = self.walk.arrived(t)
+        if arrived is not None:
+            columns["arrived"] = arrived
+        nothing = [0] * t.shape[0]
+        if not columns:
+            return Said(nothing, nothing, nothing, nothing, nothing)
+        read = dict(zip(columns, read_columns(*columns.values()), strict=True))
+        return Said(**{name: read.get(name, nothing) for name in Said._fields})
 
     @torch.no_grad()
     def advance(self, carried: Stepped) -> DiffusionRows:
-        if not bool(carried.ended.any()):
+        ended = carried.live.known.ended
+        if not any(ended):
             return self._move(carried)
-        fresh = self._next_block(take(carried, carried.ended.nonzero().squeeze(1)))
-        if bool(carried.ended.all()):
+        fresh = self._next_block(take(carried, _true(ended)))
+        if all(ended):
             return fresh
-        return join(self._move(take(carried, (~carried.ended).nonzero().squeeze(1))), fresh)
+        return join(self._move(take(carried, _true([not end for end in ended]))), fresh)
 
     def _next_block(self, carried: Stepped) -> DiffusionRows:
         live = carried.live
-        before = live.before + live.step + 1
-        valid, past = live.condition.valid, live.past
-        return self._enter(live.row, before, live.nfe, carried.tokens, live.later, valid, past)
+        known = replace(live.known, taken=[steps + 1 for steps in live.known.taken])
+        return self._enter(known, live.row, live.nfe, carried.tokens, live.later, live.condition.valid, live.past)
 
     def _move(self, carried: Stepped) -> DiffusionRows:
         live, guidance = carried.live, self.sampling.guidance
@@ -375,51 +451,73 @@ class DiffusionLoop(Loop[DiffusionRows]):
         def estimate(z: Tensor, t: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
             some = live if rows is None else take(live, rows)
             prediction, driving = guidance.predict(self.denoiser, z, t, some.condition, self._draws(some))
-            return self._held(some, driving), self._held(some, prediction.x0)
+            plain, held = self._held(some, some.known, prediction.x0, driving)
+            return held, plain
 
         interval = Interval(live.z, carried.x0, live.t, carried.t_next, self._draws(live))
-        solver, known = self.sampling.solver, live.solver
-        if self.decides:
-            known = solver.decided(known, live.block & ~live.open, carried.x0)
-        memory, moved = solver.advance(known, interval, estimate)
+        solver, memory, known = self.sampling.solver, live.solver, live.known
+        if any(known.decided):
+            memory = solver.decided(memory, live.block & ~live.open, carried.x0)
+        memory, moved = solver.advance(memory, interval, estimate)
         condition = live.condition if moved.x0 is None else live.condition._replace(x0=moved.x0)
-        nfe = live.nfe + moved.evaluations * guidance.calls
+        nfe, spent = live.nfe, known.nfe
+        if any(moved.evaluations):
+            more = [count * guidance.calls for count in moved.evaluations]
+            nfe, spent = nfe + torch.tensor(more, device=self.device), [a + b for a, b in zip(spent, more, strict=True)]
+        step, taken = [step + 1 for step in known.step], [steps + 1 for steps in known.taken]
+        known = replace(known, step=step, taken=taken, nfe=spent)
         return live._replace(
-            z=moved.z, t=carried.t_next, step=live.step + 1, nfe=nfe, condition=condition, solver=memory
+            z=moved.z, t=carried.t_next, step=live.step + 1, nfe=nfe, condition=condition, solver=memory, known=known
         )
 
-    def _commit(
-        self, live: DiffusionRows, statistics: StepStatistics, t: Float[Tensor, " b"], x0: Float[Tensor, "b n d"]
-    ) -> DiffusionRows:
-        """What the policy decides is given from now on."""
-        policy, plan = self.sampling.commit, live.plan
-        if policy is None or plan is None:
-            return live
-        candidates = live.open & (plan.block_of <= plan.block[:, None])
-        level = t / self.denoiser.rho
-        # Of the block: no position is drawn for in two blocks, so that the draws differ all the same.
-        place = torch.arange(live.tokens.shape[1], device=self.device).expand_as(live.tokens)
-        view = View(statistics, candidates, live.row, live.step, plan, level, 0.0, None, self.position_noise, place)
-        choice = policy.choose(view)
-        doubted = self._doubted(live, statistics)
-        commit = choice.commit & candidates
-        if bool(statistics.logits[commit].isnan().any()):
-            raise _broken()
-        live = self._give(live, commit, choice.tokens)
-        if doubted is not None:
-            clean = live.condition.clean.masked_fill(doubted[..., None], 0)
-            condition = live.condition._replace(clean=clean, target=live.open | doubted)
+    def _decide(self, live: DiffusionRows, statistics: StepStatistics, decision: Decision | None) -> Change | None:
+        """What the rule freezes, and what the policy commits of the rest; None if neither can decide anything."""
+        open_, tokens, plan, policy = live.open, live.tokens, live.plan, self.sampling.commit
+        freeze = None if decision is None else decision.freeze
+        if freeze is None and plan is None:
+            return None
+        fresh, broken, doubted = torch.zeros_like(open_), torch.zeros_like(live.row, dtype=torch.bool), None
+        if freeze is not None:
+            fresh = freeze & open_
+            open_, tokens = open_ & ~fresh, torch.where(fresh, statistics.tokens, tokens)
+        if policy is not None and plan is not None:
+            candidates = open_ & (plan.block_of <= plan.block[:, None])
+            level = live.t / self.denoiser.rho
+            # Of the block: no position is drawn for in two blocks, so that the draws differ all the same.
+            place = torch.arange(open_.shape[1], device=self.device).expand_as(open_)
+            view = View(statistics, candidates, live.row, live.step, plan, level, 0.0, None, self.position_noise, place)
+            choice = policy.choose(view)
+            commit, doubted = choice.commit & candidates, self._doubted(live, statistics)
+            broken = (statistics.plane(statistics.peaks).isnan().any(-1) & commit).any(1)
+            fresh, open_ = fresh | commit, open_ & ~commit
+            open_ = open_ if doubted is None else open_ | doubted
+            tokens = torch.where(commit, choice.tokens, tokens)
+            plan = enter(policy, plan._replace(inner=plan.inner + 1, own=choice.own), open_, waits=False)
+        return Change(fresh, tokens, doubted, open_, broken, plan)
+
+    def _changed(self, live: DiffusionRows, change: Change, x0: Float[Tensor, "b n d"], fresh: bool) -> DiffusionRows:
+        """Rows in which positions have got their tokens, which the network sees as it sees a prompt, or lost them.
+
+        Args:
+            x0: the estimate that drives the state.
+            fresh: whether any have got theirs.
+        """
+        clean, solver = live.condition.clean, live.solver
+        if fresh:
+            clean = torch.where(change.fresh[..., None], self.denoiser.embed(change.tokens), clean)
+        if change.doubted is not None:
+            clean = clean.masked_fill(change.doubted[..., None], 0)
             # The token that was there is no estimate of an earlier step.
-            live = live._replace(condition=condition, solver=self.sampling.solver.decided(live.solver, doubted, x0))
-        plan = plan._replace(inner=plan.inner + 1, own=choice.own)
-        return live._replace(plan=enter(policy, plan, live.open, waits=False))
+            solver = self.sampling.solver.decided(solver, change.doubted, x0)
+        condition = live.condition._replace(clean=clean, target=change.open)
+        return live._replace(tokens=change.tokens, condition=condition, solver=solver, plan=change.plan)
 
     def _doubted(self, live: DiffusionRows, statistics: StepStatistics) -> Bool[Tensor, "b n"] | None:
         """Positions committed before this step whose token has too little probability by now; None if nothing is taken
         back."""
-        committed, logits = live.block & ~statistics.open, statistics.logits
-        if self.sampling.reopen is None or not bool(committed.any()):
+        if self.sampling.reopen is None or not any(live.known.decided):
             return None
+        committed, logits = live.block & ~statistics.open, statistics.logits
         tokens = live.tokens[committed][:, None]
         chance = logits[committed].log_softmax(-1).gather(1, tokens).squeeze(1).exp()
         return committed.masked_scatter(committed, chance < self.sampling.reopen)
@@ -428,25 +526,20 @@ class DiffusionLoop(Loop[DiffusionRows]):
         """What is given or committed, for a record; None of a run that commits nothing."""
         return None if self.sampling.commit is None else torch.where(live.open | live.later, OPEN, live.tokens)
 
-    def _give(self, live: DiffusionRows, fresh: Bool[Tensor, "b n"], tokens: Int[Tensor, "b n"]) -> DiffusionRows:
-        """Rows in which some open positions have got their tokens: the network sees them as it sees a prompt."""
-        if not bool(fresh.any()):
-            return live
-        tokens = torch.where(fresh, tokens, live.tokens)
-        clean = torch.where(fresh[..., None], self.denoiser.embed(tokens), live.condition.clean)
-        condition = live.condition._replace(clean=clean, target=live.open & ~fresh)
-        return live._replace(tokens=tokens, condition=condition)
-
     def _draws(self, live: DiffusionRows) -> StepNoise:
-        return StepNoise(self.options.seed, live.row, live.before + live.step)
+        return StepNoise(self.options.seed, live.known.row, live.known.taken)
 
-    def _held(self, live: DiffusionRows, x0: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """`x0` with the embedding of its token at each decided position, so that the state there follows the level; the
-        same at all given positions for a network that takes them for noisy ones."""
-        if self.denoiser.sees_given and not self.decides:
-            return x0
-        held = live.block & ~live.open if self.denoiser.sees_given else ~live.open & ~live.later
-        return torch.where(held[..., None], self.denoiser.embed(live.tokens).to(x0), x0)
+    def _held(
+        self, live: DiffusionRows, known: Known, plain: Float[Tensor, "b n d"], driving: Float[Tensor, "b n d"]
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"]]:
+        """Two estimates with the embedding of its token at each decided position, so that the state there follows the
+        level; the same at all given positions for a network that takes them for noisy ones."""
+        if self.denoiser.sees_given and not any(known.decided):
+            return plain, driving
+        held = (live.block & ~live.open if self.denoiser.sees_given else ~live.open & ~live.later)[..., None]
+        clean = self.denoiser.embed(live.tokens)
+        shown = torch.where(held, clean.to(plain), plain)
+        return shown, shown if driving is plain else torch.where(held, clean.to(driving), driving)
 
 
 def behind(block: Bool[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
@@ -458,8 +551,15 @@ def _broken() -> CdlmError:
     return CdlmError("the model gave logits that are not numbers (NaN): its weights or its precision are broken")
 
 
+def _true(flags: Sequence[int]) -> Int[Tensor, " k"]:
+    """Places of those that are true."""
+    return torch.tensor([place for place, flag in enumerate(flags) if flag])
+
+
 def _read_out(prediction: Prediction, live: DiffusionRows, ended: Sequence[int]) -> Int[Tensor, "b n"]:
     """The tokens of each row, read out of the prediction in those whose block has ended."""
+    if not any(ended):
+        return live.tokens
     tokens = live.tokens.clone()
     for row in [row for row, over in enumerate(ended) if over]:  # row by row: no copy of the logits
         if bool((prediction.logits[row].isnan().any(-1) & live.open[row]).any()):

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cdlm.core.devices import refined
 from cdlm.core.errors import CdlmError
 
 
@@ -110,9 +111,7 @@ class TimeWarp(Schedule):
 
     def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         edges_t, edges_u = self._edges(self.averaged)
-        return self._from_axis(_interpolate(u.double().to(edges_u.device), edges_u, edges_t)).clamp(
-            self.t_min, self.t_max
-        )
+        return self._from_axis(_interpolate(u.to(edges_u), edges_u, edges_t)).clamp(self.t_min, self.t_max)
 
     def u_of_t(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         edges_t, edges_u = self._edges(self.averaged)
@@ -123,7 +122,7 @@ class TimeWarp(Schedule):
         bin_ = _bin(self._to_axis(t), edges_t)
         slope = (edges_u.diff() / edges_t.diff())[bin_]
         if self.axis == "log":
-            return slope / (t.double() * math.log(self.t_max / self.t_min))
+            return slope / (refined(t) * math.log(self.t_max / self.t_min))
         return slope / (self.t_max - self.t_min)
 
     def fit(self, t: Float[Tensor, " b"], nats: Float[Tensor, " b"]) -> Float[Tensor, ""]:
@@ -132,29 +131,29 @@ class TimeWarp(Schedule):
             edges_t, edges_u = self._edges(self.averaged)
             weight = (edges_t.diff() / edges_u.diff())[_bin(axis, edges_t)]
             weight = weight / weight.mean()
-        widths = self._floored(self.logits[0].double().softmax(0))
+        widths = self._floored(refined(self.logits[0]).softmax(0))
         heights = self._heights(self.logits)
         predicted = _interpolate(axis, _cumulative(widths), _cumulative(heights))
-        return (weight * (predicted - nats.double()).square()).mean()
+        return (weight * (predicted - refined(nats)).square()).mean()
 
     @torch.no_grad()
     def after_step(self) -> None:
         self.averaged.lerp_(self.logits, 1 - self.ema)
 
     def _edges(self, logits: Float[Tensor, "2 bins"]) -> tuple[Float[Tensor, " edges"], Float[Tensor, " edges"]]:
-        widths = self._floored(logits.double().softmax(-1))
+        widths = self._floored(refined(logits).softmax(-1))
         edges_t = _cumulative(widths[0])
         edges_u = _cumulative(widths[1])
         return edges_t / edges_t[-1], edges_u / edges_u[-1]
 
     def _heights(self, logits: Float[Tensor, "2 bins"]) -> Float[Tensor, " bins"]:
-        return logits[1].double().exp() + self.floor
+        return refined(logits[1]).exp() + self.floor
 
     def _floored(self, widths: Float[Tensor, "... bins"]) -> Float[Tensor, "... bins"]:
         return (widths + self.floor) / (1 + self.floor * widths.shape[-1])
 
     def _to_axis(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        t = t.double()
+        t = refined(t)
         if self.axis == "log":
             return (t / self.t_min).log() / math.log(self.t_max / self.t_min)
         return (t - self.t_min) / (self.t_max - self.t_min)

@@ -6,15 +6,16 @@ Some follow the probability-flow ODE `dz/dt = (z - x0) / t`, some draw fresh noi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cdlm.core.checks import Settings, check_number
+from cdlm.core.devices import fine, refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.core.rng import StepNoise
@@ -45,8 +46,8 @@ class Advance(NamedTuple):
     z: Float[Tensor, "b n d"]
     x0: Float[Tensor, "b n d"] | None
     """Plain estimate of a later call, for self-conditioning; None when the solver made none that is newer."""
-    evaluations: Int[Tensor, " b"]
-    """Predictions beyond the one handed in."""
+    evaluations: Sequence[int]
+    """Predictions of each row beyond the one handed in; the host counts them."""
 
 
 class Solver(Settings, ABC):
@@ -66,11 +67,11 @@ class Solver(Settings, ABC):
 
 
 def _lerp(z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    return x0 + (t_next / t).to(z.dtype)[:, None, None] * (z - x0)
+    return x0 + (t_next / t).to(z.dtype).view(-1, 1, 1) * (z - x0)
 
 
-def _no_calls(t: Tensor) -> Tensor:
-    return torch.zeros_like(t, dtype=torch.int64)
+def _no_calls(t: Tensor) -> list[int]:
+    return [0] * t.shape[0]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Heun(Solver):
         x0_tilde, plain = estimate(tilde, t_next, None)
         now, then = t.to(z.dtype)[:, None, None], t_next.to(z.dtype)[:, None, None]
         slope = (z - x0) / now + (tilde - x0_tilde) / then
-        return memory, Advance(z + (then - now) / 2 * slope, plain, _no_calls(t) + 1)
+        return memory, Advance(z + (then - now) / 2 * slope, plain, [1] * t.shape[0])
 
 
 TINY = 1e-12
@@ -116,7 +117,7 @@ class TwoStep(Solver):
     """
 
     def start(self, z: Float[Tensor, "b n d"]) -> Before:
-        return Before(torch.zeros_like(z), torch.full((len(z),), torch.inf, dtype=torch.float64, device=z.device))
+        return Before(torch.zeros_like(z), torch.full((len(z),), torch.inf, dtype=fine(z.device), device=z.device))
 
     def decided(self, memory: Before, fixed: Bool[Tensor, "b n"], x0: Float[Tensor, "b n d"]) -> Before:
         return memory._replace(x0=torch.where(fixed[..., None], x0, memory.x0))
@@ -187,19 +188,19 @@ class TorchDiffEq(Solver):
         rows = torch.arange(len(t), device=z.device)
         parts = rows.split(1) if self.method in ADAPTIVE else (rows,)
         moved = [self._integrate(estimate, z[part], x0[part], t[part], t_next[part], part) for part in parts]
-        return memory, Advance(torch.cat([m[0] for m in moved]), None, torch.cat([m[1] for m in moved]))
+        return memory, Advance(torch.cat([m[0] for m in moved]), None, [made for m in moved for made in m[1]])
 
     def _integrate(
         self, estimate: Estimate, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, list[int]]:
         from torchdiffeq import odeint
 
-        state = z.double() if self.double else z.to(torch.promote_types(z.dtype, torch.float32))
+        state = refined(z) if self.double else z.to(torch.promote_types(z.dtype, torch.float32))
         made = 0
 
         def slope(tau: Tensor, y: Tensor) -> Tensor:
             nonlocal made
-            level = torch.lerp(t, t_next, tau.double().to(t.device))
+            level = torch.lerp(t, t_next, tau.to(t))
             known = tau == 0 and torch.equal(y, state)  # the prediction at the start is already paid for
             if not known:
                 made += 1
@@ -207,11 +208,14 @@ class TorchDiffEq(Solver):
             return (t_next - t)[:, None, None].to(y.dtype) * (y - target) / level[:, None, None].to(y.dtype)
 
         tau = torch.tensor([0.0, 1.0], dtype=state.dtype, device=z.device)
+        clock = {"dtype": fine(z.device)} if self.method in ADAPTIVE else None
         try:
-            path = torch.as_tensor(odeint(slope, state, tau, method=self.method, rtol=self.rtol, atol=self.atol))
+            path = torch.as_tensor(
+                odeint(slope, state, tau, method=self.method, rtol=self.rtol, atol=self.atol, options=clock)
+            )
         except AssertionError as error:  # its word for a step size that shrank to nothing
             raise CdlmError(f"{self.method} cannot keep its tolerances ({error}): raise rtol and atol") from error
-        return path[-1].to(z.dtype), torch.full_like(rows, made)
+        return path[-1].to(z.dtype), [made] * len(rows)
 
 
 SOLVERS: Registry[Solver] = Registry("solver", Solver, Euler, Heun, TwoStep, TorchDiffEq, Ancestral, Renoise)

@@ -49,18 +49,27 @@ def _unusable(device: object, reason: str) -> CdlmError:
     return CdlmError(f"device {shown(device)} cannot be used ({reason}); use auto, or cpu")
 
 
-def fine(device: torch.device) -> torch.dtype:
+COARSE = frozenset({"mps"})
+"""Kinds of devices without float64."""
+
+
+def fine(device: torch.device | str) -> torch.dtype:
     """The finest numbers that a device has: float64, on Apple's GPUs float32."""
     import torch
 
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float32 if torch.device(device).type in COARSE else torch.float64
+
+
+def refined(numbers: Tensor) -> Tensor:
+    """The same numbers, as fine as their device has them."""
+    return numbers.to(fine(numbers.device))
 
 
 def read_columns(*columns: Tensor) -> list[list[int]]:
-    """Truth values and whole numbers, one of each row, read from the device at once."""
+    """Truth values and whole numbers, one of each row, read from the device at once; of no column, nothing is read."""
     import torch
 
-    return torch.stack(columns).tolist()
+    return torch.stack(columns).tolist() if len(columns) > 1 else [column.tolist() for column in columns]
 
 
 def places(chosen: Tensor, count: int | None = None) -> Tensor:

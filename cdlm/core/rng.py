@@ -39,9 +39,9 @@ class StepNoise:
     """
 
     seed: int
-    index: Int[Tensor, " b"]
+    index: Sequence[int]
     """Number of each row's sample."""
-    step: Int[Tensor, " b"]
+    step: Sequence[int]
     """Steps that each row has taken, those of its earlier blocks included."""
 
     def normal(self, like: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
@@ -49,12 +49,11 @@ class StepNoise:
         return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self._each(NORMAL)]).to(like)
 
     def uniform(self, like: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
-        """Numbers in [0, 1) in the shape of `like`, float64."""
-        numbers = [torch.rand(like.shape[1:], generator=g, dtype=torch.float64) for g in self._each(UNIFORM)]
-        return torch.stack(numbers).to(like.device)
+        """Numbers in [0, 1) in the shape of `like`, float64 on the CPU."""
+        return torch.stack([torch.rand(like.shape[1:], generator=g, dtype=torch.float64) for g in self._each(UNIFORM)])
 
     def _each(self, purpose: int) -> list[torch.Generator]:
-        pairs = zip(self.index.tolist(), self.step.tolist(), strict=True)
+        pairs = zip(self.index, self.step, strict=True)
         return [generator(self.seed, index, step, purpose) for index, step in pairs]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any
 
@@ -17,11 +17,11 @@ class Rows(ABC):
     """What a nest has of each row that is no tensor with the row as its first axis."""
 
     @abstractmethod
-    def take(self, rows: list[int]) -> Any:
+    def take(self, rows: list[int]) -> Rows:
         """Some of the rows."""
 
     @abstractmethod
-    def join(self, other: Any) -> Any:
+    def join(self, other: Any) -> Rows:
         """These rows, then those of the other."""
 
 
@@ -41,6 +41,21 @@ class Ragged(Rows):
     def join(self, other: Any) -> Ragged:
         parts = [part.values for part in (self, other) if len(part.values)]
         return Ragged(torch.cat(parts) if parts else other.values, self.counts + other.counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Columns(Rows):
+    """What the host knows of each row: subclasses have lists alone, with one entry of each row."""
+
+    def take(self, rows: list[int]) -> Columns:
+        return type(self)(*([column[row] for row in rows] for column in self._columns))
+
+    def join(self, other: Any) -> Columns:
+        return type(self)(*(one + two for one, two in zip(self._columns, other._columns, strict=True)))
+
+    @property
+    def _columns(self) -> list[list[Any]]:
+        return [getattr(self, field.name) for field in fields(self)]
 
 
 def take(tree: Any, index: Tensor) -> Any:

@@ -230,38 +230,49 @@ class SignalReader:
 
 
 class RowCounts(NamedTuple):
-    """What the host knows of each row after a step; it is read from the device once a step, all of it together."""
+    """What a step says of each row, on the host: all of it is known there, or read from the device once a step."""
 
-    row: Sequence[int]
+    row: list[int]
     """Index of the sample in the run."""
-    taken: Sequence[int]
+    taken: list[int]
     """Steps that the row has taken, this one included, those of its earlier blocks too."""
-    nfe: Sequence[int]
+    nfe: list[int]
     """Calls spent on it so far."""
-    done: Sequence[int]
-    """Whether it leaves with this step's tokens."""
-    halted: Sequence[int]
-    """Whether it does so because the criterion halted it."""
-    full: Sequence[int]
-    """Whether it does so because every position is frozen, and not halted; the others reached the end of the grid."""
-    settled: Sequence[int]
+    done: list[bool]
+    """Rows that leave with this step's tokens."""
+    halted: list[bool]
+    """Those of them that the criterion halted."""
+    full: list[bool]
+    """Those of them in which every position is frozen; the others reached the end of the grid."""
+    settled: list[int]
     """Of a masked model: calls after which the text up to its first end was decided; 0 while it is not, and of other
     models."""
+
+    @staticmethod
+    def of(
+        row: list[int], taken: list[int], nfe: list[int], done: Sequence[int], halted: Sequence[int],
+        full: Sequence[int], settled: list[int] | None = None,
+    ) -> RowCounts:  # fmt: skip
+        """From what was read; a row that is full and is halted counts as halted."""
+        stopped = [bool(flag) for flag in halted]
+        whole = [bool(flag) and not stop for flag, stop in zip(full, stopped, strict=True)]
+        said = [0] * len(row) if settled is None else settled
+        return RowCounts(row, taken, nfe, [bool(flag) for flag in done], stopped, whole, said)
 
     @property
     def leaving(self) -> list[int]:
         """Places of the rows that leave."""
-        return [place for place, done in enumerate(self.done) if done]
+        return [place for place, leaves in enumerate(self.done) if leaves]
 
     @property
     def staying(self) -> list[int]:
         """Places of the others."""
-        return [place for place, done in enumerate(self.done) if not done]
+        return [place for place, leaves in enumerate(self.done) if not leaves]
 
-    def of_leaving(self, tokens: Int[Tensor, "b n"]) -> Int[Tensor, "m n"]:
-        """The tokens of the rows that leave."""
-        places = self.leaving
-        return tokens[torch.tensor(places, device=tokens.device)] if places else tokens[:0]
+    def leave(self, tokens: Int[Tensor, "b n"]) -> Int[Tensor, "m n"]:
+        """Of each row's tokens, those of the rows that leave."""
+        leaving = self.leaving
+        return tokens.index_select(0, torch.tensor(leaving, device=tokens.device)) if leaving else tokens[:0]
 
 
 class LoopStep(NamedTuple):
@@ -279,14 +290,14 @@ class LoopStep(NamedTuple):
     @property
     def done(self) -> Bool[Tensor, " b"]:
         """Rows that leave with this step's tokens; on the CPU."""
-        return torch.tensor(self.counts.done, dtype=torch.bool)
+        return torch.tensor(self.counts.done)
 
     @property
     def halted(self) -> Bool[Tensor, " b"]:
         """Those of them that the criterion halted; on the CPU."""
-        return torch.tensor(self.counts.halted, dtype=torch.bool)
+        return torch.tensor(self.counts.halted)
 
     @property
     def full(self) -> Bool[Tensor, " b"]:
         """Those of them in which every position is frozen; on the CPU."""
-        return torch.tensor(self.counts.full, dtype=torch.bool)
+        return torch.tensor(self.counts.full)

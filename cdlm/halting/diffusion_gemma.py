@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.core.checks import check_whole
+from cdlm.core.devices import fine
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import NewRows, StepState
 from cdlm.halting.criterion import Criterion, Memory, check_rule
@@ -126,7 +127,7 @@ def _state(rule: Criterion, canvas: Canvas, rows: NewRows, logits: Float[Tensor,
     """The step as the rule sees it, and what the next one needs of it."""
     row = torch.arange(len(logits), device=logits.device)
     step = torch.full_like(row, canvas.step)
-    statistics = StepStatistics(logits, rows.open, rows.open, step == 0, canvas.past, rule.needs)
+    statistics = StepStatistics(logits, rows.open, rows.open, step, canvas.past, rule.needs)
     signals, past = observe(rule.needs, statistics)
-    no_level = torch.full_like(row, torch.nan, dtype=torch.float64)  # tokens are not noised by degrees
+    no_level = torch.full_like(row, torch.nan, dtype=fine(row.device))  # tokens are not noised by degrees
     return StepState(row, step, rows.budget, no_level, step + 1, rows.open, signals), past

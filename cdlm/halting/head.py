@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from cdlm.core.devices import fine, refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json, replacing, write_json
 from cdlm.core.schema import checked
@@ -61,7 +62,7 @@ class Feature(NamedTuple):
 def _log(signal: str, floor: float) -> Feature:
     """The log of a signal and a floor, at most 10: a divergence from no past is infinite."""
     return Feature(
-        lambda memory, state: (getattr(state, signal).double().clamp(min=0) + floor).log().clamp(max=10.0),
+        lambda memory, state: (refined(getattr(state, signal)).clamp(min=0) + floor).log().clamp(max=10.0),
         frozenset({signal}),
     )
 
@@ -70,18 +71,18 @@ FEATURES: Mapping[str, Feature] = MappingProxyType(
     {
         "progress": Feature(lambda memory, state: state.step / state.budget),
         "open": Feature(lambda memory, state: state.open.sum(1) / memory.size),
-        "quiet": Feature(lambda memory, state: memory.quiet.double().log1p(), frozenset({"switches"})),
+        "quiet": Feature(lambda memory, state: refined(memory.quiet).log1p(), frozenset({"switches"})),
         "recent": Feature(lambda memory, state: (memory.recent + 1e-4).log(), frozenset({"switches"})),
-        "switches": Feature(lambda memory, state: state.switches.double().log1p(), frozenset({"switches"})),
+        "switches": Feature(lambda memory, state: refined(state.switches).log1p(), frozenset({"switches"})),
         "margin": _log("margin", 0.1),
         "entropy": _log("mean_entropy", 1e-6),
         "kl": _log("mean_kl", 1e-9),
         "short_of_norm": Feature(
-            lambda memory, state: ((1 - state.x0_norm.double()).abs() + 1e-6).log(), frozenset({"x0_norm"})
+            lambda memory, state: ((1 - refined(state.x0_norm)).abs() + 1e-6).log(), frozenset({"x0_norm"})
         ),
-        "noise": Feature(lambda memory, state: (state.z_norm.double() + 1e-3).log(), frozenset({"z_norm"})),
+        "noise": Feature(lambda memory, state: (refined(state.z_norm) + 1e-3).log(), frozenset({"z_norm"})),
         "turning": Feature(
-            lambda memory, state: ((1 - state.score_cosine.double()).clamp(min=0) + 1e-9).log(),
+            lambda memory, state: ((1 - refined(state.score_cosine)).clamp(min=0) + 1e-9).log(),
             frozenset({"score_cosine"}),
         ),
     }
@@ -92,7 +93,7 @@ FEATURES: Mapping[str, Feature] = MappingProxyType(
 def start_rows(rows: NewRows) -> RowMemory:
     """The memory of rows that enter."""
     size = rows.open.sum(1)
-    return RowMemory(size, torch.zeros_like(size), torch.ones(len(size), dtype=torch.float64, device=size.device))
+    return RowMemory(size, torch.zeros_like(size), torch.ones(len(size), dtype=fine(size.device), device=size.device))
 
 
 def look_at(memory: RowMemory, state: StepState) -> RowMemory:
@@ -100,14 +101,14 @@ def look_at(memory: RowMemory, state: StepState) -> RowMemory:
     switches = state.signals.get("switches")
     if switches is None:
         return memory
-    share = switches.double() / memory.size
+    share = refined(switches) / memory.size
     quiet = torch.where(switches == 0, memory.quiet + 1, 0)
     return RowMemory(memory.size, quiet, FADING * memory.recent + (1 - FADING) * share)
 
 
 def features_of(names: Sequence[str], memory: RowMemory, state: StepState) -> Float[Tensor, "b f"]:
     """The features of rows at a step, float64; not finite where a signal is not yet there."""
-    return torch.stack([FEATURES[name].compute(memory, state).double() for name in names], 1)
+    return torch.stack([refined(FEATURES[name].compute(memory, state)) for name in names], 1)
 
 
 WHOLE = 8
@@ -149,7 +150,7 @@ class Head:
 
     def standard(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
         """Features in standard deviations from their mean; one that is not known counts as the mean."""
-        x = (features - self.mean.to(features.device)) / self.scale.to(features.device)
+        x = (features - self.mean.to(features)) / self.scale.to(features)
         return x.nan_to_num(0.0, FARTHEST, -FARTHEST).clamp(-FARTHEST, FARTHEST)
 
     def __call__(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b 2"]:
@@ -163,7 +164,7 @@ class Head:
         x = self.standard(features)
         for number, (weight, bias) in enumerate(self.layers):
             x = functional.gelu(x) if number else x
-            x = _total(x[:, None, :] * weight.to(x.device)) + bias.to(x.device)
+            x = _total(x[:, None, :] * weight.to(x)) + bias.to(x)
         return x.clamp(-LARGEST, LARGEST)
 
     def check_made_for(self, has_weights: Callable[[str], bool], settings: Mapping[str, Any]) -> None:

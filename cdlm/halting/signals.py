@@ -99,8 +99,8 @@ class StepStatistics:
     open: Bool[Tensor, "b n"]
     target: Bool[Tensor, "b n"]
     """Positions that are generated, frozen ones included."""
-    first: Bool[Tensor, " b"]
-    """Rows at their first step."""
+    step: Int[Tensor, " b"]
+    """Steps that each row has taken before."""
     past: Past
     needs: frozenset[str] = SUMMED | RANKED
     """Signals that will be computed, so that one pass serves them all."""
@@ -129,7 +129,7 @@ class StepStatistics:
     @cached_property
     def best(self) -> Int[Tensor, " k"]:
         """The most likely token of each position that the logits are of; of equals, the first."""
-        return _argmax(self.flat, self.peaks)
+        return _argmax(self.flat, None if _width(self.flat.shape[-1]) == self.flat.shape[-1] else self.peaks)
 
     @cached_property
     def tokens(self) -> Int[Tensor, "b n"]:
@@ -184,7 +184,8 @@ class StepStatistics:
         # Peaks and logits apart: both are near those of the step before, and the difference of near numbers is exact.
         peak, log = (self.scale - before).unbind(-1)
         kl = (self.plane(self.sums.drift / self.sums.total) - peak - log).clamp(min=0)
-        new = self.first[:, None] if self.past.known is None else self.first[:, None] | ~self.past.known
+        first = self.step[:, None] == 0
+        new = first if self.past.known is None else first | ~self.past.known
         return torch.where(new | kl.isnan(), torch.inf, kl)
 
     @cached_property
@@ -253,7 +254,7 @@ class StepStatistics:
 
 def most_likely(logits: Float[Tensor, "*b n v"]) -> Int[Tensor, "*b n"]:
     """The argmax; of equals, the first."""
-    return _argmax(logits, chunk_maxima(logits))
+    return _argmax(logits, None if _width(logits.shape[-1]) == logits.shape[-1] else chunk_maxima(logits))
 
 
 def chunk_maxima(logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n c"]:
@@ -263,6 +264,8 @@ def chunk_maxima(logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n c"]:
     """
     vocabulary = logits.shape[-1]
     width = _width(vocabulary)
+    if width == vocabulary:
+        return logits.amax(-1, keepdim=True)
     count = vocabulary // width
     whole = logits[..., : count * width].unflatten(-1, (count, width)).amax(-1)
     rest = logits[..., count * width :]
@@ -283,8 +286,9 @@ def _members(logits: Float[Tensor, "*n v"], chunks: Int[Tensor, "*n k"]) -> Floa
     return logits.gather(-1, index.clamp(max=vocabulary - 1)).masked_fill(index >= vocabulary, -torch.inf)
 
 
-def _argmax(logits: Float[Tensor, "*n v"], peaks: Float[Tensor, "*n c"]) -> Int[Tensor, "*n"]:
-    if peaks.shape[-1] == 1:
+def _argmax(logits: Float[Tensor, "*n v"], peaks: Float[Tensor, "*n c"] | None) -> Int[Tensor, "*n"]:
+    """The argmax, by the largest logit of each chunk; None where there is one chunk."""
+    if peaks is None:
         return logits.max(-1).indices  # the same as argmax, and on CPUs twice as fast
     best = peaks.max(-1, keepdim=True).indices
     return best.squeeze(-1) * _width(logits.shape[-1]) + _members(logits, best).max(-1).indices

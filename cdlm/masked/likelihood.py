@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from cdlm.core.devices import fine, refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import BOUND, LikelihoodSettings, Nats, Progress, Text, in_batches, stratified_error
 from cdlm.core.rng import generator
@@ -88,10 +89,10 @@ def _cross_entropy(model: MaskedModel, text: Text, masked: Bool[Tensor, "b n"]) 
             f"the model gave logits of {logits.shape[-1]} tokens, and the text holds token {int(tokens.max())}: it is"
             " of another vocabulary"
         )
-    sums = torch.zeros(len(masked), dtype=torch.float64, device=masked.device)
+    sums = torch.zeros(len(masked), dtype=fine(masked.device), device=masked.device)
     size = max(1, PIECE // logits.shape[-1])
     for z, wanted, part in zip(logits.split(size), tokens[masked].split(size), row.split(size), strict=True):
-        sums.index_add_(0, part, (z.logsumexp(-1) - z.gather(1, wanted[:, None]).squeeze(1)).double())
+        sums.index_add_(0, part, refined(z.logsumexp(-1) - z.gather(1, wanted[:, None]).squeeze(1)))
     return sums
 
 
@@ -101,5 +102,5 @@ def _noise(keys: list[tuple[int, ...]], text: Text) -> tuple[Float[Tensor, " b"]
         torch.rand(1 + size, generator=generator(*key), dtype=torch.float64)
         for key, size in zip(keys, text.sizes, strict=True)
     ]
-    u = torch.stack([part[0] for part in numbers]).to(text.tokens.device)
-    return u, text.spread([part[1:] for part in numbers])
+    u = torch.stack([part[0] for part in numbers]).to(text.tokens.device, fine(text.tokens.device))
+    return u, text.spread([part[1:].to(u.dtype) for part in numbers])

@@ -16,7 +16,7 @@ from cdlm.core.checks import check_number, check_object, shown
 from cdlm.core.devices import fine, places, read_columns
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise
-from cdlm.core.trees import Rows, blank
+from cdlm.core.trees import Columns, blank
 from cdlm.core.types import Decision, LoopStep, NewRows, RowCounts, StepState
 from cdlm.halting import Full, Never
 from cdlm.halting.signals import (
@@ -217,7 +217,7 @@ def scope_of(needs: frozenset[str], halts: bool, keeps: bool = True) -> Scope:
 
 
 @dataclass(frozen=True, eq=False)
-class Known(Rows):
+class Known(Columns):
     """What the host knows of each row before its next step, so that nothing has to be read in the midst of it."""
 
     row: list[int]
@@ -249,12 +249,6 @@ class Known(Rows):
     holes: list[int]
     """With a cache, whether there are holes in the prompt that are open."""
 
-    def take(self, rows: list[int]) -> Known:
-        return Known(*([column[row] for row in rows] for column in self._columns))
-
-    def join(self, other: Any) -> Known:
-        return Known(*(one + two for one, two in zip(self._columns, other._columns, strict=True)))
-
     @property
     def shape(self) -> list[int]:
         """Rows with the same number can be called together."""
@@ -264,10 +258,6 @@ class Known(Rows):
     def last(self) -> list[bool]:
         """Whether a row is at its last step."""
         return [step == budget - 1 for step, budget in zip(self.step, self.budget, strict=True)]
-
-    @property
-    def _columns(self) -> list[list[int]]:
-        return [getattr(self, field.name) for field in fields(self)]
 
 
 class UnmaskingRows(NamedTuple):
@@ -547,10 +537,9 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         needs = self.sampling.policy.needs | (self.needs if whole else frozenset())
         past = live.past if whole else Past(None, None, None)
         if whole and self.scope is Scope.ALL:  # a rule reads the logits of whole rows
-            logits = logits.unflatten(0, where.shape)
-        return StepStatistics(
-            logits, live.open, live.target, live.step == 0, past, needs, held=live.tokens, where=where
-        )
+            all_logits = logits.unflatten(0, where.shape)
+            return StepStatistics(all_logits, live.open, live.target, live.step, past, needs)
+        return StepStatistics(logits, live.open, live.target, live.step, past, needs, held=live.tokens, where=where)
 
     def _propose(self, live: UnmaskingRows, statistics: StepStatistics, whole: bool) -> Choice:
         sampling, plan = self.sampling, live.plan
@@ -613,9 +602,10 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         halts = [decision is not None and bool(halt) for halt in halted]
         full = [not halt and self._full(known, row) for row, halt in enumerate(halts)]
         done = [any(reasons) for reasons in zip(halts, full, last, strict=True)]
-        counts = RowCounts(known.row, known.step, nfe, done, halts, full, settled)
-        info = {} if decision is None else decision.info
-        finished = LoopStep(state, counts, counts.of_leaving(live.tokens), info, live.tokens)
+        counts = RowCounts.of(known.row, known.step, nfe, done, halts, full, settled)
+        finished = LoopStep(
+            state, counts, counts.leave(live.tokens), {} if decision is None else decision.info, live.tokens
+        )
         return finished, live._replace(step=live.step + 1, share=open_ / live.size, known=known)
 
     def _full(self, known: Known, row: int) -> bool:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cdlm.core.checks import check_choice, check_whole
+from cdlm.core.devices import refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Batch, Constants
 from cdlm.masked.model import MaskedModel
@@ -71,7 +72,7 @@ class MaskedDiffusion(System, MaskedModel):
         return Loss(total, (bound / count).detach(), t, count)
 
     def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        return (1 - EPS) * u.double() + EPS
+        return (1 - EPS) * refined(u) + EPS
 
 
 @dataclass(frozen=True)

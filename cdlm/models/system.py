@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cdlm.core.checks import MOST_FEATURES, MOST_LAYERS, Settings, check_whole
+from cdlm.core.devices import fine
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Batch
 from cdlm.models.hub import Pretrained
@@ -102,7 +103,7 @@ def stratified(
     rows: int, generator: torch.Generator | None, device: torch.device | str = "cpu"
 ) -> Float[Tensor, " rows"]:
     """One u in [0, 1) per row, evenly spaced with a random offset, in random order (low discrepancy)."""
-    offset = torch.rand(1, generator=generator, dtype=torch.float64, device=device)
+    offset = torch.rand(1, generator=generator, dtype=fine(device), device=device)
     order = torch.randperm(rows, generator=generator, device=device)
     return (offset + order / rows) % 1
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cdlm.core.checks import check_number, check_whole
+from cdlm.core.devices import refined
 from cdlm.policies.policy import (
     Choice,
     Policy,
@@ -95,7 +96,7 @@ class FallingThreshold(Policy):
 
     def tau(self, level: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """The threshold at these levels, float64."""
-        way = (level.double() / self.begin).log() / math.log(self.end / self.begin)
+        way = (refined(level) / self.begin).log() / math.log(self.end / self.begin)
         return self.first + (self.last - self.first) * way.clamp(0, 1)
 
     def choose(self, view: View) -> Choice:

@@ -210,6 +210,8 @@ def enter(policy: Policy, plan: Plan, open_: Bool[Tensor, "b n"], waits: bool) -
     Args:
         waits: a block with a schedule of steps is left at its end alone, even if nothing in it is open any more.
     """
+    if policy.size is None:  # one block: nothing follows it
+        return plan
     steps = plan.steps
     full = ~(open_ & (plan.block_of <= plan.block[:, None])).any(1)
     following = plan.block + 1

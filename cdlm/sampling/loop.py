@@ -104,9 +104,10 @@ class Loop(ABC, Generic[L]):
             served, idle = self._split(live)
             finished, carried = self.step(served)
             yield finished
-            if len(finished.tokens):  # some leave
-                carried = take(carried, torch.tensor(finished.counts.staying, dtype=torch.int64))
-            moved = self.advance(carried) if len(finished.tokens) < len(finished.counts.done) else None
+            staying = finished.counts.staying
+            if len(staying) < len(finished.counts.done):  # some leave
+                carried = take(carried, torch.tensor(staying, dtype=torch.int64))
+            moved = self.advance(carried) if staying else None
             live = moved if idle is None else idle if moved is None else join(idle, moved)
 
     def _split(self, live: L) -> tuple[L, L | None]:

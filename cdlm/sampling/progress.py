@@ -13,10 +13,10 @@ def with_progress(steps: Iterable[LoopStep], total: int) -> Iterator[LoopStep]:
     done = calls = 0
     with meter(total, "samples") as shown:
         for number, step in enumerate(steps, 1):
-            left = len(step.tokens)
-            if left:
-                done, calls = done + left, calls + sum(step.counts.nfe[row] for row in step.counts.leaving)
-                shown.advance(left, mean_calls=f"{calls / done:.1f}", loop_steps=number)
+            leaving = step.counts.leaving
+            if leaving:
+                done, calls = done + len(leaving), calls + sum(step.counts.nfe[row] for row in leaving)
+                shown.advance(len(leaving), mean_calls=f"{calls / done:.1f}", loop_steps=number)
             else:
                 shown.advance(0, loop_steps=number)
             yield step

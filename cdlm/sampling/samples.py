@@ -346,12 +346,16 @@ def collect(
     recorder = Recorder(RECORDED, budget, tokens, mask_id) if record else None
     for step in steps:
         counts = step.counts
+        leaving = counts.leaving
+        if recorder is None and not leaving:
+            continue
+        columns = np.array([place[row] for row in counts.row])
         if recorder is not None:
-            recorder.write(step, np.array([place[row] for row in counts.row]))
-        for row, final in zip(counts.leaving, step.tokens.cpu() if len(step.tokens) else (), strict=True):
-            i = place[counts.row[row]]
-            tokens[i], nfe[i], taken[i] = final, counts.nfe[row], counts.taken[row]
-            settled[i] = counts.settled[row] or counts.nfe[row]
+            recorder.write(step, columns)
+        tokens[columns[leaving]] = step.tokens.cpu()
+        for row in leaving:
+            i = columns[row]
+            nfe[i], taken[i], settled[i] = counts.nfe[row], counts.taken[row], counts.settled[row] or counts.nfe[row]
             if counts.halted[row]:
                 reasons[i] = HaltReason.CRITERION
             elif counts.full[row]:

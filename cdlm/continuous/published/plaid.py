@@ -17,6 +17,7 @@ from cdlm.continuous.inputs import NetworkInput
 from cdlm.continuous.published.layout import Layout, Official, given
 from cdlm.continuous.published.tensors import read_state
 from cdlm.continuous.schedules import gamma_of
+from cdlm.core.devices import fine, refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json, write_text
 from cdlm.core.schema import Positive, checked
@@ -126,7 +127,7 @@ class ReleasedTransformer(nn.Module):
 
 def _waves(gamma: Float[Tensor, " b"]) -> Float[Tensor, "b 64"]:
     """Sines and cosines of gamma at 32 frequencies from e^-5 to e^5, float64: the fastest turns 148 times a unit."""
-    phase = gamma.double()[:, None] * torch.linspace(-5, 5, 32, dtype=torch.float64, device=gamma.device).exp()
+    phase = refined(gamma)[:, None] * torch.linspace(-5, 5, 32, dtype=fine(gamma.device), device=gamma.device).exp()
     return torch.cat([phase.sin(), phase.cos()], -1)
 
 

@@ -18,6 +18,7 @@ from cdlm.continuous.published.langflow import MLP_RATIO, DiT, LangFlowLayout, P
 from cdlm.continuous.schedules import Schedule, gamma_of, t_of_gamma
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.core.checks import check_choice, check_number, check_whole
+from cdlm.core.devices import refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.tensors import check_value, same_specs, specs_of, without_memory
 from cdlm.models.hub import read_tokenizer, ready
@@ -53,7 +54,7 @@ class Gumbel(Schedule):
 
     def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         mu, beta = self._place()
-        q = self.cutoff + (1 - 2 * self.cutoff) * u.double().to(mu.device)
+        q = self.cutoff + (1 - 2 * self.cutoff) * u.to(mu)
         return t_of_gamma(mu - beta * (-q.log()).log())
 
     def u_of_t(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -62,12 +63,12 @@ class Gumbel(Schedule):
     def density(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         _, beta = self._place()
         q = self._quantile(t)
-        return -q * q.log() / beta * 2 / t.double() / (1 - 2 * self.cutoff)
+        return -q * q.log() / beta * 2 / refined(t) / (1 - 2 * self.cutoff)
 
     def fit(self, t: Float[Tensor, " b"], nats: Float[Tensor, " b"]) -> Float[Tensor, ""]:
         """Mean squared error of the modelled entropy, zero before the delay is over."""
-        expected = self.entropy.double() * self._quantile(t, learned=True)
-        return (expected - nats.double()).square().mean() * (self.steps >= self.delay)
+        expected = refined(self.entropy) * self._quantile(t, learned=True)
+        return (expected - refined(nats)).square().mean() * (self.steps >= self.delay)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -75,11 +76,11 @@ class Gumbel(Schedule):
         self.beta.clamp_(min=0.05)  # a step function would never be left again
 
     def _place(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        return self.mu.detach().double(), self.beta.detach().double()
+        return refined(self.mu.detach()), refined(self.beta.detach())
 
     def _quantile(self, t: Float[Tensor, " b"], learned: bool = False) -> Float[Tensor, " b"]:
-        mu, beta = (self.mu.double(), self.beta.double()) if learned else self._place()
-        return (-(-(gamma_of(t.double()) - mu) / beta).exp()).exp()
+        mu, beta = (refined(self.mu), refined(self.beta)) if learned else self._place()
+        return (-(-(gamma_of(refined(t)) - mu) / beta).exp()).exp()
 
 
 @dataclass(frozen=True)

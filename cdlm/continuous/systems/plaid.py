@@ -21,6 +21,7 @@ from cdlm.continuous.schedules import Schedule, t_of_gamma
 from cdlm.continuous.solvers import Ancestral
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.core.checks import check_choice, check_number, check_whole
+from cdlm.core.devices import fine, refined
 from cdlm.core.errors import CdlmError
 from cdlm.models.transformer import Transformer
 from cdlm.sampling.texts import Special
@@ -40,18 +41,18 @@ class LearnedGamma(Schedule):
 
     @property
     def t_min(self) -> float:
-        return t_of_gamma(self.gamma[0].detach().double()).item()
+        return t_of_gamma(refined(self.gamma[0].detach())).item()
 
     @property
     def t_max(self) -> float:
-        return t_of_gamma(self.gamma[1].detach().double()).item()
+        return t_of_gamma(refined(self.gamma[1].detach())).item()
 
     def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        low, high = self.gamma.double()
+        low, high = refined(self.gamma)
         return t_of_gamma(low + (high - low) * self.shape(u)[0])
 
     def u_of_t(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        wanted, low, high = t.double(), torch.zeros_like(t.double()), torch.ones_like(t.double())
+        wanted, low, high = refined(t), torch.zeros_like(refined(t)), torch.ones_like(refined(t))
         for _ in range(60):  # bisection: g~ rises
             middle = (low + high) / 2
             below = self.t_of_u(middle) < wanted
@@ -62,14 +63,14 @@ class LearnedGamma(Schedule):
         return 1 / self.slope(self.u_of_t(t))
 
     def slope(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        low, high = self.gamma.double()
+        low, high = refined(self.gamma)
         _, rate = self.shape(u)
         return self.t_of_u(u) * (high - low) * rate / 2
 
     def learn(
         self, u: Float[Tensor, " b"], scale: Callable[[], Float[Tensor, " b"]]
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        low, high = self.gamma.double()
+        low, high = refined(self.gamma)
         shape, rate = self.shape(u)
         for part in (shape, rate):
             if part.requires_grad:
@@ -78,16 +79,15 @@ class LearnedGamma(Schedule):
         return t, t * (high - low) * rate / 2
 
     def fit(self, t: Float[Tensor, " b"], nats: Float[Tensor, " b"]) -> Float[Tensor, ""]:
-        return torch.zeros((), dtype=torch.float64, device=t.device)  # the objective's own gradient trains it
+        return torch.zeros((), dtype=fine(t.device), device=t.device)  # the objective's own gradient trains it
 
     def after_step(self) -> None:
         return
 
     def shape(self, u: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """g~ and its derivative at u, which may lie outside [0, 1]."""
-        w1, b1, w2 = F.softplus(self.w1.double()), self.b1.double(), 0.01 * F.softplus(self.w2.double())
-        ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=u.device)
-        points = torch.cat([u.double().to(w1.device), ends.to(w1.device)])
+        w1, b1, w2 = F.softplus(refined(self.w1)), refined(self.b1), 0.01 * F.softplus(refined(self.w2))
+        points = torch.cat([u.to(w1), w1.new_tensor([0.0, 1.0])])
         bent = torch.tanh((points[:, None] - 0.5) * w1 + b1)
         height = bent @ w2
         rate = (1 - bent.square()) @ (w1 * w2)

@@ -22,6 +22,7 @@ from cdlm.continuous.schedules import Schedule, alpha_of
 from cdlm.continuous.solvers import Renoise
 from cdlm.continuous.system import ContinuousConfig, EmbeddingDiffusion
 from cdlm.core.checks import check_choice, check_number, check_whole
+from cdlm.core.devices import fine, refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Condition
 from cdlm.models.transformer import Transformer
@@ -81,21 +82,21 @@ class Cosine(Schedule):
         return self._range[1]
 
     def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        return self._t(u.double().clamp(self.finest, 1))
+        return self._t(refined(u).clamp(self.finest, 1))
 
     def u_of_t(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         return (self._angle(t) * 2 / math.pi * (1 + self.s) - self.s).clamp(0, 1)
 
     def density(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        x = t.double() / self.k
+        x = refined(t) / self.k
         rate = math.cos(self._turn(0.0)) * x * (1 + x.square()) ** -1.5 / self._angle(t).sin()
         return rate / self.k * 2 * (1 + self.s) / math.pi
 
     def slope(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        return torch.where(u.double() >= self.finest, super().slope(u), 0)  # below, t stays what it is
+        return torch.where(refined(u) >= self.finest, super().slope(u), 0)  # below, t stays what it is
 
     def fit(self, t: Float[Tensor, " b"], nats: Float[Tensor, " b"]) -> Float[Tensor, ""]:
-        return torch.zeros((), dtype=torch.float64, device=t.device)  # nothing to learn
+        return torch.zeros((), dtype=fine(t.device), device=t.device)  # nothing to learn
 
     def after_step(self) -> None:
         return
@@ -110,7 +111,7 @@ class Cosine(Schedule):
         return self.k * ((angle - first).sin() * (angle + first).sin()).sqrt() / signal
 
     def _angle(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        return (math.cos(self._turn(0.0)) * alpha_of(t.double() / self.k)).acos()
+        return (math.cos(self._turn(0.0)) * alpha_of(refined(t) / self.k)).acos()
 
 
 class SimplexInput(NetworkInput):

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cdlm.core.checks import check_choice, check_number, check_whole
+from cdlm.core.devices import fine, refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Decision, NewRows, StepState
 from cdlm.halting.criterion import Criterion, Memory, Stateless
@@ -128,7 +129,7 @@ class SchED(Stateless):
 
     def threshold(self, state: StepState) -> Float[Tensor, " b"]:
         """tau of each row at its step, float64; of a run of one step, `tau_low` in the code's count."""
-        step, budget = state.step.double(), state.budget.double()
+        step, budget = refined(state.step), refined(state.budget)
         if self.variant == "paper":
             p = step / budget
         else:
@@ -184,9 +185,9 @@ class JoT(Criterion):
 
     def threshold(self, decided: Bool[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         """tau of each position, float64."""
-        weights = self.gamma ** torch.arange(1, self.distance + 1, dtype=torch.float64, device=decided.device)
+        weights = self.gamma ** torch.arange(1, self.distance + 1, dtype=fine(decided.device), device=decided.device)
         around = torch.cat([weights.flip(0), weights.new_zeros(1), weights])
-        padded = torch.nn.functional.pad(decided.double(), (self.distance, self.distance))
+        padded = torch.nn.functional.pad(refined(decided), (self.distance, self.distance))
         near = (padded.unfold(1, len(around), 1) * around).sum(-1) / around.sum()
         return self.tau_max - (self.tau_max - self.tau_min) * near.clamp(0, 1)
 
