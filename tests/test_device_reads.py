@@ -94,7 +94,7 @@ def continuous_reads(setup: Setup, steps: int, rows: int = 3) -> list[int]:
         told.count = before
         return made
 
-    oracle.denoise = denoise  # ty: ignore
+    setattr(oracle, "denoise", denoise)  # noqa: B010
     loop = DiffusionLoop(oracle, *setup, rows)
     asked = [Request(i, torch.zeros(6, dtype=torch.long), torch.zeros(6, dtype=torch.bool)) for i in range(rows)]
     live, counts = loop.admit(asked, None), []
@@ -120,11 +120,12 @@ def test_a_continuous_step_without_a_rule_reads_nothing(solver: Any) -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_with_a_rule_or_a_policy_it_reads_once(solver: Any) -> None:
-    for settings in (
+    ways: list[dict[str, Any]] = [
         {"criterion": Patience(99)}, {"criterion": KL(1e-300)}, {"grid": Adaptive()}, {"commit": Threshold(1.0)},
         {"commit": FallingThreshold(1.0, 0.99), "criterion": Patience(99), "grid": Adaptive()},
         {"commit": EntropyBound(0.0), "criterion": JoT(1e30, 1e29)},
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for settings in ways:
         assert continuous_reads(diffusion(40, solver=solver, **settings), 5) == [1] * 5, settings
 
 

@@ -1121,7 +1121,7 @@ def test_a_prediction_that_hardly_moves_hardly_diverges(seed: int, shift: float,
     """And rounding does not take entropies and divergences below zero, where any threshold would be met."""
     still = a_glance(seed, torch.float32, scale=scale)
     assert isinstance(still.past.logits, Tensor)
-    moved = torch.where(still.first[:, None, None], still.logits, still.past.logits * (1 + shift))
+    moved = torch.where(still.step[:, None, None] == 0, still.logits, still.past.logits * (1 + shift))
     signals, _ = observe(frozenset(SIGNALS), replace(still, logits=moved))
     assert math.isinf(signals["mean_kl"][0])
     assert (signals["mean_kl"][1:] < 1e-4).all()

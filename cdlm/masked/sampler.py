@@ -537,8 +537,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         needs = self.sampling.policy.needs | (self.needs if whole else frozenset())
         past = live.past if whole else Past(None, None, None)
         if whole and self.scope is Scope.ALL:  # a rule reads the logits of whole rows
-            all_logits = logits.unflatten(0, where.shape)
-            return StepStatistics(all_logits, live.open, live.target, live.step, past, needs)
+            logits = logits.unflatten(0, where.shape)
         return StepStatistics(logits, live.open, live.target, live.step, past, needs, held=live.tokens, where=where)
 
     def _propose(self, live: UnmaskingRows, statistics: StepStatistics, whole: bool) -> Choice:
