@@ -2,6 +2,7 @@
 which has float64, and nothing that a step computes is finer than float32."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ class NoFloat64(TorchDispatchMode):
         return made
 
 
+@dataclass(frozen=True)
 class Features(Criterion):
     """Reads all that a halting head reads, and never halts."""
 
