@@ -373,7 +373,7 @@ def test_rules_that_never_halt_change_nothing(rule: Never | Full) -> None:
         ({"policy": "Threshold(0.9)"}, "policy is a setting of masked models, and this one is autoregressive"),
         ({"solver": "Heun()"}, "solver is a setting of continuous models, and this one is autoregressive"),
         ({"new_tokens": 3}, "new_tokens is a setting of masked models, and this one is autoregressive"),
-        ({"chat": True}, "chat is a setting of masked models"),
+        ({"chat": True, "prompts": ["a"]}, "chat is a setting of masked models"),
         ({"sampling": cdlm.Diffusion()}, "is sampled by LeftToRight"),
     ],
     ids=str,

@@ -429,7 +429,11 @@ def test_a_template_without_a_systems_message_is_not_silent() -> None:
 @pytest.mark.parametrize("family", TINY)
 def test_as_many_tokens_as_published_unless_told_otherwise(family: str, tmp_path: Path) -> None:
     write_tokenizer(copy_of(family, tmp_path), family)
-    session = cdlm.open_session(cdlm.load(tmp_path, device="cpu"))
+    model = cdlm.load(tmp_path, device="cpu")
+    with pytest.raises(CdlmError, match=r"are \d+ positions, and .* was made for 64"):
+        cdlm.open_session(model).requests(["the cat"], new_tokens=63)
+    model.length = 4096  # as long as the published ones
+    session = cdlm.open_session(model)
 
     def open_(prompts: list[str], **how: Any) -> list[int]:
         return [int((~request.given).sum()) for request in session.requests(prompts, **how)]
