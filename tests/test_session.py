@@ -382,7 +382,7 @@ def test_settings_may_be_texts_and_objects() -> None:
         ("masked", {"guidance": 2.0}, "guidance is a setting of continuous models, and this one is masked"),
         ("masked", {"solver": "Heun()"}, "solver is a setting of continuous models, and this one is masked"),
         ("continuous", {"new_tokens": 3}, "new_tokens is a setting of masked models"),
-        ("continuous", {"chat": True}, "chat is a setting of masked models"),
+        ("continuous", {"chat": True, "prompts": ["a"]}, "chat is a setting of masked models"),
         ("continuous", {"solver": "Huen()"}, "did you mean Heun"),
         ("continuous", {"steps": 0}, "steps"),
         ("continuous", {"score_temperature": 0.0}, "score_temperature"),
