@@ -168,7 +168,7 @@ class Unmasking(Sampling):
                 raise CdlmError("some prompts have holes, others none: give new_tokens, the positions after each")
             new = 0
         longest = new + max(map(len, rows))
-        if 0 < model.length < longest:
+        if not model.whole_rows and 0 < model.length < longest:
             raise CdlmError(
                 f"the longest prompt and its {new} new tokens are {longest} positions, and {model.name} was made for"
                 f" {model.length}: take fewer new_tokens, or a shorter prompt"
