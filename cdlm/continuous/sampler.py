@@ -22,7 +22,6 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise, StepNoise, generator
 from cdlm.core.trees import Columns, join, take
 from cdlm.core.types import Condition, Decision, LoopStep, NewRows, Prediction, RowCounts, StepState
-from cdlm.halting import Full, Never
 from cdlm.halting.signals import (
     RECORDED,
     SIGNALS,
@@ -305,8 +304,6 @@ class DiffusionLoop(Loop[DiffusionRows]):
         """And those that the policy reads."""
         self.decides = options.criterion.freezes or sampling.commit is not None
         """Whether positions can be decided before their row is done."""
-        self.halts = type(options.criterion) not in (Full, Never)
-        """Whether the rule can do anything."""
         self.position_noise = PositionNoise(options.seed)
         self.walk = sampling.grid.walk(denoiser.schedule, sampling.steps, denoiser.rho, self.device)
 
@@ -388,7 +385,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         signals, past = observe(self.needs, statistics)
         state = StepState(live.row, live.step, live.budget, t, live.nfe + calls, live.open, signals)
         memory, decision = live.memory, None
-        if self.halts:
+        if self.options.halts:
             memory, decision = self.options.criterion.look(memory, state)
         change = self._decide(live, statistics, decision)
         said = self._read(t, decision, change)

@@ -143,7 +143,7 @@ class Group:
 
     def _answer(self, peer: int) -> tuple[str, Any]:
         with self._speaking(peer):
-            return pickle.loads(self.peers[peer].recv_bytes())
+            return pickle.loads(self.peers[peer].recv_bytes())  # a process of this command: it knew the key
 
     @contextmanager
     def _speaking(self, peer: int) -> Iterator[None]:
@@ -272,13 +272,13 @@ def _next(connection: Connection) -> bytes:
 
 def _answer(opened: dict[int, Any], device: str, message: bytes) -> tuple[str, Any]:
     try:
-        number, open_, work, share = pickle.loads(message)
+        number, open_, work, share = pickle.loads(message)  # of the first process: it knew the key
         if number not in opened:
             opened[number] = open_(device)
         return "done", work(opened[number], share)
     except CdlmError as error:
         return "refused", str(error)
-    except Exception:
+    except Exception:  # whatever it is: the first process, which waits, raises it
         return "failed", traceback.format_exc()
 
 

@@ -18,7 +18,6 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise
 from cdlm.core.trees import Columns, blank
 from cdlm.core.types import Decision, LoopStep, NewRows, RowCounts, StepState
-from cdlm.halting import Full, Never
 from cdlm.halting.signals import (
     RECORDED,
     SIGNALS,
@@ -319,9 +318,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         self.noise = PositionNoise(options.seed) if noise is None else noise
         self.needs = options.needs | (sampling.policy.needs & {"mean_kl"})
         """Signals of a step: those that are read, and those whose past the policy needs."""
-        self.halts = type(options.criterion) not in (Full, Never)
-        """Whether the rule can do anything."""
-        self.scope = scope_of(self.needs, self.halts, sampling.policy.keeps)
+        self.scope = scope_of(self.needs, self.options.halts, sampling.policy.keeps)
         mask = () if sampling.quirks.propose_mask else (model.constants.mask_id,)
         suppressed = (*mask, *sampling.policy.suppressed(model.constants))
         self.suppressed = torch.tensor(suppressed, device=self.device) if suppressed else None
@@ -429,7 +426,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             signals, past = observe(self.needs, statistics)
             live = live._replace(past=past)
         state = StepState(live.row, live.step, live.budget, live.share, live.nfe, live.open, signals)
-        if whole and self.halts:
+        if whole and self.options.halts:
             memory, decision = self.options.criterion.look(live.memory, state)
             live = live._replace(memory=memory)
         choice = self._propose(live, statistics, whole)

@@ -16,7 +16,7 @@ from cdlm.core.checks import check_object, check_whole, shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.trees import join, take
 from cdlm.core.types import LoopStep
-from cdlm.halting import Criterion, Never
+from cdlm.halting import Criterion, Full, Never
 from cdlm.halting.signals import check_signals
 from cdlm.sampling.prompts import MOST_SAMPLES
 from cdlm.sampling.requests import Request
@@ -45,6 +45,11 @@ class RunOptions:
     def needs(self) -> frozenset[str]:
         """Signals that every step computes."""
         return self.record | self.criterion.needs
+
+    @property
+    def halts(self) -> bool:
+        """Whether the rule can do anything: it need not be asked otherwise."""
+        return type(self.criterion) not in (Full, Never)
 
 
 @runtime_checkable
