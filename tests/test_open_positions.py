@@ -13,6 +13,7 @@ from torch import Tensor
 
 import cdlm
 from cdlm.core.errors import CdlmError
+from cdlm.core.trees import take
 from cdlm.halting import KL, Criterion, Entropy, Full, JoT, Never, Patience, Prophet, SchED
 from cdlm.masked.model import Constants, Function
 from cdlm.masked.sampler import UnmaskingLoop
@@ -22,7 +23,7 @@ from cdlm.policies.dream import Dream
 from cdlm.policies.entropy import EntropyBound
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
-from cdlm.policies.policy import Policy
+from cdlm.policies.policy import Policy, enter
 from cdlm.sampling.requests import canvases
 from cdlm.sampling.texts import Special
 
@@ -211,3 +212,17 @@ def test_a_function_may_give_half_precision_and_keeps_its_own_logits() -> None:
     whole = Function(lambda tokens, valid: kept.float(), PLAIN).logits(torch.zeros(1, 9, dtype=torch.int64))
     whole.fill_(3)
     assert (kept == 0).all()
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, Threshold(0.4, block=2, calls=1), LLaDA(12, block=4)], ids=repr)
+def test_the_host_knows_which_rows_leave_their_block(policy: Policy) -> None:
+    """`_moves` says on the host what `enter` says on the device."""
+    for rule in (Full(), Never()):
+        loop = UnmaskingLoop(Toy(), *unmasking(policy, rule), 3)
+        live = loop.admit(canvases(PROMPTS, LENGTH), None)
+        while len(live.row):
+            finished, carried = loop.step(live)
+            carried = take(carried, torch.tensor(finished.counts.staying, dtype=torch.int64))
+            moved = enter(policy, carried.plan, carried.open, rule.waits).block != carried.plan.block
+            assert loop._moves(carried.known) == moved.tolist()
+            live = loop.advance(carried) if len(carried.row) else carried

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from cdlm.core.checks import check_number, shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import Text
-from cdlm.sampling.prompts import check_unicode
+from cdlm.sampling.prompts import check_unicode, encode_text
 from cdlm.sampling.requests import Request, canvases
 from cdlm.sampling.texts import special_of, text_of
 
@@ -130,11 +130,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str, *, names: bool) -> lis
         names: the name of a special token is that token, as a chat template writes it; if not, it is text.
     """
     check_unicode(text, "the prompt")
-    made = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=not names, return_attention_mask=False,
-        return_token_type_ids=False, verbose=False,
-    )  # fmt: skip
-    return list(made["input_ids"])
+    return encode_text(tokenizer, text, names)
 
 
 def encode_pair(

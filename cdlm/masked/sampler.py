@@ -451,7 +451,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         return carried._replace(known=replace(known, whole=whole))
 
     def _moves(self, known: Known) -> list[bool]:
-        """Rows that leave their block."""
+        """Rows that leave their block, as `enter` would find on the device."""
         waits, least = self.options.criterion.waits, 2 if self.sampling.quirks.extra_call else 0
         return [
             bool(more) and inner >= least and ((due == 0 and not (waits and steps >= 0)) or 0 <= steps <= inner)

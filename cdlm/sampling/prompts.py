@@ -216,7 +216,7 @@ def encode_prompt(
     tokens: list[int | None] = []
     for place, (text, size) in enumerate(pieces):
         if place == 0:
-            tokens += _encoded(tokenizer, text, names and template)
+            tokens += encode_text(tokenizer, text, names and template)
         else:
             if text not in known:
                 known[text] = _behind(tokenizer, text, names and template)
@@ -248,7 +248,7 @@ def encode_pair(
             f"the prompt {shown(prompt, 40)} has a hole, and an answer stands behind its prompt: write brackets that"
             r" are text as \[8], or give the prompt with template=False"
         )
-    return given, _behind(tokenizer, answer, False) if given else _encoded(tokenizer, answer, False)
+    return given, _behind(tokenizer, answer, False) if given else encode_text(tokenizer, answer, False)
 
 
 def too_long(prompt: str, tokens: int | str, most: int) -> CdlmError:
@@ -259,7 +259,7 @@ def too_long(prompt: str, tokens: int | str, most: int) -> CdlmError:
     )
 
 
-def _encoded(tokenizer: PreTrainedTokenizerFast, text: str, names: bool) -> list[int]:
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str, names: bool) -> list[int]:
     """Tokens of a text; names of special tokens are these tokens, or text as training text is encoded."""
     made = tokenizer(
         text, add_special_tokens=False, split_special_tokens=not names, return_attention_mask=False,
@@ -277,11 +277,11 @@ def _behind(tokenizer: PreTrainedTokenizerFast, text: str, names: bool) -> list[
     """
     if not text:
         return []
-    alone, near = _encoded(tokenizer, text, names), None
+    alone, near = encode_text(tokenizer, text, names), None
     for sign in _BEFORE:
-        before = _encoded(tokenizer, sign, names)
+        before = encode_text(tokenizer, sign, names)
         start = len(_decoded(tokenizer, before))
-        whole = _encoded(tokenizer, sign + text, names)
+        whole = encode_text(tokenizer, sign + text, names)
         apart = [whole[len(before) :]] if whole[: len(before)] == before else []
         for tokens in (alone, *apart):
             found = _decoded(tokenizer, before + tokens)[start:]
@@ -313,11 +313,11 @@ def _chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> li
         if message["role"] == "system" and message["content"].strip() not in text.replace(mark, ""):
             raise CdlmError("the chat template leaves out the system's message: say it in the user's, without system")
     if mark not in text:
-        return _encoded(tokenizer, text, True)
+        return encode_text(tokenizer, text, True)
     tokens, end = [], 0
     for found in [*any_name.finditer(text), None]:
         between = text[end : len(text) if found is None else found.start()].replace(mark, "")
-        tokens += _encoded(tokenizer, between, False)
+        tokens += encode_text(tokenizer, between, False)
         if found is not None:
             tokens.append(int(tokenizer.added_tokens_encoder[found[0]]))
             end = found.end()
