@@ -351,9 +351,14 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         ending = place > torch.where(given & real, place, -1).amax(1, keepdim=True)
         reach = plan.block_of <= plan.block[:, None]
         size = open_.sum(1)
-        columns = index, zero, zero, zero, budget, tokens.masked_fill(open_, 0).amax(1), size
         steps = zero - 1 if plan.steps is None else plan.steps
-        known = Known(*read_columns(*columns, steps, size), *self._of_the_block(plan, open_), *([1] * len(index),) * 2)
+        most, largest, each, sizes = read_columns(budget, tokens.masked_fill(open_, 0).amax(1), steps, size)
+        due, own, inner, more, called = self._of_the_block(plan, open_)
+        rows, none, all_ = [request.index for request in requests], [0] * len(requests), [1] * len(requests)
+        known = Known(
+            row=rows, step=none, nfe=none, settled=none, budget=most, largest=largest, size=sizes, steps=each,
+            open=sizes, due=due, own=own, inner=inner, more=more, called=called, whole=all_, holes=all_,
+        )  # fmt: skip
         beside_past = None if beside is None else beside.past
         past = first_past(self.needs, tokens[..., None].float(), beside_past, ragged=True)
         memory = criterion.start(NewRows(open_, budget, real))
@@ -368,7 +373,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         """What the host has to know of rows that have entered a block: `due`, `own`, `inner`, `more` and `called`."""
         block_of, block = plan.block_of, plan.block[:, None]
         own = block_of == block
-        called = (block_of >= block if self.sampling.cache == "prefix" else own).sum(1)
+        called = self._called(plan).sum(1)
         first = (block_of >= block).all(1)
         return read_columns(
             (open_ & (block_of <= block)).sum(1), (open_ & own).sum(1), plan.inner, plan.block < plan.last,
@@ -415,7 +420,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
     @torch.no_grad()
     def step(self, live: UnmaskingRows) -> tuple[LoopStep, UnmaskingRows]:
         whole = all(live.known.whole)
-        where = self._where(live, whole)
+        where = self._wanted(live, whole)
         logits, cache = self._whole(live, where) if whole else self._part(live, where)
         if self.suppressed is not None:
             logits.index_fill_(-1, self.suppressed, -torch.inf)
@@ -458,7 +463,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             for due, inner, steps, more in zip(known.due, known.inner, known.steps, known.more, strict=True)
         ]
 
-    def _where(self, live: UnmaskingRows, whole: bool) -> Where:
+    def _wanted(self, live: UnmaskingRows, whole: bool) -> Where:
         """The positions that this step needs logits of."""
         known, scope = live.known, self.scope if whole else Scope.CANDIDATES
         shape = (len(live.row), live.open.shape[1])
@@ -471,7 +476,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             chosen, counts = (live.open, known.open) if scope is Scope.OPEN else (live.target, known.size)
         if scope is Scope.CANDIDATES and any(known.last):  # a last step fills what the policy leaves
             ending = torch.tensor(known.last, device=self.device)[:, None]
-            chosen = torch.where(ending, live.open if whole else live.open & self._called(live), chosen)
+            chosen = torch.where(ending, live.open if whole else live.open & self._called(live.plan), chosen)
             (counts,) = read_columns(chosen.sum(1))
         return Where(places(chosen.flatten(), sum(counts)), tuple(counts), shape, open=scope is not Scope.TARGET)
 
@@ -515,9 +520,9 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         logits = self.model.partial(live.tokens.gather(1, slots), slots, live.cache, live.valid, wanted)
         return self._checked(logits, wanted, live.known), live.cache
 
-    def _called(self, live: UnmaskingRows) -> Bool[Tensor, "b n"]:
+    def _called(self, plan: Plan) -> Bool[Tensor, "b n"]:
         """Positions of the block, and with a prefix cache of what follows it."""
-        block_of, block = live.plan.block_of, live.plan.block[:, None]
+        block_of, block = plan.block_of, plan.block[:, None]
         return block_of >= block if self.sampling.cache == "prefix" else block_of == block
 
     def _checked(self, logits: Float[Tensor, "k v"], wanted: Int[Tensor, " k"], known: Known) -> Float[Tensor, "k v"]:
@@ -579,23 +584,26 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             broken = broken & statistics.pick(statistics.open)[:, None]
         before_end = (torch.isin(live.tokens, self.ends) & live.ending).cumsum(1) == 0
         waiting = (live.open & before_end).any(1)
-        halt = waiting if decision is None else decision.halt
-        columns = open_, live.due.sum(1), waiting, broken.any().expand_as(waiting), halt
+        columns = {"open": open_, "due": live.due.sum(1), "waiting": waiting, "nan": broken.any().expand_as(waiting)}
+        if decision is not None:
+            columns["halted"] = decision.halt
         if self.sampling.cache is not None:
-            holes = (live.open & (live.plan.block_of < 0)).any(1)
-            columns = *columns, self._candidates(live, whole=False).sum(1), holes
-        left, due, unsettled, nan, halted, *cached = read_columns(*columns)
-        if any(nan):
+            columns["own"] = self._candidates(live, whole=False).sum(1)
+            columns["holes"] = (live.open & (live.plan.block_of < 0)).any(1)
+        read = dict(zip(columns, read_columns(*columns.values()), strict=True))
+        if any(read["nan"]):
             raise CdlmError("the model gave logits that are not numbers (NaN): its weights or its precision are broken")
-        own, open_holes = cached or (due, known.holes)
         nfe = [spent + calls for spent in known.nfe]
-        settled = [old or (0 if wait else now) for old, wait, now in zip(known.settled, unsettled, nfe, strict=True)]
+        settled = [
+            old or (0 if wait else now) for old, wait, now in zip(known.settled, read["waiting"], nfe, strict=True)
+        ]
         last = known.last
         known = replace(
             known, step=[step + 1 for step in known.step], inner=[inner + 1 for inner in known.inner], nfe=nfe,
-            settled=settled, open=left, due=due, own=own, holes=open_holes,
+            settled=settled, open=read["open"], due=read["due"], own=read.get("own", read["due"]),
+            holes=read.get("holes", known.holes),
         )  # fmt: skip
-        halts = [decision is not None and bool(halt) for halt in halted]
+        halts = read.get("halted", [0] * len(nfe))
         full = [not halt and self._full(known, row) for row, halt in enumerate(halts)]
         done = [any(reasons) for reasons in zip(halts, full, last, strict=True)]
         counts = RowCounts.of(known.row, known.step, nfe, done, halts, full, settled)
