@@ -25,7 +25,7 @@ from cdlm.core.types import Batch
 from cdlm.training.ema import EMA
 from cdlm.training.files import METRICS, AtomicCheckpoints, MetricsFile
 from cdlm.training.module import TRAINING
-from cdlm.training.optimizers import build_optimizer, lr_factor, set_rates
+from cdlm.training.optimizers import Muon, build_optimizer, lr_factor, orthogonal, set_rates
 from cdlm.training.options import TrainOptions
 from cdlm.training.progress import reporter
 from cdlm.training.run import train
@@ -115,6 +115,37 @@ def test_muon_moves_a_matrix_by_an_orthogonal_step() -> None:
     rows, columns = matrix.shape
     moved = torch.linalg.svdvals(matrix.detach() - before) / (0.5 * math.sqrt(max(1, rows / columns)))
     assert bool(((moved > 0.5) & (moved < 1.5)).all())  # five Newton-Schulz steps are not exact
+
+
+def test_muon_is_that_of_torch_up_to_its_rounding() -> None:
+    """Matrices of one shape go together, in float32; torch takes them one by one, in bfloat16, and rounds more."""
+    shapes = [(8, 24), (24, 8), (8, 24), (16, 16)]
+    noise = generator(3)
+    first = [torch.nn.Parameter(torch.randn(shape, generator=noise)) for shape in shapes]
+    second = [torch.nn.Parameter(matrix.detach().clone()) for matrix in first]
+    how: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.05, "adjust_lr_fn": "original"}
+    ours, theirs = Muon(first, **how), torch.optim.Muon(second, **how)
+    for _ in range(4):
+        for mine, other in zip(first, second, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=noise)
+            other.grad = mine.grad.clone()
+        first[2].grad = second[2].grad = None  # a matrix that was not used stays as it is
+        ours.step()
+        theirs.step()
+    for mine, other in zip(first, second, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0.02)
+    assert [*ours.state_dict()["state"]] == [*theirs.state_dict()["state"]]
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)], ids=str)
+def test_newton_schulz_keeps_singular_vectors_and_treats_each_matrix_alone(shape: tuple[int, int]) -> None:
+    matrices = torch.randn(6, *shape, generator=generator(1), dtype=torch.float64)
+    many = orthogonal(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    for matrix, found in zip(matrices, many, strict=True):
+        torch.testing.assert_close(orthogonal(matrix[None], (3.4445, -4.7750, 2.0315), 5, 1e-7)[0], found)
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        core = left.T @ found @ right.T
+        torch.testing.assert_close(core, core.diagonal().diag(), rtol=0, atol=1e-9)
 
 
 class Watch(Callback):
