@@ -98,6 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print("tokens/step  optimiser  peak rate  ms/step  share  steps  nats/token")
+    size = ""
     for rows in args.rows:
         seconds, size = step_times(LARGE if args.large else DEMO, rows, args.rounds)
         with ThreadPoolExecutor(args.jobs) as pool:

@@ -128,7 +128,7 @@ def decoded(model: MaskedModel, decoder: Setup, requests: Sequence[Request], bat
             assert not done or canvas == tuple(next(leaving))
             reason = "halted" if halted else "full" if full else "budget" if done else ""
             seen = [*before.logits, *([state.logits[i]] if "logits" in state.signals else [])]
-            calls, settled = int(state.nfe[i]), finished.counts.settled[i]
+            calls, settled = finished.counts.nfe[i], finished.counts.settled[i]
             rows[index] = Row([*before.canvases, canvas], calls, settled, reason, seen)
         assert next(leaving, None) is None
     if isinstance(model, Toy):
@@ -139,18 +139,25 @@ def decoded(model: MaskedModel, decoder: Setup, requests: Sequence[Request], bat
 
 
 def sound(row: Row, request: Request, decoder: Setup, constants: Constants) -> None:
-    """What is decided or given stays, nothing is left open, and calls are counted as they are made."""
+    """What is decided or given stays, nothing is left open, and calls are counted as they are made.
+
+    Of a policy that revises what is given stays; its own calls are not those of its steps.
+    """
     assert row.reason
-    given = request.given.tolist()
+    given, revises = request.given.tolist(), decoder.sampling.policy.revises
     valid = [True] * len(given) if request.valid is None else request.valid.tolist()
     before = [t if g else constants.mask_id for t, g in zip(request.tokens.tolist(), given, strict=True)]
     settled, told = 0, max((i for i, g in enumerate(given) if g and valid[i]), default=-1)
     for step, canvas in enumerate(row.canvases):
-        assert all(old in (new, constants.mask_id) for old, new in zip(before, canvas, strict=True))
+        assert all(
+            old in (new, constants.mask_id) or (revises and not there)
+            for old, new, there in zip(before, canvas, given, strict=True)
+        )
         ends = [i for i, token in enumerate(canvas) if token in constants.end_ids and i > told]
         if not settled and constants.mask_id not in canvas[: min(ends, default=len(canvas))]:
             settled = (step + 1) * decoder.sampling.calls
-        assert row.reason != "full" or (constants.mask_id in canvas) == (step < len(row.canvases) - 1)
+        last = step == len(row.canvases) - 1
+        assert row.reason != "full" or (constants.mask_id in canvas) == (not last) or (revises and not last)
         before = list(canvas)
     assert constants.mask_id not in row.tokens
-    assert (row.settled, row.nfe) == (settled, len(row.canvases) * decoder.sampling.calls)
+    assert revises or (row.settled, row.nfe) == (settled, len(row.canvases) * decoder.sampling.calls)

@@ -286,6 +286,8 @@ class LoopStep(NamedTuple):
     """What the criterion logged, one value a row."""
     canvas: Int[Tensor, "b n"] | None = None
     """Of a run that commits: every row after the step; where it is open the mask, or of a continuous model -1."""
+    counted: Mapping[str, Int[Tensor, " b"]] = MappingProxyType({})
+    """What the policy has counted of each row up to now."""
 
     @property
     def done(self) -> Bool[Tensor, " b"]:

@@ -214,7 +214,7 @@ class StepStatistics:
         over = self.open if over is None else over
         return torch.where(over, values, 0).sum(1).float() / over.sum(1)
 
-    def plane(self, values: Float[Tensor, "k ..."], fill: float = 0.0) -> Float[Tensor, "b n ..."]:
+    def plane(self, values: Shaped[Tensor, "k ..."], fill: float = 0.0) -> Shaped[Tensor, "b n ..."]:
         """Values of the positions that the logits are of, at their places, and `fill` elsewhere: 0, so that a sum over
         values times `open` is one over the open positions."""
         return values.unflatten(0, self.open.shape) if self.where is None else self.where.plane(values, fill)

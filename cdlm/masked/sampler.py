@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,8 +46,8 @@ class UnmaskingSettings:
     """Sampling of masked models, as in the model's paper unless given.
 
     Args:
-        policy: LLaDA(64, block=32), Dream(64), DreamThreshold(64, 0.9), Threshold(0.9, block=32), Factor(1.0), KLASS()
-            or EntropyBound(0.01).
+        policy: LLaDA(64, block=32), Dream(64), DreamThreshold(64, 0.9), Threshold(0.9, block=32), Factor(1.0), KLASS(),
+            EntropyBound(0.01), CORE(64) or Editing().
         temperature: of what is drawn, by autoregressive models too; 0 takes the likeliest token.
         cfg_scale: classifier-free guidance; 0 is off, others double the calls.
         cache: keep keys and values while a block is decoded (of LLaDA and Dream).
@@ -201,16 +202,17 @@ OF_EACH = frozenset({"top1", "top2", "logsumexp", "entropy", "span_margin"})
 """Signals that say something of every position that is generated, decided or not."""
 
 
-def scope_of(needs: frozenset[str], halts: bool, keeps: bool = True) -> Scope:
+def scope_of(needs: frozenset[str], halts: bool, keeps: bool = True, revises: bool = False) -> Scope:
     """What the signals that are read need.
 
     Args:
         halts: a rule may halt a row, whose open positions are then all filled.
         keeps: what is given stays; if not, a prompt may have open positions too.
+        revises: the policy looks at what it has committed.
     """
     if "logits" in needs:
         return Scope.ALL
-    if not needs.isdisjoint(OF_EACH):
+    if revises or not needs.isdisjoint(OF_EACH):
         return Scope.TARGET if keeps else Scope.ALL
     return Scope.OPEN if halts or needs else Scope.CANDIDATES
 
@@ -239,6 +241,8 @@ class Known(Columns):
     """Those in the block itself."""
     inner: list[int]
     """Steps spent in the block."""
+    again: list[int]
+    """Whether the policy wants another step in it, be it full or not."""
     more: list[int]
     """Whether another block follows."""
     called: list[int]
@@ -288,6 +292,8 @@ class UnmaskingRows(NamedTuple):
     past: Past
     memory: Any
     known: Known
+    counted: Mapping[str, Int[Tensor, " b"]]
+    """What the policy has counted of each row."""
     cache: Cache = None
 
 
@@ -314,11 +320,13 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             raise CdlmError(f"{type(model).__name__} keeps no keys and values: decode without a cache")
         if sampling.cache is not None and options.record:
             raise CdlmError("a record needs the logits of whole rows at every step: leave out the cache")
+        if sampling.policy.revises:
+            _check_revision(sampling.policy, options)
         self.model, self.sampling = model, sampling
         self.noise = PositionNoise(options.seed) if noise is None else noise
         self.needs = options.needs | (sampling.policy.needs & {"mean_kl"})
         """Signals of a step: those that are read, and those whose past the policy needs."""
-        self.scope = scope_of(self.needs, self.options.halts, sampling.policy.keeps)
+        self.scope = scope_of(self.needs, self.options.halts, sampling.policy.keeps, sampling.policy.revises)
         mask = () if sampling.quirks.propose_mask else (model.constants.mask_id,)
         suppressed = (*mask, *sampling.policy.suppressed(model.constants))
         self.suppressed = torch.tensor(suppressed, device=self.device) if suppressed else None
@@ -357,7 +365,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         rows, none, all_ = [request.index for request in requests], [0] * len(requests), [1] * len(requests)
         known = Known(
             row=rows, step=none, nfe=none, settled=none, budget=most, largest=largest, size=sizes, steps=each,
-            open=sizes, due=due, own=own, inner=inner, more=more, called=called, whole=all_, holes=all_,
+            open=sizes, due=due, own=own, inner=inner, again=none, more=more, called=called, whole=all_, holes=all_,
         )  # fmt: skip
         beside_past = None if beside is None else beside.past
         past = first_past(self.needs, tokens[..., None].float(), beside_past, ragged=True)
@@ -366,7 +374,8 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         count = size.to(fine(self.device))
         return UnmaskingRows(
             index, zero, budget, zero, tokens, open_, reach, open_ & reach, open_, count / count, count, ending,
-            place - real.long().argmax(1, keepdim=True), valid, plan, past, memory, known, cache,
+            place - real.long().argmax(1, keepdim=True), valid, plan, past, memory, known,
+            dict.fromkeys(self._counts, zero), cache,
         )  # fmt: skip
 
     def _of_the_block(self, plan: Plan, open_: Bool[Tensor, "b n"]) -> list[list[int]]:
@@ -435,8 +444,8 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             memory, decision = self.options.criterion.look(live.memory, state)
             live = live._replace(memory=memory)
         choice = self._propose(live, statistics, whole)
-        live = self._write(live, statistics, decision, choice)
-        return self._finish(live, statistics, state, decision)
+        after = self._write(live, statistics, decision, choice)
+        return self._finish(live, after, statistics, state, decision, choice)
 
     def advance(self, carried: UnmaskingRows) -> UnmaskingRows:
         """Rows whose block is done go on to their next one. The host knows whether there are any."""
@@ -459,8 +468,12 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         """Rows that leave their block, as `enter` would find on the device."""
         waits, least = self.options.criterion.waits, 2 if self.sampling.quirks.extra_call else 0
         return [
-            bool(more) and inner >= least and ((due == 0 and not (waits and steps >= 0)) or 0 <= steps <= inner)
-            for due, inner, steps, more in zip(known.due, known.inner, known.steps, known.more, strict=True)
+            bool(more)
+            and inner >= least
+            and ((due == 0 and not again and not (waits and steps >= 0)) or 0 <= steps <= inner)
+            for due, inner, again, steps, more in zip(
+                known.due, known.inner, known.again, known.steps, known.more, strict=True
+            )
         ]
 
     def _wanted(self, live: UnmaskingRows, whole: bool) -> Where:
@@ -486,21 +499,38 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
 
     def _whole(self, live: UnmaskingRows, where: Where) -> tuple[Float[Tensor, "k v"], Cache]:
         """A call of whole rows."""
-        tokens, wanted = live.tokens, where.flat
-        if self.model.constants.shift:  # the position before each, in its row
-            wanted = wanted - (wanted % tokens.shape[1] > 0).long()
+        tokens = live.tokens
+        wanted = self._before(where.flat, tokens.shape[1])
         if self.sampling.cache is not None:
             assert isinstance(self.model, CachedModel)
             logits, cache = self.model.fill(tokens, live.valid, wanted)
             return self._checked(logits, wanted, live.known), cache
+        return self._guided(tokens, live.valid, live.target, wanted, live.known), None
+
+    def _guided(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None, target: Bool[Tensor, "b n"],
+        wanted: Int[Tensor, " k"], known: Known,
+    ) -> Float[Tensor, "k v"]:  # fmt: skip
         if self.sampling.cfg_scale == 0:
-            return self._checked(self.model.logits(tokens, live.valid, wanted), wanted, live.known), None
-        free = torch.where(live.target, tokens, self.model.constants.mask_id)
-        valid = None if live.valid is None else torch.cat([live.valid, live.valid])
+            return self._checked(self.model.logits(tokens, valid, wanted), wanted, known)
+        free = torch.where(target, tokens, self.model.constants.mask_id)
+        valid = None if valid is None else torch.cat([valid, valid])
         wanted = torch.cat([wanted, wanted + tokens.numel()])
-        both = self._checked(self.model.logits(torch.cat([tokens, free]), valid, wanted), wanted, live.known)
+        both = self._checked(self.model.logits(torch.cat([tokens, free]), valid, wanted), wanted, known)
         given, free = both.chunk(2)
-        return given.sub_(free).mul_(self.sampling.cfg_scale + 1).add_(free), None
+        return given.sub_(free).mul_(self.sampling.cfg_scale + 1).add_(free)
+
+    def _again(
+        self, live: UnmaskingRows, rows: Int[Tensor, " r"], tokens: Int[Tensor, "r n"], positions: Int[Tensor, " k"]
+    ) -> Float[Tensor, "k v"]:
+        """What a policy gets that calls the model again, see `Call`."""
+        valid = None if live.valid is None else live.valid[rows]
+        logits = self._guided(tokens, valid, live.target[rows], self._before(positions, tokens.shape[1]), live.known)
+        return logits if self.suppressed is None else logits.index_fill_(-1, self.suppressed, -torch.inf)
+
+    def _before(self, places: Int[Tensor, " k"], length: int) -> Int[Tensor, " k"]:
+        """Where the network gives the logits of some places: of a shifted one at the place before, in its row."""
+        return places - (places % length > 0).long() if self.model.constants.shift else places
 
     def _part(self, live: UnmaskingRows, where: Where) -> tuple[Float[Tensor, "k v"], Cache]:
         """A call of each row's block, or of what follows it too, against the keys and values of the last whole call."""
@@ -553,6 +583,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         view = View(
             statistics, self._candidates(live, whole), live.row, clock, plan, live.share, sampling.temperature,
             self.model.constants, self.noise, live.place, sum(live.known.due if whole else live.known.own),
+            partial(self._again, live), live.known.inner, live.known.steps,
         )  # fmt: skip
         return sampling.policy.choose(view)
 
@@ -561,7 +592,10 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
     ) -> UnmaskingRows:
         """Commit what the policy chose and the criterion froze; fill rows that halt, and those at their last step."""
         quirks, mask_id = self.sampling.quirks, self.model.constants.mask_id
-        tokens = torch.where(choice.commit, choice.tokens, live.tokens)
+        if self.sampling.policy.revises:
+            choice = _within_bounds(live, decision, choice)
+        tokens = live.tokens if choice.reopen is None else live.tokens.masked_fill(choice.reopen, mask_id)
+        tokens = torch.where(choice.commit, choice.tokens, tokens)
         if decision is not None and decision.freeze is not None:
             tokens = torch.where(decision.freeze & live.open, statistics.tokens, tokens)
         if decision is not None:
@@ -570,15 +604,17 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         if any(live.known.last) and not quirks.leave_masks:
             last = torch.tensor(live.known.last, device=self.device)[:, None]
             tokens = torch.where(last & (tokens == mask_id), statistics.tokens, tokens)
-        plan = live.plan._replace(inner=live.plan.inner + 1, own=choice.own)
+        again = live.plan.again if choice.again is None else choice.again
+        plan = live.plan._replace(inner=live.plan.inner + 1, own=choice.own, again=again)
         open_ = tokens == mask_id
         return live._replace(tokens=tokens, open=open_, due=open_ & live.reach, plan=plan)
 
     def _finish(
-        self, live: UnmaskingRows, statistics: StepStatistics, state: StepState, decision: Decision | None
-    ) -> tuple[LoopStep, UnmaskingRows]:
+        self, before: UnmaskingRows, live: UnmaskingRows, statistics: StepStatistics, state: StepState,
+        decision: Decision | None, choice: Choice,
+    ) -> tuple[LoopStep, UnmaskingRows]:  # fmt: skip
         """What the step says of its rows. Here it is read from the device how they are, all at once."""
-        known, calls, open_ = live.known, self.sampling.calls, live.open.sum(1)
+        known, open_ = live.known, live.open.sum(1)
         broken = statistics.peaks.isnan()
         if statistics.where is None or not statistics.where.open:
             broken = broken & statistics.pick(statistics.open)[:, None]
@@ -587,35 +623,77 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         columns = {"open": open_, "due": live.due.sum(1), "waiting": waiting, "nan": broken.any().expand_as(waiting)}
         if decision is not None:
             columns["halted"] = decision.halt
+        if choice.again is not None:
+            columns["again"] = choice.again
+        more = dict(choice.counted)
+        if self.sampling.policy.revises:
+            more["revised"] = columns["revised"] = ((live.tokens != before.tokens) & ~before.open).sum(1)
         if self.sampling.cache is not None:
             columns["own"] = self._candidates(live, whole=False).sum(1)
             columns["holes"] = (live.open & (live.plan.block_of < 0)).any(1)
         read = dict(zip(columns, read_columns(*columns.values()), strict=True))
         if any(read["nan"]):
             raise CdlmError("the model gave logits that are not numbers (NaN): its weights or its precision are broken")
-        nfe = [spent + calls for spent in known.nfe]
+        nfe = [spent + calls for spent, calls in zip(known.nfe, self._calls(known, choice), strict=True)]
+        if choice.calls is not None:
+            live = live._replace(nfe=torch.tensor(nfe, device=self.device))
+        revised = read.get("revised", [0] * len(nfe))
         settled = [
-            old or (0 if wait else now) for old, wait, now in zip(known.settled, read["waiting"], nfe, strict=True)
+            (0 if wait else now) if changed or not old else old
+            for old, wait, changed, now in zip(known.settled, read["waiting"], revised, nfe, strict=True)
         ]
         last = known.last
         known = replace(
             known, step=[step + 1 for step in known.step], inner=[inner + 1 for inner in known.inner], nfe=nfe,
             settled=settled, open=read["open"], due=read["due"], own=read.get("own", read["due"]),
-            holes=read.get("holes", known.holes),
+            again=read.get("again", known.again), holes=read.get("holes", known.holes),
         )  # fmt: skip
         halts = read.get("halted", [0] * len(nfe))
         full = [not halt and self._full(known, row) for row, halt in enumerate(halts)]
         done = [any(reasons) for reasons in zip(halts, full, last, strict=True)]
         counts = RowCounts.of(known.row, known.step, nfe, done, halts, full, settled)
+        counted = {name: total + more[name] if name in more else total for name, total in live.counted.items()}
         finished = LoopStep(
-            state, counts, counts.leave(live.tokens), {} if decision is None else decision.info, live.tokens
+            state, counts, counts.leave(live.tokens), {} if decision is None else decision.info, live.tokens, counted
         )
-        return finished, live._replace(step=live.step + 1, share=open_ / live.size, known=known)
+        return finished, live._replace(step=live.step + 1, share=open_ / live.size, known=known, counted=counted)
+
+    @property
+    def _counts(self) -> tuple[str, ...]:
+        """Names of what is counted of each row."""
+        return ("revised",) * self.sampling.policy.revises + self.sampling.policy.counts
+
+    def _calls(self, known: Known, choice: Choice) -> list[int]:
+        """Calls that this step has spent on each row, with those that the policy made."""
+        own = self.sampling.calls
+        return [own * (1 + more) for more in choice.calls or [0] * len(known.row)]
 
     def _full(self, known: Known, row: int) -> bool:
         """Whether a row ends because nothing in it is open, and no steps of a schedule have to be taken."""
         waits = self.options.criterion.waits and known.steps[row] >= 0
-        return known.open[row] == 0 and not waits and known.inner[row] >= (2 if self.sampling.quirks.extra_call else 0)
+        done = known.open[row] == 0 and not known.again[row]
+        return done and not waits and known.inner[row] >= (2 if self.sampling.quirks.extra_call else 0)
+
+
+def _within_bounds(live: UnmaskingRows, decision: Decision | None, choice: Choice) -> Choice:
+    """What a policy that revises may do: nothing to what was given, nor to what is decided in a row that halts."""
+    may = live.target if decision is None else live.target & ~decision.halt[:, None]
+    reopen = None if choice.reopen is None else choice.reopen & may & ~choice.commit
+    return choice._replace(commit=choice.commit & (may | live.open), reopen=reopen)
+
+
+def _check_revision(policy: Policy, options: RunOptions) -> None:
+    """Raise if a run needs what is decided to stay so."""
+    if options.criterion.freezes:
+        raise CdlmError(
+            f"{policy!r} takes back what it has committed, and {options.criterion!r} freezes tokens for good: take one"
+            " of the two"
+        )
+    if options.record:
+        raise CdlmError(
+            f"{policy!r} takes back what it has committed, and a record holds each token as it was committed: run rules"
+            " live, with cdlm sample --halt"
+        )
 
 
 def _where(condition: Bool[Tensor, " b"], first: Plan, second: Plan) -> Plan:

@@ -2,15 +2,18 @@
 
 from cdlm.core.parsing import Registry
 from cdlm.policies.confidence import Factor, FallingThreshold, Threshold
+from cdlm.policies.core import CORE
 from cdlm.policies.dream import Dream, DreamThreshold
+from cdlm.policies.editing import Editing
 from cdlm.policies.entropy import EntropyBound
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
 from cdlm.policies.policy import Policy
 
 POLICIES: Registry[Policy] = Registry(
-    "policy", Policy, LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS
-)
+    "policy", Policy,
+    LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS, CORE, Editing,
+)  # fmt: skip
 
 
 def parse_policy(text: str | Policy) -> Policy:

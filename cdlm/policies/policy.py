@@ -1,14 +1,16 @@
 """Policies: which open positions to commit at a step, and to what. A committed position is given from then on.
 
-Of a masked model they decide what is unmasked; of a continuous one, what is no longer noisy.
+Of a masked model they decide what is unmasked; of a continuous one, what is no longer noisy. A policy that `revises`
+may also take back what it has committed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,6 +44,21 @@ class Plan(NamedTuple):
     """Steps of a block, after which it is left whatever is open; None if it ends when it is full."""
     own: Any = ()
     """What the policy itself remembers: a nest of row-first tensors."""
+    again: Bool[Tensor, " b"] | None = None
+    """Rows that do not leave their block yet, even if nothing in it is open; None of a policy that never asks that."""
+
+
+class Call(Protocol):
+    """A further call of the model within a step, guided, suppressed and shifted as the step's own."""
+
+    def __call__(
+        self, rows: Int[Tensor, " r"], tokens: Int[Tensor, "r n"], positions: Int[Tensor, " k"]
+    ) -> Float[Tensor, "k v"]:
+        """Logits of some places in `tokens.flatten()`, which are other texts of some of the step's rows.
+
+        Whoever calls says so in `Choice.calls`.
+        """
+        ...
 
 
 class View(NamedTuple):
@@ -66,6 +83,12 @@ class View(NamedTuple):
     """Of each position in its row, not counting padding before it."""
     known: int | None = None
     """How many candidates there are, where the host knows that."""
+    call: Call | None = None
+    """Of a masked model that is decoded without a cache."""
+    spent: Sequence[int] = ()
+    """Of a masked model, on the host: steps that each row has spent in its block."""
+    steps: Sequence[int] = ()
+    """And steps of each block; -1 if it ends when it is full."""
 
     @property
     def least(self) -> int:
@@ -114,6 +137,14 @@ class Choice(NamedTuple):
     """Proposals; used where committed, and with some quirks to fill what is left."""
     own: Any = ()
     """The policy's next memory."""
+    reopen: Bool[Tensor, "b n"] | None = None
+    """Of a policy that revises: generated positions to mask again; those that are committed as well are replaced."""
+    calls: Sequence[int] | None = None
+    """Further calls of the model that the policy made for each row; None: it made none."""
+    again: Bool[Tensor, " b"] | None = None
+    """Of a policy that revises: rows that stay in their block, even if nothing in it is open."""
+    counted: Mapping[str, Int[Tensor, " b"]] = MappingProxyType({})
+    """How much is added to each of the policy's `counts`."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +155,8 @@ class Policy(SignalReader, Settings, ABC):
     """
 
     needs = LIGHT
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Names of what it counts of each sample, beside the calls of the model."""
     spared: ClassVar[frozenset[str]] = frozenset()
     """Of these, what it can do without where no position has to be committed, as on continuous models."""
 
@@ -146,6 +179,11 @@ class Policy(SignalReader, Settings, ABC):
     def keeps(self) -> bool:
         """Whether no mask is written over a token, be it given or committed."""
         return True
+
+    @property
+    def revises(self) -> bool:
+        """Whether it may replace or mask again what it has committed; what was given stays."""
+        return False
 
     @property
     def draws(self) -> bool:
@@ -201,7 +239,8 @@ def plan_of(
     last = torch.div(end - 1 - start, size, rounding_mode="floor")
     zero = torch.zeros_like(start)
     steps, due = policy.schedule(last + 1), policy.due(block_of, zero, open_)
-    return Plan(block_of, zero, zero, due, last, steps, policy.start(tokens, last))
+    again = torch.zeros_like(start, dtype=torch.bool) if policy.revises else None
+    return Plan(block_of, zero, zero, due, last, steps, policy.start(tokens, last), again)
 
 
 def enter(policy: Policy, plan: Plan, open_: Bool[Tensor, "b n"], waits: bool) -> Plan:
@@ -214,6 +253,8 @@ def enter(policy: Policy, plan: Plan, open_: Bool[Tensor, "b n"], waits: bool) -
         return plan
     steps = plan.steps
     full = ~(open_ & (plan.block_of <= plan.block[:, None])).any(1)
+    if plan.again is not None:
+        full &= ~plan.again
     following = plan.block + 1
     if steps is None or not waits:  # blocks that are full already are passed over
         ahead = open_ & (plan.block_of > plan.block[:, None])

@@ -91,6 +91,8 @@ class Samples:
     copy_of: list[int | None] = field(default_factory=list)
     """Of each sample the index of the one that it is a copy of, as nothing was drawn and both were asked for the same;
     None of one that was computed. Empty if all were."""
+    counted: list[dict[str, int]] = field(default_factory=list)
+    """What the policy counted of each sample, such as `revised`, tokens that it took back. Empty if nothing."""
     made_by: Mapping[str, str] = field(default_factory=dict)
     """Model, fingerprint of its weights, sampling, rule and version."""
     record: Record | None = None
@@ -228,11 +230,11 @@ class Samples:
                 "text": sample.text, "tokens": sample.tokens.tolist(), "nfe": sample.nfe, "steps": sample.steps,
                 "budget": self.budget, "reason": sample.reason.name.lower(), "seed": sample.seed,
                 "index": sample.index, "prompt": sample.prompt, "given": [list(span) for span in sample.given],
-                "generated": [list(span) for span in sample.generated], "length": int(length), **answer,
+                "generated": [list(span) for span in sample.generated], "length": int(length), **counted, **answer,
                 **copied, **self.made_by,
             }
-            for sample, length, answer, copied in zip(
-                self, self.valid.sum(1), self._answers(), self._copies(), strict=True
+            for sample, length, counted, answer, copied in zip(
+                self, self.valid.sum(1), self.counted or [{}] * len(self), self._answers(), self._copies(), strict=True
             )
         ]  # fmt: skip
 
@@ -268,7 +270,7 @@ class Samples:
 
 PER_SAMPLE = (
     "tokens", "texts", "nfe", "steps", "reason", "index", "given", "valid", "shown", "settled", "spans", "prompts",
-    "answers", "copy_of",
+    "answers", "copy_of", "counted",
 )  # fmt: skip
 """Fields of samples with an entry for each."""
 
@@ -342,7 +344,7 @@ def collect(
     count = len(requests)
     tokens = torch.stack([request.tokens for request in requests])
     nfe, taken, settled = (np.zeros(count, np.int64) for _ in range(3))
-    reasons = [HaltReason.BUDGET] * count
+    reasons, counted = [HaltReason.BUDGET] * count, [dict[str, int]() for _ in requests]
     recorder = Recorder(RECORDED, budget, tokens, mask_id) if record else None
     for step in steps:
         counts = step.counts
@@ -360,6 +362,9 @@ def collect(
                 reasons[i] = HaltReason.CRITERION
             elif counts.full[row]:
                 reasons[i] = HaltReason.FULL
+        for name, values in step.counted.items():
+            for row, value in zip(leaving, values[leaving].tolist(), strict=True):
+                counted[columns[row]][name] = value
     valid = np.stack([np.ones(len(r.tokens), bool) if r.valid is None else r.valid.numpy() for r in requests])
     given = np.stack([request.given.numpy() for request in requests])
     shown = shown_of(tokens.numpy(), given, valid, end_ids)
@@ -379,6 +384,7 @@ def collect(
         spans=[] if tokenizer is None else spans_of(tokenizer, tokens.numpy(), given, shown),
         prompts=[request.prompt for request in requests],
         answers=[request.answer for request in requests],
+        counted=counted if any(counted) else [],
         record=None if recorder is None else recorder.record(),
     )
 

@@ -42,11 +42,13 @@ class Muon(optim.Muon):
     def _move(self, matrices: list[nn.Parameter], group: Mapping[str, Any]) -> None:
         updates = []
         for matrix in matrices:
+            grad = matrix.grad
+            assert grad is not None
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
             average = self.state[matrix]["momentum_buffer"]
-            average.lerp_(matrix.grad, 1 - group["momentum"])
-            updates.append(matrix.grad.lerp(average, group["momentum"]) if group["nesterov"] else average)
+            average.lerp_(grad, 1 - group["momentum"])
+            updates.append(grad.lerp(average, group["momentum"]) if group["nesterov"] else average)
         rows, columns = matrices[0].shape
         lr = group["lr"] * math.sqrt(max(1, rows / columns))
         steps = orthogonal(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
