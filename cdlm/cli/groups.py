@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from cdlm.api import open_session
+from cdlm import api
 from cdlm.core.checks import check_whole, shown
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
@@ -14,8 +14,10 @@ from cdlm.core.files import reading
 from cdlm.data.sources import jsonl_rows
 from cdlm.evaluation.bench import JUDGED
 from cdlm.evaluation.plots.figure import check_plot_path
+from cdlm.evaluation.workloads import Work
 from cdlm.halting.calibration import Goal
 from cdlm.sampling.prompts import Prompt, check_unicode, checked_messages
+from cdlm.sampling.requests import Request
 from cdlm.sampling.samples import check_extension
 from cdlm.sampling.session import Session
 
@@ -79,6 +81,17 @@ class PromptOptions:
         if self.prompt is not None:
             return [self.prompt]
         return None if self.prompts is None else read_prompts(self.prompts)
+
+
+def asked(session: Session, texts: list[Prompt] | None, prompts: PromptOptions) -> tuple[list[Request], Work | None]:
+    """The requests of these prompts, or of a workload with what they were made from."""
+    if prompts.workload is not None:
+        return api.ask(session, prompts.n, workload=prompts.workload)
+    made = session.requests(
+        texts, prompts.n, prompts.length, new_tokens=prompts.new_tokens, chat=prompts.chat, system=prompts.system,
+        template=prompts.template,
+    )  # fmt: skip
+    return made, None
 
 
 def read_prompts(file: Path) -> list[Prompt]:
@@ -234,7 +247,7 @@ def session_on(
         device_map: of a foreign model, how to divide it among devices.
         settings: flat settings of the model's family, and `steps`.
     """
-    return open_session(
+    return api.open_session(
         run, seed=seed, batch_size=machine.batch_size, device=machine.device, devices=machine.devices,
         precision=machine.precision, progress=not machine.quiet, device_map=device_map, **settings,
     )  # fmt: skip

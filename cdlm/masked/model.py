@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from cdlm.core.checks import check_object, shown
 from cdlm.core.devices import resolve_device
@@ -190,6 +191,55 @@ class CachedModel(MaskedModel):
             valid: of the whole rows.
             positions: the places in `tokens.flatten()` that logits are wanted of.
         """
+
+
+@runtime_checkable
+class Refiner(Protocol):
+    """A layer on top of a model, which says what it would say if some tokens more were given."""
+
+    def __call__(
+        self, hidden: Float[Tensor, "b n d"], tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None,
+        positions: Int[Tensor, " k"],
+    ) -> Float[Tensor, "k v"]:  # fmt: skip
+        """Logits of some places in `tokens.flatten()`, as the network gives them.
+
+        Args:
+            hidden: of an earlier call of the model.
+            tokens: as they are now.
+        """
+        ...
+
+
+class LayeredModel(MaskedModel):
+    """A masked model that can be called in parts. `read(hidden(tokens))` are its logits."""
+
+    def refiner(self, folder: Path) -> Refiner:
+        """The layer that `cdlm train-sampler` wrote for this model."""
+        from cdlm.masked.joint import read_layer
+
+        return read_layer(folder, self)
+
+    @abstractmethod
+    def hidden(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+        """Hidden states after the last block, before the norm in front of the head."""
+
+    @abstractmethod
+    def read(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
+        """Logits of hidden states, float32 or more."""
+
+    @abstractmethod
+    def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n e"]:
+        """Vectors of tokens, as the network gets them."""
+
+    @abstractmethod
+    def last_block(self) -> nn.Module:
+        """A copy of the last block, with gradients."""
+
+    @abstractmethod
+    def through(
+        self, block: nn.Module, hidden: Float[Tensor, "b n d"], valid: Bool[Tensor, "b n"] | None
+    ) -> Float[Tensor, "b n d"]:
+        """Hidden states after such a block."""
 
 
 def as_masked_model(model: LogitsFn | MaskedModel, constants: Constants | None) -> MaskedModel:

@@ -30,7 +30,7 @@ from cdlm.halting.signals import (
     first_past,
     observe,
 )
-from cdlm.masked.model import Cache, CachedModel, MaskedModel
+from cdlm.masked.model import Cache, CachedModel, LayeredModel, MaskedModel
 from cdlm.masked.published import Quirks
 from cdlm.policies import parse_policy
 from cdlm.policies.llada import LLaDA
@@ -322,7 +322,9 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             raise CdlmError("a record needs the logits of whole rows at every step: leave out the cache")
         if sampling.policy.revises:
             _check_revision(sampling.policy, options)
-        self.model, self.sampling = model, sampling
+        self.model, self.sampling, self.refiner = model, sampling, sampling.policy.refiner(model)
+        if self.refiner is not None and sampling.cfg_scale > 0:
+            raise CdlmError(f"{sampling.policy!r} reads a layer that knows no guidance: leave out cfg_scale")
         self.noise = PositionNoise(options.seed) if noise is None else noise
         self.needs = options.needs | (sampling.policy.needs & {"mean_kl"})
         """Signals of a step: those that are read, and those whose past the policy needs."""
@@ -430,7 +432,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
     def step(self, live: UnmaskingRows) -> tuple[LoopStep, UnmaskingRows]:
         whole = all(live.known.whole)
         where = self._wanted(live, whole)
-        logits, cache = self._whole(live, where) if whole else self._part(live, where)
+        logits, cache, hidden = self._whole(live, where) if whole else (*self._part(live, where), None)
         if self.suppressed is not None:
             logits.index_fill_(-1, self.suppressed, -torch.inf)
         statistics = self._glance(live, logits, where, whole)
@@ -443,7 +445,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         if whole and self.options.halts:
             memory, decision = self.options.criterion.look(live.memory, state)
             live = live._replace(memory=memory)
-        choice = self._propose(live, statistics, whole)
+        choice = self._propose(live, statistics, whole, hidden)
         after = self._write(live, statistics, decision, choice)
         return self._finish(live, after, statistics, state, decision, choice)
 
@@ -497,15 +499,22 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         """What the policy chooses from: of a call with a cache, positions of the block alone."""
         return live.due if whole else live.open & (live.plan.block_of == live.plan.block[:, None])
 
-    def _whole(self, live: UnmaskingRows, where: Where) -> tuple[Float[Tensor, "k v"], Cache]:
-        """A call of whole rows."""
+    def _whole(
+        self, live: UnmaskingRows, where: Where
+    ) -> tuple[Float[Tensor, "k v"], Cache, Float[Tensor, "b n d"] | None]:
+        """A call of whole rows; its hidden states where the policy has a layer that reads them."""
         tokens = live.tokens
         wanted = self._before(where.flat, tokens.shape[1])
         if self.sampling.cache is not None:
             assert isinstance(self.model, CachedModel)
             logits, cache = self.model.fill(tokens, live.valid, wanted)
-            return self._checked(logits, wanted, live.known), cache
-        return self._guided(tokens, live.valid, live.target, wanted, live.known), None
+            return self._checked(logits, wanted, live.known), cache, None
+        if self.refiner is not None:
+            assert isinstance(self.model, LayeredModel)
+            hidden = self.model.hidden(tokens, live.valid)
+            logits = self.model.read(hidden.flatten(0, 1)[wanted])
+            return self._checked(logits, wanted, live.known), None, hidden
+        return self._guided(tokens, live.valid, live.target, wanted, live.known), None, None
 
     def _guided(
         self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None, target: Bool[Tensor, "b n"],
@@ -526,6 +535,14 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         """What a policy gets that calls the model again, see `Call`."""
         valid = None if live.valid is None else live.valid[rows]
         logits = self._guided(tokens, valid, live.target[rows], self._before(positions, tokens.shape[1]), live.known)
+        return logits if self.suppressed is None else logits.index_fill_(-1, self.suppressed, -torch.inf)
+
+    def _refined(
+        self, live: UnmaskingRows, hidden: Float[Tensor, "b n d"], tokens: Int[Tensor, "b n"],
+        positions: Int[Tensor, " k"],
+    ) -> Float[Tensor, "k v"]:  # fmt: skip
+        """What a policy gets that has a layer on top of the model, see `Refine`."""
+        logits = self.refiner(hidden, tokens, live.valid, self._before(positions, tokens.shape[1]))
         return logits if self.suppressed is None else logits.index_fill_(-1, self.suppressed, -torch.inf)
 
     def _before(self, places: Int[Tensor, " k"], length: int) -> Int[Tensor, " k"]:
@@ -572,7 +589,9 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             logits = logits.unflatten(0, where.shape)
         return StepStatistics(logits, live.open, live.target, live.step, past, needs, held=live.tokens, where=where)
 
-    def _propose(self, live: UnmaskingRows, statistics: StepStatistics, whole: bool) -> Choice:
+    def _propose(
+        self, live: UnmaskingRows, statistics: StepStatistics, whole: bool, hidden: Float[Tensor, "b n d"] | None
+    ) -> Choice:
         sampling, plan = self.sampling, live.plan
         if whole and sampling.cache is not None and sampling.quirks.first_from_full:
             start = (plan.block_of < plan.block[:, None]).sum(1, keepdim=True)
@@ -580,10 +599,11 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             return Choice(place == start, statistics.tokens, plan.own)
         # Of a schedule the clock is its own, so that steps that are skipped change nothing that is drawn.
         clock = live.step if plan.steps is None else plan.block * plan.steps + plan.inner
+        refine = None if hidden is None else partial(self._refined, live, hidden)
         view = View(
             statistics, self._candidates(live, whole), live.row, clock, plan, live.share, sampling.temperature,
             self.model.constants, self.noise, live.place, sum(live.known.due if whole else live.known.own),
-            partial(self._again, live), live.known.inner, live.known.steps,
+            partial(self._again, live), refine, live.known.inner, live.known.steps,
         )  # fmt: skip
         return sampling.policy.choose(view)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from cdlm.core.checks import check_choice, check_whole
 from cdlm.core.devices import refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Batch, Constants
-from cdlm.masked.model import MaskedModel
+from cdlm.masked.model import LayeredModel
 from cdlm.masked.sampler import Unmasking
 from cdlm.models.system import Loss, System, SystemConfig, levels_of, row_cross_entropy
 from cdlm.models.transformer import Transformer
@@ -26,7 +27,7 @@ EPS = 1e-3
 """Least share of masked tokens: t = (1 - EPS) u + EPS, so that 1 / t stays bounded (MDLM and LLaDA alike)."""
 
 
-class MaskedDiffusion(System, MaskedModel):
+class MaskedDiffusion(System, LayeredModel):
     """Tokens are masked, each with probability t, and recovered by a network that sees all positions at once.
 
     The network does not see t: it can count masks (MDLM, arXiv 2406.07524, section 3.5; LLaDA, arXiv 2502.09992). The
@@ -56,6 +57,38 @@ class MaskedDiffusion(System, MaskedModel):
         level = torch.zeros(len(tokens), device=tokens.device)
         logits = self.run_network(self.embedding(tokens), level, valid, positions)
         return logits.index_fill_(-1, torch.tensor([self.constants.mask_id], device=logits.device), -torch.inf)
+
+    def hidden(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+        with self._precisely(tokens.device):
+            h = self._transformer.input(self.embedding(tokens))
+            return self._transformer.through(self._transformer.blocks, h, self._cond(len(tokens)), valid)
+
+    def read(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
+        with self._precisely(hidden.device):
+            logits = self._transformer.output(self._transformer.normed(hidden[None], self._cond(1))[0])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.index_fill(-1, torch.tensor([self.constants.mask_id], device=logits.device), -torch.inf)
+
+    def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n e"]:
+        return self.embedding(tokens)
+
+    def last_block(self) -> nn.Module:
+        return copy.deepcopy(self._transformer.blocks[-1]).requires_grad_(True)
+
+    def through(
+        self, block: nn.Module, hidden: Float[Tensor, "b n d"], valid: Bool[Tensor, "b n"] | None
+    ) -> Float[Tensor, "b n d"]:
+        with self._precisely(hidden.device):
+            return self._transformer.through([block], hidden, self._cond(len(hidden)), valid)
+
+    @property
+    def _transformer(self) -> Transformer:
+        assert isinstance(self.network, Transformer)
+        return self.network
+
+    def _cond(self, rows: int) -> Float[Tensor, "b c"]:
+        """What stands for the noise level, which the network does not see."""
+        return self._transformer.level(torch.zeros(rows, device=self.embedding.weight.device))
 
     def forward(self, batch: Batch) -> Loss:
         """The negative evidence lower bound over the positions to generate (MDLM, eq. 10; LLaDA, eq. 3)."""

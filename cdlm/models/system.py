@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -89,9 +91,13 @@ class System(Pretrained, ABC):
             positions: see `Transformer.forward`; a network that is asked for all need not know of it.
         """
         some = () if positions is None else (positions,)
-        with torch.autocast(features.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self._precisely(features.device):
             logits = self.network(features, level, valid, *some)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _precisely(self, device: torch.device) -> AbstractContextManager[Any]:
+        """In this the network computes in its precision."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def levels_of(batch: Batch) -> Float[Tensor, " b"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -133,14 +134,24 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "*s o"]:
         """Outputs of every position [b n o], or of some [k o], given by their places among all of all rows."""
         cond = self.level(level)
-        rotary = self._rotary(features.shape[1], features.device)
-        mask = None if valid is None or self.causal else valid[:, None, None, :]
-        h = self.input(features)
-        for block in self.blocks:
-            h = block(h, cond, rotary, mask)
-        shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
-        h = self.norm(h) * (1 + scale) + shift
+        h = self.normed(self.through(self.blocks, self.input(features), cond, valid), cond)
         return self.output(h if positions is None else h.flatten(0, 1)[positions])
+
+    def through(
+        self, blocks: Iterable[nn.Module], h: Float[Tensor, "b n w"], cond: Float[Tensor, "b c"],
+        valid: Bool[Tensor, "b n"] | None,
+    ) -> Float[Tensor, "b n w"]:  # fmt: skip
+        """Hidden states after some blocks."""
+        rotary = self._rotary(h.shape[1], h.device)
+        mask = None if valid is None or self.causal else valid[:, None, None, :]
+        for block in blocks:
+            h = block(h, cond, rotary, mask)
+        return h
+
+    def normed(self, h: Float[Tensor, "b n w"], cond: Float[Tensor, "b c"]) -> Float[Tensor, "b n w"]:
+        """What the output layer reads of the last hidden states."""
+        shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
+        return self.norm(h) * (1 + scale) + shift
 
     def _rotary(self, n: int, device: torch.device) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
         half = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim

@@ -1,6 +1,7 @@
 """Policies of what to commit. A policy has a name for texts and messages once it is listed in `POLICIES`."""
 
 from cdlm.core.parsing import Registry
+from cdlm.policies.adjust import Adjust
 from cdlm.policies.confidence import Factor, FallingThreshold, Threshold
 from cdlm.policies.core import CORE
 from cdlm.policies.dream import Dream, DreamThreshold
@@ -12,7 +13,7 @@ from cdlm.policies.policy import Policy
 
 POLICIES: Registry[Policy] = Registry(
     "policy", Policy,
-    LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS, CORE, Editing,
+    LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS, CORE, Editing, Adjust,
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,6 +48,7 @@ class Plan(NamedTuple):
     """Rows that do not leave their block yet, even if nothing in it is open; None of a policy that never asks that."""
 
 
+@runtime_checkable
 class Call(Protocol):
     """A further call of the model within a step, guided, suppressed and shifted as the step's own."""
 
@@ -58,6 +59,15 @@ class Call(Protocol):
 
         Whoever calls says so in `Choice.calls`.
         """
+        ...
+
+
+@runtime_checkable
+class Refine(Protocol):
+    """What a layer on top of the model says, guided by nothing, suppressed and shifted as the step's own logits."""
+
+    def __call__(self, tokens: Int[Tensor, "b n"], positions: Int[Tensor, " k"]) -> Float[Tensor, "k v"]:
+        """Logits of some places in `tokens.flatten()`, where `tokens` are the rows as they are now."""
         ...
 
 
@@ -85,6 +95,8 @@ class View(NamedTuple):
     """How many candidates there are, where the host knows that."""
     call: Call | None = None
     """Of a masked model that is decoded without a cache."""
+    refine: Refine | None = None
+    """Of a policy that has a layer on top of the model, see `Policy.refiner`."""
     spent: Sequence[int] = ()
     """Of a masked model, on the host: steps that each row has spent in its block."""
     steps: Sequence[int] = ()
@@ -204,6 +216,13 @@ class Policy(SignalReader, Settings, ABC):
     def suppressed(self, constants: Constants) -> tuple[int, ...]:
         """Tokens that are never proposed, and that no statistic sees."""
         return ()
+
+    def refiner(self, model: Any) -> Any:
+        """The layer on top of a masked model that the policy asks within a step; None if it has none.
+
+        It is made once a run. See `cdlm.masked.model.Refiner`.
+        """
+        return None
 
     def check(self, length: int, constants: Constants) -> None:
         """Raise unless rows that generate `length` positions can be decoded."""

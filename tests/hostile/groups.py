@@ -39,6 +39,7 @@ def commands(place: Path) -> Mapping[str, Sequence[str]]:
         "train-judge": (run, str(place / "judge"), "--steps=2", "--device=cpu", "--quiet"),
         "convert": ("plaid", run, str(place / "converted"), "--quiet"),
         "train-halting": (recording, str(place / "head"), "--quiet"),
+        "train-sampler": (run, str(place / "layer"), "--updates=2", "--device=cpu", "--quiet"),  # a run that it refuses
         "frontier": (run, str(place), "--device=cpu", "--quiet"),
     }
 

@@ -52,7 +52,7 @@ NOWHERE: dict[str, list[str]] = {
     "calibrate": ["nowhere/run"], "compare": ["nowhere/run", "--n=8"],
     "evaluate": ["nowhere/run", "nowhere/s.jsonl"], "train-judge": ["nowhere/run", "judge"],
     "convert": ["plaid", "nowhere/run", "out"], "train-halting": ["nowhere/rec", "head"],
-    "frontier": ["nowhere/run", "nowhere/way=s.jsonl"],
+    "frontier": ["nowhere/run", "nowhere/way=s.jsonl"], "train-sampler": ["nowhere/run", "layer"],
 }  # fmt: skip
 """Arguments of each command whose run is not there: what is refused is refused before anything is read."""
 

@@ -24,6 +24,9 @@ COMMANDS = (
     Command(
         "train-halting", "cdlm.cli.commands.train_halting", "train a small head on recorded runs that says when to halt"
     ),
+    Command(
+        "train-sampler", "cdlm.cli.commands.train_sampler", "train a layer that draws several tokens a call, for Adjust"
+    ),
     Command("compare", "cdlm.cli.commands.compare", "draw quality over calls of halting rules: table and plot"),
     Command("frontier", "cdlm.cli.commands.frontier", "compare ways to sample at equal entropy: table and plot"),
     Command("study", "cdlm.studies.command", "small experiments about halting: cdlm study NAME", own=True),

@@ -8,18 +8,16 @@ from typing import Any
 import numpy as np
 
 from cdlm import api
-from cdlm.cli.groups import OutputOptions, PromptOptions, flat_settings, session_on
+from cdlm.cli.groups import OutputOptions, PromptOptions, asked, flat_settings, session_on
 from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
 from cdlm.core.progress import announce, to_stderr
 from cdlm.evaluation.plots.trajectories import plot_samples
-from cdlm.evaluation.workloads import Work
 from cdlm.halting import Full, parse_criterion
 from cdlm.masked.sampler import UnmaskingSettings
 from cdlm.recording.file import check_same_model
-from cdlm.sampling.prompts import Prompt
 from cdlm.sampling.recordings import recording_of, write_recording
 from cdlm.sampling.requests import Request
 from cdlm.sampling.samples import Sample, Samples
@@ -58,7 +56,7 @@ def sample(
     check_places(output.out, output.plot, output.record)
     settings = flat_settings(diffusion, unmasking, steps=steps)
     with session_on(machine, run, prompts.seed, device_map, **settings) as session:
-        requests, work = _asked(session, texts, prompts)
+        requests, work = asked(session, texts, prompts)
         session = api.with_halt(session, halt, requests, work)
         if not machine.quiet:
             _say_how(session, requests, settings)
@@ -90,16 +88,6 @@ def _say_how(session: Session, requests: Sequence[Request], settings: Mapping[st
         )
     if warning := api.warning_of_commits(session):
         to_stderr(f"cdlm: {warning}")
-
-
-def _asked(session: Session, texts: list[Prompt] | None, prompts: PromptOptions) -> tuple[list[Request], Work | None]:
-    if prompts.workload is not None:
-        return api.ask(session, prompts.n, workload=prompts.workload)
-    made = session.requests(
-        texts, prompts.n, prompts.length, new_tokens=prompts.new_tokens, chat=prompts.chat, system=prompts.system,
-        template=prompts.template,
-    )  # fmt: skip
-    return made, None
 
 
 def _write(samples: Samples, session: Session, output: OutputOptions, title: str, quiet: bool, marked: bool) -> None:

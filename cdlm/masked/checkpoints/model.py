@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache as LibraryCache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -23,7 +24,7 @@ from cdlm.masked.checkpoints.dream import DREAM
 from cdlm.masked.checkpoints.family import Family, Settings
 from cdlm.masked.checkpoints.folder import check_sizes, load_weights, read_settings, read_stops, read_tokenizer
 from cdlm.masked.checkpoints.llada import LLADA
-from cdlm.masked.model import Cache, CachedModel, at_positions
+from cdlm.masked.model import Cache, CachedModel, LayeredModel, at_positions
 from cdlm.masked.sampler import Unmasking
 from cdlm.models.foreign import read_specs
 from cdlm.models.hub import fingerprint_of, to_device
@@ -38,7 +39,7 @@ _PRECISION = 'choose the precision where the model is loaded, cdlm.load(..., pre
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class ForeignModel(CachedModel):
+class ForeignModel(CachedModel, LayeredModel):
     """A foreign masked model: its network, tokenizer and constants. For inference; logits carry no gradient.
 
     Args:
@@ -130,6 +131,41 @@ class ForeignModel(CachedModel):
         there = slots if places is None else places.gather(1, slots)
         layers = [SlotLayer(keys, values, slots) for keys, values in cache]
         return self._call(tokens, there, valid, layers, positions)
+
+    @torch.no_grad()
+    def hidden(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+        decoder: Any = self.network.get_decoder()
+        caught: list[Tensor] = []
+        hook = decoder.norm.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+        try:
+            decoder(input_ids=tokens, attention_mask=valid, position_ids=self._places(valid), use_cache=False)
+        finally:
+            hook.remove()
+        return caught[0]
+
+    def read(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
+        decoder: Any = self.network.get_decoder()
+        head: Any = self.network.get_output_embeddings()
+        logits = head(decoder.norm(hidden))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n e"]:
+        vectors: Any = self.network.get_input_embeddings()
+        return vectors(tokens)
+
+    def last_block(self) -> nn.Module:
+        decoder: Any = self.network.get_decoder()
+        return copy.deepcopy(decoder.layers[-1]).requires_grad_(True)
+
+    def through(
+        self, block: nn.Module, hidden: Float[Tensor, "b n d"], valid: Bool[Tensor, "b n"] | None
+    ) -> Float[Tensor, "b n d"]:
+        decoder: Any = self.network.get_decoder()
+        places = self._places(valid)
+        if places is None:
+            places = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        mask = None if valid is None else valid[:, None, None, :].expand(-1, 1, valid.shape[1], -1)
+        return block(hidden, attention_mask=mask, position_embeddings=decoder.rotary_emb(hidden, places))
 
     def _places(self, valid: Bool[Tensor, "b n"] | None) -> Int[Tensor, "b n"] | None:
         """What queries and keys are rotated by. Dream counts real tokens, with 1 on padding, as it was trained; the
