@@ -19,6 +19,7 @@ from cdlm.core.rng import PositionNoise
 from cdlm.core.trees import Columns, blank
 from cdlm.core.types import Decision, LoopStep, NewRows, RowCounts, StepState
 from cdlm.halting.signals import (
+    DIVERGENCES,
     RECORDED,
     SIGNALS,
     SPATIAL,
@@ -316,7 +317,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             raise CdlmError("a record needs the logits of whole rows at every step: leave out the cache")
         self.model, self.sampling = model, sampling
         self.noise = PositionNoise(options.seed) if noise is None else noise
-        self.needs = options.needs | (sampling.policy.needs & {"mean_kl"})
+        self.needs = options.needs | (sampling.policy.needs & DIVERGENCES)
         """Signals of a step: those that are read, and those whose past the policy needs."""
         self.scope = scope_of(self.needs, self.options.halts, sampling.policy.keeps)
         mask = () if sampling.quirks.propose_mask else (model.constants.mask_id,)
