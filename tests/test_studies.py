@@ -332,10 +332,17 @@ def test_a_masked_model_is_refused_before_any_work(
     assert "\n" not in str(caught.value)
 
 
-def test_a_continuous_model_has_no_policies_to_study(run: str, masked_run: str) -> None:
-    study: Any = studies.make("accuracy", models=[masked_run, run], n=2, new_tokens=4, steps=[1])
-    with pytest.raises(CdlmError, match="policy is a setting of masked models"):
-        study.find()
+def test_a_continuous_model_answers_beside_a_masked_one(run: str, masked_run: str) -> None:
+    """Its policies say what it commits; a rule and a policy of one name are two lines."""
+    names: dict[str, Any] = {"rules": ["FixedSteps(2)", "Mutual"], "policies": ["Mutual", "Threshold(0.5)"]}
+    study: Any = studies.make("accuracy", models=[masked_run, run], n=2, new_tokens=4, budget=5, steps=[1], **names)
+    exam = study.exam(run)
+    assert exam.decoded(Threshold(0.5)).session.sampling.commit == Threshold(0.5)
+    assert exam.session.sampling.steps == 5
+    found = study.find()
+    lines = [row["rule or policy"] for row in found.table]
+    assert lines == ["full budget", "FixedSteps(2)", "Mutual", "Mutual (policy)", "Threshold(0.5)"] * 2
+    assert all(0.0 <= row["voted"] <= 1.0 for row in found.rows)
 
 
 @pytest.mark.parametrize("base", ["LLaDA", "Dream"])

@@ -9,14 +9,16 @@ from cdlm.halting.rules.mutual import Mutual
 from cdlm.halting.rules.state import AngleConvergence, NormConvergence
 from cdlm.halting.rules.steps import FixedSteps, Full, Never
 from cdlm.halting.rules.tokens import Patience
+from cdlm.halting.rules.voting import VoteDecided
 
 RULES: Registry[Criterion] = Registry(
     "halting rule", Criterion,
     Patience, Entropy, KL, NormConvergence, AngleConvergence, StableAndConfident, Mutual, Prophet, SchED, JoT,
-    Learned, Stop, FixedSteps, Full, Never, For, FromStep, And, Or,
+    VoteDecided, Learned, Stop, FixedSteps, Full, Never, For, FromStep, And, Or,
 )  # fmt: skip
 
 __all__ = [
     "KL", "RULES", "And", "AngleConvergence", "Entropy", "FixedSteps", "For", "FromStep", "Full", "JoT", "Learned",
     "Mutual", "Never", "NormConvergence", "Or", "Patience", "Prophet", "SchED", "StableAndConfident", "Stop",
+    "VoteDecided",
 ]  # fmt: skip
