@@ -276,7 +276,7 @@ def test_the_fixed_vote_is_decided_past_half_of_the_steps() -> None:
         def __call__(self, tokens: Any, generated: Any, valid: Any, parser: str = "marked") -> list[str | None]:
             return ["1"] * len(tokens)
 
-    for vote, step in ((Vote("fixed"), 5), (Vote("linear"), 6), (Vote("exponential", 5.0), 8)):
+    for vote, step in ((Vote("fixed"), 5), (Vote("linear"), 6), (Vote("exponential", 5.0), 7)):
         weights = vote.weight(np.arange(8), np.array(8))
         first = next(s for s in range(8) if weights[: s + 1].sum() > weights[s + 1 :].sum()) + 1
         assert first == step

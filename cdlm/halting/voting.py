@@ -84,7 +84,7 @@ def lead(votes: Mapping[str, float]) -> float:
 def semantic_entropy(votes: Mapping[str, float]) -> float:
     """Temporal semantic entropy, in nats: that of the shares of the answers; 0 if all agree, or there is none."""
     total = sum(votes.values())
-    return -sum(x / total * math.log(x / total) for x in votes.values() if x > 0)
+    return sum((x / total * math.log(total / x) for x in votes.values() if x > 0), 0.0)
 
 
 @dataclass(frozen=True, eq=False)
