@@ -46,8 +46,8 @@ class UnmaskingSettings:
     """Sampling of masked models, as in the model's paper unless given.
 
     Args:
-        policy: LLaDA(64, block=32), Dream(64), DreamThreshold(64, 0.9), Threshold(0.9, block=32), Factor(1.0), KLASS(), Mutual()
-            or EntropyBound(0.01).
+        policy: LLaDA(64, block=32), Dream(64), DreamThreshold(64, 0.9), Threshold(0.9, block=32), Factor(1.0), KLASS(),
+            Mutual() or EntropyBound(0.01).
         temperature: of what is drawn, by autoregressive models too; 0 takes the likeliest token.
         cfg_scale: classifier-free guidance; 0 is off, others double the calls.
         cache: keep keys and values while a block is decoded (of LLaDA and Dream).
