@@ -228,11 +228,11 @@ class Exam:
         self, setting: str, session: Session, tokens: Int[np.ndarray, "m n"], nfe: Int[np.ndarray, " m"], voted: Voted
     ) -> SettingResult:
         """A finished run with its marks."""
-        given = self.recording.given
-        answer = shown_of(tokens, given, ~given, self.read.end_ids)
+        given, valid = self.recording.given, self.recording.valid
+        text = shown_of(tokens, given, valid, self.read.end_ids)
         wins = self.marks(voted.answers)
         return SettingResult(
-            setting, nfe, self.marks(self.answers(tokens)), wins, outputs_of(answer, given, ~given), session
+            setting, nfe, self.marks(self.answers(tokens)), wins, outputs_of(text, given, valid), session
         )
 
     def answers(self, tokens: Int[np.ndarray, "m n"]) -> list[str | None]:
