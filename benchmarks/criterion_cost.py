@@ -44,12 +44,14 @@ NEVER: dict[str, tuple[float, ...]] = {
     "FixedSteps": (LATE,),
     "Full": (),
     "JoT": (HUGE,),
+    "Mutual": (1.0, LATE, 0.0),
     "Never": (),
     "NormConvergence": (TINY,),
     "Prophet": (HUGE, HUGE, HUGE),
     "SchED": (HUGE, HUGE),
     "StableAndConfident": (LATE,),
     "Stop": (0.0,),
+    "VoteDecided": (),
 }
 """Arguments with which a rule looks at every step and never fires; those by a head are given its folder first."""
 NOWHERE = "0" * 64
@@ -74,7 +76,12 @@ def rules(settings: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Crite
 
 def _rule(made: Any, folder: str, settings: tuple[float, ...]) -> Criterion:
     arguments = (folder, *settings) if issubclass(made, ByHead) else settings
-    return made(*arguments)
+    return made(*arguments).reading(_no_answers)
+
+
+def _no_answers(tokens: Any, generated: Any, valid: Any, parser: str) -> list[None]:
+    """In place of the texts, which the rule reads at their own cost: of the vote alone."""
+    return [None] * len(tokens)
 
 
 def _head(settings: Mapping[str, Any]) -> Head:

@@ -36,6 +36,7 @@ from cdlm.halting import (
     FromStep,
     Full,
     JoT,
+    Mutual,
     Never,
     NormConvergence,
     Patience,
@@ -52,6 +53,7 @@ RULES = (
     For(NormConvergence(0.3), 2),
     FromStep(KL(0.5, warmup=0.0), 3) | Entropy(0.2),
     StableAndConfident(1, 0.3),
+    Mutual(0.5, 2, 0.2),
     JoT(),
     JoT() & Patience(2),
 )

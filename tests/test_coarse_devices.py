@@ -29,6 +29,7 @@ from cdlm.policies.dream import Dream
 from cdlm.policies.entropy import EntropyBound
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
+from cdlm.policies.mutual import Mutual
 from cdlm.sampling.loop import Loop
 from cdlm.sampling.requests import Request, canvases
 
@@ -78,6 +79,7 @@ COMMITTING = [
     Factor(1.0),
     EntropyBound(0.5),
     KLASS(0.9, 0.1),
+    Mutual(0.9, 2, 0.1),
     LLaDA(4),
     Dream(4),
 ]
@@ -108,6 +110,7 @@ WAYS: list[dict[str, Any]] = [
     {}, {"solver": Heun()}, {"solver": TwoStep(), "grid": LogT()}, {"solver": Ancestral(), "commit": Dream(4)},
     {"solver": Renoise(), "grid": Adaptive()}, {"solver": TorchDiffEq("rk4"), "commit": FallingThreshold(0.2)},
     {"commit": KLASS(0.1, 9.0)},
+    {"commit": Mutual(0.1, 1, 9.0)},
 ]  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from cdlm.policies.dream import Dream, DreamThreshold
 from cdlm.policies.entropy import EntropyBound
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
+from cdlm.policies.mutual import Mutual
 from cdlm.policies.policy import Policy
 from cdlm.recording.file import Recording, read_folder
 from cdlm.sampling.recordings import find_recording, recording_of, replayed
@@ -39,6 +40,7 @@ from cdlm.sampling.requests import Request
 N, V, STEPS = 6, 7, 12
 ASK: tuple[Policy, ...] = (
     Threshold(0.8), FallingThreshold(0.95, 0.3, 2.0, 0.5), Factor(0.5), EntropyBound(0.3), KLASS(0.6, 0.2),
+    Mutual(0.6, 2, 0.2), Mutual(0.5, 3, 0.3, "parallel", exempt_first=True),
     LLaDA(STEPS, remasking="random"), Threshold(0.7, block=2), Dream(STEPS, alg="origin"),
 )  # fmt: skip
 FORCED: tuple[Policy, ...] = (LLaDA(), LLaDA(STEPS), DreamThreshold(3))
@@ -113,7 +115,8 @@ def test_of_none_that_is_sure_nothing_is_committed() -> None:
     """A call of a continuous model moves the state without a commit: the run is then the plain one."""
     noisy = Oracle(t_min=0.5)  # never quite sure
     plain = outcomes(setup(None), requests(range(5)), denoiser=noisy)
-    for policy in (Threshold(1.0), Factor(1e-9), EntropyBound(0.0), KLASS(1.0, 0.0), FallingThreshold(1.0, 1.0)):
+    never = Threshold(1.0), Factor(1e-9), EntropyBound(0.0), KLASS(1.0, 0.0), FallingThreshold(1.0, 1.0)
+    for policy in (*never, Mutual(1.0, 10**9)):
         assert outcomes(setup(policy), requests(range(5)), denoiser=noisy) == plain, policy
 
 

@@ -22,6 +22,7 @@ from cdlm.policies.dream import Dream, DreamThreshold
 from cdlm.policies.entropy import EntropyBound
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
+from cdlm.policies.mutual import Mutual
 from cdlm.policies.policy import Policy
 from cdlm.sampling.requests import Request, canvases
 from cdlm.sampling.samples import Samples
@@ -29,7 +30,7 @@ from cdlm.sampling.samples import Samples
 PROMPTS = [[3, 4, 5], [6], [3, 4, 5], [7, None, 8]]
 STILL: list[Policy] = [
     LLaDA(), LLaDA(4, block=4), Dream(), Dream(4, top_p=0.9), Dream(4, alg="topk_margin", alg_temp=0.0),
-    DreamThreshold(4, 0.2), Threshold(0.3), Factor(1.0), EntropyBound(0.5), KLASS(),
+    DreamThreshold(4, 0.2), Threshold(0.3), Factor(1.0), EntropyBound(0.5), KLASS(), Mutual(),
 ]  # fmt: skip
 DRAWING: list[Policy] = [LLaDA(remasking="random"), Dream(8, alg="origin"), Dream(alg_temp=1.0)]
 

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdlm.core.answers import answer_of
 from cdlm.core.errors import CdlmError
 from cdlm.data import arithmetic as grammar
-from cdlm.data.arithmetic import Problem, answer_of, grammar_fingerprint, is_correct, problems
+from cdlm.data.arithmetic import Problem, grammar_fingerprint, is_correct, problems
 from cdlm.data.gsm8k import read_problems
 from cdlm.data.sources import Arithmetic
 from cdlm.data.tokenizer import encode_batch, train_tokenizer

@@ -26,6 +26,7 @@ from cdlm.halting import (
     FromStep,
     Full,
     JoT,
+    Mutual,
     Never,
     NormConvergence,
     Patience,
@@ -40,6 +41,7 @@ from cdlm.policies.dream import Dream, DreamThreshold
 from cdlm.policies.entropy import EntropyBound
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
+from cdlm.policies.mutual import Mutual as MutualPolicy
 from cdlm.policies.policy import Policy
 from cdlm.sampling.requests import Request, canvases
 
@@ -74,6 +76,8 @@ POLICIES: tuple[Policy, ...] = (
     EntropyBound(0.5, block=4),
     KLASS(0.4, 0.5),
     KLASS(0.3, 1.0, block=4),
+    MutualPolicy(0.3, 2, 0.3),
+    MutualPolicy(0.2, 2, 0.5, "parallel", exempt_first=True, block=4),
 )
 STRICT: tuple[Criterion, ...] = (
     Prophet(INF, INF, INF),
@@ -85,6 +89,7 @@ STRICT: tuple[Criterion, ...] = (
     Entropy(1e-300),  # below what a mean can be
     KL(1e-300),
     StableAndConfident(99),
+    Mutual(0.0, 99, INF),
     FixedSteps(99),
     For(Prophet(0.0, 0.0, 0.0), 99) | Patience(99),
     FixedSteps(1) & SchED(INF, INF),
@@ -98,6 +103,7 @@ MIDDLE: tuple[Criterion, ...] = (
     Entropy(1.3),
     KL(0.05, warmup=0.1),
     StableAndConfident(1, 1.6),
+    Mutual(0.2, 2, 0.2),
     FixedSteps(4),
     Patience(1) & Entropy(1.6),
     For(Prophet(1.5, 1.5, 1.5), 2) | FixedSteps(6),
@@ -180,6 +186,7 @@ AT_ONCE: tuple[Criterion, ...] = (
     SchED(-INF, -INF, variant="paper"),
     Entropy(1e9),
     StableAndConfident(0, 1e9),
+    Mutual(0.0, 1, INF),
     FixedSteps(1),
     JoT(0.5, 0.4),
     Prophet(-INF, -INF, -INF) & FixedSteps(1),
@@ -577,7 +584,7 @@ def test_a_broken_model() -> None:
         logits[-1, -1, 4] = math.nan
         return logits
 
-    for policy in (LLaDA(8), Dream(8), Threshold(), KLASS()):
+    for policy in (LLaDA(8), Dream(8), Threshold(), KLASS(), MutualPolicy()):
         assert "not numbers" in refused(policy, [[3]], model=Scripted(broken))
 
 
@@ -633,7 +640,8 @@ def test_an_answer_outside_the_canvas() -> None:
 @both_caches
 def test_what_cannot_be_decoded_with_a_cache(kind: Any) -> None:
     assert "keeps no keys and values" in refused(LLaDA(8), [[3]], model=FLAT, cache=kind)
-    assert "reads whole rows" in refused(KLASS(), [[3]], cache=kind)
+    for policy in (KLASS(), MutualPolicy()):
+        assert "reads whole rows" in refused(policy, [[3]], cache=kind)
     assert "reads whole rows" in refused(Dream(8, pooled=True), [[3]], cache=kind)
     assert "guidance" in refused(LLaDA(8), [[3]], cache=kind, cfg_scale=1.0)
     assert "record" in refused(LLaDA(8), [[3]], cache=kind, record=frozenset({"tokens"}))

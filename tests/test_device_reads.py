@@ -25,6 +25,7 @@ from cdlm.policies.dream import Dream
 from cdlm.policies.entropy import EntropyBound
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
+from cdlm.policies.mutual import Mutual
 from cdlm.sampling.requests import Request, canvases
 
 VALUES = {
@@ -72,7 +73,7 @@ POLICIES = (LLaDA(8), LLaDA(8, remasking="random"), Dream(8), Dream(8, alg_temp=
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("policy", [*POLICIES, KLASS(0.99, 0.0)], ids=repr)
+@pytest.mark.parametrize("policy", [*POLICIES, KLASS(0.99, 0.0), Mutual(0.99, 2, 0.0)], ids=repr)
 def test_a_step_reads_once(policy: Any, temperature: float) -> None:
     for rule in (Full(), Never(), Patience(99), SchED(1e9, 1e9)):
         assert reads_of(unmasking(policy, rule, temperature), 5) == [1] * 5, rule

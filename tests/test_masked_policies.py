@@ -25,6 +25,7 @@ from cdlm.policies.dream import Dream, DreamThreshold, filtered
 from cdlm.policies.entropy import EntropyBound, entropy_bounded
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
+from cdlm.policies.mutual import Mutual
 from cdlm.policies.policy import Policy
 from cdlm.policies.quotas import best, even, falling, ranked, transfer_share, transfer_shares
 from cdlm.sampling.requests import canvases
@@ -252,6 +253,7 @@ BLOCKED: tuple[Policy, ...] = (
     Factor(3.0, block=2),
     EntropyBound(1.0, block=4),
     KLASS(0.2, 2.0, block=2),
+    Mutual(0.2, 2, 0.5, block=2),
 )
 
 
@@ -270,6 +272,7 @@ def test_blocks_are_decoded_from_left_to_right(policy: Any) -> None:
     "policy",
     [
         LLaDA(5), Dream(5), Dream(5, "topk_margin"), Threshold(1.0), Factor(1e-9), EntropyBound(0.0), KLASS(1.0),
+        Mutual(persistence=10**9), Mutual(0.0, 10**9, INF, "parallel"),
         DreamThreshold(5, 1.1),
     ],
     ids=repr,
@@ -536,6 +539,8 @@ def test_a_filter_keeps_the_fewest_that_exceed_its_mass(z: list[float], top_p: f
         (EntropyBound, {"nats": math.nan}, "EntropyBound needs a number nats"),
         (KLASS, {"confidence": 1.5}, "KLASS needs a number 0 <= confidence <= 1"),
         (KLASS, {"nats": -1.0}, "KLASS needs a number nats >= 0"),
+        (Mutual, {"persistence": 0}, "Mutual needs a whole number persistence >= 1"),
+        (Mutual, {"commit": "all"}, "Mutual needs commit to be one of frontier, parallel"),
         (KLASS, {"block": 0}, "KLASS needs a whole number block >= 1"),
         (Constants, {"mask_id": -1}, "mask_id is a token, a whole number >= 0, got -1"),
         (Constants, {"mask_id": 3, "eos_id": 3}, "eos_id and mask_id are both 3"),

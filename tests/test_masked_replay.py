@@ -16,6 +16,7 @@ from cdlm.halting import (
     FromStep,
     Full,
     JoT,
+    Mutual,
     Never,
     NormConvergence,
     Patience,
@@ -29,6 +30,7 @@ from cdlm.policies.confidence import Threshold
 from cdlm.policies.dream import Dream
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
+from cdlm.policies.mutual import Mutual as MutualPolicy
 from cdlm.policies.policy import Policy
 from cdlm.recording.file import Recording
 from cdlm.recording.record import Record
@@ -40,12 +42,12 @@ from tests.masked_toys import MASK, Toy
 
 POLICIES = (
     LLaDA(8), LLaDA(8, block=4), LLaDA(16, block=4), LLaDA(8, remasking="random"), Dream(6), Threshold(0.3, block=4),
-    KLASS(0.2, 0.5),
+    KLASS(0.2, 0.5), MutualPolicy(0.2, 2, 0.5),
 )  # fmt: skip
 RULES = (
     Never(), Full(), FixedSteps(3), Patience(1), Patience(2), Entropy(1.4), KL(0.5, warmup=0.0), Prophet(0.9, 0.8, 0.7),
     SchED(2.0, 0.4), SchED(1.0, 0.5, variant="paper"), StableAndConfident(1, 1.5), For(Entropy(1.6), 2) | FixedSteps(6),
-    FromStep(Patience(1), 4) & Entropy(2.0),
+    FromStep(Patience(1), 4) & Entropy(2.0), Mutual(0.2, 2, 0.3),
 )  # fmt: skip
 PROMPTS = [[3, 4], [5, None, 6, 7], [8]]
 

@@ -23,6 +23,7 @@ from cdlm.policies.dream import Dream
 from cdlm.policies.entropy import EntropyBound
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
+from cdlm.policies.mutual import Mutual
 from cdlm.policies.policy import Policy, enter
 from cdlm.sampling.requests import canvases
 from cdlm.sampling.texts import Special
@@ -31,7 +32,7 @@ PROMPTS = [[3, 4], [5, 6, 7, 8], [9]]
 LENGTH = 8
 POLICIES: tuple[Policy, ...] = (
     LLaDA(8), LLaDA(4, block=4), LLaDA(8, eos_last=True), Dream(8), Dream(8, top_p=0.9, alg_temp=0.5),
-    Threshold(0.4, block=4), EntropyBound(0.5), KLASS(0.3, 1.0),
+    Threshold(0.4, block=4), EntropyBound(0.5), KLASS(0.3, 1.0), Mutual(0.3, 2, 0.5),
 )  # fmt: skip
 RULES: tuple[Criterion, ...] = (Full(), Never(), Patience(2), Entropy(0.5), KL(0.05), Prophet(), SchED(), JoT())
 both_kinds = pytest.mark.parametrize("constants", [PLAIN, SHIFTED], ids=["plain", "shifted"])
@@ -109,7 +110,7 @@ def test_what_else_is_read_changes_no_signal() -> None:
         def __init__(self, *needs: str):
             object.__setattr__(self, "needs", frozenset(needs))
 
-    names = ("tokens", "entropy", "switches", "mean_kl", "span_margin")
+    names = ("tokens", "entropy", "switches", "mean_kl", "max_jsd", "min_confidence", "span_margin")
     runs = [
         list(UnmaskingLoop(Toy(), *unmasking(LLaDA(4), Reads(*names, *more)), 2).steps(canvases([[3, 4], [5]], 4)))
         for more in ((), ("logits",))

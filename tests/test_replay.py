@@ -29,6 +29,7 @@ from cdlm.halting import (
     For,
     FromStep,
     JoT,
+    Mutual,
     Never,
     NormConvergence,
     Patience,
@@ -58,6 +59,7 @@ RULES = (
     Prophet(3.0, 2.0, 1.0),
     SchED(3.0, 1.0),
     SchED(3.0, 1.0, "exp", 2.0, "paper"),
+    Mutual(0.3, 3, 0.3),
     FixedSteps(5),
     For(Entropy(0.8), 2) & Patience(2) | FromStep(NormConvergence(0.3), 9),
 )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from divergences import coarse_jsd
 from heads import HEAD
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -41,6 +42,7 @@ from cdlm.halting import (
     Full,
     JoT,
     Learned,
+    Mutual,
     Never,
     NormConvergence,
     Patience,
@@ -48,6 +50,7 @@ from cdlm.halting import (
     SchED,
     StableAndConfident,
     Stop,
+    VoteDecided,
     parse_criterion,
 )
 from cdlm.halting.signals import SIGNALS, EmbeddingState, StepStatistics, first_past, observe
@@ -55,9 +58,21 @@ from cdlm.sampling.requests import Request
 
 GOLDEN = Path(__file__).parent / "golden" / "diffusion_gemma_stopping"
 N, STEPS = 8, 16
-ROW_SIGNALS = frozenset({"mean_entropy", "mean_kl", "margin", "span_margin", "x0_norm", "z_norm", "score_cosine"})
+ROW_SIGNALS = frozenset(
+    {
+        "mean_entropy", "mean_kl", "max_jsd", "min_confidence", "margin", "span_margin", "x0_norm", "z_norm",
+        "score_cosine",
+    }
+)  # fmt: skip
+
+
+def sum_of_tokens(tokens: np.ndarray, generated: np.ndarray, valid: np.ndarray, parser: str) -> list[str | None]:
+    """Reads an answer off the generated tokens, and none of rows that have another sum."""
+    return [(None, "1", "2", "3")[row[made].sum() % 4] for row, made in zip(tokens, generated, strict=True)]
+
 
 PLAIN = (
+    VoteDecided("fixed").reading(sum_of_tokens),
     Patience(3),
     Entropy(0.15),
     KL(0.005, warmup=0.5),
@@ -65,6 +80,7 @@ PLAIN = (
     AngleConvergence(0.003, warmup=0.5),
     StableAndConfident(1, 0.5),
     StableAndConfident(0, 0.2),
+    Mutual(0.5, 2, 0.05),
     FixedSteps(5),
     Prophet(12.0, 6.0, 3.0),
     Prophet(8.0, 4.0, 3.0, region=(1, 4), one_based=True),
@@ -208,6 +224,8 @@ SWEPT = {
     "FixedSteps": (FixedSteps, {}),
     "Prophet": (Prophet, {}),
     "Prophet of a region": (Prophet, {"region": (1, 4), "one_based": True}),
+    "Mutual": (Mutual, {}),
+    "Mutual, confidence alone": (Mutual, {"persistence": 1, "nats": math.inf}),
     "SchED": (SchED, {}),
     "SchED, linear": (SchED, {"schedule": "linear"}),
     "SchED of the paper": (SchED, {"schedule": "exp", "k": 2.0, "variant": "paper"}),
@@ -265,6 +283,7 @@ def strict_and_loose(draw: Callable) -> tuple[Criterion, Criterion]:
         (AngleConvergence(low, late), AngleConvergence(high, early)),
         (StableAndConfident(many, low), StableAndConfident(few, high)),
         (FixedSteps(many), FixedSteps(few)),
+        (Mutual(late, many, low), Mutual(early, few, high)),
         tuple(Prophet(tau[0], tau[1], tau[2], region) for tau in (strict, loose)),
         tuple(SchED(tau[0], tau[1], schedule, variant=variant) for tau in (strict, loose)),
         (For(Entropy(low), many), For(Entropy(high), few)),
@@ -307,6 +326,8 @@ INFINITE = (
     Entropy(1e-300),
     StableAndConfident(10**9, 1e9),
     StableAndConfident(0, 1e-300),
+    Mutual(0.0, 10**9, math.inf),
+    Mutual(1.0, 1, 0.0),
     FixedSteps(9),
     Prophet(math.inf, math.inf, math.inf),
     Prophet(math.inf, math.inf, math.inf, region=(2, 5)),
@@ -326,7 +347,7 @@ INFINITE = (
 )
 
 
-@pytest.mark.parametrize(("solver", "rules"), [(Euler(), INFINITE), (Heun(), INFINITE[10:14])], ids=["Euler", "Heun"])
+@pytest.mark.parametrize(("solver", "rules"), [(Euler(), INFINITE), (Heun(), INFINITE[12:16])], ids=["Euler", "Heun"])
 def test_infinite_strictness_is_the_plain_run(solver: Solver, rules: tuple[Criterion, ...]) -> None:
     plain = outcome(run(Never(), list(range(4)), 3, solver=solver, steps=8))
     for rule in rules:
@@ -357,6 +378,8 @@ def calls(rule: Criterion, oracle: Oracle | None = None, budget: int = 10) -> se
         (AngleConvergence(2.0, warmup=0.0), 2),
         (AngleConvergence(2.0), 3),
         (StableAndConfident(0, 1e9), 1),
+        (Mutual(0.0, 1, math.inf), 1),
+        (Mutual(0.0, 1, 0.7), 2),
         (FixedSteps(1), 1),
         (FixedSteps(7), 7),
         (Prophet(-math.inf, -math.inf, -math.inf), 1),
@@ -1046,6 +1069,7 @@ def test_signals_are_what_they_say(seed: int, scale: float, v: int, dtype: torch
     assert isinstance(seen.past.logits, Tensor)
     cosine = torch.nn.functional.cosine_similarity(score.flatten(1), seen.past.score.double().flatten(1))
     kl = mean(divergences(logits, seen.past.logits.double()), open_)
+    most = coarse_jsd(logits, seen.past.logits.double()).masked_fill(~open_, 0).amax(1)
     switched = (ordered.indices[..., 0] != seen.past.logits.argmax(-1)) | first[:, None]
     expected = {
         "logits": logits, "x0": x0, "z": z, "score": score, "tokens": ordered.indices[..., 0],
@@ -1054,7 +1078,8 @@ def test_signals_are_what_they_say(seed: int, scale: float, v: int, dtype: torch
         "mean_entropy": mean(entropies(logits), open_), "mean_kl": torch.where(first, math.inf, kl),
         "margin": mean(margin, open_), "span_margin": mean(margin, seen.target),
         "z_norm": mean(z.norm(dim=-1), open_) / 2, "x0_norm": mean(x0.norm(dim=-1), open_) / 2,
-        "score_cosine": torch.where(first, math.nan, cosine),
+        "score_cosine": torch.where(first, math.nan, cosine), "max_jsd": torch.where(first, math.inf, most),
+        "min_confidence": logits.softmax(-1).amax(-1).masked_fill(~open_, 1).amin(1),
     }  # fmt: skip
     assert set(expected) == set(signals) == set(SIGNALS)
     for name, value in expected.items():

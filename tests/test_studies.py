@@ -332,10 +332,23 @@ def test_a_masked_model_is_refused_before_any_work(
     assert "\n" not in str(caught.value)
 
 
-def test_a_continuous_model_has_no_policies_to_study(run: str, masked_run: str) -> None:
-    study: Any = studies.make("accuracy", models=[masked_run, run], n=2, new_tokens=4, steps=[1])
-    with pytest.raises(CdlmError, match="policy is a setting of masked models"):
-        study.find()
+def test_a_continuous_model_answers_beside_a_masked_one(run: str, masked_run: str, tmp_path: Path) -> None:
+    """Its policies say what it commits; a rule and a policy of one name are two lines."""
+    short = tmp_path / "short.jsonl"
+    short.write_text(2 * (json.dumps({"question": "2 + 2", "answer": "2 + 2 = 4.\n#### 4"}) + "\n"), encoding="utf-8")
+    names: dict[str, Any] = {
+        "problems": short,
+        "rules": ["FixedSteps(2)", "Mutual"],
+        "policies": ["Mutual", "Threshold(0.5)"],
+    }
+    study: Any = studies.make("accuracy", models=[masked_run, run], n=2, new_tokens=4, budget=5, **names)
+    exam = study.exam(run)
+    assert exam.decoded(Threshold(0.5)).session.sampling.commit == Threshold(0.5)
+    assert exam.session.sampling.steps == 5
+    found = study.find()
+    lines = [row["rule or policy"] for row in found.table]
+    assert lines == ["full budget", "FixedSteps(2)", "Mutual", "Mutual (policy)", "Threshold(0.5)"] * 2
+    assert all(0.0 <= row["voted"] <= 1.0 for row in found.rows)
 
 
 @pytest.mark.parametrize("base", ["LLaDA", "Dream"])
@@ -476,3 +489,12 @@ def test_pictures_refuse_to_be_empty_and_draw_bands_and_categories(tmp_path: Pat
 def test_a_finding_is_a_table_in_markdown() -> None:
     found = Finding([{"a": 1}], [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}], "What it says.", [])
     assert found.markdown == "| a | b |\n| --: | --: |\n| 1 | 2 |\n| 3 | 4 |\n\nWhat it says.\n"
+
+
+def test_padding_before_a_prompt_is_no_end_of_its_answer(masked_run: str) -> None:
+    """Prompts of several lengths stand behind padding, which may read as an end of text."""
+    study: Any = studies.make("accuracy", models=[masked_run], n=6, new_tokens=5, steps=[1, 3], rules=[], policies=[])
+    exam = study.exam(masked_run)
+    samples = exam.session.run(exam.requests)
+    assert not samples.valid.all()
+    assert exam.full.made.tolist() == samples.output_tokens.tolist()

@@ -23,6 +23,7 @@ from cdlm.core.rng import PositionNoise, StepNoise, generator
 from cdlm.core.trees import Columns, join, take
 from cdlm.core.types import Condition, Decision, LoopStep, NewRows, Prediction, RowCounts, StepState
 from cdlm.halting.signals import (
+    DIVERGENCES,
     RECORDED,
     SIGNALS,
     EmbeddingState,
@@ -298,7 +299,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         self.denoiser, self.sampling = denoiser, sampling
         self._check_reopen()
         policy = frozenset() if sampling.commit is None else sampling.commit.needs - sampling.commit.spared
-        self.needs = options.needs | (policy & {"mean_kl"})
+        self.needs = options.needs | (policy & DIVERGENCES)
         """Signals of a step: those that are read, and those whose past the policy needs."""
         self.glanced = self.needs | policy
         """And those that the policy reads."""

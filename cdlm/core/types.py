@@ -183,6 +183,8 @@ class Signals:
     switches: Int[Tensor, " b"]
     mean_entropy: Float[Tensor, " b"]
     mean_kl: Float[Tensor, " b"]
+    max_jsd: Float[Tensor, " b"]
+    min_confidence: Float[Tensor, " b"]
     margin: Float[Tensor, " b"]
     span_margin: Float[Tensor, " b"]
     z_norm: Float[Tensor, " b"]

@@ -21,12 +21,11 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Float64
 
+from cdlm.core.answers import MARK, answer_of, number_of
 from cdlm.core.errors import CdlmError
 
 SEPARATOR = "\n"
 """Between the prompt and the completion of a document; the first one counts."""
-MARK = "####"
-"""Stands before the answer, as in GSM8K."""
 LARGEST = 99
 """Numbers of generated problems lie in 1..LARGEST, unless the caller wants smaller ones."""
 
@@ -77,8 +76,6 @@ _SIGNS: Mapping[str, Callable[[int, int], int]] = {
 
 _HELD_OUT = 16  # of 256 values of the hash's first byte
 
-_NUMBER = re.compile(r"(-?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.([0-9]*))?")
-
 _T = TypeVar("_T")
 
 
@@ -115,23 +112,13 @@ def check_largest(largest: int) -> None:
         raise CdlmError(f"largest: expected a number from 10 to {LARGEST}, got {largest}")
 
 
-def answer_of(text: str) -> str | None:
-    """The number that a text gives as its answer: all that follows the first "####" on its line.
-
-    Blanks around it, "$" and the commas of thousands do not count, nor do zeros that change nothing: "$1,200.0",
-    "1200." and "01200" are "1200". None if there is no mark or no number, or something else beside the number.
-    """
-    _, mark, rest = text.partition(MARK)
-    return _canonical(re.split(r"[\r\n]", rest, maxsplit=1)[0]) if mark else None
-
-
 def is_correct(text: str, answer: str) -> bool:
     """Whether the text's answer is this number.
 
     Raises:
         CdlmError: `answer` is not a number.
     """
-    if (expected := _canonical(answer)) is None:
+    if (expected := number_of(answer)) is None:
         raise CdlmError(f"expected a number as the answer to compare with, got {answer!r}; give digits, such as '19'")
     return answer_of(text) == expected
 
@@ -143,7 +130,7 @@ def right(texts: Sequence[str], answers: Sequence[str]) -> Float64[np.ndarray, "
 
 def is_number(text: object) -> bool:
     """Whether this is the text of a number, as answers are."""
-    return isinstance(text, str) and _canonical(text) is not None
+    return isinstance(text, str) and number_of(text) is not None
 
 
 def grammar_fingerprint() -> str:
@@ -206,13 +193,3 @@ def _draw(rng: np.random.Generator, slot: str, most: int) -> int:
 
 def _pick(rng: np.random.Generator, options: tuple[_T, ...]) -> _T:
     return options[int(rng.integers(len(options)))]
-
-
-def _canonical(text: str) -> str | None:
-    """One spelling for each number; None if the text is not a number."""
-    match = _NUMBER.fullmatch(text.replace("$", "").strip())
-    if match is None:
-        return None
-    sign, whole, fraction = match[1], match[2].replace(",", "").lstrip("0") or "0", (match[3] or "").rstrip("0")
-    number = f"{whole}.{fraction}" if fraction else whole
-    return number if number == "0" else sign + number

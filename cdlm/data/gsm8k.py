@@ -6,8 +6,9 @@ The answer's lines are the reasoning, with calculator annotations such as `<<16-
 import re
 from pathlib import Path
 
+from cdlm.core.answers import MARK, answer_of
 from cdlm.core.errors import CdlmError
-from cdlm.data.arithmetic import MARK, Problem, answer_of
+from cdlm.data.arithmetic import Problem
 from cdlm.data.sources import jsonl_rows, text_of
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")

@@ -27,7 +27,7 @@ from cdlm.halting.replay import replay
 from cdlm.recording.file import Recording
 from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import Request
-from cdlm.sampling.session import Session
+from cdlm.sampling.session import Session, reading
 from cdlm.sampling.texts import given_spans, outputs_of, shown_of, texts_of
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Outcome:
         if recording is None or session.criterion.freezes:
             samples = session.run(requests)
             return Outcome(samples.tokens, samples.nfe)
-        run = replay(recording, session.criterion)
+        run = replay(recording, reading(session.criterion, session.model))
         return Outcome(run.tokens, run.nfe)
 
 

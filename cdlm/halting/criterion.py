@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from cdlm.core.checks import Settings, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import AttributeOrProperty, Decision, NewRows, SignalReader, StepState
+from cdlm.halting.voting import ReadAnswers
 
 Memory = Any
 """A nest of row-first tensors; the loop drops, adds and reorders its rows."""
@@ -45,6 +46,13 @@ class Criterion(SignalReader, Settings, ABC):
             settings: of the sampler.
         """
         return
+
+    def reading(self, read: ReadAnswers) -> Criterion:
+        """The same rule, which reads answers of texts in this way if it needs any; most need none.
+
+        Whoever runs a rule asks for it, as the rule's own settings say nothing of the model's tokenizer.
+        """
+        return self
 
     @abstractmethod
     def start(self, rows: NewRows) -> Memory:
@@ -96,6 +104,9 @@ class Pair(Criterion):
     def check_made_for(self, has_weights: Callable[[str], bool], settings: Mapping[str, Any]) -> None:
         self.first.check_made_for(has_weights, settings)
         self.second.check_made_for(has_weights, settings)
+
+    def reading(self, read: ReadAnswers) -> Criterion:
+        return replace(self, first=self.first.reading(read), second=self.second.reading(read))
 
     def start(self, rows: NewRows) -> Memory:
         return self.first.start(rows), self.second.start(rows)
@@ -161,6 +172,9 @@ class For(Criterion):
     def check_made_for(self, has_weights: Callable[[str], bool], settings: Mapping[str, Any]) -> None:
         self.rule.check_made_for(has_weights, settings)
 
+    def reading(self, read: ReadAnswers) -> Criterion:
+        return replace(self, rule=self.rule.reading(read))
+
     def start(self, rows: NewRows) -> Memory:
         runs = torch.zeros_like(rows.open, dtype=torch.int64) if self.freezes else None
         return self.rule.start(rows), torch.zeros_like(rows.budget), runs
@@ -198,6 +212,9 @@ class FromStep(Criterion):
 
     def check_made_for(self, has_weights: Callable[[str], bool], settings: Mapping[str, Any]) -> None:
         self.rule.check_made_for(has_weights, settings)
+
+    def reading(self, read: ReadAnswers) -> Criterion:
+        return replace(self, rule=self.rule.reading(read))
 
     def start(self, rows: NewRows) -> Memory:
         return self.rule.start(rows)

@@ -16,7 +16,7 @@ from cdlm.halting.signals import RECORDED
 from cdlm.recording.file import Recording
 
 FROM_SWITCHES = ("switches", "tokens")
-"""Signals that replay computes from the switches of a recording."""
+"""Signals that replay computes from the switches and commits of a recording."""
 
 
 class Replayed(NamedTuple):
@@ -68,11 +68,11 @@ def states(recording: Recording, needs: frozenset[str]) -> Iterator[StepState]:
     if "switches" in needs:
         signals["switches"] = torch.from_numpy(record.switch_counts())
     t, nfe = torch.from_numpy(np.array(record.t)), torch.from_numpy(record.nfe).long()
-    frames, tokens = _Open(recording), _Tokens(recording) if "tokens" in needs else None
+    frames, tokens = _Open(recording), record.walk(recording.tokens) if "tokens" in needs else None
     for k in range(record.steps):
         now = {name: values[k] for name, values in signals.items()}
         if tokens is not None:
-            now["tokens"] = tokens.after(k)
+            now["tokens"] = torch.from_numpy(next(tokens))
         yield StepState(row, torch.full((m,), k), budget, t[k], nfe[k], frames.at(k), now)
 
 
@@ -121,17 +121,3 @@ class _Open:
         self.now[where[0], where[1]] = False
         self.seen = until
         return self.now
-
-
-class _Tokens:
-    """The most likely tokens of all samples, walked forward step by step."""
-
-    def __init__(self, recording: Recording):
-        self.switches, self.tokens = recording.record.switches, torch.from_numpy(recording.tokens.copy())
-        self.ends = np.searchsorted(self.switches.step, np.arange(recording.record.steps), side="right")
-
-    def after(self, step: int) -> torch.Tensor:
-        part = slice(self.ends[step - 1] if step else 0, self.ends[step])
-        where = [torch.from_numpy(c[part].astype(np.int64)) for c in self.switches[1:]]
-        self.tokens[where[0], where[1]] = where[2]
-        return self.tokens.clone()

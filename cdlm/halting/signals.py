@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +51,8 @@ class Past(NamedTuple):
     """Of those logits: the largest, and the log of the sum of exp(logit - largest); as `StepStatistics.scale`."""
     known: Bool[Tensor, "b n"] | None = None
     """Positions that those logits are of; None where they are all."""
+    top: Int[Tensor, "b n k"] | None = None
+    """Tokens of the `TOP` largest of those logits; without any (k = 0) while no row has a past."""
 
 
 class EmbeddingState(NamedTuple):
@@ -77,12 +80,16 @@ class Sums(NamedTuple):
 
 
 ENTROPIES = frozenset({"entropy", "mean_entropy"})
-SUMMED = ENTROPIES | {"logsumexp", "mean_kl"}
+DIVERGENCES = frozenset({"mean_kl", "max_jsd"})
+"""Signals that compare a step's distributions with those of the step before."""
+SUMMED = ENTROPIES | DIVERGENCES | {"logsumexp", "min_confidence"}
 """Signals that are made from sums over the vocabulary."""
 ROUNDING = 1e-5
 """Of probabilities, as a share: more than float32 loses in a sum over a vocabulary."""
-RANKED = frozenset({"tokens", "switches", "top1", "top2", "margin", "span_margin"})
-"""Signals that are made from the one or two largest logits."""
+RANKED = frozenset({"tokens", "switches", "top1", "top2", "margin", "span_margin", "max_jsd"})
+"""Signals that are made from the largest logits."""
+TOP = 10
+"""Tokens of each of two distributions that `jsd` tells apart: the most likely ones."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +191,49 @@ class StepStatistics:
         # Peaks and logits apart: both are near those of the step before, and the difference of near numbers is exact.
         peak, log = (self.scale - before).unbind(-1)
         kl = (self.plane(self.sums.drift / self.sums.total) - peak - log).clamp(min=0)
-        first = self.step[:, None] == 0
-        new = first if self.past.known is None else first | ~self.past.known
-        return torch.where(new | kl.isnan(), torch.inf, kl)
+        return torch.where(self._new | kl.isnan(), torch.inf, kl)
+
+    @cached_property
+    def jsd(self) -> Float[Tensor, "b n"]:
+        """Jensen-Shannon divergence from the step before in nats, from 0 to ln 2, of distributions in which all tokens
+        that are not among the `TOP` most likely of either step are one; so it is at most that of the whole ones.
+        Infinite where there is nothing before."""
+        past, ids = self.past, self.past.top
+        assert ids is not None
+        assert past.scale is not None
+        before = past.logits.values if isinstance(past.logits, Ragged) else past.logits
+        if before is None or before.numel() == 0 or ids.shape[-1] == 0:
+            return past.scale.new_full(self.open.shape, torch.inf)
+        union = torch.cat([self.most, self.pick(ids)], -1).sort(-1).values
+        fresh = torch.ones_like(union, dtype=torch.bool)
+        fresh[:, 1:] = union[:, 1:] != union[:, :-1]  # a token that is in both counts once
+        place = self._before()
+        scale = self.pick(past.scale).nan_to_num()  # of nothing before: the divergence is infinite, whatever comes out
+        rows = torch.arange(len(union), device=union.device) if place is None else place
+        now = self.flat.gather(1, union) - (self.sums.peak + self.log_total)[:, None]
+        then = before.flatten(0, -2)[rows[:, None], union] - scale.sum(-1, keepdim=True)
+        jsd = self.plane(_jsd(*(_with_rest(logs.exp() * fresh) for logs in (now, then))), torch.inf)
+        return torch.where(self._new | jsd.isnan(), torch.inf, jsd)
+
+    @cached_property
+    def most(self) -> Int[Tensor, "k m"]:
+        """The `TOP` most likely tokens of each position that the logits are of, or all where there are fewer."""
+        vocabulary = self.flat.shape[-1]
+        width, count = _width(vocabulary), min(TOP, vocabulary)
+        if width == vocabulary:
+            return self.flat.topk(count, -1).indices
+        chunks = self.peaks.topk(min(TOP, self.peaks.shape[-1]), -1).indices  # they hold the largest logits
+        # A few positions at a time: nothing is as large as the logits.
+        size = max(1, (2**16 if self.flat.device.type == "cpu" else 2**24) // (TOP * width))
+        pieces = zip(self.flat.split(size), chunks.split(size), strict=True)
+        best = torch.cat([_members(logits, some).topk(count, -1).indices for logits, some in pieces])
+        return (chunks.gather(1, best // width) * width + best % width).clamp(max=vocabulary - 1)
+
+    @property
+    def _new(self) -> Bool[Tensor, "b n"]:
+        """Positions whose distribution at the step before is not known."""
+        first = (self.step == 0)[:, None].expand_as(self.open)
+        return first if self.past.known is None else first | ~self.past.known
 
     @cached_property
     def score(self) -> Float[Tensor, "b n d"]:
@@ -234,11 +281,12 @@ class StepStatistics:
         return values.flatten(0, 1) if self.where is None else values.flatten(0, 1)[self.where.flat]
 
     def kept(self) -> Past:
-        """Of the logits, what the divergence of the next step needs."""
+        """Of the logits, what the divergences of the next step need."""
+        top = self.plane(self.most) if "max_jsd" in self.needs else None
         if self.where is None:
-            return Past(None, None, self.logits, self.scale)
+            return Past(None, None, self.logits, self.scale, None, top)
         known = torch.zeros_like(self.open).flatten().index_fill_(0, self.where.flat, True).view(self.open.shape)
-        return Past(None, None, Ragged(self.flat, self.where.counts), self.scale, known)
+        return Past(None, None, Ragged(self.flat, self.where.counts), self.scale, known, top)
 
     def _sums_of(self, some: Int[Tensor, " m"] | None, needs: frozenset[str]) -> Sums:
         """The sums of some positions that the logits are of, or of all."""
@@ -246,10 +294,25 @@ class StepStatistics:
         values = before.values if isinstance(before, Ragged) else before
         if values is None or values.numel() == 0 or "mean_kl" not in needs:
             return _sums(self.flat, some, None, None, needs)
-        place, known = None, self.past.known
-        if known is not None:  # among the positions of the step before; of one that was not there, anywhere
-            place = self.pick(known.flatten().cumsum(0).view_as(known)).sub_(1).clamp_(min=0)
-        return _sums(self.flat, some, values.flatten(0, -2), place, needs)
+        return _sums(self.flat, some, values.flatten(0, -2), self._before(), needs)
+
+    def _before(self) -> Int[Tensor, " k"] | None:
+        """Of each position that the logits are of, its place among those of the step before; of one that was not there,
+        anywhere. None where they are the same."""
+        known = self.past.known
+        return None if known is None else self.pick(known.flatten().cumsum(0).view_as(known)).sub_(1).clamp_(min=0)
+
+
+def _with_rest(p: Float[Tensor, "k u"]) -> Float[Tensor, "k w"]:
+    """Probabilities of some tokens, and of all others together."""
+    return torch.cat([p, (1 - p.sum(-1, keepdim=True)).clamp(min=0)], -1)
+
+
+def _jsd(p: Float[Tensor, "k u"], q: Float[Tensor, "k u"]) -> Float[Tensor, " k"]:
+    """Jensen-Shannon divergence in nats: (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2."""
+    m = (p + q) / 2
+    parts = torch.special.xlogy(p, p) + torch.special.xlogy(q, q) - 2 * torch.special.xlogy(m, m)
+    return (parts.sum(-1) / 2).clamp(0, math.log(2))
 
 
 def most_likely(logits: Float[Tensor, "*b n v"]) -> Int[Tensor, "*b n"]:
@@ -382,6 +445,8 @@ SIGNALS: Mapping[str, Signal] = MappingProxyType(
         "switches": Signal(_switches),
         "mean_entropy": Signal(lambda step: step.mean(step.entropy), recorded=True),
         "mean_kl": Signal(lambda step: step.mean(step.kl), recorded=True),
+        "max_jsd": Signal(lambda step: step.jsd.masked_fill(~step.open, 0).amax(1).float(), recorded=True),
+        "min_confidence": Signal(lambda step: step.chance.masked_fill(~step.open, 1).amin(1).float(), recorded=True),
         "margin": Signal(lambda step: step.mean(step.margin), recorded=True),
         "span_margin": Signal(lambda step: step.mean(step.margin, step.target), recorded=True),
         "z_norm": Signal(lambda step: step.mean_norm(step.here.z), spatial=True, recorded=True),
@@ -429,21 +494,23 @@ def first_past(needs: frozenset[str], z: Float[Tensor, "b n d"], beside: Past | 
     before = None if beside is None else beside.logits
     vocabulary = before.shape[-1] if isinstance(before, Tensor) else 0
     dtype = z.dtype if beside is None or beside.scale is None else beside.scale.dtype
-    divergence, nothing = "mean_kl" in needs, z.new_empty((0, 0), dtype=dtype)
+    divergence, nothing = not needs.isdisjoint(DIVERGENCES), z.new_empty((0, 0), dtype=dtype)
     logits = Ragged(nothing, (0,) * len(z)) if ragged else z.new_empty((*z.shape[:2], vocabulary), dtype=dtype)
+    size = 0 if beside is None or beside.top is None else beside.top.shape[-1]
     return Past(
         torch.full(z.shape[:2], -1, device=z.device) if "switches" in needs else None,
         torch.full_like(z, torch.nan) if "score_cosine" in needs else None,
         logits if divergence else None,
         z.new_empty((*z.shape[:2], 2), dtype=dtype) if divergence else None,
         torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device) if divergence and ragged else None,
+        torch.zeros((*z.shape[:2], size), dtype=torch.int64, device=z.device) if "max_jsd" in needs else None,
     )
 
 
 def observe(needs: frozenset[str], statistics: StepStatistics) -> tuple[dict[str, Tensor], Past]:
     """The signals in `needs`, and what the next step needs of this one."""
     signals = {name: SIGNALS[name].compute(statistics) for name in sorted(needs)}
-    kept = statistics.kept() if "mean_kl" in needs else Past(None, None, None)
+    kept = Past(None, None, None) if needs.isdisjoint(DIVERGENCES) else statistics.kept()
     return signals, kept._replace(
         tokens=statistics.tokens if "switches" in needs else None,
         score=statistics.score if "score_cosine" in needs else None,

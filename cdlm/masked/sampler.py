@@ -20,6 +20,7 @@ from cdlm.core.rng import PositionNoise
 from cdlm.core.trees import Columns, blank
 from cdlm.core.types import Decision, LoopStep, NewRows, RowCounts, StepState
 from cdlm.halting.signals import (
+    DIVERGENCES,
     RECORDED,
     SIGNALS,
     SPATIAL,
@@ -47,7 +48,7 @@ class UnmaskingSettings:
 
     Args:
         policy: LLaDA(64, block=32), Dream(64), DreamThreshold(64, 0.9), Threshold(0.9, block=32), Factor(1.0), KLASS(),
-            EntropyBound(0.01), CORE(64) or Editing().
+            Mutual(), EntropyBound(0.01), CORE(64) or Editing().
         temperature: of what is drawn, by autoregressive models too; 0 takes the likeliest token.
         cfg_scale: classifier-free guidance; 0 is off, others double the calls.
         cache: keep keys and values while a block is decoded (of LLaDA and Dream).
@@ -326,7 +327,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         if self.refiner is not None and sampling.cfg_scale > 0:
             raise CdlmError(f"{sampling.policy!r} reads a layer that knows no guidance: leave out cfg_scale")
         self.noise = PositionNoise(options.seed) if noise is None else noise
-        self.needs = options.needs | (sampling.policy.needs & {"mean_kl"})
+        self.needs = options.needs | (sampling.policy.needs & DIVERGENCES)
         """Signals of a step: those that are read, and those whose past the policy needs."""
         self.scope = scope_of(self.needs, self.options.halts, sampling.policy.keeps, sampling.policy.revises)
         mask = () if sampling.quirks.propose_mask else (model.constants.mask_id,)

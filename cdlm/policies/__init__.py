@@ -9,11 +9,12 @@ from cdlm.policies.editing import Editing
 from cdlm.policies.entropy import EntropyBound
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
+from cdlm.policies.mutual import Mutual
 from cdlm.policies.policy import Policy
 
 POLICIES: Registry[Policy] = Registry(
     "policy", Policy,
-    LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS, CORE, Editing, Adjust,
+    LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS, Mutual, CORE, Editing, Adjust,
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from cdlm.sampling.requests import Request
 from cdlm.sampling.samples import Samples, spans_of
 from cdlm.sampling.session import Session
 from cdlm.sampling.texts import ends_of, save_tokenizer, shown_of, special_of, texts_of
+from cdlm.sampling.voting import AnswerReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -126,7 +127,8 @@ def _full(recording: Recording, run: Replayed, criterion: Criterion) -> Bool[np.
 
 def replayed(recording: Recording, criterion: Criterion, tokenizer: PreTrainedTokenizerFast) -> Samples:
     """The samples that a live run with the rule would have given."""
-    run, ends = replay(recording, criterion), ends_of_recording(recording, tokenizer)
+    ends = ends_of_recording(recording, tokenizer)
+    run = replay(recording, criterion.reading(AnswerReader(tokenizer, ends)))
     shown = shown_of(run.tokens, recording.given, recording.valid, ends)
     full = ~run.halted & _full(recording, run, criterion)
     reasons = [

@@ -24,6 +24,7 @@ from cdlm.sampling.prompts import Message, Prompt, checked_prompts
 from cdlm.sampling.requests import Asked, Request, check_requests, check_run, firsts
 from cdlm.sampling.requests import requests as row_requests
 from cdlm.sampling.samples import Samples, collect
+from cdlm.sampling.voting import AnswerReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -461,8 +462,14 @@ def serve(
     progress: bool = False,
 ) -> Samples:  # fmt: skip
     """The samples of some requests, drawn in this process."""
+    options = replace(options, criterion=reading(options.criterion, model))
     loop = sampling.loop(model, options, model.batch_size if batch_size is None else batch_size)
     return run_loop(loop, model, requests, progress, record=options.record >= sampling.recorded)
+
+
+def reading(rule: Criterion, model: Model) -> Criterion:
+    """The rule as it reads this model's answers, if it reads any."""
+    return rule if model.tokenizer is None else rule.reading(AnswerReader(model.tokenizer, model.end_ids))
 
 
 def run_loop(

@@ -1,4 +1,4 @@
-"""Right answers over calls: halting rules and unmasking policies of masked models on a task with answers."""
+"""Right answers over calls: halting rules and policies on a task with answers, by the final texts and by votes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from cdlm.core.checks import check_whole
+from cdlm.core.answers import number_of
+from cdlm.core.checks import MOST_STEPS, check_whole
 from cdlm.core.stats import Scores, bootstrap
-from cdlm.data.arithmetic import Problem, problems, right
+from cdlm.data.arithmetic import Problem, problems
 from cdlm.data.gsm8k import read_problems
-from cdlm.evaluation.bench import Outcome
 from cdlm.evaluation.metrics.aup import aup
 from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.halting import Criterion, Full, sweep
 from cdlm.halting.losses import Binary
+from cdlm.halting.replay import replay
+from cdlm.halting.voting import Vote
 from cdlm.policies import sweep_policy
 from cdlm.policies.policy import Policy
 from cdlm.recording.file import Recording
 from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import Request
-from cdlm.sampling.session import Session
-from cdlm.sampling.texts import outputs_of, shown_of, special_of, texts_of
+from cdlm.sampling.session import Session, reading
+from cdlm.sampling.texts import outputs_of, shown_of, special_of
+from cdlm.sampling.voting import AnswerReader, StepAnswers, Voted
 from cdlm.studies.study import Finding, Study, column, ends, interval, label
 
 NOTE = (
@@ -38,8 +41,9 @@ NOTE = (
     " and the setting does not, with the exact binomial bound at 95 % confidence. Speed-up: calls of the full run over"
     " calls. TPF, tokens per forward: tokens of all answers, up to their ends and with them, over all calls. AUP: the"
     " area under accuracy (in per cent) over TPF, of all settings of a rule or policy and the full run, where an answer"
-    " counts less the further its setting is from the best of the study (d3LLM). Wall time: of one run of the first"
-    " problems."
+    " counts less the further its setting is from the best of the study (d3LLM). Voted: right answers by the vote of"
+    " all steps taken, weighted as `vote` says (temporal self-consistency), at no call. Wall time: of one run of the"
+    " first problems."
 )
 FULL = "full budget"
 CONFIDENCE = 0.95
@@ -52,6 +56,8 @@ class SettingResult(NamedTuple):
     nfe: Int[np.ndarray, " m"]
     right: Float[np.ndarray, " m"]
     """1.0 where the answer is right."""
+    voted: Float[np.ndarray, " m"]
+    """1.0 where the answer that the steps have voted for is right."""
     made: Int[np.ndarray, " m"]
     """Tokens of the answer, its end included."""
     session: Session
@@ -63,11 +69,13 @@ class Accuracy(Study):
     """How many calls can be saved before answers go wrong?
 
     Args:
-        rules: names to sweep, or whole rules, on the base policy with one step for each position.
+        rules: names to sweep, or whole rules, of masked models on the base policy with one step for each position.
         policies: names to sweep, or whole policies, with the rule Full.
-        base: policy of the full run, LLaDA or Dream.
-        new_tokens: positions after each prompt.
+        base: policy of the full run of a masked model, LLaDA or Dream.
+        new_tokens: of a masked model, positions after each prompt; a continuous one fills its row.
         block: positions of a block, of the base policy.
+        budget: steps of the full run of a continuous model.
+        vote: weights of the steps' votes on the answer, which grow from step to step if linear or exponential.
         problems: JSONL file in the format of GSM8K; without one, generated arithmetic that no training split holds.
         steps: difficulties of the generated problems.
         largest: of their numbers.
@@ -82,6 +90,8 @@ class Accuracy(Study):
     base: Literal["LLaDA", "Dream"]
     new_tokens: int
     block: int | None
+    budget: int
+    vote: Literal["fixed", "linear", "exponential"]
     problems: Path | None
     steps: list[int]
     largest: int
@@ -97,9 +107,16 @@ class Accuracy(Study):
             return read_problems(self.problems)[: self.n]
         return list(problems(self.n, self.seed, "valid", tuple(self.steps), self.largest))
 
+    @property
+    def policy_names(self) -> list[str]:
+        """What the policies are called in the table: some rules have the same names."""
+        return [f"{text} (policy)" if text in self.rules else text for text in self.policies]
+
     def check(self) -> None:
         super().check()
         check_whole("a study that chooses on one half of the problems", least=2, n=self.n)
+        check_whole("a full run", largest=MOST_STEPS, budget=self.budget)
+        Vote(self.vote)
         for rule in self.rules:
             sweep(rule, self.new_tokens)
         for policy in self.policies:
@@ -113,16 +130,19 @@ class Accuracy(Study):
             table += shown(own)
             panels += [
                 panel(f"{exam.model}: {kind}", [row for row in own if row["family"] in (FULL, *names)])
-                for kind, names in (("rules", self.rules), ("policies", self.policies))
+                for kind, names in (("rules", self.rules), ("policies", self.policy_names))
             ]
         return Finding(rows, table, NOTE.replace("`max_drop`", f"{self.max_drop:.1%}"), panels)
 
     def exam(self, model: str) -> Exam:
-        """The problems put to a model, which is decoded at temperature 0."""
+        """The problems put to a model; a masked one is decoded at temperature 0."""
+        masked = self.session(model).sampling.family == "masked"
         policy = f"{self.base}({self.new_tokens}, block={self.block})"
-        session = self.session(model, policy=policy, temperature=0.0)
+        how = {"policy": policy, "temperature": 0.0} if masked else {"steps": self.budget}
+        session = self.session(model, **how)
         prompts = [problem.prompt + self.separator for problem in self.tasks]
-        return Exam(label(model), session, session.requests(prompts, new_tokens=self.new_tokens), self.tasks, self.live)
+        requests = session.requests(prompts, new_tokens=self.new_tokens if masked else None)
+        return Exam(label(model), session, requests, self.tasks, Vote(self.vote), self.live)
 
     def measure(self, exam: Exam) -> list[dict[str, Any]]:
         """Every setting on one model."""
@@ -139,8 +159,8 @@ class Accuracy(Study):
         """Each rule and each policy with all its settings, from strict to loose."""
         for text in self.rules:
             yield text, [exam.under(rule) for rule in sweep(text, exam.recording.record.steps)]
-        for text in self.policies:
-            yield text, [exam.decoded(policy) for policy in sweep_policy(text)]
+        for text, name in zip(self.policies, self.policy_names, strict=True):
+            yield name, [exam.decoded(policy) for policy in sweep_policy(text)]
 
 
 @dataclass(frozen=True)
@@ -150,6 +170,7 @@ class Exam:
     Args:
         model: what it is called.
         session: the full run.
+        vote: of the steps, on the answer.
         live: problems that wall time is taken of.
     """
 
@@ -157,6 +178,7 @@ class Exam:
     session: Session
     requests: Sequence[Request]
     tasks: Sequence[Problem]
+    vote: Vote
     live: int
 
     @cached_property
@@ -166,6 +188,17 @@ class Exam:
         return recording_of(session.run(self.requests), session)
 
     @cached_property
+    def read(self) -> AnswerReader:
+        """Reads the answers of texts."""
+        tokenizer = self.session.model.need_tokenizer()
+        return AnswerReader(tokenizer, special_of(tokenizer).end_ids)
+
+    @cached_property
+    def said(self) -> StepAnswers:
+        """The answers of the full run at each of its steps."""
+        return StepAnswers.of(self.recording, self.read, self.vote.parser)
+
+    @cached_property
     def full(self) -> SettingResult:
         """The full run."""
         return self.under(self.session.criterion)
@@ -173,20 +206,43 @@ class Exam:
     def under(self, rule: Criterion) -> SettingResult:
         """All problems under a rule, replayed where it can be."""
         session = self.session.with_criterion(rule)
-        return self.result(repr(rule), session, Outcome.under(session, self.requests, self.recording))
+        if rule.freezes:
+            return self.run(repr(rule), session)
+        run = replay(self.recording, reading(rule, session.model))
+        voted = self.said.vote(self.vote, run.steps - 1, self.answers(run.tokens))
+        return self.result(repr(rule), session, run.tokens, run.nfe, voted)
 
     def decoded(self, policy: Policy) -> SettingResult:
-        """All problems decoded with another policy, until nothing is masked."""
-        sampling = self.session.sampling.with_flat(policy=policy)
-        session = self.session.with_sampling(sampling).with_criterion(Full())
-        return self.result(repr(policy), session, Outcome.under(session, self.requests))
+        """All problems with another policy, until nothing is open."""
+        name = "policy" if self.session.sampling.family == "masked" else "commit"
+        sampling = self.session.sampling.with_flat(**{name: policy})
+        return self.run(repr(policy), self.session.with_sampling(sampling).with_criterion(Full()))
 
-    def result(self, setting: str, session: Session, outcome: Outcome) -> SettingResult:
+    def run(self, setting: str, session: Session) -> SettingResult:
+        """All problems, drawn from the model."""
+        samples = session.recorded().run(self.requests)
+        voted = StepAnswers.of(samples, self.read, self.vote.parser).vote(self.vote)
+        return self.result(setting, session, samples.tokens, samples.nfe, voted)
+
+    def result(
+        self, setting: str, session: Session, tokens: Int[np.ndarray, "m n"], nfe: Int[np.ndarray, " m"], voted: Voted
+    ) -> SettingResult:
         """A finished run with its marks."""
-        tokenizer, given = self.session.model.need_tokenizer(), self.recording.given
-        answer = shown_of(outcome.tokens, given, ~given, special_of(tokenizer).end_ids)
-        marks = right(texts_of(tokenizer, outcome.tokens, answer), [problem.answer for problem in self.tasks])
-        return SettingResult(setting, outcome.nfe, marks, outputs_of(answer, given, ~given), session)
+        given, valid = self.recording.given, self.recording.valid
+        text = shown_of(tokens, given, valid, self.read.end_ids)
+        wins = self.marks(voted.answers)
+        return SettingResult(
+            setting, nfe, self.marks(self.answers(tokens)), wins, outputs_of(text, given, valid), session
+        )
+
+    def answers(self, tokens: Int[np.ndarray, "m n"]) -> list[str | None]:
+        """What the texts give as their answers."""
+        return self.read(tokens, ~self.recording.given, self.recording.valid, self.vote.parser)
+
+    def marks(self, answers: Sequence[str | None]) -> Float[np.ndarray, " m"]:
+        """1.0 where an answer is right."""
+        expected = (number_of(problem.answer) for problem in self.tasks)
+        return np.array([one == other for one, other in zip(answers, expected, strict=True)], np.float64)
 
     def seconds(self, session: Session) -> float:
         """Wall time of the first `live` problems, in one process and without a record."""
@@ -210,6 +266,7 @@ class Exam:
             "problems": m,
             **ends("accuracy", Scores(right, ones).bootstrap()),
             **ends("drop", drop),
+            **ends("voted", Scores(result.voted[second], ones).bootstrap()),
             "lost": lost.value,
             "lost_upper": lost.at_most(CONFIDENCE),
             **ends("calls", Scores(calls, ones).bootstrap()),
@@ -252,6 +309,7 @@ def _line(row: Mapping[str, Any]) -> dict[str, str]:
         "setting": row["setting"],
         "n": str(row["problems"]),
         "accuracy": interval(row, "accuracy", ".1%"),
+        "voted": interval(row, "voted", ".1%"),
         "drop": interval(row, "drop", "+.1%"),
         "lost": f"{row['lost']:.1%}, at most {row['lost_upper']:.1%}",
         "calls": interval(row, "calls", ".1f"),

@@ -5,17 +5,20 @@ from cdlm.halting.criterion import And, Criterion, For, FromStep, Or
 from cdlm.halting.rules.distribution import KL, Entropy, StableAndConfident
 from cdlm.halting.rules.learned import Learned, Stop
 from cdlm.halting.rules.margin import JoT, Prophet, SchED
+from cdlm.halting.rules.mutual import Mutual
 from cdlm.halting.rules.state import AngleConvergence, NormConvergence
 from cdlm.halting.rules.steps import FixedSteps, Full, Never
 from cdlm.halting.rules.tokens import Patience
+from cdlm.halting.rules.voting import VoteDecided
 
 RULES: Registry[Criterion] = Registry(
     "halting rule", Criterion,
-    Patience, Entropy, KL, NormConvergence, AngleConvergence, StableAndConfident, Prophet, SchED, JoT, Learned, Stop,
-    FixedSteps, Full, Never, For, FromStep, And, Or,
+    Patience, Entropy, KL, NormConvergence, AngleConvergence, StableAndConfident, Mutual, Prophet, SchED, JoT,
+    VoteDecided, Learned, Stop, FixedSteps, Full, Never, For, FromStep, And, Or,
 )  # fmt: skip
 
 __all__ = [
     "KL", "RULES", "And", "AngleConvergence", "Entropy", "FixedSteps", "For", "FromStep", "Full", "JoT", "Learned",
-    "Never", "NormConvergence", "Or", "Patience", "Prophet", "SchED", "StableAndConfident", "Stop",
+    "Mutual", "Never", "NormConvergence", "Or", "Patience", "Prophet", "SchED", "StableAndConfident", "Stop",
+    "VoteDecided",
 ]  # fmt: skip
