@@ -14,7 +14,8 @@ from cdlm.policies.policy import Policy
 
 POLICIES: Registry[Policy] = Registry(
     "policy", Policy,
-    LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS, Mutual, CORE, Editing, Adjust,
+    LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS, Mutual, CORE,
+    Editing, Adjust,
 )  # fmt: skip
 
 
