@@ -146,7 +146,8 @@ def resolve(name: str) -> object:
 def commands_of(page: str) -> list[list[str]]:
     """The words of every `cdlm` command in the code blocks of a page, without comments and "..."; S is any seed."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    shown = "\n".join(re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    shown = "\n".join(block for language, block in blocks if not language).replace("\\\n", " ")
     lines = (_LAUNCHER.sub("", line) for line in shown.splitlines())
     parts = (part for line in lines for part in line.split("&&") if part.strip().startswith("cdlm "))
     words = ([word for word in shlex.split(part, comments=True)[1:] if word != "..."] for part in parts)

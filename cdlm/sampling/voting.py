@@ -152,7 +152,8 @@ def kept(run: Run) -> Record:
 class Voters(NamedTuple):
     """The samples of a run, in order."""
 
-    index: Int[np.ndarray, " m"]
+    number: Int[np.ndarray, " m"]
+    """Index of each sample in the run."""
     generated: Bool[np.ndarray, "m n"]
     valid: Bool[np.ndarray, "m n"]
     """False on padding."""
@@ -162,8 +163,8 @@ class Voters(NamedTuple):
         """Those of a run to come."""
         rows = [torch.ones_like(r.given) if r.valid is None else r.valid for r in requests]
         given = torch.stack([request.given for request in requests])
-        index = np.array([request.index for request in requests])
-        return Voters(index, (~given).numpy(), torch.stack(rows).numpy())
+        number = np.array([request.index for request in requests])
+        return Voters(number, (~given).numpy(), torch.stack(rows).numpy())
 
 
 class Poll(ABC):
@@ -174,8 +175,8 @@ class Poll(ABC):
 
     def __init__(self, vote: Vote, voters: Voters):
         self.vote, self.voters = vote, voters
-        self.place = {index: i for i, index in enumerate(voters.index.tolist())}
-        self.seen = np.zeros(len(voters.index), np.int64)
+        self.place = {index: i for i, index in enumerate(voters.number.tolist())}
+        self.seen = np.zeros(len(voters.number), np.int64)
 
     def watch(self, steps: Iterable[LoopStep]) -> Iterator[LoopStep]:
         """The same steps, whose votes are cast as they pass.
@@ -211,7 +212,7 @@ class AnswerPoll(Poll):
 
     def __init__(self, vote: Vote, voters: Voters, read: AnswerReader):
         super().__init__(vote, voters)
-        self.read, self.ballots = read, Ballots.of(len(voters.index))
+        self.read, self.ballots = read, Ballots.of(len(voters.number))
 
     def add(
         self, columns: Int[np.ndarray, " b"], tokens: Int[np.ndarray, "b n"], weights: Float[np.ndarray, " b"]
