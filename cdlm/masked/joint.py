@@ -29,7 +29,7 @@ from cdlm.masked.model import LayeredModel
 from cdlm.masked.sampler import Unmasking, UnmaskingLoop
 from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.requests import Request, stack_masks
-from cdlm.sampling.session import Model
+from cdlm.sampling.session import Session
 
 WEIGHTS, ABOUT, VERSION = "sampler_layer.safetensors", "sampler_layer.json", 1
 FEWEST, HELD_OUT = 16, 0.1
@@ -104,17 +104,18 @@ class LayerFitting(Settings):
         check_number("a sampler layer", above=0, most=1, lr=self.lr)
 
 
-def layered(model: Model) -> LayeredModel:
-    """The model, if a layer can be put on top of it.
+def layered(session: Session) -> tuple[LayeredModel, Unmasking]:
+    """The model, if a layer can be put on top of it, and how it is sampled.
 
     Raises:
         CdlmError: it is none of our own masked models, LLaDA or Dream.
     """
-    if not isinstance(model, LayeredModel):
+    model, sampling = session.model, session.sampling
+    if not (isinstance(model, LayeredModel) and isinstance(sampling, Unmasking)):
         raise CdlmError(
             f"a sampler layer is for one of our own masked models, LLaDA or Dream, and {model.name} is none"
         )
-    return model
+    return model, sampling
 
 
 class Trajectories(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -135,8 +135,8 @@ class Accuracy(Study):
         return Finding(rows, table, NOTE.replace("`max_drop`", f"{self.max_drop:.1%}"), panels)
 
     def exam(self, model: str) -> Exam:
-        """The problems put to a model; a masked one is decoded at temperature 0."""
-        masked = self.session(model).sampling.family == "masked"
+        """The problems put to a model; one that has policies of masks is decoded at temperature 0."""
+        masked = name_of_policies(self.session(model)) == "policy"
         policy = f"{self.base}({self.new_tokens}, block={self.block})"
         how = {"policy": policy, "temperature": 0.0} if masked else {"steps": self.budget}
         session = self.session(model, **how)
@@ -214,8 +214,7 @@ class Exam:
 
     def decoded(self, policy: Policy) -> SettingResult:
         """All problems with another policy, until nothing is open."""
-        name = "policy" if self.session.sampling.family == "masked" else "commit"
-        sampling = self.session.sampling.with_flat(**{name: policy})
+        sampling = self.session.sampling.with_flat(**{name_of_policies(self.session): policy})
         return self.run(repr(policy), self.session.with_sampling(sampling).with_criterion(Full()))
 
     def run(self, setting: str, session: Session) -> SettingResult:
@@ -332,3 +331,8 @@ def panel(title: str, rows: Sequence[Mapping[str, Any]]) -> Panel:
 
 
 STUDY = Accuracy
+
+
+def name_of_policies(session: Session) -> str:
+    """The setting that takes a policy: of masks, or of commits."""
+    return "policy" if any(field.name == "policy" for field in fields(session.sampling.flat)) else "commit"

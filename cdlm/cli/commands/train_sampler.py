@@ -10,7 +10,7 @@ from cdlm.core.devices import DeviceOptions
 from cdlm.core.files import check_places
 from cdlm.core.progress import meter, to_stderr
 from cdlm.masked.joint import ABOUT, Fitter, LayerFitting, layered, trajectories, write_layer
-from cdlm.masked.sampler import Unmasking, UnmaskingSettings
+from cdlm.masked.sampler import UnmaskingSettings
 
 PROMPTS, FITTING, MACHINE = PromptOptions(n=512), LayerFitting(), DeviceOptions()
 UNMASKING = UnmaskingSettings()
@@ -39,8 +39,7 @@ def train_sampler(
     check_places(out / ABOUT)
     shown, settings = not machine.quiet, flat_settings(unmasking)
     with open_session(run, seed=prompts.seed, device=machine.device, progress=shown, **settings) as session:
-        model, sampling = layered(session.model), session.sampling
-        assert isinstance(sampling, Unmasking)  # of every masked model
+        model, sampling = layered(session)
         requests, _ = asked(session, texts, prompts)
         with meter(len(requests), "texts to learn from", shown) as drawn:
             size = batch_size or model.batch_size
