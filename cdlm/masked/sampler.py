@@ -48,7 +48,7 @@ class UnmaskingSettings:
 
     Args:
         policy: LLaDA(64, block=32), Dream(64), DreamThreshold(64, 0.9), Threshold(0.9, block=32), Factor(1.0), KLASS(),
-            Mutual(), EntropyBound(0.01), CORE(64) or Editing().
+            Mutual(), EntropyBound(0.01), CORE(64), Editing() or Adjust(path, 4).
         temperature: of what is drawn, by autoregressive models too; 0 takes the likeliest token.
         cfg_scale: classifier-free guidance; 0 is off, others double the calls.
         cache: keep keys and values while a block is decoded (of LLaDA and Dream).

@@ -36,6 +36,7 @@ NEEDED: Mapping[str, Any] = {
     "steps": 3, "threshold": 0.5, "first": RULES.parse("Patience(3)"), "second": RULES.parse("Patience(3)"),
     "rule": RULES.parse("Patience(3)"), "grid": GRIDS.parse("LogT()"), "share": 0.5, "size": 4, "paths": ("a.txt",),
     "name": "user/data", "parts": ((1.0, MASKINGS.parse("Prefix()")),), "nats": 0.1, "delta": 0.1, "method": "rk4",
+    "path": "runs/layer",
 }  # fmt: skip
 """Good values of parameters that have no default."""
 FROM_FILES = ("Learned", "Stop")
