@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+import torch
+
 from cdlm.autoregressive.sampler import LeftToRight
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems import langflow
@@ -31,7 +33,7 @@ from cdlm.halting.calibration import calibrated_rule
 from cdlm.masked import checkpoints
 from cdlm.masked.model import LogitsFn, MaskedModel, as_masked_model
 from cdlm.masked.sampler import Unmasking
-from cdlm.models import hub
+from cdlm.models import hub, lora
 from cdlm.runs import config as names
 from cdlm.runs.config import RunConfig
 from cdlm.runs.train import RunText
@@ -69,6 +71,8 @@ def load(
     if precision is not None:
         check_choice("a model", get_args(Precision), precision=precision)
     path = hub.locate(name)
+    if lora.is_adapter(path):
+        return _open_adapter(path, device=device, precision=precision, device_map=device_map)
     config = read_json(path / "config.json", "a finished training run")
     opens = next((foreign.open_folder for foreign in FOREIGN if foreign.opens(config)), _open_ours)
     model = opens(path, config, device=device, precision=precision, device_map=device_map)
@@ -85,6 +89,20 @@ def _open_ours(
     system = names.outline(folder.config, path / "config.json")
     hub.load_weights(system, folder)
     return hub.ready(system, device, precision)
+
+
+def _open_adapter(path: Path, **how: Any) -> Model:
+    """The base of an adapter, with it in its network, so that rules can read what it adds."""
+    adapter = lora.read_adapter(path)
+    if lora.is_adapter(hub.locate(adapter.base)):
+        raise CdlmError(f"{path} adapts {adapter.base}, which is an adapter itself: name a model in its {lora.CONFIG}")
+    model = load(adapter.base, **how)
+    network = getattr(model, "network", None)
+    if not isinstance(network, torch.nn.Module):
+        raise CdlmError(f"{path} adapts {adapter.base}, which has no network to adapt: name another model")
+    model.fingerprint = lora.attach(network, adapter, model.stored_fingerprint(), adapter.base)
+    model.folder = path
+    return model
 
 
 def open_session(

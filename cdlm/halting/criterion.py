@@ -22,8 +22,8 @@ Memory = Any
 class Criterion(SignalReader, Settings, ABC):
     """A halting rule: small, frozen, and its own configuration. It reads predictions already made and costs no call.
 
-    `needs`, `freezes` and `waits` may each be an attribute of the class or a property. `a & b` halts and freezes what
-    both do, `a | b` what either does; there, to halt a row counts as freezing all of it.
+    `needs`, `modules`, `freezes` and `waits` may each be an attribute of the class or a property. `a & b` halts and
+    freezes what both do, `a | b` what either does; there, to halt a row counts as freezing all of it.
     """
 
     freezes: AttributeOrProperty[bool] = False
@@ -90,6 +90,10 @@ class Pair(Criterion):
         return self.first.needs | self.second.needs
 
     @property
+    def modules(self) -> frozenset[str]:
+        return self.first.modules | self.second.modules
+
+    @property
     def freezes(self) -> bool:
         return self.first.freezes or self.second.freezes
 
@@ -151,6 +155,10 @@ class For(Criterion):
         return self.rule.needs
 
     @property
+    def modules(self) -> frozenset[str]:
+        return self.rule.modules
+
+    @property
     def freezes(self) -> bool:
         return self.rule.freezes
 
@@ -187,6 +195,10 @@ class FromStep(Criterion):
     @property
     def needs(self) -> frozenset[str]:
         return self.rule.needs
+
+    @property
+    def modules(self) -> frozenset[str]:
+        return self.rule.modules
 
     @property
     def freezes(self) -> bool:

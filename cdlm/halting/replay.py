@@ -17,6 +17,7 @@ from cdlm.recording.file import Recording
 
 FROM_SWITCHES = ("switches", "tokens")
 """Signals that replay computes from the switches of a recording."""
+_UNRECORDED = "reads activations of the network, which no recording keeps"
 
 
 class Replayed(NamedTuple):
@@ -84,6 +85,8 @@ def check_replayable(recording: Recording, rule: Criterion) -> None:
             f"{rule!r} freezes positions, which changes the steps that follow; a recording cannot tell how:"
             " run it live, with cdlm sample --halt"
         )
+    if rule.modules:
+        raise CdlmError(f"{rule!r} {_UNRECORDED}: run it live, with cdlm sample --halt")
     held = {*recording.record.signals, *FROM_SWITCHES}
     missing = sorted(rule.needs - held)
     if missing:
@@ -97,6 +100,8 @@ def check_recorded(rules: Iterable[Criterion]) -> None:
     """Raise if one of the rules reads a signal that no recording has. Rules that freeze pass: they are always run."""
     known = (*RECORDED, *FROM_SWITCHES)
     for rule in rules:
+        if rule.modules and not rule.freezes:
+            raise CdlmError(f"{rule!r} {_UNRECORDED}: it can only be run, with cdlm sample --halt")
         missing = sorted(rule.needs - set(known))
         if missing and not rule.freezes:
             raise CdlmError(

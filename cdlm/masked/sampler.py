@@ -31,6 +31,7 @@ from cdlm.halting.signals import (
 )
 from cdlm.masked.model import Cache, CachedModel, MaskedModel
 from cdlm.masked.published import Quirks
+from cdlm.models.activations import Watch
 from cdlm.policies import parse_policy
 from cdlm.policies.llada import LLaDA
 from cdlm.policies.policy import Choice, Plan, Policy, View, enter, plan_of
@@ -76,6 +77,7 @@ class Unmasking(Sampling):
     flat = UnmaskingSettings
     signals = frozenset(SIGNALS) - SPATIAL
     recorded = frozenset({"tokens", *RECORDED}) - SPATIAL
+    watches = True
 
     policy: Policy = field(default_factory=LLaDA)
     temperature: float = 0.0
@@ -314,6 +316,9 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             raise CdlmError(f"{type(model).__name__} keeps no keys and values: decode without a cache")
         if sampling.cache is not None and options.record:
             raise CdlmError("a record needs the logits of whole rows at every step: leave out the cache")
+        if sampling.cache is not None and options.modules:
+            raise CdlmError("a rule of activations needs calls of whole rows at every step: leave out the cache")
+        self.watch = Watch(model.modules_named(options.modules))
         self.model, self.sampling = model, sampling
         self.noise = PositionNoise(options.seed) if noise is None else noise
         self.needs = options.needs | (sampling.policy.needs & {"mean_kl"})
@@ -421,7 +426,8 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
     def step(self, live: UnmaskingRows) -> tuple[LoopStep, UnmaskingRows]:
         whole = all(live.known.whole)
         where = self._wanted(live, whole)
-        logits, cache = self._whole(live, where) if whole else self._part(live, where)
+        with self.watch.kept(len(live.row)) as activations:
+            logits, cache = self._whole(live, where) if whole else self._part(live, where)
         if self.suppressed is not None:
             logits.index_fill_(-1, self.suppressed, -torch.inf)
         statistics = self._glance(live, logits, where, whole)
@@ -430,7 +436,10 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         if whole:
             signals, past = observe(self.needs, statistics)
             live = live._replace(past=past)
-        state = StepState(live.row, live.step, live.budget, live.share, live.nfe, live.open, signals)
+        block = live.plan.block_of == live.plan.block[:, None]
+        state = StepState(
+            live.row, live.step, live.budget, live.share, live.nfe, live.open, signals, block, activations
+        )
         if whole and self.options.halts:
             memory, decision = self.options.criterion.look(live.memory, state)
             live = live._replace(memory=memory)

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -23,6 +23,16 @@ from cdlm.data.store import DocumentRows, FilledRows, PackedRows, StoredRows, Te
 from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
 from cdlm.models import hub
 from cdlm.models.hub import Folder
+from cdlm.models.lora import (
+    Adapter,
+    LoraSettings,
+    attach,
+    is_adapter,
+    read_adapter,
+    read_settings,
+    trained_size,
+    write_settings,
+)
 from cdlm.models.system import System
 from cdlm.runs import caches
 from cdlm.runs.config import RunConfig
@@ -87,6 +97,7 @@ def train(
     *,
     resume: bool = False,
     start: str | Path | None = None,
+    lora: LoraSettings | None = None,
     progress: bool = True,
 ) -> System:
     """Train a system into the run folder `out`: model files, checkpoints, metrics, samples and `config.yaml`.
@@ -95,6 +106,8 @@ def train(
         resume: continue the run in `out`; a finished run is left as it is.
         start: folder or Hub id of a trained model whose weights and tokenizer the new run begins with. Its system must
             be that of `config`; the text, the rows and all of `config.training` are free.
+        lora: leave these weights as they are and train an adapter beside them, see `cdlm.models.lora`: `out` gets the
+            adapter and the map of its updates in place of a model. A run that is resumed has its own.
         progress: show progress on standard error.
 
     Returns:
@@ -110,20 +123,57 @@ def train(
     from cdlm.training.run import check_folder, rank_and_world
 
     out, options = Path(out), config.training
-    if resume and start is not None:
-        raise CdlmError("a run is resumed from its own checkpoint: give resume or start, not both")
+    if resume and (start is not None or lora is not None):
+        raise CdlmError("a run is resumed from its own checkpoint: give resume, and neither start nor lora")
+    if lora is not None:
+        _check_adaptable(config, start)
     first = rank_and_world(options)[0] == 0
     if first:
         check_folder(out, resume)
     if resume and steps_done(checkpoint_of(out)) == options.steps:
         if progress and first:
             print(f"{out} is finished, at step {options.steps}: more steps continue it", file=sys.stderr)
-        return _finished(config, hub.read(out))
+        return _finished(config, out)
     with held(out) if first else nullcontext():
-        return _train(config, out, resume, None if start is None else hub.read(hub.locate(start)), progress)
+        tuned = None if lora is None else Tuned(lora, str(start))
+        if resume and is_adapter(out):
+            tuned = Tuned(*read_settings(out))
+        name = start if tuned is None else tuned.base
+        return _train(config, out, resume, None if name is None else _origin(name), tuned, progress)
 
 
-def _train(config: RunConfig, out: Path, resume: bool, origin: Folder | None, progress: bool) -> System:
+class Tuned(NamedTuple):
+    """An adapter that is to be trained."""
+
+    settings: LoraSettings
+    base: str
+    """Folder or Hub id of what it adapts."""
+
+
+def _check_adaptable(config: RunConfig, start: str | Path | None) -> None:
+    options = config.training
+    if start is None:
+        raise CdlmError("an adapter is trained beside the weights of a model: say which, with start (--start MODEL)")
+    if options.optimizer != "adamw" or options.strategy == "fsdp":
+        asked = f"optimizer={options.optimizer!r}, strategy={options.strategy!r}"
+        raise CdlmError(f"an adapter is trained by AdamW on whole copies of the weights, got {asked}: leave them out")
+
+
+def _origin(name: str | Path) -> Folder:
+    """What a run begins with.
+
+    Raises:
+        CdlmError: there is no such model, or it is an adapter.
+    """
+    path = hub.locate(name)
+    if is_adapter(path):
+        raise CdlmError(f"{path} holds an adapter: merge it into its base with cdlm merge, and start from the result")
+    return hub.read(path)
+
+
+def _train(
+    config: RunConfig, out: Path, resume: bool, origin: Folder | None, tuned: Tuned | None, progress: bool
+) -> System:
     from cdlm.training import run as training
 
     options = config.training
@@ -135,7 +185,11 @@ def _train(config: RunConfig, out: Path, resume: bool, origin: Folder | None, pr
     text = RunText.of(config, _tokenizer(out, resume, origin))
     _ = text.judge, text.unread  # a text too small to be divided is better known before the training
     system = _built(config, text, origin)
+    if tuned is not None and origin is not None:
+        system.adapt(tuned.settings, tuned.base, origin.fingerprint, options.seed)
     if rank == 0 and not resume:  # a checkpoint without these could not be resumed
+        if system.adapter is not None:
+            write_settings(out, system.adapter.settings, system.adapter.base)
         write_text(out / "config.yaml", settings)
         save_tokenizer(text.tokenizer, out)
     return training.train(
@@ -170,10 +224,15 @@ def _built(config: RunConfig, text: RunText, origin: Folder | None) -> System:
     return _described(config, system, text.tokenizer)
 
 
-def _finished(config: RunConfig, folder: Folder) -> System:
+def _finished(config: RunConfig, out: Path) -> System:
+    adapter = read_adapter(out) if is_adapter(out) else None
+    folder = hub.read(out if adapter is None else hub.locate(adapter.base))
     system = config.system.build(len(folder.tokenizer), special_of(folder.tokenizer))
     _check_same_system(system, folder)
     hub.load_weights(system, folder)
+    if adapter is not None:
+        system.fingerprint = attach(system.network, adapter, folder.fingerprint, str(folder.path))
+        system.folder = out
     return system.eval()
 
 
@@ -200,7 +259,12 @@ def _context(config: RunConfig, text: RunText, system: System) -> dict[str, str 
         **{f"system.{name}": str(value) for name, value in system.config.items()},
         "masking": config.masking,
         "batch_size": config.batch_size,
+        **({} if system.adapter is None else _context_of(system.adapter)),
     }
+
+
+def _context_of(adapter: Adapter) -> dict[str, str | int]:
+    return {"lora": repr(adapter.settings), "base": adapter.base, "base.digest": adapter.weights}
 
 
 def export(config: RunConfig, system: System, folder: Path, step: int) -> None:
@@ -224,13 +288,16 @@ def preview(config: RunConfig, system: System) -> list[str]:
 def card(config: RunConfig, system: System, step: int) -> str:
     """The model card of a run after `step` steps: its size, data and configuration, without local folders."""
     size, options = sum(p.numel() for p in system.parameters()) / 1e6, config.training
+    trained = "" if system.adapter is None else "trained "
+    if system.adapter is not None:
+        size = trained_size(system.network) / 1e6
     steps = f"{step}" if step == options.steps else f"{step} of {options.steps}"
     rows = config.batch_size * options.accumulate * options.world
     shape = f"{steps} steps of {rows} rows of {config.length} tokens"
     settings = yaml.safe_dump(_without_folders(yaml.safe_load(config.to_yaml())), sort_keys=False, allow_unicode=True)
     source = type(config.source).__name__
     sections = {
-        "Training": f"{size:.1f} M parameters, {shape}, on text of `{source}`.\n\n{fenced(settings, 'yaml')}",
+        "Training": f"{size:.1f} M {trained}parameters, {shape}, on text of `{source}`.\n\n{fenced(settings, 'yaml')}",
         "Numbers": "See `evaluation.md` in this folder if the model was evaluated.",
     }
     sampling = {"sampling": dict(system.preset)} if system.preset else {}

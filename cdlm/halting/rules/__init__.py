@@ -3,6 +3,7 @@
 from cdlm.core.parsing import Registry
 from cdlm.halting.criterion import And, Criterion, For, FromStep, Or
 from cdlm.halting.rules.distribution import KL, Entropy, StableAndConfident
+from cdlm.halting.rules.edit import EDIT
 from cdlm.halting.rules.learned import Learned, Stop
 from cdlm.halting.rules.margin import JoT, Prophet, SchED
 from cdlm.halting.rules.state import AngleConvergence, NormConvergence
@@ -11,11 +12,11 @@ from cdlm.halting.rules.tokens import Patience
 
 RULES: Registry[Criterion] = Registry(
     "halting rule", Criterion,
-    Patience, Entropy, KL, NormConvergence, AngleConvergence, StableAndConfident, Prophet, SchED, JoT, Learned, Stop,
-    FixedSteps, Full, Never, For, FromStep, And, Or,
+    Patience, Entropy, KL, NormConvergence, AngleConvergence, StableAndConfident, Prophet, SchED, JoT, EDIT, Learned,
+    Stop, FixedSteps, Full, Never, For, FromStep, And, Or,
 )  # fmt: skip
 
 __all__ = [
-    "KL", "RULES", "And", "AngleConvergence", "Entropy", "FixedSteps", "For", "FromStep", "Full", "JoT", "Learned",
-    "Never", "NormConvergence", "Or", "Patience", "Prophet", "SchED", "StableAndConfident", "Stop",
+    "EDIT", "KL", "RULES", "And", "AngleConvergence", "Entropy", "FixedSteps", "For", "FromStep", "Full", "JoT",
+    "Learned", "Never", "NormConvergence", "Or", "Patience", "Prophet", "SchED", "StableAndConfident", "Stop",
 ]  # fmt: skip

@@ -21,7 +21,14 @@ from cdlm.core.tensors import check_values
 from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.dream import DREAM
 from cdlm.masked.checkpoints.family import Family, Settings
-from cdlm.masked.checkpoints.folder import check_sizes, load_weights, read_settings, read_stops, read_tokenizer
+from cdlm.masked.checkpoints.folder import (
+    check_sizes,
+    load_weights,
+    read_settings,
+    read_stops,
+    read_tokenizer,
+    read_weights,
+)
 from cdlm.masked.checkpoints.llada import LLADA
 from cdlm.masked.model import Cache, CachedModel, at_positions
 from cdlm.masked.sampler import Unmasking
@@ -83,7 +90,10 @@ class ForeignModel(CachedModel):
         return self.need_tokenizer()  # it was trained on text
 
     def need_fingerprint(self) -> str:
-        return fingerprint_of(self.network.state_dict())
+        return self.fingerprint or fingerprint_of(self.network.state_dict())
+
+    def stored_fingerprint(self) -> str:
+        return super().stored_fingerprint() if self.folder is None else fingerprint_of(read_weights(self.folder))
 
     @property
     def device(self) -> torch.device:
