@@ -356,9 +356,8 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         ending = place > torch.where(given & real, place, -1).amax(1, keepdim=True)
         reach = plan.block_of <= plan.block[:, None]
         size = open_.sum(1)
-        steps = zero - 1 if plan.steps is None else plan.steps
-        most, largest, each, sizes = read_columns(budget, tokens.masked_fill(open_, 0).amax(1), steps, size)
-        due, own, inner, more, called = self._of_the_block(plan, open_)
+        most, largest, sizes = read_columns(budget, tokens.masked_fill(open_, 0).amax(1), size)
+        due, own, inner, more, called, each = self._of_the_block(plan, open_)
         rows, none, all_ = [request.index for request in requests], [0] * len(requests), [1] * len(requests)
         known = Known(
             row=rows, step=none, nfe=none, settled=none, budget=most, largest=largest, size=sizes, steps=each,
@@ -375,14 +374,15 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         )  # fmt: skip
 
     def _of_the_block(self, plan: Plan, open_: Bool[Tensor, "b n"]) -> list[list[int]]:
-        """What the host has to know of rows that have entered a block: `due`, `own`, `inner`, `more` and `called`."""
+        """What the host has to know of rows that have entered a block: `due`, `own`, `inner`, `more`, `called` and
+        `steps`."""
         block_of, block = plan.block_of, plan.block[:, None]
         own = block_of == block
         called = self._called(plan).sum(1)
         first = (block_of >= block).all(1)
         return read_columns(
             (open_ & (block_of <= block)).sum(1), (open_ & own).sum(1), plan.inner, plan.block < plan.last,
-            2 * called + first,
+            2 * called + first, torch.full_like(called, -1) if plan.steps is None else plan.steps,
         )  # fmt: skip
 
     def _canvas(self, requests: list[Request]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -403,14 +403,15 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
 
     def _check_replay(self, plan: Plan, open_: Bool[Tensor, "b n"]) -> None:
         """Raise if rows idle inside their blocks, which every rule but Never passes over: replay could not tell."""
-        steps = plan.steps
-        if steps is None:
-            return
+        policy = self.sampling.policy
         for block in range(int(plan.last.max())):
+            steps = policy.steps_of(plan, torch.full_like(plan.block, block))
+            if steps is None:
+                return
             masks = (open_ & (plan.block_of == block)).sum(1)
-            if bool(((masks < steps) & (plan.last > block)).any()):
+            if bool((policy.idles(masks, steps, block) & (plan.last > block)).any()):
                 raise CdlmError(
-                    f"{self.sampling.policy!r} takes more steps for a block than it has masks, and idle steps cannot be"
+                    f"{self.sampling.policy!r} takes steps for a block that is full, and idle steps cannot be"
                     " replayed: record with the rule Full(), or take fewer steps"
                 )
 
@@ -455,7 +456,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             moved = enter(policy, plan, open_, self.options.criterion.waits)
             plan = _where(plan.inner >= 2, moved, plan) if self.sampling.quirks.extra_call else moved
             reach = plan.block_of <= plan.block[:, None]
-            names = ("due", "own", "inner", "more", "called")
+            names = ("due", "own", "inner", "more", "called", "steps")
             known = replace(known, **dict(zip(names, self._of_the_block(plan, open_), strict=True)))
             carried = carried._replace(plan=plan, reach=reach, due=open_ & reach)
         if self.sampling.cache is None:
@@ -629,5 +630,6 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
 
 def _where(condition: Bool[Tensor, " b"], first: Plan, second: Plan) -> Plan:
     """Rows of the first plan, or of the second."""
-    blocks = (torch.where(condition, getattr(first, n), getattr(second, n)) for n in ("block", "inner", "masks"))
-    return first._replace(**dict(zip(("block", "inner", "masks"), blocks, strict=True)))
+    names = ("block", "inner", "masks", *(() if first.steps is None else ("steps",)))
+    blocks = (torch.where(condition, getattr(first, n), getattr(second, n)) for n in names)
+    return first._replace(**dict(zip(names, blocks, strict=True)))

@@ -4,12 +4,13 @@ from cdlm.core.parsing import Registry
 from cdlm.policies.confidence import Factor, FallingThreshold, Threshold
 from cdlm.policies.dream import Dream, DreamThreshold
 from cdlm.policies.entropy import EntropyBound
+from cdlm.policies.gaussian import Gaussian
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
 from cdlm.policies.policy import Policy
 
 POLICIES: Registry[Policy] = Registry(
-    "policy", Policy, LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS
+    "policy", Policy, LLaDA, Gaussian, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS
 )
 
 
