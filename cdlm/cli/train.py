@@ -6,14 +6,16 @@ import argparse
 import difflib
 from collections.abc import Iterator
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.progress import to_stderr
 from cdlm.data.sources import SOURCES
 from cdlm.halting.update_map import FILE
+from cdlm.masked.system import Masked
 from cdlm.models import hub
-from cdlm.models.lora import LoraSettings, share_of, trained_size
+from cdlm.models.lora import LoraSettings, is_adapter, share_of, trained_size
 from cdlm.models.system import System
 from cdlm.runs.config import (
     SYSTEMS,
@@ -99,13 +101,21 @@ def _defaults(own: argparse.Namespace) -> Iterator[str]:
     if own.resume:
         yield from run_arguments(own.resume)
     if own.start:
-        config = hub.read_config(hub.locate(own.start))
-        settings = {"length": config["length"], "system": class_values(system_config(config["model"]))}
-        yield from ("--config", as_yaml(settings))
+        yield from ("--config", as_yaml(_settings_of(hub.locate(own.start))))
     if own.lora is not None:
         yield from ("--training.optimizer", "adamw")
     if own.text:
         yield from ("--source", "Files", "--source.paths", as_yaml(own.text))
+
+
+def _settings_of(start: Path) -> dict[str, Any]:
+    """What a run takes over from the model that it starts from."""
+    if hub.is_foreign(start):
+        return {"system": class_values(Masked())}
+    if is_adapter(start):
+        raise CdlmError(f"{start} holds an adapter: merge it into its base with cdlm merge, and start from the result")
+    config = hub.read_config(start)
+    return {"length": config["length"], "system": class_values(system_config(config["model"]))}
 
 
 def _own(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -21,6 +21,7 @@ from cdlm.data.masking import MASKINGS
 from cdlm.data.order import RowLoader, fixed_batches
 from cdlm.data.store import DocumentRows, FilledRows, PackedRows, StoredRows, TextRows, build_store
 from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
+from cdlm.masked.system import Masked
 from cdlm.models import hub
 from cdlm.models.hub import Folder
 from cdlm.models.lora import (
@@ -41,6 +42,8 @@ from cdlm.sampling.texts import save_tokenizer, special_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from cdlm.masked.checkpoints.model import ForeignModel
 
 PREVIEW_STEPS = 64
 
@@ -139,7 +142,8 @@ def train(
         if resume and is_adapter(out):
             tuned = Tuned(*read_settings(out))
         name = start if tuned is None else tuned.base
-        return _train(config, out, resume, None if name is None else _origin(name), tuned, progress)
+        origin = None if name is None else _origin(name, config, tuned is not None)
+        return _train(config, out, resume, origin, tuned, progress)
 
 
 class Tuned(NamedTuple):
@@ -159,26 +163,40 @@ def _check_adaptable(config: RunConfig, start: str | Path | None) -> None:
         raise CdlmError(f"an adapter is trained by AdamW on whole copies of the weights, got {asked}: leave them out")
 
 
-def _origin(name: str | Path) -> Folder:
-    """What a run begins with.
+def _origin(name: str | Path, config: RunConfig, adapts: bool) -> Folder | ForeignModel:
+    """What a run begins with: a model folder, or, where an adapter is trained, a LLaDA or Dream, which is loaded.
 
     Raises:
-        CdlmError: there is no such model, or it is an adapter.
+        CdlmError: there is no such model, it is an adapter, or it is foreign and would be trained itself.
     """
     path = hub.locate(name)
     if is_adapter(path):
         raise CdlmError(f"{path} holds an adapter: merge it into its base with cdlm merge, and start from the result")
-    return hub.read(path)
+    if not hub.is_foreign(path):
+        return hub.read(path)
+    if not adapts or not isinstance(config.system, Masked):
+        raise CdlmError(
+            f"{path} is a model of another library, of which an adapter can be trained: give --lora RANK and the system"
+            " Masked, whose weight is used"
+        )
+    from cdlm.masked.checkpoints.model import open_checkpoint
+
+    model = open_checkpoint(path, dtype=config.training.precision)
+    if config.length > model.length:
+        raise CdlmError(f"rows of {config.length} are longer than {path} was made for, {model.length}: lower length")
+    model.need_tokenizer()
+    return model
 
 
 def _train(
-    config: RunConfig, out: Path, resume: bool, origin: Folder | None, tuned: Tuned | None, progress: bool
-) -> System:
+    config: RunConfig, out: Path, resume: bool, origin: Folder | ForeignModel | None, tuned: Tuned | None,
+    progress: bool,
+) -> System:  # fmt: skip
     from cdlm.training import run as training
 
     options = config.training
     rank, world = training.rank_and_world(options)
-    if origin is not None:
+    if origin is not None and origin.tokenizer is not None:
         config = replace(config, tokenizer=None, vocab_size=len(origin.tokenizer))
     settings = config.to_yaml()
     caches.mark(config.cache)
@@ -186,7 +204,8 @@ def _train(
     _ = text.judge, text.unread  # a text too small to be divided is better known before the training
     system = _built(config, text, origin)
     if tuned is not None and origin is not None:
-        system.adapt(tuned.settings, tuned.base, origin.fingerprint, options.seed)
+        weights = origin.fingerprint if isinstance(origin, Folder) else origin.stored_fingerprint()
+        system.adapt(tuned.settings, tuned.base, weights, options.seed)
     if rank == 0 and not resume:  # a checkpoint without these could not be resumed
         if system.adapter is not None:
             write_settings(out, system.adapter.settings, system.adapter.base)
@@ -207,14 +226,19 @@ def _train(
     )
 
 
-def _tokenizer(out: Path, resume: bool, origin: Folder | None) -> PreTrainedTokenizerFast | None:
+def _tokenizer(out: Path, resume: bool, origin: Folder | ForeignModel | None) -> PreTrainedTokenizerFast | None:
     """The tokenizer that comes along: of the model to start from, or of the run that is resumed."""
     if origin is not None:
         return origin.tokenizer
     return hub.read_tokenizer(out) if resume else None
 
 
-def _built(config: RunConfig, text: RunText, origin: Folder | None) -> System:
+def _built(config: RunConfig, text: RunText, origin: Folder | ForeignModel | None) -> System:
+    if origin is not None and not isinstance(origin, Folder):
+        from cdlm.masked.checkpoints.tuned import TunedForeign
+
+        tuned = TunedForeign(origin, flat=isinstance(config.system, Masked) and config.system.weight == "flat")
+        return _described(config, tuned, text.tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         system = config.system.build(len(text.tokenizer), special_of(text.tokenizer))
@@ -226,12 +250,20 @@ def _built(config: RunConfig, text: RunText, origin: Folder | None) -> System:
 
 def _finished(config: RunConfig, out: Path) -> System:
     adapter = read_adapter(out) if is_adapter(out) else None
-    folder = hub.read(out if adapter is None else hub.locate(adapter.base))
-    system = config.system.build(len(folder.tokenizer), special_of(folder.tokenizer))
-    _check_same_system(system, folder)
-    hub.load_weights(system, folder)
+    origin = hub.read(out) if adapter is None else _origin(adapter.base, config, adapts=True)
+    if not isinstance(origin, Folder):
+        from cdlm.masked.checkpoints.tuned import TunedForeign
+
+        assert adapter is not None
+        weights = origin.stored_fingerprint()
+        system: System = _described(config, TunedForeign(origin, flat=False), origin.need_tokenizer())
+    else:
+        weights = origin.fingerprint
+        system = config.system.build(len(origin.tokenizer), special_of(origin.tokenizer))
+        _check_same_system(system, origin)
+        hub.load_weights(system, origin)
     if adapter is not None:
-        system.fingerprint = attach(system.network, adapter, folder.fingerprint, str(folder.path))
+        system.fingerprint = attach(system.network, adapter, weights, adapter.base)
         system.folder = out
     return system.eval()
 

@@ -46,7 +46,8 @@ DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.
 
 
 class ForeignModel(CachedModel):
-    """A foreign masked model: its network, tokenizer and constants. For inference; logits carry no gradient.
+    """A foreign masked model: its network, tokenizer and constants. For inference; logits carry no gradient. An adapter
+    of it is trained by `cdlm.masked.checkpoints.tuned`.
 
     Args:
         network: transformers' model, bidirectional, in evaluation mode.
@@ -153,6 +154,12 @@ class ForeignModel(CachedModel):
 
     @torch.no_grad()
     def _call(
+        self, tokens: Tensor, places: Tensor | None, valid: Tensor | None, layers: list[SlotLayer] | None,
+        positions: Tensor | None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
+        return self._run(tokens, places, valid, layers, positions)
+
+    def _run(
         self, tokens: Tensor, places: Tensor | None, valid: Tensor | None, layers: list[SlotLayer] | None,
         positions: Tensor | None,
     ) -> Float[Tensor, "*s v"]:  # fmt: skip

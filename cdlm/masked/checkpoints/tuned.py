@@ -1,0 +1,84 @@
+"""LLaDA and Dream in training: an adapter beside the weights of the checkpoint, which stay as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cdlm.core.files import replacing
+from cdlm.core.tensors import specs_of, write_tensors
+from cdlm.core.types import Batch
+from cdlm.masked.checkpoints.folder import read_settings, read_weights
+from cdlm.masked.checkpoints.model import FAMILIES, ForeignModel
+from cdlm.masked.model import MaskedModel
+from cdlm.masked.objective import bound, hidden_of, shares
+from cdlm.models.foreign import INDEX, WEIGHTS
+from cdlm.models.system import Loss, System, levels_of
+
+
+class TunedForeign(System, ForeignModel):
+    """A foreign masked model as a system, whose adapter alone learns; see `System.adapt`. Its rows are whole ones.
+
+    Trained with the bound of masked models, as LLaDA is (arXiv 2502.09992, eq. 3 and 5).
+
+    Args:
+        model: loaded; its network becomes that of the system.
+        flat: weigh each masked token the same in training; see `cdlm.masked.system.Masked`.
+    """
+
+    precision = "fp32"
+    whole_rows = True
+    end_ids = MaskedModel.end_ids
+
+    def __init__(self, model: ForeignModel, flat: bool):
+        nn.Module.__init__(self)
+        ForeignModel.__init__(
+            self, model.network, model.constants, length=model.length, skips_padding=model.skips_padding,
+            tokenizer=model.tokenizer, folder=model.folder, published=model.published,
+        )  # fmt: skip
+        self.flat, self.config = flat, {"checkpoint": str(model.network.config.model_type)}
+
+    def check_weights(self) -> None:
+        """Frozen weights may have any precision."""
+        return
+
+    def forward(self, batch: Batch) -> Loss:
+        """The negative evidence lower bound over the positions to generate."""
+        tokens, mask = batch.tokens, self.constants.mask_id
+        t = self.levels(levels_of(batch).to(tokens.device))
+        masked = hidden_of(batch, t) & (tokens != mask)
+        row, place = masked.nonzero(as_tuple=True)
+        seen = (place - 1).clamp(min=0) if self.constants.shift else place
+        wanted, hidden = row * tokens.shape[1] + seen, tokens.masked_fill(masked, mask)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self._run(hidden, self._places(batch.valid), batch.valid, None, wanted)
+        nats = functional.cross_entropy(logits.float(), tokens[masked], reduction="none")
+        summed = nats.new_zeros(len(tokens)).index_add(0, row, nats)
+        return bound(summed, masked.sum(1), t, batch, self.flat and self.training)
+
+    def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        return shares(u)
+
+
+def write_checkpoint(model: ForeignModel, base: Path, out: Path) -> None:
+    """Write a model, whose weights have changed since, in the format of the folder that it was loaded from.
+
+    Args:
+        base: that folder; its settings and the types of its tensors are kept.
+        out: a new folder, which appears whole or not at all.
+    """
+    settings = read_settings(base)
+    found, state = read_weights(base), model.network.state_dict()
+    official = {name: FAMILIES[str(settings.values["model_type"])].official(name) for name in state}
+    specs = {name: spec for name, spec in specs_of(found).items() if name in official.values()}
+    lazy = {official[name]: (lambda v=value: v) for name, value in state.items() if official[name] in specs}
+    with replacing(out) as folder:
+        folder.mkdir()
+        for file in base.iterdir():
+            if file.is_file() and file.suffix in (".json", ".txt", ".jinja") and file.name not in (INDEX,):
+                (folder / file.name).write_bytes(file.read_bytes())
+        write_tensors(folder / WEIGHTS, specs, lazy, {"format": "pt"})
