@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -177,7 +178,8 @@ def adapt(network: nn.Module, settings: LoraSettings, seed: int = 0) -> None:
     """
     made = _config(settings.settled(network))
     network.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft's, of transformers
         torch.manual_seed(seed)
         _peft().inject_adapter_in_model(made, network, adapter_name=NAME)
 
@@ -312,7 +314,7 @@ def attach(network: nn.Module, adapter: AdapterFolder, weights: str, name: str) 
             if (key := PREFIX + full.replace(f".{NAME}.", ".")) in found:
                 parameter.copy_(found[key])
                 parameter.data = parameter.data.to(like.dtype)
-    network.requires_grad_(False)
+    network.requires_grad_(False).eval()  # its dropout is new, and would be on
     return adapted_fingerprint(weights, found)
 
 
