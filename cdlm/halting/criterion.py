@@ -32,6 +32,11 @@ class Criterion(SignalReader, Settings, ABC):
     waits: AttributeOrProperty[bool] = False
     """Whether a row goes on to its last step although nothing in it may change any more."""
 
+    @property
+    def live(self) -> bool:
+        """Whether it has to run: it freezes positions, or reads activations, which no recording keeps."""
+        return self.freezes or bool(self.modules)
+
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
         """Settings to try on runs of `budget` steps, from strict to loose; `fixed` are the parameters not swept."""

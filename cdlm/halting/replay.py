@@ -17,7 +17,6 @@ from cdlm.recording.file import Recording
 
 FROM_SWITCHES = ("switches", "tokens")
 """Signals that replay computes from the switches of a recording."""
-_UNRECORDED = "reads activations of the network, which no recording keeps"
 
 
 class Replayed(NamedTuple):
@@ -86,7 +85,9 @@ def check_replayable(recording: Recording, rule: Criterion) -> None:
             " run it live, with cdlm sample --halt"
         )
     if rule.modules:
-        raise CdlmError(f"{rule!r} {_UNRECORDED}: run it live, with cdlm sample --halt")
+        raise CdlmError(
+            f"{rule!r} reads activations of the network, which no recording keeps: run it live, with cdlm sample --halt"
+        )
     held = {*recording.record.signals, *FROM_SWITCHES}
     missing = sorted(rule.needs - held)
     if missing:
@@ -97,13 +98,11 @@ def check_replayable(recording: Recording, rule: Criterion) -> None:
 
 
 def check_recorded(rules: Iterable[Criterion]) -> None:
-    """Raise if one of the rules reads a signal that no recording has. Rules that freeze pass: they are always run."""
+    """Raise if one of the rules reads a signal that no recording has. Those that have to run pass."""
     known = (*RECORDED, *FROM_SWITCHES)
     for rule in rules:
-        if rule.modules and not rule.freezes:
-            raise CdlmError(f"{rule!r} {_UNRECORDED}: it can only be run, with cdlm sample --halt")
         missing = sorted(rule.needs - set(known))
-        if missing and not rule.freezes:
+        if missing and not rule.live:
             raise CdlmError(
                 f"{rule!r} reads {missing[0]!r}, which no recording keeps (they have {', '.join(known)}):"
                 " it can only be run, with cdlm sample --halt"
