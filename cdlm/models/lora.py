@@ -66,8 +66,9 @@ class LoraSettings(Settings):
         check_number("LoRA", above=0.0, optional=True, alpha=self.alpha)
         check_number("LoRA", least=0.0, below=1.0, dropout=self.dropout)
         named = MODULES if self.modules is None else self.modules
-        if not named or (odd := [name for name in named if not _NAME.fullmatch(name)]):
-            raise CdlmError(f"LoRA needs names of modules, such as qkv or q_proj, got {shown(odd if named else named)}")
+        odd = [name for name in named if not _NAME.fullmatch(name)]
+        if odd or not named:
+            raise CdlmError(f"LoRA needs names of modules, such as qkv or q_proj, got {shown(odd or named)}")
 
     @property
     def scale(self) -> float:
@@ -110,7 +111,7 @@ class Adapter(nn.Module):
             self.register_buffer(_key(name), torch.zeros_like(parameter, requires_grad=False))
 
     @torch.no_grad()
-    def observe(self, network: nn.Module, state: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+    def observe(self, network: nn.Module, state: Mapping[Any, Mapping[str, Any]]) -> None:
         """Add the direction U = m / (sqrt(v) + eps) in which AdamW has just moved each B.
 
         Args:

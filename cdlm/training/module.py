@@ -140,7 +140,7 @@ class TrainingModule(LightningModule):
         self.system.after_step()
         step = self.global_step + 1
         if self.system.adapter is not None and (step % self.options.log_every == 0 or step == self.options.steps):
-            self.system.adapter.observe(self.system.network, self.optimizers(use_pl_optimizer=False).state)
+            self.system.adapter.observe(self.system.network, self.trainer.optimizers[0].state)
         self.ema.update(self.system, self.global_step + 1)  # the trainer counts the step when this returns
 
     def configure_model(self) -> None:

@@ -152,6 +152,13 @@ class ForeignModel(CachedModel):
         place = torch.arange(valid.shape[1], device=valid.device)
         return place - valid.long().argmax(1, keepdim=True)
 
+    def logits_with_gradient(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
+        """As `logits`, for the training of an adapter."""
+        return self._run(tokens, self._places(valid), valid, None, positions)
+
     @torch.no_grad()
     def _call(
         self, tokens: Tensor, places: Tensor | None, valid: Tensor | None, layers: list[SlotLayer] | None,

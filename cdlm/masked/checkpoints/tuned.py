@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 from torch.nn import functional
 
 from cdlm.core.files import replacing
@@ -18,9 +18,10 @@ from cdlm.masked.model import MaskedModel
 from cdlm.masked.objective import bound, hidden_of, shares
 from cdlm.models.foreign import INDEX, WEIGHTS
 from cdlm.models.system import Loss, System, levels_of
+from cdlm.sampling.session import Sampling
 
 
-class TunedForeign(System, ForeignModel):
+class TunedForeign(System, MaskedModel):
     """A foreign masked model as a system, whose adapter alone learns; see `System.adapt`. Its rows are whole ones.
 
     Trained with the bound of masked models, as LLaDA is (arXiv 2502.09992, eq. 3 and 5).
@@ -30,21 +31,29 @@ class TunedForeign(System, ForeignModel):
         flat: weigh each masked token the same in training; see `cdlm.masked.system.Masked`.
     """
 
-    precision = "fp32"
     whole_rows = True
-    end_ids = MaskedModel.end_ids
+    batch_size = 4
 
     def __init__(self, model: ForeignModel, flat: bool):
-        nn.Module.__init__(self)
-        ForeignModel.__init__(
-            self, model.network, model.constants, length=model.length, skips_padding=model.skips_padding,
-            tokenizer=model.tokenizer, folder=model.folder, published=model.published,
-        )  # fmt: skip
-        self.flat, self.config = flat, {"checkpoint": str(model.network.config.model_type)}
+        super().__init__()
+        self.model, self.network, self.constants, self.flat = model, model.network, model.constants, flat
+        self.tokenizer, self.folder, self.vocab = model.tokenizer, model.folder, model.vocab
+        self.config = {"checkpoint": str(model.network.config.model_type)}
+
+    @property
+    def defaults(self) -> Sampling:
+        return self.model.defaults
 
     def check_weights(self) -> None:
         """Frozen weights may have any precision."""
         return
+
+    def logits(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.model.logits_with_gradient(tokens, valid, positions).float()
 
     def forward(self, batch: Batch) -> Loss:
         """The negative evidence lower bound over the positions to generate."""
@@ -53,10 +62,8 @@ class TunedForeign(System, ForeignModel):
         masked = hidden_of(batch, t) & (tokens != mask)
         row, place = masked.nonzero(as_tuple=True)
         seen = (place - 1).clamp(min=0) if self.constants.shift else place
-        wanted, hidden = row * tokens.shape[1] + seen, tokens.masked_fill(masked, mask)
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self._run(hidden, self._places(batch.valid), batch.valid, None, wanted)
-        nats = functional.cross_entropy(logits.float(), tokens[masked], reduction="none")
+        logits = self.logits(tokens.masked_fill(masked, mask), batch.valid, row * tokens.shape[1] + seen)
+        nats = functional.cross_entropy(logits, tokens[masked], reduction="none")
         summed = nats.new_zeros(len(tokens)).index_add(0, row, nats)
         return bound(summed, masked.sum(1), t, batch, self.flat and self.training)
 
