@@ -160,7 +160,10 @@ def _check_adaptable(config: RunConfig, start: str | Path | None) -> None:
         raise CdlmError("an adapter is trained beside the weights of a model: say which, with start (--start MODEL)")
     if options.optimizer != "adamw" or options.strategy == "fsdp":
         asked = f"optimizer={options.optimizer!r}, strategy={options.strategy!r}"
-        raise CdlmError(f"an adapter is trained by AdamW on whole copies of the weights, got {asked}: leave them out")
+        raise CdlmError(
+            f"an adapter is trained by AdamW on whole copies of the weights, got {asked}: set optimizer='adamw', and no"
+            " fsdp"
+        )
 
 
 def _origin(name: str | Path, config: RunConfig, adapts: bool) -> Folder | ForeignModel:
