@@ -59,7 +59,7 @@ class EDIT(Criterion):
     lengths of the updates, at the tokens decided at both steps. It halts the row. With fewer than two such tokens there
     is nothing to compare, and no step counts.
 
-    The earliest end is at step `span` + 1 of a block or row. Decoding needs the adapter beside which the map lies, and
+    The earliest end is at step `span` + 1 of a block, or `span` + 2 of a row. Decoding needs the adapter beside which the map lies, and
     calls of whole rows.
 
     Args:
