@@ -59,8 +59,8 @@ class EDIT(Criterion):
     lengths of the updates, at the tokens decided at both steps. It halts the row. With fewer than two such tokens there
     is nothing to compare, and no step counts.
 
-    The earliest end is at step `span` + 1 of a block, or `span` + 2 of a row. Decoding needs the adapter beside which the map lies, and
-    calls of whole rows.
+    The earliest end is at step `span` + 1 of a block, or `span` + 2 of a row. Decoding needs the adapter beside which
+    the map lies, and calls of whole rows.
 
     Args:
         path: folder of the adapter, with its map, as cdlm train --lora wrote it.
