@@ -126,8 +126,10 @@ def train(
     from cdlm.training.run import check_folder, rank_and_world
 
     out, options = Path(out), config.training
-    if resume and (start is not None or lora is not None):
-        raise CdlmError("a run is resumed from its own checkpoint: give resume, and neither start nor lora")
+    if resume and start is not None:
+        raise CdlmError("a run is resumed from its own checkpoint: give resume or start, not both")
+    if resume and lora is not None:
+        raise CdlmError("a run is resumed with the adapter that it has: give resume or lora, not both")
     if lora is not None:
         _check_adaptable(config, start)
     first = rank_and_world(options)[0] == 0
