@@ -58,7 +58,8 @@ NOWHERE = "0" * 64
 """Weights of a head that was trained on none."""
 WIDE = 50304
 """Vocabulary at which the largest tensor is looked for, with four rows."""
-COMBINATORS = {"For", "FromStep"}
+LEFT_OUT = {"For", "FromStep", "EDIT"}
+"""Rules that are made of others, or read what continuous models do not give."""
 MODELS = {
     "small": (CDCD(width=384, depth=8, heads=6, dim=64), 8192, 64),
     "large": (CDCD(width=1024, depth=8, heads=16, dim=256), 32000, 16),  # configs/ddlm.yaml
@@ -67,8 +68,8 @@ MODELS = {
 
 
 def rules(settings: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Criterion]:
-    """Every rule that has a name, but for those made of other rules; heads are of a sampler with these settings."""
-    plain = [name for name, made in RULES.items() if name not in COMBINATORS and not _joins(made)]
+    """Every rule that has a name but those `LEFT_OUT`; heads are of a sampler with these settings."""
+    plain = [name for name, made in RULES.items() if name not in LEFT_OUT and not _joins(made)]
     with TemporaryDirectory() as folder:
         write_head(Path(folder), _head(settings))
         return {name: _rule(RULES[name], folder, NEVER[name]) for name in plain}

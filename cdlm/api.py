@@ -8,13 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+import torch
+
 from cdlm.autoregressive.sampler import LeftToRight
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems import langflow
 from cdlm.core.checks import check_choice, shown
 from cdlm.core.devices import Precision, resolve_device
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import read_json
+from cdlm.core.files import read_json, write_text
 from cdlm.core.likelihood import LikelihoodSettings, Ode
 from cdlm.core.parallel import workers_on
 from cdlm.core.parsing import nearest
@@ -31,7 +33,8 @@ from cdlm.halting.calibration import calibrated_rule
 from cdlm.masked import checkpoints
 from cdlm.masked.model import LogitsFn, MaskedModel, as_masked_model
 from cdlm.masked.sampler import Unmasking
-from cdlm.models import hub
+from cdlm.models import hub, lora
+from cdlm.models.hub import Pretrained
 from cdlm.runs import config as names
 from cdlm.runs.config import RunConfig
 from cdlm.runs.train import RunText
@@ -69,6 +72,8 @@ def load(
     if precision is not None:
         check_choice("a model", get_args(Precision), precision=precision)
     path = hub.locate(name)
+    if lora.is_adapter(path):
+        return _open_adapter(path, device=device, precision=precision, device_map=device_map)
     config = read_json(path / "config.json", "a finished training run")
     opens = next((foreign.open_folder for foreign in FOREIGN if foreign.opens(config)), _open_ours)
     model = opens(path, config, device=device, precision=precision, device_map=device_map)
@@ -85,6 +90,49 @@ def _open_ours(
     system = names.outline(folder.config, path / "config.json")
     hub.load_weights(system, folder)
     return hub.ready(system, device, precision)
+
+
+def _open_adapter(path: Path, **how: Any) -> Model:
+    """The base of an adapter, with it in its network, so that rules can read what it adds."""
+    adapter = lora.read_adapter(path)
+    if lora.is_adapter(hub.locate(adapter.base)):
+        raise CdlmError(f"{path} adapts {adapter.base}, which is an adapter itself: name a model in its {lora.CONFIG}")
+    model = load(adapter.base, **how)
+    network = getattr(model, "network", None)
+    if not isinstance(network, torch.nn.Module):
+        raise CdlmError(f"{path} adapts {adapter.base}, which has no network to adapt: name another model")
+    model.fingerprint = lora.attach(network, adapter, model.stored_fingerprint(), adapter.base)
+    model.folder = path
+    return model
+
+
+def merge(name: str | Path, out: str | Path) -> None:
+    """Add an adapter to the weights of its base, and write both as one plain model folder, in the format of the base.
+
+    Args:
+        name: folder or Hub id of the adapter.
+        out: a new folder.
+
+    Raises:
+        CdlmError: there is no such adapter, its base is not there or another, or `out` is there already.
+    """
+    path, folder = hub.locate(name), Path(out)
+    if not lora.is_adapter(path):
+        raise CdlmError(f"{path} holds no adapter, as cdlm train --lora writes it: there is nothing to merge")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CdlmError(f"{folder} is there already: choose a new folder")
+    model, base = load(path, device="cpu", precision="fp32"), hub.locate(lora.read_settings(path)[1])
+    network = getattr(model, "network", None)
+    assert isinstance(network, torch.nn.Module)
+    lora.merge(network)
+    if isinstance(model, Pretrained):
+        model.save_pretrained(folder)
+        if (path / "config.yaml").exists():  # of the text that it was trained on
+            write_text(folder / "config.yaml", (path / "config.yaml").read_text(encoding="utf-8"))
+        return
+    from cdlm.masked.checkpoints.tuned import write_checkpoint
+
+    write_checkpoint(model, base, folder)
 
 
 def open_session(

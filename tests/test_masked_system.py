@@ -23,7 +23,8 @@ from cdlm.core.types import Batch
 from cdlm.data.sources import Files
 from cdlm.data.store import DocumentRows, FilledRows, build_store
 from cdlm.masked.model import Constants
-from cdlm.masked.system import EPS, Masked, MaskedDiffusion
+from cdlm.masked.objective import EPS
+from cdlm.masked.system import Masked, MaskedDiffusion
 from cdlm.models.system import Loss
 from cdlm.runs.config import build_system, parse_run, read_run
 from cdlm.sampling.texts import Special

@@ -6,11 +6,17 @@ import argparse
 import difflib
 from collections.abc import Iterator
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.progress import to_stderr
 from cdlm.data.sources import SOURCES
+from cdlm.halting.update_map import FILE
+from cdlm.masked.system import Masked
 from cdlm.models import hub
+from cdlm.models.lora import LoraSettings, is_adapter, share_of, trained_size
+from cdlm.models.system import System
 from cdlm.runs.config import (
     SYSTEMS,
     RunConfig,
@@ -26,7 +32,9 @@ from cdlm.runs.config import (
 from cdlm.training.options import TrainOptions
 
 PROG = "cdlm train"
-OWN = ("out", "resume", "start", "text", "quiet")
+LORA = ("lora", "lora_alpha", "lora_dropout", "lora_modules")
+"""Options of an adapter."""
+OWN = ("out", "resume", "start", "text", "quiet", *LORA)
 """Options of the command that are no settings of the run."""
 ALIASES = {"device": "training.accelerator"}
 """Short names that are not the last word of the setting."""
@@ -56,8 +64,36 @@ def run(argv: list[str]) -> None:
         raise CdlmError("--resume continues a run from its own checkpoint and --start begins a new one: give one")
     from cdlm.runs.train import train
 
+    lora = _lora(own)
     config = parse_run([*_defaults(own), *rest])  # the defaults first, so that the command line wins
-    train(config, own.out or own.resume, resume=bool(own.resume), start=own.start, progress=not own.quiet)
+    out = own.out or own.resume
+    system = train(config, out, resume=bool(own.resume), start=own.start, lora=lora, progress=not own.quiet)
+    if system.adapter is not None and not own.quiet:
+        _say_size(system, out)
+
+
+def _lora(own: argparse.Namespace) -> LoraSettings | None:
+    """The adapter that the arguments ask for.
+
+    Raises:
+        CdlmError: they ask for one that there cannot be, or for none and say how it is to be.
+    """
+    if own.lora is None:
+        if given := next((name for name in LORA if getattr(own, name) is not None), None):
+            raise CdlmError(f"--{given.replace('_', '-')} is of an adapter: say its rank, with --lora RANK")
+        return None
+    if own.resume:
+        raise CdlmError("--resume continues a run with the adapter that it has: leave out --lora")
+    modules = None if own.lora_modules is None else tuple(own.lora_modules)
+    return LoraSettings(own.lora, own.lora_alpha, own.lora_dropout or 0.0, modules)
+
+
+def _say_size(system: System, out: str) -> None:
+    assert system.adapter is not None
+    made = system.adapter.update_map(system.network)
+    to_stderr(f"{out}: an adapter of {trained_size(system.network):,} numbers on {system.adapter.base}")
+    if made is not None:
+        to_stderr(f"{out}/{FILE}: {share_of(made, system.network)}")
 
 
 def _defaults(own: argparse.Namespace) -> Iterator[str]:
@@ -65,11 +101,21 @@ def _defaults(own: argparse.Namespace) -> Iterator[str]:
     if own.resume:
         yield from run_arguments(own.resume)
     if own.start:
-        config = hub.read_config(hub.locate(own.start))
-        settings = {"length": config["length"], "system": class_values(system_config(config["model"]))}
-        yield from ("--config", as_yaml(settings))
+        yield from ("--config", as_yaml(_settings_of(hub.locate(own.start))))
+    if own.lora is not None:
+        yield from ("--training.optimizer", "adamw")
     if own.text:
         yield from ("--source", "Files", "--source.paths", as_yaml(own.text))
+
+
+def _settings_of(start: Path) -> dict[str, Any]:
+    """What a run takes over from the model that it starts from."""
+    if hub.is_foreign(start):
+        return {"system": class_values(Masked())}
+    if is_adapter(start):
+        raise CdlmError(f"{start} holds an adapter: merge it into its base with cdlm merge, and start from the result")
+    config = hub.read_config(start)
+    return {"length": config["length"], "system": class_values(system_config(config["model"]))}
 
 
 def _own(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -89,6 +135,17 @@ def _add_own(parser: Any) -> Any:
         "--start",
         help="run folder or Hub id of a trained model to begin with (fine-tuning): its weights, system, length and"
         " tokenizer, with new text and new --training settings",
+    )
+    parser.add_argument(
+        "--lora", type=int, metavar="RANK", help="train an adapter of this rank beside the weights of --start, by AdamW"
+    )
+    parser.add_argument("--lora-alpha", type=float, help="scale of the adapter, by default twice its rank")
+    parser.add_argument("--lora-dropout", type=float, help="dropout of what enters the adapter, by default 0")
+    parser.add_argument(
+        "--lora-modules",
+        nargs="+",
+        metavar="NAME",
+        help="layers to adapt, by default those of queries, keys and values",
     )
     parser.add_argument("--text", nargs="+", help="shorthand for --source Files --source.paths: your own text files")
     parser.add_argument("--quiet", action="store_true", help="show no progress")

@@ -212,6 +212,10 @@ class StepState(Signals):
     open: Bool[Tensor, "b n"]
     """Positions that may still change."""
     signals: Mapping[str, Tensor] = field(default_factory=dict)
+    block: Bool[Tensor, "b n"] | None = None
+    """Of a masked model: positions of the block that is decoded, decided ones too."""
+    activations: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the modules that a rule names gave for each position, [b n d], by name; of others nothing is kept."""
 
     def __getattr__(self, name: str) -> Any:
         signals = self.__dict__.get("signals", {})
@@ -229,6 +233,9 @@ class SignalReader:
 
     needs: AttributeOrProperty[frozenset[str]] = frozenset()
     """Names of the signals that it reads (see `cdlm.halting.signals.SIGNALS`)."""
+
+    modules: AttributeOrProperty[frozenset[str]] = frozenset()
+    """Names of the modules of the network whose outputs it reads, in `StepState.activations`."""
 
 
 class RowCounts(NamedTuple):

@@ -62,9 +62,9 @@ class Outcome:
         """The requests under the session's rule.
 
         Args:
-            recording: of their full run, to replay the rule on; it is run where there is none, or if it freezes tokens.
+            recording: of their full run, to replay the rule on; it is run where there is none, or if it has to run.
         """
-        if recording is None or session.criterion.freezes:
+        if recording is None or session.criterion.live:
             samples = session.run(requests)
             return Outcome(samples.tokens, samples.nfe)
         run = replay(recording, reading(session.criterion, session.model))
@@ -339,8 +339,8 @@ class Bench:
         return self.scorer(tokens, self.full_run.given[:m], self.full_run.valid[:m])
 
     def must_run(self, criterion: Criterion) -> bool:
-        """Whether the rule cannot be replayed: it freezes tokens, or the run is in blocks."""
-        return self.recording is None or criterion.freezes
+        """Whether the rule cannot be replayed: it has to run, or the run is in blocks."""
+        return self.recording is None or criterion.live
 
     def under(self, criterion: Criterion, live: int) -> Outcome:
         """The bench's samples under a rule: replayed, or the first `live` of them run if the rule `must_run`."""

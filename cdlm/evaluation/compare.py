@@ -334,7 +334,7 @@ def too_few(
         n: samples of each half.
         needed: samples that the goal needs.
     """
-    must = [name for name, rules in families.items() if in_blocks or any(rule.freezes for rule in rules)]
+    must = [name for name, rules in families.items() if in_blocks or any(rule.live for rule in rules)]
     short = list(families) if n < needed else must if 0 < live < needed else []
     if not short:
         return ""

@@ -23,8 +23,8 @@ Memory = Any
 class Criterion(SignalReader, Settings, ABC):
     """A halting rule: small, frozen, and its own configuration. It reads predictions already made and costs no call.
 
-    `needs`, `freezes` and `waits` may each be an attribute of the class or a property. `a & b` halts and freezes what
-    both do, `a | b` what either does; there, to halt a row counts as freezing all of it.
+    `needs`, `modules`, `freezes` and `waits` may each be an attribute of the class or a property. `a & b` halts and
+    freezes what both do, `a | b` what either does; there, to halt a row counts as freezing all of it.
     """
 
     freezes: AttributeOrProperty[bool] = False
@@ -32,6 +32,11 @@ class Criterion(SignalReader, Settings, ABC):
 
     waits: AttributeOrProperty[bool] = False
     """Whether a row goes on to its last step although nothing in it may change any more."""
+
+    @property
+    def live(self) -> bool:
+        """Whether it has to run: it freezes positions, or reads activations, which no recording keeps."""
+        return self.freezes or bool(self.modules)
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
@@ -98,6 +103,10 @@ class Pair(Criterion):
         return self.first.needs | self.second.needs
 
     @property
+    def modules(self) -> frozenset[str]:
+        return self.first.modules | self.second.modules
+
+    @property
     def freezes(self) -> bool:
         return self.first.freezes or self.second.freezes
 
@@ -162,6 +171,10 @@ class For(Criterion):
         return self.rule.needs
 
     @property
+    def modules(self) -> frozenset[str]:
+        return self.rule.modules
+
+    @property
     def freezes(self) -> bool:
         return self.rule.freezes
 
@@ -201,6 +214,10 @@ class FromStep(Criterion):
     @property
     def needs(self) -> frozenset[str]:
         return self.rule.needs
+
+    @property
+    def modules(self) -> frozenset[str]:
+        return self.rule.modules
 
     @property
     def freezes(self) -> bool:

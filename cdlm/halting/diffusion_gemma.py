@@ -37,6 +37,8 @@ def for_transformers(rule: Criterion, budget: int | None = None) -> Stopping:
         raise CdlmError(
             f"{rule!r} freezes positions, but transformers can only halt whole canvases: use a rule that never freezes"
         )
+    if rule.modules:
+        raise CdlmError(f"{rule!r} reads activations, which transformers' loop does not give: use a rule of the logits")
     check_signals(rule.needs, SIGNALS.keys() - SPATIAL)
     check_whole("for_transformers", optional=True, budget=budget)
     return Stopping(rule, budget)

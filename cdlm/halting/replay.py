@@ -84,6 +84,10 @@ def check_replayable(recording: Recording, rule: Criterion) -> None:
             f"{rule!r} freezes positions, which changes the steps that follow; a recording cannot tell how:"
             " run it live, with cdlm sample --halt"
         )
+    if rule.modules:
+        raise CdlmError(
+            f"{rule!r} reads activations of the network, which no recording keeps: run it live, with cdlm sample --halt"
+        )
     held = {*recording.record.signals, *FROM_SWITCHES}
     missing = sorted(rule.needs - held)
     if missing:
@@ -94,11 +98,11 @@ def check_replayable(recording: Recording, rule: Criterion) -> None:
 
 
 def check_recorded(rules: Iterable[Criterion]) -> None:
-    """Raise if one of the rules reads a signal that no recording has. Rules that freeze pass: they are always run."""
+    """Raise if one of the rules reads a signal that no recording has. Those that have to run pass."""
     known = (*RECORDED, *FROM_SWITCHES)
     for rule in rules:
         missing = sorted(rule.needs - set(known))
-        if missing and not rule.freezes:
+        if missing and not rule.live:
             raise CdlmError(
                 f"{rule!r} reads {missing[0]!r}, which no recording keeps (they have {', '.join(known)}):"
                 " it can only be run, with cdlm sample --halt"

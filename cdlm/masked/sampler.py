@@ -33,6 +33,7 @@ from cdlm.halting.signals import (
 )
 from cdlm.masked.model import Cache, CachedModel, LayeredModel, MaskedModel
 from cdlm.masked.published import Quirks
+from cdlm.models.activations import Watch
 from cdlm.policies import parse_policy
 from cdlm.policies.llada import LLaDA
 from cdlm.policies.policy import Choice, Plan, Policy, View, enter, plan_of
@@ -78,6 +79,7 @@ class Unmasking(Sampling):
     flat = UnmaskingSettings
     signals = frozenset(SIGNALS) - SPATIAL
     recorded = frozenset({"tokens", *RECORDED}) - SPATIAL
+    watches = True
 
     policy: Policy = field(default_factory=LLaDA)
     temperature: float = 0.0
@@ -323,6 +325,9 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             raise CdlmError("a record needs the logits of whole rows at every step: leave out the cache")
         if sampling.policy.revises:
             _check_revision(sampling.policy, options)
+        if sampling.cache is not None and options.modules:
+            raise CdlmError("a rule of activations needs calls of whole rows at every step: leave out the cache")
+        self.watch = Watch(model.modules_named(options.modules))
         self.model, self.sampling, self.refiner = model, sampling, sampling.policy.refiner(model)
         if self.refiner is not None and sampling.cfg_scale > 0:
             raise CdlmError(f"{sampling.policy!r} reads a layer that knows no guidance: leave out cfg_scale")
@@ -362,9 +367,8 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         ending = place > torch.where(given & real, place, -1).amax(1, keepdim=True)
         reach = plan.block_of <= plan.block[:, None]
         size = open_.sum(1)
-        steps = zero - 1 if plan.steps is None else plan.steps
-        most, largest, each, sizes = read_columns(budget, tokens.masked_fill(open_, 0).amax(1), steps, size)
-        due, own, inner, more, called = self._of_the_block(plan, open_)
+        most, largest, sizes = read_columns(budget, tokens.masked_fill(open_, 0).amax(1), size)
+        due, own, inner, more, called, each = self._of_the_block(plan, open_)
         rows, none, all_ = [request.index for request in requests], [0] * len(requests), [1] * len(requests)
         known = Known(
             row=rows, step=none, nfe=none, settled=none, budget=most, largest=largest, size=sizes, steps=each,
@@ -382,14 +386,15 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         )  # fmt: skip
 
     def _of_the_block(self, plan: Plan, open_: Bool[Tensor, "b n"]) -> list[list[int]]:
-        """What the host has to know of rows that have entered a block: `due`, `own`, `inner`, `more` and `called`."""
+        """What the host has to know of rows that have entered a block: `due`, `own`, `inner`, `more`, `called` and
+        `steps`."""
         block_of, block = plan.block_of, plan.block[:, None]
         own = block_of == block
         called = self._called(plan).sum(1)
         first = (block_of >= block).all(1)
         return read_columns(
             (open_ & (block_of <= block)).sum(1), (open_ & own).sum(1), plan.inner, plan.block < plan.last,
-            2 * called + first,
+            2 * called + first, torch.full_like(called, -1) if plan.steps is None else plan.steps,
         )  # fmt: skip
 
     def _canvas(self, requests: list[Request]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -410,14 +415,15 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
 
     def _check_replay(self, plan: Plan, open_: Bool[Tensor, "b n"]) -> None:
         """Raise if rows idle inside their blocks, which every rule but Never passes over: replay could not tell."""
-        steps = plan.steps
-        if steps is None:
-            return
+        policy = self.sampling.policy
         for block in range(int(plan.last.max())):
+            steps = policy.steps_of(plan, torch.full_like(plan.block, block))
+            if steps is None:
+                return
             masks = (open_ & (plan.block_of == block)).sum(1)
-            if bool(((masks < steps) & (plan.last > block)).any()):
+            if bool((policy.idles(masks, steps, block) & (plan.last > block)).any()):
                 raise CdlmError(
-                    f"{self.sampling.policy!r} takes more steps for a block than it has masks, and idle steps cannot be"
+                    f"{self.sampling.policy!r} takes steps for a block that is full, and idle steps cannot be"
                     " replayed: record with the rule Full(), or take fewer steps"
                 )
 
@@ -433,7 +439,8 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
     def step(self, live: UnmaskingRows) -> tuple[LoopStep, UnmaskingRows]:
         whole = all(live.known.whole)
         where = self._wanted(live, whole)
-        logits, cache, hidden = self._whole(live, where) if whole else (*self._part(live, where), None)
+        with self.watch.kept(len(live.row)) as activations:
+            logits, cache, hidden = self._whole(live, where) if whole else (*self._part(live, where), None)
         if self.suppressed is not None:
             logits.index_fill_(-1, self.suppressed, -torch.inf)
         statistics = self._glance(live, logits, where, whole)
@@ -442,7 +449,10 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         if whole:
             signals, past = observe(self.needs, statistics)
             live = live._replace(past=past)
-        state = StepState(live.row, live.step, live.budget, live.share, live.nfe, live.open, signals)
+        block = live.plan.block_of == live.plan.block[:, None]
+        state = StepState(
+            live.row, live.step, live.budget, live.share, live.nfe, live.open, signals, block, activations
+        )
         if whole and self.options.halts:
             memory, decision = self.options.criterion.look(live.memory, state)
             live = live._replace(memory=memory)
@@ -458,7 +468,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             moved = enter(policy, plan, open_, self.options.criterion.waits)
             plan = _where(plan.inner >= 2, moved, plan) if self.sampling.quirks.extra_call else moved
             reach = plan.block_of <= plan.block[:, None]
-            names = ("due", "own", "inner", "more", "called")
+            names = ("due", "own", "inner", "more", "called", "steps")
             known = replace(known, **dict(zip(names, self._of_the_block(plan, open_), strict=True)))
             carried = carried._replace(plan=plan, reach=reach, due=open_ & reach)
         if self.sampling.cache is None:
@@ -719,5 +729,6 @@ def _check_revision(policy: Policy, options: RunOptions) -> None:
 
 def _where(condition: Bool[Tensor, " b"], first: Plan, second: Plan) -> Plan:
     """Rows of the first plan, or of the second."""
-    blocks = (torch.where(condition, getattr(first, n), getattr(second, n)) for n in ("block", "inner", "masks"))
-    return first._replace(**dict(zip(("block", "inner", "masks"), blocks, strict=True)))
+    names = ("block", "inner", "masks", *(() if first.steps is None else ("steps",)))
+    blocks = (torch.where(condition, getattr(first, n), getattr(second, n)) for n in names)
+    return first._replace(**dict(zip(names, blocks, strict=True)))

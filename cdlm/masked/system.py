@@ -13,18 +13,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cdlm.core.checks import check_choice, check_whole
-from cdlm.core.devices import refined
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Batch, Constants
 from cdlm.masked.model import LayeredModel
+from cdlm.masked.objective import bound, hidden_of, shares
 from cdlm.masked.sampler import Unmasking
 from cdlm.models.system import Loss, System, SystemConfig, levels_of, row_cross_entropy
 from cdlm.models.transformer import Transformer
 from cdlm.policies.llada import LLaDA
 from cdlm.sampling.texts import Special
-
-EPS = 1e-3
-"""Least share of masked tokens: t = (1 - EPS) u + EPS, so that 1 / t stays bounded (MDLM and LLaDA alike)."""
 
 
 class MaskedDiffusion(System, LayeredModel):
@@ -94,18 +91,14 @@ class MaskedDiffusion(System, LayeredModel):
         """The negative evidence lower bound over the positions to generate (MDLM, eq. 10; LLaDA, eq. 3)."""
         tokens = batch.tokens
         t = self.levels(levels_of(batch).to(tokens.device))
-        coin = torch.rand(tokens.shape, generator=batch.generator, device=tokens.device)
-        masked = batch.target & (coin < t.float()[:, None])
+        masked = hidden_of(batch, t)
         logits = self.logits(tokens.masked_fill(masked, self.constants.mask_id), batch.valid)
         # The mask itself, which some text may hold, is nothing to predict.
         nats, hidden = row_cross_entropy(logits, tokens, masked & (tokens != self.constants.mask_id))
-        count = batch.target.sum(1)
-        bound = nats / t.to(nats.dtype)
-        total = nats.sum() / hidden.sum().clamp(min=1) if self.flat and self.training else bound.sum() / count.sum()
-        return Loss(total, (bound / count).detach(), t, count)
+        return bound(nats, hidden, t, batch, self.flat and self.training)
 
     def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        return (1 - EPS) * refined(u) + EPS
+        return shares(u)
 
 
 @dataclass(frozen=True)

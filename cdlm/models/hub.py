@@ -73,7 +73,8 @@ class Pretrained(nn.Module, Model):
 
     def has_weights(self, fingerprint: str) -> bool:
         if self.folder is not None and not fingerprint.startswith(TENSORS):  # written by an earlier version
-            return fingerprint == file_hash(self.folder / "model.safetensors")
+            file = self.folder / "model.safetensors"
+            return file.exists() and fingerprint == file_hash(file)
         return super().has_weights(fingerprint)
 
     def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:

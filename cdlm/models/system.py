@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch.nn import functional as F
 from cdlm.core.checks import MOST_FEATURES, MOST_LAYERS, Settings, check_whole
 from cdlm.core.devices import fine
 from cdlm.core.errors import CdlmError
+from cdlm.core.files import write_text
 from cdlm.core.types import Batch
+from cdlm.models import lora
 from cdlm.models.hub import Pretrained
-from cdlm.sampling.texts import Special
+from cdlm.sampling.texts import Special, save_tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,39 @@ class System(Pretrained, ABC):
         return {}
 
     @property
+    def adapter(self) -> lora.Adapter | None:
+        """The adapter that is trained in place of all else; None of a system that is trained itself."""
+        found = self._modules.get("lora")
+        return found if isinstance(found, lora.Adapter) else None
+
+    def adapt(self, settings: lora.LoraSettings, base: str, weights: str, seed: int) -> None:
+        """Freeze all weights and put an untrained adapter beside them, in place; see `cdlm.models.lora`."""
+        settled = settings.settled(self.network)
+        self.requires_grad_(False)
+        lora.adapt(self.network, settled, seed)
+        self.add_module("lora", lora.Adapter(settled, base, weights, self.network))
+
+    def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
+        """Write the folder of the model; or, of a system with an adapter, the adapter and its map alone."""
+        if self.adapter is None:
+            if lora.lora_parameters(self.network):
+                raise CdlmError(f"{self.name} is a model with an adapter: merge the two first, with cdlm merge")
+            return super().save_pretrained(folder, card)
+        lora.write_adapter(Path(folder), self.network, self.adapter)
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, Path(folder))
+        if card is not None:
+            write_text(Path(folder) / "README.md", card)
+
+    @property
     def blocks(self) -> nn.Module:
         """The hidden layers of the network, one child each."""
         return self.network.get_submodule("blocks")
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """`matrices`: hidden 2-D weights (what Muon is for); `schedule`: the noise schedule's own; `rest`."""
+        if self.adapter is not None:
+            return {"matrices": lora.lora_parameters(self.network), "schedule": [], "rest": []}
         schedule = [] if self.learned_schedule is None else list(self.learned_schedule.parameters())
         matrices = [p for name, p in self.blocks.named_parameters() if p.ndim == 2 and "modulation" not in name]
         taken = {id(p) for p in schedule + matrices}

@@ -7,6 +7,7 @@ from cdlm.policies.core import CORE
 from cdlm.policies.dream import Dream, DreamThreshold
 from cdlm.policies.editing import Editing
 from cdlm.policies.entropy import EntropyBound
+from cdlm.policies.gaussian import Gaussian
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
 from cdlm.policies.mutual import Mutual
@@ -14,8 +15,8 @@ from cdlm.policies.policy import Policy
 
 POLICIES: Registry[Policy] = Registry(
     "policy", Policy,
-    LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS, Mutual, CORE,
-    Editing, Adjust,
+    LLaDA, Gaussian, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS, Mutual,
+    CORE, Editing, Adjust,
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from cdlm.core.rng import ORDER, Site
 from cdlm.core.types import Constants
 from cdlm.policies.policy import (
     Choice,
+    Plan,
     Policy,
     View,
     check_blocks,
@@ -63,9 +64,13 @@ class LLaDA(Policy):
         return (_end(constants, "no_eos"),) if self.no_eos else ()
 
     def check(self, length: int, constants: Constants) -> None:
-        check_blocks("LLaDA", length, self.block, self.steps)
+        self.check_layout(length)
         if self.eos_last:
             _end(constants, "eos_last")
+
+    def check_layout(self, length: int) -> None:
+        """Raise unless blocks and steps fit rows that generate `length` positions."""
+        check_blocks("LLaDA", length, self.block, self.steps)
 
     def due(
         self, block_of: Int[Tensor, "b n"], block: Int[Tensor, " b"], open_: Bool[Tensor, "b n"]
@@ -87,9 +92,11 @@ class LLaDA(Policy):
             confidence = view.draws.uniform(view.site, ORDER)
         elif self.eos_last:
             confidence = self._without_ends(view, tokens)
-        plan = view.plan
-        quota = torch.ones_like(plan.inner) if plan.steps is None else even(plan.masks, plan.steps, plan.inner)
-        return Choice(best(confidence, view.candidates, quota), tokens)
+        return Choice(best(confidence, view.candidates, self.quota(view.plan)), tokens)
+
+    def quota(self, plan: Plan) -> Int[Tensor, " b"]:
+        """Positions to commit at this step."""
+        return torch.ones_like(plan.inner) if plan.steps is None else even(plan.masks, plan.steps, plan.inner)
 
     def _without_ends(self, view: View, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         """Probability of each proposal when there are no ends: 0 for them, and more for the others."""

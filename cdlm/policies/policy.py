@@ -182,6 +182,18 @@ class Policy(SignalReader, Settings, ABC):
         it is full."""
         return None
 
+    def steps_of(self, plan: Plan, block: Int[Tensor, " b"]) -> Int[Tensor, " b"] | None:
+        """Steps of a block that rows enter; by default those of their first one."""
+        return plan.steps
+
+    def idles(self, masks: Int[Tensor, " b"], steps: Int[Tensor, " b"], block: int) -> Bool[Tensor, " b"]:
+        """Whether a block of so many masks and steps is full before its last step."""
+        return masks < steps
+
+    def layout(self, offset: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+        """Number of the block of each position, by its distance from where generation begins; below 0 before that."""
+        return torch.div(offset, self.size or offset.shape[1], rounding_mode="floor")
+
     @property
     def tokenwise(self) -> bool:
         """Whether it can decode one block alone, as a cache requires."""
@@ -253,9 +265,8 @@ def plan_of(
 ) -> Plan:  # fmt: skip
     """The plan of rows that enter, whose generated part is [start, end)."""
     place = torch.arange(open_.shape[1], device=open_.device)
-    size = policy.size or open_.shape[1]
-    block_of = torch.div(place - start[:, None], size, rounding_mode="floor")
-    last = torch.div(end - 1 - start, size, rounding_mode="floor")
+    block_of = policy.layout(place - start[:, None])
+    last = block_of.gather(1, end[:, None] - 1).squeeze(1)
     zero = torch.zeros_like(start)
     steps, due = policy.schedule(last + 1), policy.due(block_of, zero, open_)
     again = torch.zeros_like(start, dtype=torch.bool) if policy.revises else None
@@ -283,7 +294,7 @@ def enter(policy: Policy, plan: Plan, open_: Bool[Tensor, "b n"], waits: bool) -
     block = torch.where(moves, torch.minimum(following, plan.last), plan.block)
     masks = torch.where(moves, policy.due(plan.block_of, block, open_), plan.masks)
     inner = torch.where(moves, 0, plan.inner)
-    return plan._replace(block=block, inner=inner, masks=masks)
+    return plan._replace(block=block, inner=inner, masks=masks, steps=policy.steps_of(plan, block))
 
 
 def proposal(

@@ -8,10 +8,31 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cdlm.core.devices import refined
+
 
 def even(masks: Int[Tensor, " b"], steps: Int[Tensor, " b"], step: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
     """An even split of `masks` over `steps`, what is left over going to the first ones (LLaDA, arXiv 2502.09992)."""
     return masks // steps + (step < masks % steps)
+
+
+def gaussian(
+    masks: Int[Tensor, " b"], steps: Int[Tensor, " b"], center: Float[Tensor, " b"], std: Float[Tensor, " b"], most: int
+) -> Int[Tensor, "b most"]:
+    """`masks` shared among the steps of each row, `most` at most, by a bell over their share of the steps.
+
+    Its top is at 1 / center and its width 1 / std. What the floors leave over goes to the steps that lost most, of
+    equals to the first. (EDIT, arXiv 2512.00670; as published a sum is truncated, which may lose one token.)
+    """
+    place = torch.arange(most, device=masks.device)
+    there = place < steps[:, None]
+    share = refined(place) / steps[:, None]
+    weight = (-0.5 * ((share - 1 / center[:, None]) * std[:, None]) ** 2).exp() * there
+    wanted = masks[:, None] * weight / weight.sum(1, keepdim=True)
+    whole = wanted.floor().long()
+    lost = (wanted - whole).masked_fill(~there, -1.0)
+    order = lost.sort(dim=1, descending=True, stable=True).indices
+    return whole.scatter_add(1, order, (place < (masks - whole.sum(1))[:, None]).long())
 
 
 def falling(

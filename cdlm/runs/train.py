@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -23,6 +23,16 @@ from cdlm.data.store import DocumentRows, FilledRows, PackedRows, StoredRows, Te
 from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
 from cdlm.models import hub
 from cdlm.models.hub import Folder
+from cdlm.models.lora import (
+    Adapter,
+    LoraSettings,
+    attach,
+    is_adapter,
+    read_adapter,
+    read_settings,
+    trained_size,
+    write_settings,
+)
 from cdlm.models.system import System
 from cdlm.runs import caches
 from cdlm.runs.config import RunConfig
@@ -31,6 +41,8 @@ from cdlm.sampling.texts import save_tokenizer, special_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from cdlm.masked.checkpoints.model import ForeignModel
 
 PREVIEW_STEPS = 64
 
@@ -87,6 +99,7 @@ def train(
     *,
     resume: bool = False,
     start: str | Path | None = None,
+    lora: LoraSettings | None = None,
     progress: bool = True,
 ) -> System:
     """Train a system into the run folder `out`: model files, checkpoints, metrics, samples and `config.yaml`.
@@ -95,6 +108,8 @@ def train(
         resume: continue the run in `out`; a finished run is left as it is.
         start: folder or Hub id of a trained model whose weights and tokenizer the new run begins with. Its system must
             be that of `config`; the text, the rows and all of `config.training` are free.
+        lora: leave these weights as they are and train an adapter beside them, see `cdlm.models.lora`: `out` gets the
+            adapter and the map of its updates in place of a model. A run that is resumed has its own.
         progress: show progress on standard error.
 
     Returns:
@@ -112,30 +127,95 @@ def train(
     out, options = Path(out), config.training
     if resume and start is not None:
         raise CdlmError("a run is resumed from its own checkpoint: give resume or start, not both")
+    if resume and lora is not None:
+        raise CdlmError("a run is resumed with the adapter that it has: give resume or lora, not both")
+    if lora is not None:
+        _check_adaptable(config, start)
     first = rank_and_world(options)[0] == 0
     if first:
         check_folder(out, resume)
     if resume and steps_done(checkpoint_of(out)) == options.steps:
         if progress and first:
             print(f"{out} is finished, at step {options.steps}: more steps continue it", file=sys.stderr)
-        return _finished(config, hub.read(out))
+        return _finished(config, out)
     with held(out) if first else nullcontext():
-        return _train(config, out, resume, None if start is None else hub.read(hub.locate(start)), progress)
+        tuned = None if lora is None else Tuned(lora, str(start))
+        if resume and is_adapter(out):
+            tuned = Tuned(*read_settings(out))
+        name = start if tuned is None else tuned.base
+        origin = None if name is None else _origin(name, config, tuned is not None)
+        return _train(config, out, resume, origin, tuned, progress)
 
 
-def _train(config: RunConfig, out: Path, resume: bool, origin: Folder | None, progress: bool) -> System:
+class Tuned(NamedTuple):
+    """An adapter that is to be trained."""
+
+    settings: LoraSettings
+    base: str
+    """Folder or Hub id of what it adapts."""
+
+
+def _check_adaptable(config: RunConfig, start: str | Path | None) -> None:
+    options = config.training
+    if start is None:
+        raise CdlmError("an adapter is trained beside the weights of a model: say which, with start (--start MODEL)")
+    if options.optimizer != "adamw" or options.strategy == "fsdp":
+        asked = f"optimizer={options.optimizer!r}, strategy={options.strategy!r}"
+        raise CdlmError(
+            f"an adapter is trained by AdamW on whole copies of the weights, got {asked}: set optimizer='adamw', and no"
+            " fsdp"
+        )
+
+
+def _origin(name: str | Path, config: RunConfig, adapts: bool) -> Folder | ForeignModel:
+    """What a run begins with: a model folder, or, where an adapter is trained, a LLaDA or Dream, which is loaded.
+
+    Raises:
+        CdlmError: there is no such model, it is an adapter, or it is foreign and would be trained itself.
+    """
+    path = hub.locate(name)
+    if is_adapter(path):
+        raise CdlmError(f"{path} holds an adapter: merge it into its base with cdlm merge, and start from the result")
+    if not hub.is_foreign(path):
+        return hub.read(path)
+    if not adapts:
+        raise CdlmError(
+            f"{path} is a model of another library, of which an adapter can be trained: give --lora RANK and the system"
+            " Masked, whose weight is used"
+        )
+    from cdlm.masked.checkpoints.model import open_checkpoint
+    from cdlm.masked.checkpoints.tuned import is_flat
+
+    is_flat(config.system, path)  # or refuses the system, before the weights are read
+
+    model = open_checkpoint(path, dtype=config.training.precision)
+    if config.length > model.length:
+        raise CdlmError(f"rows of {config.length} are longer than {path} was made for, {model.length}: lower length")
+    model.need_tokenizer()
+    return model
+
+
+def _train(
+    config: RunConfig, out: Path, resume: bool, origin: Folder | ForeignModel | None, tuned: Tuned | None,
+    progress: bool,
+) -> System:  # fmt: skip
     from cdlm.training import run as training
 
     options = config.training
     rank, world = training.rank_and_world(options)
-    if origin is not None:
+    if origin is not None and origin.tokenizer is not None:
         config = replace(config, tokenizer=None, vocab_size=len(origin.tokenizer))
     settings = config.to_yaml()
     caches.mark(config.cache)
     text = RunText.of(config, _tokenizer(out, resume, origin))
     _ = text.judge, text.unread  # a text too small to be divided is better known before the training
     system = _built(config, text, origin)
+    if tuned is not None and origin is not None:
+        weights = origin.fingerprint if isinstance(origin, Folder) else origin.stored_fingerprint()
+        system.adapt(tuned.settings, tuned.base, weights, options.seed)
     if rank == 0 and not resume:  # a checkpoint without these could not be resumed
+        if system.adapter is not None:
+            write_settings(out, system.adapter.settings, system.adapter.base)
         write_text(out / "config.yaml", settings)
         save_tokenizer(text.tokenizer, out)
     return training.train(
@@ -153,14 +233,20 @@ def _train(config: RunConfig, out: Path, resume: bool, origin: Folder | None, pr
     )
 
 
-def _tokenizer(out: Path, resume: bool, origin: Folder | None) -> PreTrainedTokenizerFast | None:
+def _tokenizer(out: Path, resume: bool, origin: Folder | ForeignModel | None) -> PreTrainedTokenizerFast | None:
     """The tokenizer that comes along: of the model to start from, or of the run that is resumed."""
     if origin is not None:
         return origin.tokenizer
     return hub.read_tokenizer(out) if resume else None
 
 
-def _built(config: RunConfig, text: RunText, origin: Folder | None) -> System:
+def _built(config: RunConfig, text: RunText, origin: Folder | ForeignModel | None) -> System:
+    if origin is not None and not isinstance(origin, Folder):
+        from cdlm.masked.checkpoints.tuned import TunedForeign, is_flat
+
+        assert origin.folder is not None
+        tuned = TunedForeign(origin, flat=is_flat(config.system, origin.folder))
+        return _described(config, tuned, text.tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         system = config.system.build(len(text.tokenizer), special_of(text.tokenizer))
@@ -170,10 +256,23 @@ def _built(config: RunConfig, text: RunText, origin: Folder | None) -> System:
     return _described(config, system, text.tokenizer)
 
 
-def _finished(config: RunConfig, folder: Folder) -> System:
-    system = config.system.build(len(folder.tokenizer), special_of(folder.tokenizer))
-    _check_same_system(system, folder)
-    hub.load_weights(system, folder)
+def _finished(config: RunConfig, out: Path) -> System:
+    adapter = read_adapter(out) if is_adapter(out) else None
+    origin = hub.read(out) if adapter is None else _origin(adapter.base, config, adapts=True)
+    if not isinstance(origin, Folder):
+        from cdlm.masked.checkpoints.tuned import TunedForeign
+
+        assert adapter is not None
+        weights = origin.stored_fingerprint()
+        system: System = _described(config, TunedForeign(origin, flat=False), origin.need_tokenizer())
+    else:
+        weights = origin.fingerprint
+        system = config.system.build(len(origin.tokenizer), special_of(origin.tokenizer))
+        _check_same_system(system, origin)
+        hub.load_weights(system, origin)
+    if adapter is not None:
+        system.fingerprint = attach(system.network, adapter, weights, adapter.base)
+        system.folder = out
     return system.eval()
 
 
@@ -200,7 +299,12 @@ def _context(config: RunConfig, text: RunText, system: System) -> dict[str, str 
         **{f"system.{name}": str(value) for name, value in system.config.items()},
         "masking": config.masking,
         "batch_size": config.batch_size,
+        **({} if system.adapter is None else _context_of(system.adapter)),
     }
+
+
+def _context_of(adapter: Adapter) -> dict[str, str | int]:
+    return {"lora": repr(adapter.settings), "base": adapter.base, "base.digest": adapter.weights}
 
 
 def export(config: RunConfig, system: System, folder: Path, step: int) -> None:
@@ -224,13 +328,16 @@ def preview(config: RunConfig, system: System) -> list[str]:
 def card(config: RunConfig, system: System, step: int) -> str:
     """The model card of a run after `step` steps: its size, data and configuration, without local folders."""
     size, options = sum(p.numel() for p in system.parameters()) / 1e6, config.training
+    trained = "" if system.adapter is None else "trained "
+    if system.adapter is not None:
+        size = trained_size(system.network) / 1e6
     steps = f"{step}" if step == options.steps else f"{step} of {options.steps}"
     rows = config.batch_size * options.accumulate * options.world
     shape = f"{steps} steps of {rows} rows of {config.length} tokens"
     settings = yaml.safe_dump(_without_folders(yaml.safe_load(config.to_yaml())), sort_keys=False, allow_unicode=True)
     source = type(config.source).__name__
     sections = {
-        "Training": f"{size:.1f} M parameters, {shape}, on text of `{source}`.\n\n{fenced(settings, 'yaml')}",
+        "Training": f"{size:.1f} M {trained}parameters, {shape}, on text of `{source}`.\n\n{fenced(settings, 'yaml')}",
         "Numbers": "See `evaluation.md` in this folder if the model was evaluated.",
     }
     sampling = {"sampling": dict(system.preset)} if system.preset else {}

@@ -47,6 +47,11 @@ class RunOptions:
         return self.record | self.criterion.needs
 
     @property
+    def modules(self) -> frozenset[str]:
+        """Modules of the network whose outputs every step keeps."""
+        return self.criterion.modules
+
+    @property
     def halts(self) -> bool:
         """Whether the rule can do anything: it need not be asked otherwise."""
         return type(self.criterion) not in (Full, Never)

@@ -95,6 +95,21 @@ class Model(ABC):
         """Where its tokens go."""
         return torch.device("cpu")
 
+    def modules_named(self, names: Iterable[str]) -> dict[str, torch.nn.Module]:
+        """Parts of its network, whose outputs a rule reads.
+
+        Raises:
+            CdlmError: it has none of that name.
+        """
+        network = getattr(self, "network", None)
+        known = dict(network.named_modules()) if isinstance(network, torch.nn.Module) else {}
+        for name in sorted(set(names) - known.keys()):
+            raise CdlmError(
+                f"{self.name} has no module {shown(name)}, whose output the rule reads: load the adapter that the rule"
+                " was made beside, not merged into its base"
+            )
+        return {name: known[name] for name in sorted(set(names))}
+
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Stop tokens: a text ends at the first of them, such as the end of text or of a turn. Without any, texts fill
@@ -138,6 +153,10 @@ class Model(ABC):
             raise CdlmError(f"{self.name} has no weights that could be named in a file: load a model from a folder")
         return self.fingerprint
 
+    def stored_fingerprint(self) -> str:
+        """A hash of its weights as its files hold them, whatever precision they were loaded in."""
+        return self.need_fingerprint()
+
     def has_weights(self, fingerprint: str) -> bool:
         """Whether its weights are those that a file names."""
         return fingerprint == self.need_fingerprint()
@@ -175,6 +194,8 @@ class Sampling(Settings, ABC):
     """Signals that its steps have."""
     recorded: ClassVar[frozenset[str]]
     """Signals that a record of its runs needs."""
+    watches: ClassVar[bool] = False
+    """Whether its steps can keep what modules of the network give."""
 
     @classmethod
     def flat_names(cls) -> set[str]:
@@ -288,6 +309,7 @@ class Session:
             check_batch_size(self.batch_size)
         self.model.check_weights()
         self._check_signals(self.options.needs)
+        self._check_modules(self.criterion)
         self.check_made_for([self.criterion])
         object.__setattr__(self, "device", self.model.device)
 
@@ -389,6 +411,7 @@ class Session:
         check_object("a session", Criterion, criterion=criterion)
         try:
             self._check_signals(criterion.needs)
+            self._check_modules(criterion)
         except CdlmError as error:
             return str(error)
         return ""
@@ -442,6 +465,14 @@ class Session:
 
     def _check_signals(self, names: Iterable[str]) -> None:
         check_signals(names, self.signals)
+
+    def _check_modules(self, criterion: Criterion) -> None:
+        if criterion.modules and not self.sampling.watches:
+            raise CdlmError(
+                f"{shown(criterion)} reads activations, which the steps of {self.sampling.family} models do not give:"
+                " use a rule of the logits"
+            )
+        self.model.modules_named(criterion.modules)
 
     def _check_place(self) -> None:
         if self.model.device != self.device:

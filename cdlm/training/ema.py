@@ -15,12 +15,14 @@ class EMA(nn.Module):
     """A second system whose weights follow those of the first slowly; validation, samples and the saved model use it.
 
     After optimiser step k (one-based), ema += (1 - d) (weights - ema) with d = min(decay, (1 + k) / (10 + k)).
-    A schedule of its own is copied as it is, because it averages itself, and so are counts and the like.
+    A schedule of its own is copied as it is, because it averages itself, and so are counts and the like. Weights that
+    are not trained, as beside an adapter, are shared.
     """
 
     def __init__(self, system: System, decay: float):
         super().__init__()
-        self.system = copy.deepcopy(system).requires_grad_(False).eval()
+        frozen = {id(weight): weight for weight in system.parameters() if not weight.requires_grad}
+        self.system = copy.deepcopy(system, frozen).requires_grad_(False).eval()
         self.decay = decay
 
     def train(self, mode: bool = True) -> EMA:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,7 +26,7 @@ from cdlm.training.optimizers import build_optimizer, set_rates
 from cdlm.training.options import TrainOptions
 from cdlm.training.restore import CHECKPOINT, COLUMNS, check_tensors, count_moments
 
-TRAINING, VALIDATION = 0x7261, 0x7662
+TRAINING, VALIDATION, DROPOUT = 0x7261, 0x7662, 0x6472
 """Purposes of noise: the second word of its key."""
 
 
@@ -66,6 +67,11 @@ class TrainingModule(LightningModule):
         if options.compile:
             system.network.compile()
         self.feed = Feed(loader)
+        frozen = [name for name, weight in system.named_parameters() if not weight.requires_grad]
+        self.frozen = frozenset(f"{part}.{name}" for name in frozen for part in ("system", "ema.system"))
+        """Weights that are not trained: checkpoints do without them."""
+        self.strict_loading = not frozen  # `check_tensors` has compared all names
+        self.drops = any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in system.modules())
         self.masking, self.options, self.context = masking, options, dict(context)
         self._whole: list[System] = []  # in a list, where torch does not look for submodules
         self.batches = 0
@@ -80,7 +86,8 @@ class TrainingModule(LightningModule):
         self.batches += 1
         tokens = batch.target.sum()  # as it comes from the loader: all that are valid
         try:
-            loss = self.system(batch.masked(self.masking, noise))
+            with self._dropout():
+                loss = self.system(batch.masked(self.masking, noise))
         except Exception as error:  # parts of a system that has gone astray fail in ways of their own
             if fault := fault_of(self.system):
                 raise diverged(f"{fault} before step {self.global_step + 1}", self._checkpoint) from error
@@ -88,6 +95,24 @@ class TrainingModule(LightningModule):
         row = (loss.total.detach(), (loss.nats * loss.count).sum(), loss.count.sum(), tokens)
         self.window.append(torch.stack([x.double() for x in row]))
         return loss.total
+
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        """Torch's own generator, which dropout draws from, as a function of the batch; as it was, after it."""
+        if not self.drops:
+            yield
+            return
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(generator(self.options.seed, DROPOUT, self.batches, self.global_rank).initial_seed())
+            yield
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All but the frozen weights."""
+        state = super().state_dict(*args, **kwargs)
+        for name in self.frozen:
+            state.pop(name, None)
+        return state
 
     @property
     def _checkpoint(self) -> Path:
@@ -113,6 +138,9 @@ class TrainingModule(LightningModule):
         set_rates(optimizer, self.global_step, self.options)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.system.after_step()
+        step = self.global_step + 1
+        if self.system.adapter is not None and (step % self.options.log_every == 0 or step == self.options.steps):
+            self.system.adapter.observe(self.system.network, self.trainer.optimizers[0].state)
         self.ema.update(self.system, self.global_step + 1)  # the trainer counts the step when this returns
 
     def configure_model(self) -> None:

@@ -33,6 +33,7 @@ COMMANDS = (
     Command("evaluate", "cdlm.cli.commands.evaluate", "measure samples beside real text, or the likelihood of text"),
     Command("lm-eval", "cdlm.lm_eval.command", "run lm-evaluation-harness on a model: cdlm lm-eval run", own=True),
     Command("convert", "cdlm.cli.commands.convert", "published weights of plaid, ssd, langflow to a folder and back"),
+    Command("merge", "cdlm.cli.commands.merge", "add an adapter of cdlm train --lora to the weights of its base"),
     Command("train-judge", "cdlm.cli.commands.train_judge", "train a small autoregressive judge on a run's text"),
     Command("completion", "cdlm.cli.completion", "print a script that completes commands and settings", own=True),
 )

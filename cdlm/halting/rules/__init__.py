@@ -3,6 +3,7 @@
 from cdlm.core.parsing import Registry
 from cdlm.halting.criterion import And, Criterion, For, FromStep, Or
 from cdlm.halting.rules.distribution import KL, Entropy, StableAndConfident
+from cdlm.halting.rules.edit import EDIT
 from cdlm.halting.rules.learned import Learned, Stop
 from cdlm.halting.rules.margin import JoT, Prophet, SchED
 from cdlm.halting.rules.mutual import Mutual
@@ -13,12 +14,12 @@ from cdlm.halting.rules.voting import VoteDecided
 
 RULES: Registry[Criterion] = Registry(
     "halting rule", Criterion,
-    Patience, Entropy, KL, NormConvergence, AngleConvergence, StableAndConfident, Mutual, Prophet, SchED, JoT,
+    Patience, Entropy, KL, NormConvergence, AngleConvergence, StableAndConfident, Mutual, Prophet, SchED, JoT, EDIT,
     VoteDecided, Learned, Stop, FixedSteps, Full, Never, For, FromStep, And, Or,
 )  # fmt: skip
 
 __all__ = [
-    "KL", "RULES", "And", "AngleConvergence", "Entropy", "FixedSteps", "For", "FromStep", "Full", "JoT", "Learned",
-    "Mutual", "Never", "NormConvergence", "Or", "Patience", "Prophet", "SchED", "StableAndConfident", "Stop",
-    "VoteDecided",
+    "EDIT", "KL", "RULES", "And", "AngleConvergence", "Entropy", "FixedSteps", "For", "FromStep", "Full", "JoT",
+    "Learned", "Mutual", "Never", "NormConvergence", "Or", "Patience", "Prophet", "SchED", "StableAndConfident",
+    "Stop", "VoteDecided",
 ]  # fmt: skip

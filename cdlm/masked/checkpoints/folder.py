@@ -68,7 +68,7 @@ def load_weights(network: PreTrainedModel, family: Family, folder: Path, dtype: 
     Raises:
         CdlmError: a tensor is missing, unknown, of another shape or not of floats, or a file cannot be read.
     """
-    found = _tensors(folder)
+    found = read_weights(folder)
     wanted = specs_of(network.state_dict())
     if tied := bool(network.config.tie_word_embeddings):
         del wanted[HEAD]
@@ -81,7 +81,8 @@ def load_weights(network: PreTrainedModel, family: Family, folder: Path, dtype: 
     network.requires_grad_(False).eval()
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The folder's tensors, mapped from disk."""
     return {name: value for file in weight_files(folder) for name, value in read_tensors(file).items()}
 
 

@@ -22,7 +22,14 @@ from cdlm.core.tensors import check_values
 from cdlm.core.types import Constants
 from cdlm.masked.checkpoints.dream import DREAM
 from cdlm.masked.checkpoints.family import Family, Settings
-from cdlm.masked.checkpoints.folder import check_sizes, load_weights, read_settings, read_stops, read_tokenizer
+from cdlm.masked.checkpoints.folder import (
+    check_sizes,
+    load_weights,
+    read_settings,
+    read_stops,
+    read_tokenizer,
+    read_weights,
+)
 from cdlm.masked.checkpoints.llada import LLADA
 from cdlm.masked.model import Cache, CachedModel, LayeredModel, at_positions
 from cdlm.masked.sampler import Unmasking
@@ -40,7 +47,8 @@ DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.
 
 
 class ForeignModel(CachedModel, LayeredModel):
-    """A foreign masked model: its network, tokenizer and constants. For inference; logits carry no gradient.
+    """A foreign masked model: its network, tokenizer and constants. For inference; logits carry no gradient. An adapter
+    of it is trained by `cdlm.masked.checkpoints.tuned`.
 
     Args:
         network: transformers' model, bidirectional, in evaluation mode.
@@ -84,7 +92,10 @@ class ForeignModel(CachedModel, LayeredModel):
         return self.need_tokenizer()  # it was trained on text
 
     def need_fingerprint(self) -> str:
-        return fingerprint_of(self.network.state_dict())
+        return self.fingerprint or fingerprint_of(self.network.state_dict())
+
+    def stored_fingerprint(self) -> str:
+        return super().stored_fingerprint() if self.folder is None else fingerprint_of(read_weights(self.folder))
 
     @property
     def device(self) -> torch.device:
@@ -177,8 +188,21 @@ class ForeignModel(CachedModel, LayeredModel):
         place = torch.arange(valid.shape[1], device=valid.device)
         return place - valid.long().argmax(1, keepdim=True)
 
+    def logits_with_gradient(
+        self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
+        """As `logits`, for the training of an adapter."""
+        return self._run(tokens, self._places(valid), valid, None, positions)
+
     @torch.no_grad()
     def _call(
+        self, tokens: Tensor, places: Tensor | None, valid: Tensor | None, layers: list[SlotLayer] | None,
+        positions: Tensor | None,
+    ) -> Float[Tensor, "*s v"]:  # fmt: skip
+        return self._run(tokens, places, valid, layers, positions)
+
+    def _run(
         self, tokens: Tensor, places: Tensor | None, valid: Tensor | None, layers: list[SlotLayer] | None,
         positions: Tensor | None,
     ) -> Float[Tensor, "*s v"]:  # fmt: skip
