@@ -322,6 +322,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             raise CdlmError("a record needs the logits of whole rows at every step: leave out the cache")
         if sampling.policy.revises:
             _check_revision(sampling.policy, options)
+        sampling.policy.check_model(model)
         self.model, self.sampling = model, sampling
         self.noise = PositionNoise(options.seed) if noise is None else noise
         self.needs = options.needs | (sampling.policy.needs & {"mean_kl"})
@@ -584,6 +585,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             statistics, self._candidates(live, whole), live.row, clock, plan, live.share, sampling.temperature,
             self.model.constants, self.noise, live.place, sum(live.known.due if whole else live.known.own),
             partial(self._again, live), live.known.inner, live.known.steps,
+            live.ending if self.model.end_ids else None,
         )  # fmt: skip
         return sampling.policy.choose(view)
 

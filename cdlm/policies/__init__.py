@@ -6,6 +6,7 @@ from cdlm.policies.core import CORE
 from cdlm.policies.dream import Dream, DreamThreshold
 from cdlm.policies.editing import Editing
 from cdlm.policies.entropy import EntropyBound
+from cdlm.policies.guided import Guided
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
 from cdlm.policies.policy import Policy
@@ -13,6 +14,7 @@ from cdlm.policies.policy import Policy
 POLICIES: Registry[Policy] = Registry(
     "policy", Policy,
     LLaDA, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS, CORE, Editing,
+    Guided,
 )  # fmt: skip
 
 
