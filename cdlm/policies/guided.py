@@ -120,7 +120,7 @@ class Guided(Policy):
         assert model.tokenizer is not None
         theirs = {token: text for text, token in guide.tokenizer.get_vocab().items()}
         special = model.tokenizer.added_tokens_decoder
-        for text, token in model.tokenizer.get_vocab().items():
+        for text, token in sorted(model.tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
             if token in mapped or theirs.get(token) == text or (token in special and token not in theirs):
                 continue
             there = f"is {shown(theirs[token])}" if token in theirs else "does not exist"
@@ -208,7 +208,7 @@ class Guided(Policy):
         bare = (asked & (view.place == 0)).any(1)
         if constants.eos_id is None and bool(bare.any()):
             raise CdlmError(
-                "a guide reads what stands before a position: give a prompt, or a model with an end of text"
+                "a guide needs something to read before a position: give a prompt, or Constants with an eos_id"
             )
         begin = constants.eos_id or 0
         whole = torch.where(asked, drafts, held).masked_fill(before, begin)
