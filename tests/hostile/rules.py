@@ -38,8 +38,8 @@ NEEDED: Mapping[str, Any] = {
     "name": "user/data", "parts": ((1.0, MASKINGS.parse("Prefix()")),), "nats": 0.1, "delta": 0.1, "method": "rk4",
 }  # fmt: skip
 """Good values of parameters that have no default."""
-FROM_FILES = ("Learned", "Stop")
-"""Rules whose constructors read a file."""
+FROM_FILES = ("Learned", "Stop", "Guided")
+"""Rules and policies whose constructors read a file."""
 TEXTS = frozenset({"a text", "an empty text"})
 LARGE = frozenset({"a large number", "a float", "a small float", "two", "infinity", "a huge number"})
 SMALL = frozenset({"zero", "a small float"})
