@@ -378,6 +378,7 @@ def test_a_guide_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytes
     assert "ids name token 500" in refused(tmp_path / "model", own, ids=((3, 500),))
     assert "no config.json" in refused(tmp_path / "model", tmp_path / "model" / "..")
     assert "expected a causal language model" in refused(tmp_path / "model", Path("nobody/nothing"))
+    assert "there is no folder" in refused(tmp_path / "model", tmp_path / "nothing")
     assert "expected a causal language model" in refused(tmp_path / "model", tmp_path / "model")
 
 
