@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from masked_toys import EOS, EOT, MASK, PLAIN, SHIFTED, VOCAB, Scripted, Toy, decoded
 from setups import unmasking
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import cdlm
 from cdlm.api import decode
@@ -119,7 +118,7 @@ def by_hand(model: Toy, guide: Bag, policy: Guided, prompt: list[int | None], n:
     return canvas, nfe, asked
 
 
-SURE = [accept for accept in ACCEPTS if accept != "original"]
+SURE: list[Any] = [accept for accept in ACCEPTS if accept != "original"]
 
 
 @pytest.mark.parametrize("mode", ["assisted", "speculative"])
@@ -136,7 +135,8 @@ def test_it_is_what_is_written_draft_by_draft(mode: Any, accept: Any) -> None:
 
 
 def test_something_is_accepted_and_something_rejected_in_these_tests() -> None:
-    for mode in ("assisted", "speculative"):
+    modes: tuple[Any, ...] = ("assisted", "speculative")
+    for mode in modes:
         for accept in SURE:
             rows = [
                 decode(Toy(seed=s), [[3]], 10, policy=Guided(Bag(s), mode, accept), halt="Full()") for s in range(4)
@@ -144,7 +144,9 @@ def test_something_is_accepted_and_something_rejected_in_these_tests() -> None:
             assert 1 < sum(int(row.nfe[0]) for row in rows) < 40, (mode, accept)
 
 
-EACH = [Guided(Bag(4), mode, accept, verify=3) for mode in ("assisted", "speculative") for accept in ACCEPTS]
+MODES: list[Any] = ["assisted", "speculative"]
+HOW: list[Any] = list(ACCEPTS)
+EACH = [Guided(Bag(4), mode, accept, verify=3) for mode in MODES for accept in HOW]
 
 
 @pytest.mark.parametrize("policy", [*EACH, replace(EACH[1], block=4)], ids=lambda p: f"{p.mode} {p.accept} {p.block}")
@@ -298,11 +300,9 @@ def test_the_guide_reads_tokens_of_its_own() -> None:
 def guide_folder(folder: Path, family: str, seed: int = 0, **changes: int) -> Path:
     """A random GPT-2 with the tokenizer of a tiny checkpoint."""
     tiny_gpt2(seed, vocab_size=128, **changes).save_pretrained(folder)
-    kind = {"llada": PreTrainedTokenizerFast, "Dream": AutoTokenizer}[family]
     made = copy_of(family, folder.parent / f"{folder.name}-{family}")
     write_tokenizer(made, family)
-    tokenizer = cdlm.load(str(made)).tokenizer if kind is AutoTokenizer else kind.from_pretrained(made)
-    tokenizer.save_pretrained(folder)
+    cdlm.load(str(made)).need_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -310,7 +310,8 @@ def guide_folder(folder: Path, family: str, seed: int = 0, **changes: int) -> Pa
 def test_a_guide_of_hugging_face_leads_a_foreign_checkpoint(family: str, tmp_path: Path) -> None:
     write_tokenizer(copy_of(family, tmp_path / "model"), family)
     folder = guide_folder(tmp_path / "guide", family)
-    model, guide = cdlm.load(str(tmp_path / "model")), Causal.load(str(folder))
+    model: Any = cdlm.load(str(tmp_path / "model"))
+    guide = Causal.load(str(folder))
     policy = f"Guided({str(folder)!r}, 'speculative', verify=4)"
     prompts = ["the cat", "the dog sat on the"]
     samples = cdlm.generate(model, prompts, new_tokens=8, policy=policy, temperature=0.0)

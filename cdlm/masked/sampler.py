@@ -664,8 +664,8 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         if self.sampling.policy.revises:
             more["revised"] = columns["revised"] = ((live.tokens != before.tokens) & ~before.open).sum(1)
         if self.free:
-            live = live._replace(kept=self._boundary(before))
-            columns["kept"] = live.kept
+            columns["kept"] = self._boundary(before)
+            live = live._replace(kept=columns["kept"])
         elif self.sampling.cache is not None:
             columns["own"] = self._candidates(live, whole=False).sum(1)
             columns["holes"] = (live.open & (live.plan.block_of < 0)).any(1)

@@ -176,14 +176,14 @@ class Guided(Policy):
             here = asked[rows] & (rank[rows] > done) & (rank[rows] <= done + self.verify)
             flat = places(here.flatten(), sum(min(self.verify, counts[row] - done) for row in going))
             at = At(rows, flat // width, flat % width)
-            logits = self._logits(text[rows], at.index, at.place - shift[at.row])
+            logits = self._logits(text[rows], at.nth, at.place - shift[at.row])
             draft = drafts[at.row, at.place]
             passes = ACCEPTS[self.accept](self, Seen(logits, self._theirs(draft), view, at))
             order = rank[at.row, at.place]
-            first = stop[rows].scatter_reduce(0, at.index, order.masked_fill(passes, width + 1), "amin")
+            first = stop[rows].scatter_reduce(0, at.nth, order.masked_fill(passes, width + 1), "amin")
             stop[rows] = first
             if self.mode == "speculative":
-                refused = order == first[at.index]
+                refused = order == first[at.nth]
                 some = at.of(refused.nonzero().squeeze(1))
                 tokens[some.row, some.place] = self._instead(view, logits[refused], draft[refused], some)
             broken = logits.isnan().any().expand_as(first)
@@ -277,17 +277,17 @@ class At(NamedTuple):
     """Some positions of some rows."""
 
     rows: Int[Tensor, " r"]
-    index: Int[Tensor, " k"]
+    nth: Int[Tensor, " k"]
     """Of each position, which of the rows."""
     place: Int[Tensor, " k"]
 
     @property
     def row(self) -> Int[Tensor, " k"]:
-        return self.rows[self.index]
+        return self.rows[self.nth]
 
     def of(self, some: Int[Tensor, " m"]) -> At:
         """Some of the positions."""
-        return At(self.rows, self.index[some], self.place[some])
+        return At(self.rows, self.nth[some], self.place[some])
 
     def site(self, view: View) -> Site:
         """As something is drawn for them."""
