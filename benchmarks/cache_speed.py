@@ -9,7 +9,7 @@ with each kind, and divides the wall times. Outputs without a cache are checked 
 
 import argparse
 import time
-from typing import Literal
+from typing import get_args
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,6 +18,7 @@ import cdlm
 from cdlm.masked.checkpoints.family import BIDIRECTIONAL
 from cdlm.masked.checkpoints.model import ForeignModel
 from cdlm.masked.model import Constants
+from cdlm.masked.sampler import CacheKind
 from cdlm.sampling.samples import Samples
 
 
@@ -33,7 +34,7 @@ def model(width: int, depth: int, vocab: int, length: int) -> ForeignModel:
 
 
 def timed(
-    made: ForeignModel, prompt: list[int], args: argparse.Namespace, cache: Literal["prefix", "dual"] | None
+    made: ForeignModel, prompt: list[int], args: argparse.Namespace, cache: CacheKind | None
 ) -> tuple[float, Samples]:
     """Seconds of one run, and its samples."""
     start = time.perf_counter()
@@ -62,8 +63,7 @@ def main() -> None:
     )  # fmt: skip
     assert (function.tokens == plain.tokens).all()
     print(f"{'no cache':10} {base:7.1f} s   1.00")
-    kinds: tuple[Literal["prefix", "dual"], ...] = ("prefix", "dual")
-    for cache in kinds:
+    for cache in get_args(CacheKind):
         seconds, samples = timed(made, prompt, args, cache)
         same = (samples.tokens == plain.tokens).mean()
         print(f"{cache:10} {seconds:7.1f} s   {base / seconds:4.2f} times as fast, {samples.nfe[0]} calls,"

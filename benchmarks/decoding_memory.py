@@ -1,7 +1,7 @@
 """Memory and time of decoding at a real vocabulary, beside the published loop.
 
 A Llama of random weights, small but for its vocabulary of 126,464 tokens, decodes a prompt of 1,500 tokens and 128
-positions in nine ways. For each, in a process of its own: the peak of resident memory over what was resident when the
+positions in ten ways. For each, in a process of its own: the peak of resident memory over what was resident when the
 model was loaded and had been called once, that peak as a multiple of the logits of the open positions in float32, and
 the CPU time of a step. The first line is LLaDA's published loop, which computes all logits.
 
@@ -42,6 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "threshold, blocks": {"policy": "Threshold(0.999999, block=32)"},
     "prefix cache": {"policy": "LLaDA({steps}, block=32)", "cache": "prefix"},
     "dual cache": {"policy": "LLaDA({steps}, block=32)", "cache": "dual"},
+    "free cache": {"policy": "LLaDA({steps}, block=32)", "cache": "free"},
 }  # fmt: skip
 MIB = 2**20
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -22,6 +22,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.types import Constants, LoopStep
 from cdlm.halting import Criterion
 from cdlm.masked.checkpoints.model import FAMILIES, ForeignModel
+from cdlm.masked.sampler import CacheKind
 from cdlm.policies.policy import Policy
 from cdlm.sampling.requests import canvases
 from cdlm.sampling.samples import Samples, collect
@@ -54,7 +55,7 @@ def halted(
     logits_processor: Sequence[Any] | None = None, stopping_criteria: Sequence[Any] | None = None,
     streamer: BaseStreamer | None = None, *, halt: str | Criterion | None = None, policy: str | Policy | None = None,
     mask_id: int | None = None, shift: bool | None = None, temperature: float | None = None,
-    cfg_scale: float | None = None, cache: Literal["prefix", "dual"] | None = None, seed: int = 0, **inputs: Any,
+    cfg_scale: float | None = None, cache: CacheKind | None = None, seed: int = 0, **inputs: Any,
 ) -> Int[Tensor, "b n"] | HaltedOutput:  # fmt: skip
     """Decode as a masked model: `model.generate(ids, custom_generate=cdlm.hf.halted, max_new_tokens=64, halt=...)`.
 

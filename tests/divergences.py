@@ -15,6 +15,7 @@ def coarse_jsd(now: Tensor, before: Tensor, top: int = TOP) -> Tensor:
     for one, two in zip(p, q, strict=True):
         kept = sorted({*one.topk(min(top, len(one))).indices.tolist(), *two.topk(min(top, len(two))).indices.tolist()})
         pairs = [(float(one[i]), float(two[i])) for i in kept]
-        pairs.append(tuple(max(1 - sum(part), 0.0) for part in zip(*pairs, strict=True)))
+        first, second = (max(1 - sum(part), 0.0) for part in zip(*pairs, strict=True))
+        pairs.append((first, second))
         values.append(sum(x * math.log(2 * x / (x + y)) / 2 for a, b in pairs for x, y in ((a, b), (b, a)) if x > 0))
     return torch.tensor(values, dtype=torch.float64).view(now.shape[:-1])

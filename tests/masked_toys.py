@@ -61,7 +61,7 @@ class Toy(CachedModel):
         valid: Bool[Tensor, "b n"] | None = None,
         positions: Int[Tensor, " k"] | None = None,
     ) -> Float[Tensor, "*s v"]:
-        whole = self.logits(cache[0].scatter(1, slots, tokens), valid)
+        whole = self.logits(cache[0].scatter_(1, slots, tokens), valid)
         return at_positions(whole.gather(1, slots[..., None].expand(-1, -1, whole.shape[-1])), slots, positions)
 
 

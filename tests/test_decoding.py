@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from functools import cache, reduce
 from operator import or_
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, get_args
 
 import pytest
 import torch
@@ -35,7 +35,8 @@ from cdlm.halting import (
     StableAndConfident,
 )
 from cdlm.masked.model import Constants
-from cdlm.masked.sampler import UnmaskingLoop
+from cdlm.masked.published import Quirks
+from cdlm.masked.sampler import OF_EACH, CacheKind, UnmaskingLoop
 from cdlm.policies.confidence import Factor, Threshold
 from cdlm.policies.dream import Dream, DreamThreshold
 from cdlm.policies.entropy import EntropyBound
@@ -433,9 +434,10 @@ BLOCKS: tuple[Policy, ...] = (
 )
 CACHES: tuple[Literal["prefix", "dual"], ...] = ("prefix", "dual")
 both_caches = pytest.mark.parametrize("kind", CACHES)
+all_caches = pytest.mark.parametrize("kind", get_args(CacheKind))
 
 
-@both_caches
+@all_caches
 @pytest.mark.parametrize("policy", BLOCKS, ids=repr)
 @pytest.mark.parametrize("constants", [PLAIN, SHIFTED], ids=["plain", "shifted"])
 def test_where_keys_do_not_change_the_cache_changes_nothing(kind: Any, policy: Policy, constants: Constants) -> None:
@@ -446,7 +448,7 @@ def test_where_keys_do_not_change_the_cache_changes_nothing(kind: Any, policy: P
         assert same(decoded(Toy(constants), cached, requests, 2), whole)
 
 
-@both_caches
+@all_caches
 @pytest.mark.parametrize("policy", [LLaDA(4), Dream(4, block=2), Threshold(0.6, block=2)], ids=repr)
 def test_a_hole_in_the_prompt_is_filled_with_a_cache_too(kind: Any, policy: Policy) -> None:
     requests = canvases([[3, None, 4, None, 5]], 4)
@@ -456,7 +458,7 @@ def test_a_hole_in_the_prompt_is_filled_with_a_cache_too(kind: Any, policy: Poli
         assert same(decoded(Toy(seed=seed), unmasking(policy, cache=kind), requests), whole)
 
 
-@both_caches
+@all_caches
 def test_a_shifted_row_that_starts_at_once_changes_none_beside_it(kind: Any) -> None:
     requests = canvases([[]], LENGTH, 4)
     for seed in (3, 4, 6):
@@ -486,7 +488,7 @@ def tiny(running: bool = False) -> Tiny:
     return Tiny(GOLDEN / "models" / "tiny_sharp.safetensors", Constants(63, 1, shift=running), running)
 
 
-@both_caches
+@all_caches
 @pytest.mark.parametrize("running", [False, True])
 def test_the_call_that_fills_the_cache_is_a_whole_one(kind: Any, running: bool) -> None:
     requests = canvases([[5, 9, 12], [7]], 12)
@@ -500,7 +502,7 @@ def test_the_call_that_fills_the_cache_is_a_whole_one(kind: Any, running: bool) 
             assert first[0][i].canvases[0] == first[1][i].canvases[0]
 
 
-@both_caches
+@all_caches
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("policy", [LLaDA(12, block=4), Threshold(0.7, block=4), Dream(12, block=4)], ids=repr)
 def test_rows_of_a_cache_in_flight_are_what_they_are_alone(kind: Any, running: bool, policy: Policy) -> None:
@@ -529,6 +531,56 @@ def test_a_cache_computes_a_block_and_not_the_row(kind: Any) -> None:
     widths.clear()
     decoded(Watched(SHIFTED), unmasking(LLaDA(6, block=3), cache=kind), canvases([[3, 4]], 6))
     assert widths == ([4] * 4 if kind == "dual" else [7, 7, 4, 4])  # and what predicts the block's first position
+
+
+READ_OPEN = (
+    SchED(1.0, 0.2, variant="paper"), Patience(2), Entropy(1.3), KL(0.05, warmup=0.1), StableAndConfident(1, 1.6),
+    FixedSteps(4), For(Prophet(1.5, 1.5, 1.5), 2) | FixedSteps(6),
+)  # fmt: skip
+"""Rules that read open positions alone."""
+
+
+@pytest.mark.parametrize("rule", [rule for rule in READ_OPEN if rule.needs.isdisjoint(OF_EACH)], ids=repr)
+@pytest.mark.parametrize("constants", [PLAIN, SHIFTED], ids=["plain", "shifted"])
+def test_rules_see_all_that_is_open_with_a_free_cache(rule: Criterion, constants: Constants) -> None:
+    requests = canvases([[3, 4, 5], [6], [7, None, 8]], LENGTH, 2, constraints={5: 9})
+    for policy in (LLaDA(8), LLaDA(8, block=2), Threshold(0.5, block=3), Dream(8, block=4)):
+        for temperature in (0.0, 0.7):
+            decoder = unmasking(policy, rule, temperature)
+            whole = decoded(Toy(constants), decoder, requests)
+            assert same(decoded(Toy(constants), decoder.but(cache="free"), requests, 3), whole)
+
+
+def test_rules_of_what_is_decided_are_refused_with_a_free_cache() -> None:
+    for rule in (JoT(), SchED(), Prophet(region=(2, 5))):
+        if not rule.needs.isdisjoint(OF_EACH):
+            assert "reads positions that are decided" in refused(LLaDA(8), [[3]], criterion=rule, cache="free")
+    for quirks in (Quirks(extra_call=True), Quirks(first_from_full=True)):
+        with pytest.raises(CdlmError, match="of Fast-dLLM's caches"):
+            unmasking(LLaDA(8), cache="free", quirks=quirks)
+
+
+@pytest.mark.parametrize(("shift", "more"), [(False, 0), (True, 1)])
+def test_a_free_cache_computes_a_token_once_more_and_keeps_it(shift: bool, more: int) -> None:
+    widths: list[int] = []
+
+    class Watched(Toy):
+        def partial(self, tokens: Tensor, *rest: Any, **more: Any) -> Tensor:
+            widths.append(tokens.shape[1])
+            return super().partial(tokens, *rest, **more)
+
+        def fill(self, tokens: Tensor, *rest: Any, **more: Any) -> Any:
+            widths.append(0)
+            return super().fill(tokens, *rest, **more)
+
+    model = Watched(SHIFTED if shift else PLAIN)
+    decoded(model, unmasking(LLaDA(6, block=3), cache="free"), canvases([[3, 4]], 6))
+    # The step after a block is done reads its tokens, so that what is kept is of them and of no mask.
+    assert widths == [0, *(width + more for width in (6, 6, 6, 3, 3))]
+    widths.clear()
+    decoded(model, unmasking(LLaDA(40), cache="free"), canvases([[3, 4]], 40))  # without blocks: 32 positions at a time
+    assert widths[0] == 0
+    assert set(widths[1:]) <= {40 + more, 8 + more}
 
 
 # --- bad input, each refused in one line ---
@@ -637,7 +689,7 @@ def test_an_answer_outside_the_canvas() -> None:
     assert "does not fit" in refused(LLaDA(8), [[3], [4, 5]], criterion=Prophet(region=(4, 9)))
 
 
-@both_caches
+@all_caches
 def test_what_cannot_be_decoded_with_a_cache(kind: Any) -> None:
     assert "keeps no keys and values" in refused(LLaDA(8), [[3]], model=FLAT, cache=kind)
     for policy in (KLASS(), MutualPolicy()):

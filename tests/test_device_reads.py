@@ -79,7 +79,7 @@ def test_a_step_reads_once(policy: Any, temperature: float) -> None:
         assert reads_of(unmasking(policy, rule, temperature), 5) == [1] * 5, rule
 
 
-@pytest.mark.parametrize("cache", [None, "prefix", "dual"])
+@pytest.mark.parametrize("cache", [None, "prefix", "dual", "free"])
 def test_and_once_more_where_rows_enter_a_block(cache: Any) -> None:
     assert reads_of(unmasking(LLaDA(8, block=4), cache=cache), 6) == [1, 1, 1, 2, 1, 1]
 

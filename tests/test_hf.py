@@ -137,7 +137,7 @@ def test_the_ways_differ_and_rows_end_within_the_text() -> None:
 
 
 @both
-@pytest.mark.parametrize("cache", [None, "prefix", "dual"])
+@pytest.mark.parametrize("cache", [None, "prefix", "dual", "free"])
 def test_a_batch_is_its_rows_one_by_one(kind: str, cache: str | None) -> None:
     # The first row alone: the seed of a row is its number.
     ways: dict[str, Any] = {"policy": "LLaDA(8, block=4)", "halt": "SchED(4.0, 1.0)", "cache": cache}

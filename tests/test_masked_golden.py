@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from setups import Setup, unmasking
 from torch import Tensor
 
-from cdlm.core.rng import PositionNoise, Site
+from cdlm.core.rng import TOKENS, PositionNoise, Site
 from cdlm.halting import Criterion, Never, Prophet
 from cdlm.masked.checkpoints.model import open_checkpoint
 from cdlm.masked.model import CachedModel, Constants
@@ -43,7 +43,9 @@ class Recorded(PositionNoise):
     def uniform(self, site: Site, purpose: int) -> Float[Tensor, "..."]:
         return self.arrays["rand"][int(site.step[0])]
 
-    def token(self, site: Site, logits: Float[Tensor, "k v"], temperature: float) -> Int[Tensor, " k"]:
+    def token(
+        self, site: Site, logits: Float[Tensor, "k v"], temperature: float, purpose: int = TOKENS
+    ) -> Int[Tensor, " k"]:
         """Its formula, without the exponential."""
         tiny = torch.finfo(torch.float64).tiny
         u = self.arrays["rand_like"][int(site.step[0])][site.row, site.place].double().clamp(min=tiny)

@@ -78,4 +78,4 @@ def _norm(h: Tensor) -> Tensor:
 
 def _written(old: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     at = slots[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
-    return old.scatter(2, at, new)
+    return old.scatter_(2, at, new)

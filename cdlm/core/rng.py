@@ -97,14 +97,16 @@ class PositionNoise:
         """A standard exponential number for each position, float32."""
         return _exponential(self._keys(site, purpose))
 
-    def token(self, site: Site, logits: Float[Tensor, "k v"], temperature: float) -> Int[Tensor, " k"]:
+    def token(
+        self, site: Site, logits: Float[Tensor, "k v"], temperature: float, purpose: int = TOKENS
+    ) -> Int[Tensor, " k"]:
         """A token of each of k positions from softmax(logits / temperature), temperature > 0.
 
         The token whose exponential number, divided by its probability, is smallest (the Gumbel-max trick). The small
         numbers decide, and these are exact to float32's relative precision: nothing is sharpened. Logits are taken
         relative to the largest, so that a small temperature does not make them too large to be exact.
         """
-        start = self._keys(site, TOKENS)[:, None]
+        start = self._keys(site, purpose)[:, None]
         stride = _mixed(start ^ _GOLDEN) | 1
         count = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
         # A few positions at a time: on a CPU what is made of them stays in the cache.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -25,8 +24,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json, replacing
 from cdlm.core.parallel import Workers, deal, interleaved
 from cdlm.core.schema import checked
-from cdlm.core.tensors import check_values
-from cdlm.models.foreign import check_folder
+from cdlm.models.causal import complete, in_one_line, opened, with_offsets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -38,8 +36,6 @@ LONGEST_CONTEXT = 1024
 """Most tokens that a judge reads at once, whatever its own limit: the length of published AR-NLL."""
 
 NAME_FILE = "judge.json"
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-"""Of a Hub repository, all that a model and its tokenizer may be made of."""
 
 
 class Named(TypedDict):
@@ -96,7 +92,7 @@ class Judge:
         source = str(name_or_dir)
         if source.endswith(".gguf"):
             return cls(*_read_gguf(Path(source), dtype), name=Path(source).stem, device=device, origin=_file(source))
-        tokenizer, model, origin = _opened(source, "a causal language model", AutoModelForCausalLM, dtype)
+        tokenizer, model, origin = opened(source, "a causal language model", AutoModelForCausalLM, dtype)
         return cls(model, tokenizer, _stored_name(Path(source)) or source, device, origin)
 
     def save(self, folder: str | Path) -> None:
@@ -160,112 +156,9 @@ def open_encoder(name: str, device: str = "cpu") -> tuple[PreTrainedTokenizerFas
     """
     from transformers import AutoModel
 
-    tokenizer, model, _ = _opened(name, "an encoder", AutoModel, torch.float32)
+    tokenizer, model, _ = opened(name, "an encoder", AutoModel, torch.float32)
     network: Any = model.get_encoder() if model.config.is_encoder_decoder else model
     return tokenizer, network.to(device).eval()
-
-
-Opened = tuple["PreTrainedTokenizerFast", "PreTrainedModel", dict[str, str]]
-"""With the revision of what came from the Hub."""
-
-
-def _opened(source: str, what: str, kind: Any, dtype: torch.dtype) -> Opened:
-    """What is in a folder or on the Hub, or the reason why not in one line."""
-    try:
-        return _local_first(source, lambda local: _read(kind, source, dtype, local))
-    except CdlmError:
-        raise
-    except Exception as error:  # transformers, tokenizers, safetensors and the Hub client each raise their own kinds
-        train = " or train one (`cdlm train-judge`)" if what == "a causal language model" else ""
-        advice = (
-            "Copy the folder again,"
-            if Path(source).is_dir()
-            else f"Without network, pass a folder downloaded elsewhere (`hf download {source} --local-dir FOLDER`)"
-        )
-        raise CdlmError(
-            f"expected {what} with safetensors weights at {source!r}, got: {_in_one_line(error)} {advice}{train}"
-        ) from error
-
-
-def _in_one_line(error: Exception) -> str:
-    said = " ".join(str(error).split())
-    if "ignore_mismatched_sizes" in said:
-        return "weights of other shapes than config.json asks for."
-    return said[:300] if " " in said else f"{type(error).__name__} {said}"
-
-
-def _local_first(source: str, read: Callable[[bool], Opened]) -> Opened:
-    """From the folder or the local cache if it is there, and only otherwise from the Hub."""
-    try:
-        return read(True)
-    except OSError:
-        if Path(source).is_dir():
-            raise
-    _reach_hub(source)
-    return read(False)
-
-
-def _reach_hub(name: str) -> None:
-    """Ask once whether the model is there: the loaders themselves retry for most of a minute without network."""
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().model_info(name, timeout=10)
-    except Exception as error:  # a network, a name or an access problem: all mean that nothing can be loaded
-        raise OSError(f"the Hub does not give {name!r} ({type(error).__name__}).") from error
-
-
-def _read(kind: Any, source: str, dtype: torch.dtype, local: bool) -> Opened:
-    from huggingface_hub import snapshot_download
-    from transformers import AutoTokenizer
-
-    folder, origin = Path(source), dict[str, str]()
-    if not folder.is_dir():
-        # Only files at the top, and no weights of other libraries.
-        found = snapshot_download(source, local_files_only=local, allow_patterns=FILES, ignore_patterns=["*/*"])
-        folder, origin = Path(found), {"revision": Path(found).name}
-    if not (folder / "config.json").exists():
-        raise OSError(f"no config.json in {folder}.")  # a copy in the cache that was not finished
-    check_folder(folder)
-    tokenizer = _with_offsets(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    model, info = kind.from_pretrained(
-        folder,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=dtype,
-        output_loading_info=True,
-    )
-    check_values(folder, _complete(model, info).state_dict())
-    return tokenizer, model, origin
-
-
-def _with_offsets(tokenizer: Any) -> PreTrainedTokenizerFast:
-    from transformers import PreTrainedTokenizerFast
-
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"a tokenizer without character offsets ({type(tokenizer).__name__}).")
-    return tokenizer
-
-
-def _complete(model: PreTrainedModel, info: Mapping[str, Any]) -> PreTrainedModel:
-    """Refuse weights that transformers would fill with random numbers, and layers that it would leave out; a pooling
-    head is never used."""
-    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
-    if missing:
-        raise ValueError(f"weights without {missing[0]}.")
-    layers = {_layer(name) for name in model.state_dict()} - {None}
-    stacks = {stack for stack, _ in filter(None, layers)}
-    more = {name: layer for name in info["unexpected_keys"] if (layer := _layer(name)) and layer[0] in stacks}
-    if left := sorted(name for name, layer in more.items() if layer not in layers):
-        raise ValueError(f"more layers in the weights than in config.json, such as {left[0]}.")
-    return model
-
-
-def _layer(name: str) -> tuple[str, str] | None:
-    """Of the name of a tensor, the stack of layers and the number in it."""
-    found = re.match(r"(.*?\.)(\d+)\.", name)
-    return found and (found[1], found[2])
 
 
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -286,13 +179,13 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     try:
         _check_gguf(path)
         with redirect_stderr(StringIO()):  # a progress bar that no setting switches off
-            tokenizer = _with_offsets(AutoTokenizer.from_pretrained(**place))
+            tokenizer = with_offsets(AutoTokenizer.from_pretrained(**place))
             loaded: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, output_loading_info=True)
-        return _complete(*loaded), tokenizer
+        return complete(*loaded), tokenizer
     except Exception as error:  # parsers of broken files raise anything
         raise CdlmError(
             f"expected a GGUF file of a causal language model that transformers can read at {path}, got"
-            f" {type(error).__name__}: {_in_one_line(error)}"
+            f" {type(error).__name__}: {in_one_line(error)}"
         ) from error
 
 

@@ -187,7 +187,7 @@ class CachedModel(MaskedModel):
 
         Args:
             slots: place of each token in its row, which may differ between rows.
-            cache: from `fill`; what stands at the slots is overwritten.
+            cache: from `fill`; what stands at the slots is written over in it, for later calls too.
             valid: of the whole rows.
             positions: the places in `tokens.flatten()` that logits are wanted of.
         """

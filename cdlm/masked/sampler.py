@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,6 +42,11 @@ from cdlm.sampling.prompts import encode_prompt, text_of_prompt
 from cdlm.sampling.requests import Asked, Request, canvases, stack_masks
 from cdlm.sampling.session import Model, Sampling
 
+CacheKind = Literal["prefix", "dual", "free"]
+"""How keys and values are kept, see `Unmasking`."""
+FREE_BLOCK = 32
+"""Positions between two places up to which a free cache keeps what is decided, of a policy without blocks."""
+
 
 @dataclass(frozen=True)
 class UnmaskingSettings:
@@ -49,16 +54,18 @@ class UnmaskingSettings:
 
     Args:
         policy: LLaDA(64, block=32), Dream(64), DreamThreshold(64, 0.9), Threshold(0.9, block=32), Factor(1.0), KLASS(),
-            Mutual(), EntropyBound(0.01), CORE(64), Editing() or Adjust(path, 4).
+            Mutual(), EntropyBound(0.01), CORE(64), Editing(), Adjust(path, 4) or Guided("FOLDER"), where a causal model
+            says what to commit.
         temperature: of what is drawn, by autoregressive models too; 0 takes the likeliest token.
         cfg_scale: classifier-free guidance; 0 is off, others double the calls.
-        cache: keep keys and values while a block is decoded (of LLaDA and Dream).
+        cache: keep keys and values (of LLaDA and Dream): prefix and dual while a block is decoded, free of what is
+            decided.
     """
 
     policy: str | Policy | None = None
     temperature: float | None = None
     cfg_scale: float | None = None
-    cache: Literal["prefix", "dual"] | None = None
+    cache: CacheKind | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,10 @@ class Unmasking(Sampling):
         cfg_scale: classifier-free guidance, logits = free + (cfg_scale + 1) (given - free), where the free call does
             not see what was given; 0 is off, others cost a second call a step.
         cache: "prefix" recomputes a block and what follows it, "dual" the block alone, against the keys and values of a
-            whole call when the block was entered; criteria then look at those whole calls alone.
+            whole call when the block was entered; criteria then look at those whole calls alone. "free" makes one whole
+            call, and then recomputes what follows the last block that is decided: keys and values of a token are kept
+            once they have been computed of it (FreeCache, arXiv 2505.21467). Criteria look at every call, if they read
+            open positions alone.
         quirks: see there.
     """
 
@@ -84,7 +94,7 @@ class Unmasking(Sampling):
     policy: Policy = field(default_factory=LLaDA)
     temperature: float = 0.0
     cfg_scale: float = 0.0
-    cache: Literal["prefix", "dual"] | None = None
+    cache: CacheKind | None = None
     quirks: Quirks = field(default_factory=Quirks)
 
     def __post_init__(self) -> None:
@@ -96,12 +106,14 @@ class Unmasking(Sampling):
             self._check_cache()
 
     def _check_cache(self) -> None:
-        if not isinstance(self.cache, str) or self.cache not in ("prefix", "dual"):
-            raise CdlmError(f"cache must be prefix, dual or None, got {shown(self.cache)}")
+        if not isinstance(self.cache, str) or self.cache not in get_args(CacheKind):
+            raise CdlmError(f"cache must be prefix, dual, free or None, got {shown(self.cache)}")
         if not self.policy.tokenwise:
             raise CdlmError(f"{self.policy!r} reads whole rows at every step: decode without a cache")
         if self.cfg_scale > 0:
             raise CdlmError("guidance needs two calls of whole rows a step: leave out the cache, or cfg_scale")
+        if self.cache == "free" and (self.quirks.first_from_full or self.quirks.extra_call):
+            raise CdlmError("first_from_full and extra_call are of Fast-dLLM's caches: take prefix or dual")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -251,7 +263,8 @@ class Known(Columns):
     called: list[int]
     """Positions that a call with a cache computes anew, times 2, and 1 more if nothing stands before them."""
     whole: list[int]
-    """Whether the next call is of the whole row: all are without a cache, else those that enter a block."""
+    """Whether the next call is of the whole row: all are without a cache, else those that enter a block, and with a
+    free cache those that enter the batch."""
     holes: list[int]
     """With a cache, whether there are holes in the prompt that are open."""
 
@@ -298,6 +311,8 @@ class UnmaskingRows(NamedTuple):
     counted: Mapping[str, Int[Tensor, " b"]]
     """What the policy has counted of each row."""
     cache: Cache = None
+    kept: Int[Tensor, " b"] | None = None
+    """Of a free cache, the place from which the next call computes anew."""
 
 
 class UnmaskingLoop(Loop[UnmaskingRows]):
@@ -325,6 +340,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             raise CdlmError("a record needs the logits of whole rows at every step: leave out the cache")
         if sampling.policy.revises:
             _check_revision(sampling.policy, options)
+        sampling.policy.check_model(model)
         if sampling.cache is not None and options.modules:
             raise CdlmError("a rule of activations needs calls of whole rows at every step: leave out the cache")
         self.watch = Watch(model.modules_named(options.modules))
@@ -335,6 +351,12 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         self.needs = options.needs | (sampling.policy.needs & DIVERGENCES)
         """Signals of a step: those that are read, and those whose past the policy needs."""
         self.scope = scope_of(self.needs, self.options.halts, sampling.policy.keeps, sampling.policy.revises)
+        self.free = sampling.cache == "free"
+        if self.free and self.scope in (Scope.TARGET, Scope.ALL):
+            raise CdlmError(
+                f"{options.criterion!r} reads positions that are decided, and a free cache does not compute them again:"
+                " take another cache, or a rule that reads open positions"
+            )
         mask = () if sampling.quirks.propose_mask else (model.constants.mask_id,)
         suppressed = (*mask, *sampling.policy.suppressed(model.constants))
         self.suppressed = torch.tensor(suppressed, device=self.device) if suppressed else None
@@ -382,7 +404,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         return UnmaskingRows(
             index, zero, budget, zero, tokens, open_, reach, open_ & reach, open_, count / count, count, ending,
             place - real.long().argmax(1, keepdim=True), valid, plan, past, memory, known,
-            dict.fromkeys(self._counts, zero), cache,
+            dict.fromkeys(self._counts, zero), cache, zero if self.free else None,
         )  # fmt: skip
 
     def _of_the_block(self, plan: Plan, open_: Bool[Tensor, "b n"]) -> list[list[int]]:
@@ -437,10 +459,11 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
 
     @torch.no_grad()
     def step(self, live: UnmaskingRows) -> tuple[LoopStep, UnmaskingRows]:
-        whole = all(live.known.whole)
+        called_whole = all(live.known.whole)
+        whole = called_whole or self.free  # all that is open is computed
         where = self._wanted(live, whole)
         with self.watch.kept(len(live.row)) as activations:
-            logits, cache, hidden = self._whole(live, where) if whole else (*self._part(live, where), None)
+            logits, cache, hidden = self._whole(live, where) if called_whole else (*self._part(live, where), None)
         if self.suppressed is not None:
             logits.index_fill_(-1, self.suppressed, -torch.inf)
         statistics = self._glance(live, logits, where, whole)
@@ -469,10 +492,13 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             plan = _where(plan.inner >= 2, moved, plan) if self.sampling.quirks.extra_call else moved
             reach = plan.block_of <= plan.block[:, None]
             names = ("due", "own", "inner", "more", "called", "steps")
-            known = replace(known, **dict(zip(names, self._of_the_block(plan, open_), strict=True)))
+            entered = dict(zip(names, self._of_the_block(plan, open_), strict=True))
+            known = replace(known, **(entered | {"called": known.called} if self.free else entered))
             carried = carried._replace(plan=plan, reach=reach, due=open_ & reach)
         if self.sampling.cache is None:
             return carried._replace(known=known)
+        if self.free:
+            return carried._replace(known=replace(known, whole=[0] * len(moves)))
         # Holes in the prompt lie outside every block, so that only whole calls see them.
         whole = [int(moved or hole) for moved, hole in zip(moves, known.holes, strict=True)]
         return carried._replace(known=replace(known, whole=whole))
@@ -561,10 +587,10 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         return places - (places % length > 0).long() if self.model.constants.shift else places
 
     def _part(self, live: UnmaskingRows, where: Where) -> tuple[Float[Tensor, "k v"], Cache]:
-        """A call of each row's block, or of what follows it too, against the keys and values of the last whole call."""
+        """A call of each row's block, or of what follows it too, against keys and values of earlier calls."""
         assert isinstance(self.model, CachedModel)
         width, first = divmod(live.known.called[0], 2)
-        start = (live.plan.block_of < live.plan.block[:, None]).sum(1)
+        start = (live.plan.block_of < live.plan.block[:, None]).sum(1) if live.kept is None else live.kept
         slots = start[:, None] + torch.arange(width, device=self.device)
         length = live.tokens.shape[1]
         row = where.flat // length
@@ -577,6 +603,15 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         wanted = row * slots.shape[1] + place
         logits = self.model.partial(live.tokens.gather(1, slots), slots, live.cache, live.valid, wanted)
         return self._checked(logits, wanted, live.known), live.cache
+
+    def _boundary(self, called: UnmaskingRows) -> Int[Tensor, " b"]:
+        """Where the next call begins with a free cache: all before was decided when these rows were called, so that its
+        keys and values are those of its tokens."""
+        open_, start = called.open, (called.plan.block_of < 0).sum(1)
+        first = torch.where(open_.any(1), open_.long().argmax(1), open_.shape[1] - 1)
+        size = self.sampling.policy.size or FREE_BLOCK
+        blocks = torch.div(first - start, size, rounding_mode="floor")
+        return (start + blocks * size).clamp(min=0)
 
     def _called(self, plan: Plan) -> Bool[Tensor, "b n"]:
         """Positions of the block, and with a prefix cache of what follows it."""
@@ -615,6 +650,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             statistics, self._candidates(live, whole), live.row, clock, plan, live.share, sampling.temperature,
             self.model.constants, self.noise, live.place, sum(live.known.due if whole else live.known.own),
             partial(self._again, live), refine, live.known.inner, live.known.steps,
+            live.ending if self.model.end_ids else None,
         )  # fmt: skip
         return sampling.policy.choose(view)
 
@@ -659,7 +695,10 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         more = dict(choice.counted)
         if self.sampling.policy.revises:
             more["revised"] = columns["revised"] = ((live.tokens != before.tokens) & ~before.open).sum(1)
-        if self.sampling.cache is not None:
+        if self.free:
+            columns["kept"] = self._boundary(before)
+            live = live._replace(kept=columns["kept"])
+        elif self.sampling.cache is not None:
             columns["own"] = self._candidates(live, whole=False).sum(1)
             columns["holes"] = (live.open & (live.plan.block_of < 0)).any(1)
         read = dict(zip(columns, read_columns(*columns.values()), strict=True))
@@ -678,6 +717,7 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             known, step=[step + 1 for step in known.step], inner=[inner + 1 for inner in known.inner], nfe=nfe,
             settled=settled, open=read["open"], due=read["due"], own=read.get("own", read["due"]),
             again=read.get("again", known.again), holes=read.get("holes", known.holes),
+            called=[2 * (live.open.shape[1] - at) + (not at) for at in read.get("kept", [])] or known.called,
         )  # fmt: skip
         halts = read.get("halted", [0] * len(nfe))
         full = [not halt and self._full(known, row) for row, halt in enumerate(halts)]

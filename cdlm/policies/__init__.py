@@ -8,6 +8,7 @@ from cdlm.policies.dream import Dream, DreamThreshold
 from cdlm.policies.editing import Editing
 from cdlm.policies.entropy import EntropyBound
 from cdlm.policies.gaussian import Gaussian
+from cdlm.policies.guided import Guided
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
 from cdlm.policies.mutual import Mutual
@@ -16,7 +17,7 @@ from cdlm.policies.policy import Policy
 POLICIES: Registry[Policy] = Registry(
     "policy", Policy,
     LLaDA, Gaussian, Dream, DreamThreshold, Threshold, FallingThreshold, Factor, EntropyBound, KLASS, Mutual,
-    CORE, Editing, Adjust,
+    CORE, Editing, Adjust, Guided,
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise, Site
 from cdlm.core.types import Constants, SignalReader
 from cdlm.halting.signals import StepStatistics, positions_at_a_time
+from cdlm.sampling.session import Model
 
 LIGHT = frozenset({"tokens", "logsumexp"})
 """Signals from which the most likely token and its probability follow."""
@@ -101,6 +102,8 @@ class View(NamedTuple):
     """Of a masked model, on the host: steps that each row has spent in its block."""
     steps: Sequence[int] = ()
     """And steps of each block; -1 if it ends when it is full."""
+    ending: Bool[Tensor, "b n"] | None = None
+    """Of a model of whole texts: positions behind all that is given, where a stop token ends the text."""
 
     @property
     def least(self) -> int:
@@ -238,6 +241,10 @@ class Policy(SignalReader, Settings, ABC):
 
     def check(self, length: int, constants: Constants) -> None:
         """Raise unless rows that generate `length` positions can be decoded."""
+        return
+
+    def check_model(self, model: Model) -> None:
+        """Raise unless this model can be decoded."""
         return
 
     def due(

@@ -40,6 +40,7 @@ def commands(place: Path) -> Mapping[str, Sequence[str]]:
         "convert": ("plaid", run, str(place / "converted"), "--quiet"),
         "train-halting": (recording, str(place / "head"), "--quiet"),
         "train-sampler": (run, str(place / "layer"), "--updates=2", "--device=cpu", "--quiet"),  # a run that it refuses
+        "merge": (run, str(place / "merged")),  # a folder without an adapter, refused
         "frontier": (run, str(place), "--device=cpu", "--quiet"),
     }
 

@@ -39,8 +39,8 @@ NEEDED: Mapping[str, Any] = {
     "path": "runs/layer",
 }  # fmt: skip
 """Good values of parameters that have no default."""
-FROM_FILES = ("Learned", "Stop", "EDIT")
-"""Rules whose constructors read a file."""
+FROM_FILES = ("Learned", "Stop", "EDIT", "Guided")
+"""Rules and policies whose constructors read a file."""
 TEXTS = frozenset({"a text", "an empty text"})
 LARGE = frozenset({"a large number", "a float", "a small float", "two", "infinity", "a huge number"})
 SMALL = frozenset({"zero", "a small float"})

@@ -53,6 +53,7 @@ NOWHERE: dict[str, list[str]] = {
     "evaluate": ["nowhere/run", "nowhere/s.jsonl"], "train-judge": ["nowhere/run", "judge"],
     "convert": ["plaid", "nowhere/run", "out"], "train-halting": ["nowhere/rec", "head"],
     "frontier": ["nowhere/run", "nowhere/way=s.jsonl"], "train-sampler": ["nowhere/run", "layer"],
+    "merge": ["nowhere/adapter", "out"],
 }  # fmt: skip
 """Arguments of each command whose run is not there: what is refused is refused before anything is read."""
 
