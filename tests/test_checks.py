@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdlm.core.checks import Settings, check_choice, check_number, check_whole
+from cdlm.core.checks import LARGEST, Settings, check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.halting import Full
 
-numbers = st.floats() | st.integers()
+numbers = st.floats() | st.integers(-LARGEST, LARGEST)  # larger ones fit no tensor, and are refused
 
 
 def passes(check: object, *args: object, **settings: object) -> bool:
@@ -43,6 +43,12 @@ def test_a_range_contains_its_closed_ends_and_not_its_open_ones(value: float, lo
 
 @pytest.mark.parametrize("value", [True, "1", None, math.nan, [1.0], 1j])
 def test_other_values_are_no_numbers(value: object) -> None:
+    assert not passes(check_number, "x", infinite=True, n=value)
+
+
+@pytest.mark.parametrize("value", [LARGEST + 1, -LARGEST - 1, 10**30])
+def test_whole_numbers_that_fit_no_tensor_are_no_numbers(value: int) -> None:
+    assert not passes(check_number, "x", n=value)
     assert not passes(check_number, "x", infinite=True, n=value)
 
 

@@ -419,7 +419,7 @@ ILL_TYPED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("continuous", {"prompts": "the cat"}, "prompts is a list of texts, got the text 'the cat'"),
     ("masked", {"temperature": "warm"}, "temperature to be a number, got 'warm'"),
     ("masked", {"cfg_scale": "much"}, "cfg_scale to be a number, got 'much'"),
-    ("masked", {"cache": "some"}, "prefix, dual or None, got 'some'"),
+    ("masked", {"cache": "some"}, "prefix, dual, free or None, got 'some'"),
     ("masked", {"halt": 3}, "3 is no halting rule"),
     ("continuous", {"prompts": 3}, "prompts is a list of texts, got 3"),
     ("masked", {"prompts": ["the", 3]}, "a prompt is a text, got 3"),

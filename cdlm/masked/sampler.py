@@ -53,9 +53,9 @@ class UnmaskingSettings:
     """Sampling of masked models, as in the model's paper unless given.
 
     Args:
-        policy: LLaDA(64, block=32), Dream(64), DreamThreshold(64, 0.9), Threshold(0.9, block=32), Factor(1.0), KLASS(),
-            Mutual(), EntropyBound(0.01), CORE(64), Editing(), Adjust(path, 4) or Guided("FOLDER"), where a causal model
-            says what to commit.
+        policy: LLaDA(64, block=32), Gaussian(64), Dream(64), DreamThreshold(64, 0.9), Threshold(0.9, block=32),
+            Factor(1.0), KLASS(), Mutual(), EntropyBound(0.01), CORE(64), Editing(), Adjust(path, 4) or
+            Guided("FOLDER"), where a causal model says what to commit.
         temperature: of what is drawn, by autoregressive models too; 0 takes the likeliest token.
         cfg_scale: classifier-free guidance; 0 is off, others double the calls.
         cache: keep keys and values (of LLaDA and Dream): prefix and dual while a block is decoded, free of what is
