@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import TINY
 from masked_toys import MASK, Toy, decoded
 from setups import unmasking
 
 from cdlm.core.errors import CdlmError
+from cdlm.masked.checkpoints.model import open_checkpoint
 from cdlm.masked.joint import (
     ABOUT,
     Fitter,
@@ -71,6 +73,39 @@ def test_the_parts_of_a_model_are_the_model() -> None:
         model.logits(tokens, valid)
         hook.remove()
         torch.testing.assert_close(model.through(model.last_block(), caught[0], valid), hidden)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("family", ["llada", "Dream"])
+def test_the_parts_of_a_foreign_model_are_the_model(family: str, padded: bool, dtype: Any) -> None:
+    model = open_checkpoint(TINY[family], dtype=dtype)
+    tokens = torch.randint(0, 100, (3, 9), generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(9).expand(3, 9) >= torch.tensor([[0], [2], [5]]) if padded else None
+    real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+    hidden, places = model.hidden(tokens, valid), real.flatten().nonzero().squeeze(1)
+    assert torch.equal(model.read(hidden.flatten(0, 1)[places]), model.logits(tokens, valid, places))
+    decoder: Any = model.network.get_decoder()
+    caught: list[torch.Tensor] = []
+    hook = decoder.layers[-1].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    model.logits(tokens, valid)
+    hook.remove()
+    torch.testing.assert_close(model.through(model.last_block(), caught[0], valid)[real], hidden[real])
+    said = Refined(model, SamplerLayer(model, torch.Generator().manual_seed(0)))(hidden, tokens, valid, places)
+    assert torch.equal(said, model.logits(tokens, valid, places))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["llada", "Dream"])
+def test_a_layer_for_a_foreign_model_is_trained_and_used(tmp_path: Path, family: str, dtype: Any) -> None:
+    model = open_checkpoint(TINY[family], dtype=dtype)
+    requests = canvases([[5, 6, 7], [8]], 6, 10)
+    texts = trajectories(model, Unmasking(LLaDA(), temperature=1.0), requests, 20, 0)
+    layer, report = Fitter(model, LayerFitting(tokens=3, updates=30, rows=8, lr=3e-3)).fit(texts)
+    assert all(with_layer < alone for alone, with_layer in report["kl"].values())
+    path = written(tmp_path / "layer", model, layer)
+    rows = decoded(model, unmasking(Adjust(path, 3), temperature=1.0), canvases([[5, 6, 7], [8]], 6), 2)
+    assert [row.nfe for row in rows.values()] == [2, 2]
 
 
 def test_an_untrained_layer_changes_nothing() -> None:

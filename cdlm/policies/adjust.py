@@ -15,7 +15,7 @@ from cdlm.core.checks import check_choice, check_object, check_whole
 from cdlm.core.devices import places
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import ORDER
-from cdlm.policies.policy import Choice, Policy, View, proposal
+from cdlm.policies.policy import Choice, Policy, View, drawn, proposal
 from cdlm.policies.quotas import best
 
 PASS = 2**32
@@ -90,8 +90,8 @@ class Adjust(Policy):
             at = places(left.flatten(), None)
             if not len(at):
                 break
-            drawn, chance = self._drawn(later, view.refine(found, at), at)
-            tokens = tokens.flatten().index_copy(0, at, drawn).view_as(tokens)
+            fresh, chance = self._drawn(later, view.refine(found, at), at)
+            tokens = tokens.flatten().index_copy(0, at, fresh).view_as(tokens)
             confidence = confidence.new_zeros(confidence.numel()).index_copy_(0, at, chance).view_as(confidence)
             more = self._first(later, left, tokens, confidence)
             passes = passes + left.any(1)
@@ -113,10 +113,8 @@ class Adjust(Policy):
         self, view: View, logits: Float[Tensor, "k v"], at: Int[Tensor, " k"]
     ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
         """A token of each of these places, and its probability at temperature 1."""
-        log_p = logits.log_softmax(-1)
         if view.temperature == 0:
-            chance, tokens = log_p.max(-1)
+            chance, tokens = logits.log_softmax(-1).max(-1)
             return tokens, chance.exp()
-        site = type(view.site)(*(part.expand_as(view.candidates).flatten() for part in view.site)).at(at)
-        tokens = view.draws.token(site, logits, view.temperature)
-        return tokens, log_p.gather(1, tokens[:, None]).squeeze(1).exp()
+        width = view.candidates.shape[1]
+        return drawn(view, logits, view.site_of(at // width, at % width))

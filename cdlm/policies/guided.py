@@ -291,7 +291,7 @@ class At(NamedTuple):
 
     def site(self, view: View) -> Site:
         """As something is drawn for them."""
-        return Site(view.row[self.row], view.step[self.row], view.place[self.row, self.place])
+        return view.site_of(self.row, self.place)
 
 
 class Seen(NamedTuple):

@@ -116,6 +116,10 @@ class View(NamedTuple):
         """Every position, as something is drawn for it."""
         return Site(self.row[:, None], self.step[:, None], self.place)
 
+    def site_of(self, row: Int[Tensor, " k"], place: Int[Tensor, " k"]) -> Site:
+        """Some positions, by row and column of the step's, as something is drawn for them."""
+        return Site(self.row[row], self.step[row], self.place[row, place])
+
     def of_candidates(
         self, work: Callable[[Float[Tensor, "k v"], Site, Int[Tensor, " k"]], tuple[Tensor, Tensor]],
         tokens: Int[Tensor, "b n"] | None = None,
@@ -320,11 +324,13 @@ def proposal(
         floor = torch.as_tensor(least, device=view.row.device).expand(len(view.row))
         return statistics.tokens, statistics.chance_from(floor, view.candidates)
 
-    def drawn(logits: Tensor, site: Site, best: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = view.draws.token(site, logits, view.temperature)
-        return tokens, logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1).exp()
+    return view.of_candidates(lambda logits, site, best: drawn(view, logits, site))
 
-    return view.of_candidates(drawn)
+
+def drawn(view: View, logits: Float[Tensor, "k v"], site: Site) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
+    """A token of each position, drawn at the temperature above 0, and its probability at temperature 1."""
+    tokens = view.draws.token(site, logits, view.temperature)
+    return tokens, logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1).exp()
 
 
 def check_blocks(policy: str, length: int, block: int | None, steps: int | None) -> None:

@@ -33,6 +33,7 @@ from cdlm.masked.checkpoints.folder import (
 from cdlm.masked.checkpoints.llada import LLADA
 from cdlm.masked.model import Cache, CachedModel, LayeredModel, at_positions
 from cdlm.masked.sampler import Unmasking
+from cdlm.models.activations import Watch
 from cdlm.models.foreign import read_specs
 from cdlm.models.hub import fingerprint_of, to_device
 from cdlm.sampling.prompts import Prompt
@@ -146,13 +147,9 @@ class ForeignModel(CachedModel, LayeredModel):
     @torch.no_grad()
     def hidden(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
         decoder: Any = self.network.get_decoder()
-        caught: list[Tensor] = []
-        hook = decoder.norm.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-        try:
+        with Watch({"last": decoder.layers[-1]}).kept(len(tokens)) as found:
             decoder(input_ids=tokens, attention_mask=valid, position_ids=self._places(valid), use_cache=False)
-        finally:
-            hook.remove()
-        return caught[0]
+        return found["last"]
 
     def read(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
         decoder: Any = self.network.get_decoder()
@@ -176,7 +173,8 @@ class ForeignModel(CachedModel, LayeredModel):
         if places is None:
             places = torch.arange(hidden.shape[1], device=hidden.device)[None]
         mask = None if valid is None else valid[:, None, None, :].expand(-1, 1, valid.shape[1], -1)
-        return block(hidden, attention_mask=mask, position_embeddings=decoder.rotary_emb(hidden, places))
+        rotary = decoder.rotary_emb(hidden, places)
+        return block(hidden, attention_mask=mask, position_embeddings=rotary, is_causal=False)
 
     def _places(self, valid: Bool[Tensor, "b n"] | None) -> Int[Tensor, "b n"] | None:
         """What queries and keys are rotated by. Dream counts real tokens, with 1 on padding, as it was trained; the
