@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import partial
@@ -33,6 +34,7 @@ from cdlm.halting.signals import (
 )
 from cdlm.masked.model import Cache, CachedModel, LayeredModel, MaskedModel
 from cdlm.masked.published import Quirks
+from cdlm.masked.sparse import Blocks, SparseAttention, SparseD, parse_sparse
 from cdlm.models.activations import Watch
 from cdlm.policies import parse_policy
 from cdlm.policies.llada import LLaDA
@@ -60,12 +62,14 @@ class UnmaskingSettings:
         cfg_scale: classifier-free guidance; 0 is off, others double the calls.
         cache: keep keys and values (of LLaDA and Dream): prefix and dual while a block is decoded, free of what is
             decided.
+        sparse: attention of later steps to some blocks of keys alone, SparseD(0.2, 0.3, block=128).
     """
 
     policy: str | Policy | None = None
     temperature: float | None = None
     cfg_scale: float | None = None
     cache: CacheKind | None = None
+    sparse: str | SparseD | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,9 @@ class Unmasking(Sampling):
             call, and then recomputes what follows the last block that is decided: keys and values of a token are kept
             once they have been computed of it (FreeCache, arXiv 2505.21467). Criteria look at every call, if they read
             open positions alone.
+        sparse: after some steps, attention to the blocks of keys alone that mattered in an early one. For models that
+            attend through torch's scaled_dot_product_attention: our own, LLaDA and Dream. Further calls that a policy
+            makes within a step stay full.
         quirks: see there.
     """
 
@@ -95,6 +102,7 @@ class Unmasking(Sampling):
     temperature: float = 0.0
     cfg_scale: float = 0.0
     cache: CacheKind | None = None
+    sparse: SparseD | None = None
     quirks: Quirks = field(default_factory=Quirks)
 
     def __post_init__(self) -> None:
@@ -102,6 +110,8 @@ class Unmasking(Sampling):
         check_object("Unmasking", Quirks, quirks=self.quirks)
         off = "0 switches it off"
         check_number("Unmasking", least=0.0, temperature=self.temperature, cfg_scale=self.cfg_scale, hint=off)
+        if self.sparse is not None:
+            check_object("Unmasking", SparseD, sparse=self.sparse)
         if self.cache is not None:
             self._check_cache()
 
@@ -110,6 +120,8 @@ class Unmasking(Sampling):
             raise CdlmError(f"cache must be prefix, dual, free or None, got {shown(self.cache)}")
         if not self.policy.tokenwise:
             raise CdlmError(f"{self.policy!r} reads whole rows at every step: decode without a cache")
+        if self.sparse is not None:
+            raise CdlmError("sparse attention measures whole rows, and a cache calls parts of them: leave out one")
         if self.cfg_scale > 0:
             raise CdlmError("guidance needs two calls of whole rows a step: leave out the cache, or cfg_scale")
         if self.cache == "free" and (self.quirks.first_from_full or self.quirks.extra_call):
@@ -122,6 +134,7 @@ class Unmasking(Sampling):
             "temperature": float(self.temperature),
             "cfg_scale": float(self.cfg_scale),
             "cache": str(self.cache),
+            **({} if self.sparse is None else {"sparse": repr(self.sparse)}),
             **({} if self.quirks == Quirks() else {"quirks": repr(self.quirks)}),
         }
 
@@ -132,6 +145,8 @@ class Unmasking(Sampling):
             if steps is not None:
                 raise CdlmError(f"a policy has its own steps: write them in {given['policy']}, or leave out the policy")
             given["policy"] = parse_policy(given["policy"])
+        if "sparse" in given:
+            given["sparse"] = parse_sparse(given["sparse"])
         changed = replace(self, **given)
         return changed if steps is None else changed.with_steps(steps)
 
@@ -313,6 +328,8 @@ class UnmaskingRows(NamedTuple):
     cache: Cache = None
     kept: Int[Tensor, " b"] | None = None
     """Of a free cache, the place from which the next call computes anew."""
+    blocks: Blocks | None = None
+    """Of sparse attention."""
 
 
 class UnmaskingLoop(Loop[UnmaskingRows]):
@@ -401,10 +418,14 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         memory = criterion.start(NewRows(open_, budget, real))
         cache = None if beside is None else blank(beside.cache, len(index))
         count = size.to(fine(self.device))
+        blocks = None
+        if sampling.sparse is not None:
+            blocks = sampling.sparse.lay_out(real, start, end, most, None if beside is None else beside.blocks)
         return UnmaskingRows(
             index, zero, budget, zero, tokens, open_, reach, open_ & reach, open_, count / count, count, ending,
             place - real.long().argmax(1, keepdim=True), valid, plan, past, memory, known,
             dict.fromkeys(self._counts, zero), cache, zero if self.free else None,
+            blocks,
         )  # fmt: skip
 
     def _of_the_block(self, plan: Plan, open_: Bool[Tensor, "b n"]) -> list[list[int]]:
@@ -462,8 +483,11 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
         called_whole = all(live.known.whole)
         whole = called_whole or self.free  # all that is open is computed
         where = self._wanted(live, whole)
-        with self.watch.kept(len(live.row)) as activations:
+        attention = self._attention(live)
+        with self.watch.kept(len(live.row)) as activations, attention or nullcontext():
             logits, cache, hidden = self._whole(live, where) if called_whole else (*self._part(live, where), None)
+        if attention is not None:
+            live = live._replace(blocks=attention.after())
         if self.suppressed is not None:
             logits.index_fill_(-1, self.suppressed, -torch.inf)
         statistics = self._glance(live, logits, where, whole)
@@ -514,6 +538,13 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
                 known.due, known.inner, known.again, known.steps, known.more, strict=True
             )
         ]
+
+    def _attention(self, live: UnmaskingRows) -> SparseAttention | None:
+        """How this step attends, if not to everything."""
+        sparse = self.sampling.sparse
+        if sparse is None or live.blocks is None:
+            return None
+        return SparseAttention(sparse, live.blocks, live.known.step, live.valid is not None, self.sampling.calls)
 
     def _wanted(self, live: UnmaskingRows, whole: bool) -> Where:
         """The positions that this step needs logits of."""
