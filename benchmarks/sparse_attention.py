@@ -1,7 +1,7 @@
 """What does sparse attention save, and what does it change?
 
-Decodes one prompt under full attention and under that of SparseD, and gives the processor time of a step after step E. Half
-way through a sparse run it compares, on the canvas as it is then, the logits of the open positions under the row's
+Decodes one prompt under full attention and under that of SparseD, and gives the processor time of a step after step E.
+Half way through a sparse run it compares, on the canvas as it is then, the logits of the open positions under the row's
 pattern with those under full attention: the largest and the mean change, the mean over that of the full logits around
 their own means, and the share of positions whose most likely token is another.
 
@@ -48,7 +48,8 @@ class Decoding:
     def change(self) -> tuple[float, float, float]:
         """Largest and relative mean change of the logits that are next, and the share of other tokens."""
         live = self.live
-        assert self.sparse is not None and live.blocks is not None
+        assert self.sparse is not None
+        assert live.blocks is not None
         places = live.open.flatten().nonzero().squeeze(1)
         full = self.made.logits(live.tokens, None, places)
         with SparseAttention(self.sparse, live.blocks, live.known.step, padded=False):
@@ -74,7 +75,8 @@ def main() -> None:
         made: MaskedModel = random_llama(args.width, args.depth, args.vocab, args.prompt + args.length)
     else:
         loaded = cdlm.load(args.model, device="cpu")
-        assert isinstance(loaded, MaskedModel) and loaded.vocab is not None
+        assert isinstance(loaded, MaskedModel)
+        assert loaded.vocab is not None
         made, args.vocab = loaded, loaded.vocab - 1
     prompt = torch.randint(1, args.vocab - 1, (args.prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     if args.text is not None:

@@ -13,6 +13,7 @@ from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.core.types import Condition
 from cdlm.halting import KL, Criterion, Entropy, Patience
 from cdlm.halting.replay import replay
+from cdlm.masked.sparse import Kept, flexed, gathered
 from cdlm.sampling.recordings import recording_of
 
 pytestmark = pytest.mark.gpu
@@ -119,3 +120,15 @@ def test_a_rule_halts_a_recording_where_it_halts_a_run(rule: Criterion, run: Pat
     assert (
         live.tokens == replayed.tokens
     ).mean() > 0.95  # rows that halt leave a smaller batch, which rounds otherwise
+
+
+def test_flex_attention_is_the_gathered_one() -> None:
+    """Of every block size that the papers name, with empty slots and rows that keep fewer blocks."""
+    noise = torch.Generator().manual_seed(0)
+    for size in (16, 32, 128):
+        q, k, v = (torch.randn(2, 4, 6 * size, 64, generator=noise).cuda() for _ in range(3))
+        filled = torch.ones(2, 6 * size, dtype=torch.bool).cuda()
+        filled[1, 5 * size - 3 :] = False
+        blocks = torch.rand(2, 4, 6, 5, generator=noise).argsort(-1)[..., :3].int().cuda()
+        kept = Kept(blocks, torch.tensor([3, 2]).cuda(), filled, False, size)
+        torch.testing.assert_close(flexed(q, k, v, kept, 0.125), gathered(q, k, v, kept, 0.125), rtol=1e-2, atol=1e-2)

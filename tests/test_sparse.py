@@ -178,7 +178,7 @@ def test_attention_is_that_under_the_mask_of_its_definition(prompt: int, new: in
         for part in parts:
             means = [float(weights[head][queries][:, keys].mean()) for keys in part]
             keep = min(len(part), max(1, int(len(part) * select) + 1))
-            best = sorted(range(len(part)), key=lambda i: -means[i])[:keep]  # noqa: B023
+            best = sorted(range(len(part)), key=lambda i: -means[i])[:keep]
             count += len(best)
             for i in best:
                 mask[head, torch.tensor(queries)[:, None], torch.tensor(part[i])] = True
