@@ -217,7 +217,7 @@ def gathered(
 def _flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def flexed(
@@ -237,9 +237,10 @@ def flexed(
         count, F.pad(kept.blocks, (0, blocks - kept.blocks.shape[3])), BLOCK_SIZE=kept.size, compute_q_blocks=False,
         mask_mod=lambda row, head, query, key: filled[row, key],
     )  # fmt: skip
-    tile = min(64, kept.size & -kept.size)
+    tile = min(64, kept.size & -kept.size)  # those that it takes by itself are larger than small blocks
+    options = {"BLOCK_M": tile, "BLOCK_N": tile} if q.device.type == "cuda" else None
     try:
-        return _flex()(q, k, v, block_mask=mask, scale=scale, kernel_options={"BLOCK_M": tile, "BLOCK_N": tile})
+        return _flex()(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
     except TorchDynamoException as error:
         raise CdlmError(
             f'flex attention cannot be compiled here ({first_line(error)}): take SparseD(..., kernel="gather")'
