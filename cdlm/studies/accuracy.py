@@ -77,7 +77,8 @@ class Accuracy(Study):
         rules: names to sweep, or whole rules, of masked models on the base policy with one step for each position.
         policies: names to sweep, or whole policies, with the rule Full.
         base: policy of the full run of a masked model, LLaDA or Dream.
-        new_tokens: of a masked model, positions after each prompt; a continuous one fills its row.
+        new_tokens: of a masked model, positions after each prompt; by default the rest of its row, which a continuous
+            one always fills. A model that was trained on rows of one length may answer worse in shorter ones.
         block: positions of a block, of the base policy.
         budget: steps of the full run of a continuous model.
         vote: weights of the steps' votes on the answer, which grow from step to step if linear or exponential.
@@ -93,7 +94,7 @@ class Accuracy(Study):
     rules: list[str]
     policies: list[str]
     base: Literal["LLaDA", "Dream"]
-    new_tokens: int
+    new_tokens: int | None
     block: int | None
     budget: int
     vote: Literal["fixed", "linear", "exponential"]
@@ -123,7 +124,7 @@ class Accuracy(Study):
         check_whole("a full run", largest=MOST_STEPS, budget=self.budget)
         Vote(self.vote)
         for rule in self.rules:
-            sweep(rule, self.new_tokens)
+            sweep(rule, self.new_tokens or self.budget)
         for policy in self.policies:
             sweep_policy(policy)
 
