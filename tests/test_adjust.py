@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from foreign import TINY
-from masked_toys import MASK, Toy, decoded
+from masked_toys import MASK, VOCAB, Scripted, decoded
 from setups import unmasking
 
 from cdlm.core.errors import CdlmError
@@ -203,7 +203,7 @@ def test_a_layer_is_for_its_model(tmp_path: Path) -> None:
     with pytest.raises(CdlmError, match="trained for other weights than these"):
         read_layer(Path(path), network(seed=1))
     with pytest.raises(CdlmError, match="plain function"):
-        decoded(Toy(), unmasking(Adjust(path)), canvases([[]], 4), 1)
+        decoded(Scripted(lambda tokens: torch.zeros(*tokens.shape, VOCAB)), unmasking(Adjust(path)), canvases([[]], 4))
     with pytest.raises(CdlmError, match=f"has no {ABOUT}: train a sampler layer"):
         Unmasking(Adjust(str(tmp_path))).policy.refiner(model)
     with pytest.raises(CdlmError, match="knows no guidance"):
