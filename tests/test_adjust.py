@@ -10,7 +10,9 @@ import torch
 from foreign import TINY
 from masked_toys import MASK, VOCAB, Scripted, decoded
 from setups import unmasking
+from toys import masked_with_tokenizer
 
+from cdlm.cli import main as cli
 from cdlm.core.errors import CdlmError
 from cdlm.masked.checkpoints.model import open_checkpoint
 from cdlm.masked.joint import (
@@ -149,6 +151,16 @@ def test_calls_and_passes_are_counted(tmp_path: Path) -> None:
     samples = decode(model, [[1], [2, 3]], 7, policy=Adjust(path, 3))
     assert samples.nfe.tolist() == [3, 3]  # 3 + 3 + 1
     assert [row["layer_passes"] for row in samples.rows()] == [4, 4]
+
+
+def test_a_comparison_says_that_passes_are_not_among_its_calls(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    masked_with_tokenizer().save_pretrained(tmp_path / "model")
+    words = ["--policy=Adjust('layer')", "--rules=Full()", f"--recordings={tmp_path}", f"--out={tmp_path / 'table'}"]
+    with pytest.raises(SystemExit):  # there are no recordings
+        cli.main(["compare", str(tmp_path / "model"), "--device=cpu", *words])
+    assert "layer passes are not among them" in capsys.readouterr().err
 
 
 def joint(rows: Any) -> Counter[tuple[int, ...]]:
