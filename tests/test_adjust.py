@@ -220,6 +220,10 @@ def test_a_layer_is_for_its_model(tmp_path: Path) -> None:
         Unmasking(Adjust(str(tmp_path))).policy.refiner(model)
     with pytest.raises(CdlmError, match="knows no guidance"):
         decoded(model, unmasking(Adjust(path), cfg_scale=1.0), canvases([[]], 4), 1)
+    broken = layer_of(model)
+    broken.gate.fill_(3e38)  # a number, from which none comes
+    with pytest.raises(CdlmError, match="gave logits that are not numbers"):
+        decoded(model, unmasking(Adjust(written(tmp_path / "layer", model, broken))), canvases([[]], 4), 1)
     (tmp_path / "layer" / "sampler_layer.safetensors").write_bytes(b"nothing")
     with pytest.raises(CdlmError, match="train it again"):
         read_layer(Path(path), model)
