@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from setups import Setup
-from torch import Tensor
+from torch import Tensor, nn
 
-from cdlm.masked.model import Cache, CachedModel, Constants, MaskedModel, at_positions
+from cdlm.masked.model import Cache, CachedModel, Constants, LayeredModel, MaskedModel, Refiner, at_positions
 from cdlm.masked.sampler import UnmaskingLoop
 from cdlm.sampling.requests import Request
 
@@ -18,10 +19,10 @@ PLAIN, SHIFTED = Constants(MASK, EOS, EOT), Constants(MASK, EOS, EOT, shift=True
 PLACES, REACH = 16, 2
 
 
-class Toy(CachedModel):
+class Toy(CachedModel, LayeredModel):
     """Logits of a position: what its place likes, and what each of its neighbours likes to have beside it.
 
-    A key is a token and nothing else, so decoding with a cache is exact.
+    A key is a token and nothing else, so decoding with a cache is exact. Its hidden states are its logits.
 
     Args:
         sway: of the neighbours; 0 makes positions independent.
@@ -38,6 +39,9 @@ class Toy(CachedModel):
         positions: Int[Tensor, " k"] | None = None,
     ) -> Float[Tensor, "*s v"]:  # fmt: skip
         self.calls, self.rows = self.calls + 1, self.rows + len(tokens)
+        return at_positions(self._said(tokens, valid), tokens, positions)
+
+    def _said(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b n v"]:
         real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
         place = (real.cumsum(1) - 1).clamp(min=0) % PLACES  # of real tokens: padding moves nothing
         out, n = self.likes[place], tokens.shape[1]
@@ -45,7 +49,7 @@ class Toy(CachedModel):
             there = torch.arange(n) + offset
             inside = ((there >= 0) & (there < n)) & real[:, there.clamp(0, n - 1)]
             out = out + self.beside[offset + REACH][tokens[:, there.clamp(0, n - 1)]] * inside[..., None]
-        return at_positions(out, tokens, positions)
+        return out
 
     def fill(
         self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None,
@@ -63,6 +67,49 @@ class Toy(CachedModel):
     ) -> Float[Tensor, "*s v"]:
         whole = self.logits(cache[0].scatter_(1, slots, tokens), valid)
         return at_positions(whole.gather(1, slots[..., None].expand(-1, -1, whole.shape[-1])), slots, positions)
+
+    def refiner(self, folder: Path) -> Refiner:
+        """A layer that goes half of the way to what a call would say now."""
+
+        def refine(hidden: Tensor, tokens: Tensor, valid: Tensor | None, positions: Tensor) -> Tensor:
+            return ((hidden + self._said(tokens, valid)) / 2).flatten(0, 1)[positions]
+
+        return refine
+
+    def hidden(self, tokens: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+        return self.logits(tokens, valid)
+
+    def read(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
+        return hidden
+
+    def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n e"]:
+        return nn.functional.one_hot(tokens, VOCAB).double()
+
+    def last_block(self) -> nn.Module:
+        return nn.Identity()
+
+    def through(
+        self, block: nn.Module, hidden: Float[Tensor, "b n d"], valid: Bool[Tensor, "b n"] | None
+    ) -> Float[Tensor, "b n d"]:
+        return block(hidden)
+
+
+class Bag:
+    """A guide that expects what goes with all tokens so far, and with the last one; exact in any batch."""
+
+    def __init__(self, seed: int = 0, size: float = 1.0):
+        generator = torch.Generator().manual_seed(seed)
+        draw = torch.randint(-(2**12), 2**12, (2, VOCAB, VOCAB), generator=generator).double() / 2**12
+        self.table, self.calls, self.rows = draw * torch.tensor([0.25, 2.0])[:, None, None] * size, 0, 0
+        self.seed = seed
+
+    def __repr__(self) -> str:
+        return f"Bag({self.seed})"
+
+    def __call__(self, tokens: Int[Tensor, "b n"], positions: Int[Tensor, " k"]) -> Float[Tensor, "k v"]:
+        self.calls, self.rows = self.calls + 1, self.rows + len(tokens)
+        assert int(tokens.max()) < MASK, "a guide sees no mask"
+        return (self.table[0][tokens].cumsum(1) + self.table[1][tokens]).flatten(0, 1)[positions]
 
 
 @dataclass(eq=False)

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from foreign import TINY
-from masked_toys import MASK, Toy, decoded
+from masked_toys import MASK, VOCAB, Scripted, decoded
 from setups import unmasking
+from toys import masked_with_tokenizer
 
+from cdlm.cli import main as cli
 from cdlm.core.errors import CdlmError
 from cdlm.masked.checkpoints.model import open_checkpoint
 from cdlm.masked.joint import (
@@ -151,6 +153,16 @@ def test_calls_and_passes_are_counted(tmp_path: Path) -> None:
     assert [row["layer_passes"] for row in samples.rows()] == [4, 4]
 
 
+def test_a_comparison_says_that_passes_are_not_among_its_calls(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    masked_with_tokenizer().save_pretrained(tmp_path / "model")
+    words = ["--policy=Adjust('layer')", "--rules=Full()", f"--recordings={tmp_path}", f"--out={tmp_path / 'table'}"]
+    with pytest.raises(SystemExit):  # there are no recordings
+        cli.main(["compare", str(tmp_path / "model"), "--device=cpu", *words])
+    assert "layer passes are not among them" in capsys.readouterr().err
+
+
 def joint(rows: Any) -> Counter[tuple[int, ...]]:
     return Counter(row.tokens for row in rows.values())
 
@@ -203,11 +215,15 @@ def test_a_layer_is_for_its_model(tmp_path: Path) -> None:
     with pytest.raises(CdlmError, match="trained for other weights than these"):
         read_layer(Path(path), network(seed=1))
     with pytest.raises(CdlmError, match="plain function"):
-        decoded(Toy(), unmasking(Adjust(path)), canvases([[]], 4), 1)
+        decoded(Scripted(lambda tokens: torch.zeros(*tokens.shape, VOCAB)), unmasking(Adjust(path)), canvases([[]], 4))
     with pytest.raises(CdlmError, match=f"has no {ABOUT}: train a sampler layer"):
         Unmasking(Adjust(str(tmp_path))).policy.refiner(model)
     with pytest.raises(CdlmError, match="knows no guidance"):
         decoded(model, unmasking(Adjust(path), cfg_scale=1.0), canvases([[]], 4), 1)
+    broken = layer_of(model)
+    broken.gate.fill_(3e38)  # a number, from which none comes
+    with pytest.raises(CdlmError, match="gave logits that are not numbers"):
+        decoded(model, unmasking(Adjust(written(tmp_path / "layer", model, broken))), canvases([[]], 4), 1)
     (tmp_path / "layer" / "sampler_layer.safetensors").write_bytes(b"nothing")
     with pytest.raises(CdlmError, match="train it again"):
         read_layer(Path(path), model)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import cache, reduce
+from itertools import pairwise
 from operator import or_
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masked_toys import EOS, MASK, PLAIN, SHIFTED, VOCAB, Row, Scripted, Toy, confident, decoded
+from masked_toys import EOS, MASK, PLAIN, SHIFTED, VOCAB, Bag, Row, Scripted, Toy, confident, decoded
 from setups import Setup, unmasking
 from tiny import GOLDEN, Tiny
 from torch import Tensor
@@ -37,9 +38,14 @@ from cdlm.halting import (
 from cdlm.masked.model import Constants
 from cdlm.masked.published import Quirks
 from cdlm.masked.sampler import OF_EACH, CacheKind, UnmaskingLoop
+from cdlm.policies.adjust import Adjust
 from cdlm.policies.confidence import Factor, Threshold
+from cdlm.policies.core import CORE
 from cdlm.policies.dream import Dream, DreamThreshold
+from cdlm.policies.editing import Editing
 from cdlm.policies.entropy import EntropyBound
+from cdlm.policies.gaussian import Gaussian
+from cdlm.policies.guided import Guided
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
 from cdlm.policies.mutual import Mutual as MutualPolicy
@@ -79,6 +85,17 @@ POLICIES: tuple[Policy, ...] = (
     KLASS(0.3, 1.0, block=4),
     MutualPolicy(0.3, 2, 0.3),
     MutualPolicy(0.2, 2, 0.5, "parallel", exempt_first=True, block=4),
+    Gaussian(8),
+    Gaussian(6, block=2, first=4, first_steps=2),
+    Adjust("layer", 3),
+    Adjust("layer", 2, block=4, order="random"),
+    Guided(Bag(), accept="topk", k=2, verify=3),
+    Guided(Bag(1), "speculative", block=4),
+    Guided(Bag(2), "speculative", "original"),
+    CORE(8, every=2, candidates=3, replaced=2, protected=0, confidence=0.0),
+    CORE(8, block=4, every=1, begin=0.5, end=1.0, candidates=2, protected=1, confidence=0.1, pick="random"),
+    Editing(0.6, 0.3),
+    Editing(0.5, 0.2, passes=2, block=4),
 )
 STRICT: tuple[Criterion, ...] = (
     Prophet(INF, INF, INF),
@@ -124,11 +141,25 @@ def scheduled(policy: Policy) -> TypeGuard[LLaDA | Dream]:
     return isinstance(policy, LLaDA | Dream)
 
 
+def fitting(policy: Policy, rules: Sequence[Criterion]) -> list[Criterion]:
+    """Those of some rules that a policy can be run with: one that revises knows none that freezes."""
+    return [rule for rule in rules if not (policy.revises and rule.freezes)]
+
+
 @cache
 def plain(policy: Policy, temperature: float = 0.0, rule: Criterion | None = None) -> dict[int, Row]:
     """The run without a rule, or that of another, with its logits."""
-    record = frozenset({"logits"})
-    return decoded(Toy(), unmasking(policy, rule or Full(), temperature, record=record), asked())
+    record = frozenset[str]() if policy.revises else frozenset({"logits"})
+    rows = decoded(Toy(), unmasking(policy, rule or Full(), temperature, record=record), asked())
+    return {i: row if record else row._replace(logits=said(asked()[i], row)) for i, row in rows.items()}
+
+
+def said(request: Request, row: Row) -> list[Tensor]:
+    """What the toy says at each step of a row, since nothing is recorded of one that is revised."""
+    begin = request.tokens.masked_fill(~request.given, MASK)
+    before = torch.stack([begin, *map(torch.tensor, row.canvases[:-1])])
+    valid = None if request.valid is None else request.valid.expand_as(before)
+    return list(Toy().logits(before, valid).index_fill(-1, torch.tensor(MASK), -INF))
 
 
 def same(one: dict[int, Row], two: dict[int, Row]) -> bool:
@@ -141,14 +172,16 @@ def same(one: dict[int, Row], two: dict[int, Row]) -> bool:
 @pytest.mark.parametrize("rule", STRICT, ids=repr)
 def test_a_rule_that_nothing_reaches_is_the_plain_run(rule: Criterion) -> None:
     # Full is the plain run: every rule includes it. Never also takes the steps in which nothing may change.
-    for policy in POLICIES[STRICT.index(rule) % 3 :: 5]:
+    for policy in POLICIES[STRICT.index(rule) % 5 :: 5]:
+        if rule not in fitting(policy, STRICT):
+            continue
         assert same(decoded(Toy(), unmasking(policy, rule), asked()), plain(policy)), policy
 
 
 @every_policy
 @both_temperatures
 def test_nor_do_all_of_them_together_change_any_policy(policy: Policy, temperature: float) -> None:
-    rule = reduce(or_, STRICT)
+    rule = reduce(or_, fitting(policy, STRICT))
     assert same(decoded(Toy(), unmasking(policy, rule, temperature), asked()), plain(policy, temperature))
 
 
@@ -159,7 +192,7 @@ def test_to_stop_when_full_costs_no_more_and_changes_no_text(policy: Policy, tem
     for i, row in full.items():
         assert row.tokens == never[i].tokens
         assert row.nfe <= never[i].nfe
-        assert never[i].nfe == policy.steps if scheduled(policy) else row.nfe
+        assert len(never[i].canvases) == policy.steps if scheduled(policy) else len(row.canvases)
         assert never[i].reason == ("budget" if scheduled(policy) else "full")
 
 
@@ -173,10 +206,10 @@ def test_full_leaves_out_the_idle_steps_alone() -> None:
 
 
 def first_quiet(row: Row) -> int | None:
-    """The first step, from 0, at which no open position's argmax differs from the step before."""
+    """The first step, from 0, at which something is open, and no argmax there differs from the step before."""
     for step in range(1, len(row.canvases)):
         open_ = torch.tensor(row.canvases[step - 1]) == MASK
-        if bool((row.logits[step].argmax(-1) == row.logits[step - 1].argmax(-1))[open_].all()):
+        if bool(open_.any()) and bool((row.logits[step].argmax(-1) == row.logits[step - 1].argmax(-1))[open_].all()):
             return step
     return None
 
@@ -202,7 +235,7 @@ AT_FIRST_QUIET: tuple[Criterion, ...] = (
 
 @every_policy
 def test_what_is_reached_at_once_ends_at_the_first_call(policy: Policy) -> None:
-    for rule in AT_ONCE:
+    for rule in fitting(policy, AT_ONCE):
         for row in decoded(Toy(), unmasking(policy, rule), asked()).values():
             assert (row.nfe, row.reason) == (1, "full" if rule.freezes else "halted"), rule
 
@@ -214,8 +247,8 @@ def test_what_waits_for_a_quiet_step_ends_there(policy: Policy, temperature: flo
     for rule in AT_FIRST_QUIET:
         for i, row in decoded(Toy(), unmasking(policy, rule, temperature), asked()).items():
             step = first_quiet(base[i])
-            expected = (base[i].nfe, base[i].reason) if step is None else (step + 1, "halted")
-            assert (row.nfe, row.reason) == expected, rule
+            expected = (len(base[i].canvases), base[i].reason) if step is None else (step + 1, "halted")
+            assert (len(row.canvases), row.reason) == expected, rule
 
 
 def test_sched_ends_dream_at_the_second_call_since_the_first_commits_nothing() -> None:
@@ -247,8 +280,10 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 @every_policy
 def test_a_row_is_the_same_in_any_batch(policy: Policy) -> None:
-    rules, at = (Full(), Never(), *MIDDLE, *JOTS), POLICIES.index(policy)
+    rules, at = fitting(policy, (Full(), Never(), *MIDDLE, *JOTS)), POLICIES.index(policy)
     for i in range(4):  # the policies take turns, so that all rules come up with many of them
+        if isinstance(policy, Adjust) and "cfg_scale" in SETTINGS[i]:
+            continue  # its layer knows no guidance
         decoder = unmasking(policy, rules[(4 * at + i) % len(rules)], **SETTINGS[i])
         model = Toy(SHIFTED if isinstance(policy, Dream | DreamThreshold) else PLAIN)
         assert same(decoded(model, decoder, asked(), batch_size=2), alone(model, decoder, asked())), decoder
@@ -256,20 +291,21 @@ def test_a_row_is_the_same_in_any_batch(policy: Policy) -> None:
 
 @settings(max_examples=12)
 @given(
-    policy=st.sampled_from(POLICIES), rule=st.sampled_from((*MIDDLE, *JOTS)), temperature=st.sampled_from([0.0, 1.0]),
-    order=st.permutations(range(6)), batch_size=st.integers(1, 7), seed=st.integers(0, 9),
+    pair=st.sampled_from([(policy, rule) for policy in POLICIES for rule in fitting(policy, (*MIDDLE, *JOTS))]),
+    temperature=st.sampled_from([0.0, 1.0]), order=st.permutations(range(6)), batch_size=st.integers(1, 7),
+    seed=st.integers(0, 9),
 )  # fmt: skip
 def test_order_and_batch_size_do_not_matter(
-    policy: Policy, rule: Criterion, temperature: float, order: list[int], batch_size: int, seed: int
+    pair: tuple[Policy, Criterion], temperature: float, order: list[int], batch_size: int, seed: int
 ) -> None:
-    decoder, requests = unmasking(policy, rule, temperature, seed=seed), asked(2)
+    decoder, requests = unmasking(*pair, temperature, seed=seed), asked(2)
     one = decoded(Toy(seed=seed), decoder, [requests[i] for i in order], batch_size)
     assert same(one, decoded(Toy(seed=seed), decoder, requests, 6))
 
 
 @every_policy
 def test_padding_changes_nothing(policy: Policy) -> None:
-    rules = (Full(), *MIDDLE, *JOTS)
+    rules = fitting(policy, (Full(), *MIDDLE, *JOTS))
     rule = rules[POLICIES.index(policy) % len(rules)]
     prompts = [[3, 4, 5], [6], [7, None]]
     padded = decoded(Toy(), unmasking(policy, rule, 0.7), canvases(prompts, LENGTH))
@@ -334,8 +370,62 @@ def test_a_halted_row_is_a_prefix_filled_with_the_likeliest(rule: Criterion, tem
 @both_temperatures
 def test_a_rule_that_freezes_leaves_the_run_alone_until_it_does(temperature: float) -> None:
     for policy in POLICIES[::3]:
+        if policy.revises:
+            continue
         base, late = plain(policy, temperature), plain(policy, temperature, FromStep(JoT(5.0), 4))
         assert all(row.canvases[:3] == base[i].canvases[:3] for i, row in late.items())
+
+
+# --- strict and loose settings ---
+
+STRICTEST: tuple[tuple[Policy, Policy], ...] = (
+    (Threshold(1.0), LLaDA()),
+    (Factor(1e-9), LLaDA()),
+    (EntropyBound(0.0), LLaDA()),
+    (KLASS(1.0, 0.0), LLaDA()),
+    (MutualPolicy(1.0, 99, 0.0), LLaDA()),
+    (Editing(1.0, 1.0), LLaDA()),
+    (Adjust("layer", 1), LLaDA()),
+    (Adjust("layer", 1, order="random"), LLaDA(remasking="random")),
+    (DreamThreshold(8, 1.0), LLaDA()),
+    (Gaussian(4, first_std=1e-6), LLaDA(4)),  # a bell that is wide
+    (CORE(4, every=1, begin=0.0, end=1.0, replaced=0), LLaDA(4)),
+)
+"""Settings at which a policy is a plain sampler: one position a call, or even quotas."""
+
+
+@pytest.mark.parametrize(("strict", "sampler"), STRICTEST, ids=repr)
+def test_at_its_strictest_a_policy_is_a_plain_sampler(strict: Policy, sampler: Policy) -> None:
+    requests = canvases([[3, 4, 5], [6], []], LENGTH)
+    one, two = (decoded(Toy(), unmasking(policy, Full()), requests) for policy in (strict, sampler))
+    passes = isinstance(strict, Editing)  # a call more, which goes over the full block and edits nothing
+    for i, row in one.items():
+        assert row.canvases[: LENGTH if passes else None] == two[i].canvases
+        assert (row.tokens, row.nfe, row.settled) == (two[i].tokens, two[i].nfe + passes, two[i].settled)
+
+
+LADDERS: tuple[Sequence[Policy], ...] = (
+    Threshold.sweep(),
+    Factor.sweep(),
+    EntropyBound.sweep(),
+    [KLASS(confidence, 0.01) for confidence in (0.9, 0.6, 0.3, 0.2, 0.0)],
+    MutualPolicy.sweep(commit="parallel"),
+    [Editing(tau, 1.0) for tau in (0.9, 0.6, 0.3, 0.2, 0.0)],
+    Adjust.sweep(path="layer"),
+    [Guided(Bag(), accept="topk", k=k) for k in range(1, VOCAB)],
+    [Guided(Bag(1), accept="dynamic_threshold", chance=chance) for chance in (0.9, 0.5, 0.2, 0.1, 0.03, 0.0)],
+)
+"""Settings of a policy, from strict to loose."""
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: type(ladder[0]).__name__)
+def test_a_looser_setting_never_takes_more_calls(ladder: Sequence[Policy]) -> None:
+    # Where positions do not hang together, as for freezing below.
+    each = [decoded(Toy(sway=0.0), unmasking(policy, Full()), asked()) for policy in ladder]
+    calls = [[row.nfe for row in rows.values()] for rows in each]
+    for strict, loose in pairwise(calls):
+        assert all(many >= few for many, few in zip(strict, loose, strict=True))
+    assert sum(calls[0]) > sum(calls[-1])
 
 
 # --- calls ---
@@ -345,11 +435,11 @@ def test_a_rule_that_freezes_leaves_the_run_alone_until_it_does(temperature: flo
 def test_freezing_never_costs_a_call(policy: Policy) -> None:
     # Where positions do not hang together: else other contexts can make a threshold's positions less sure.
     model, drawn = Toy(sway=0.0), isinstance(policy, Dream) and (policy.alg == "origin" or policy.alg_temp is not None)
-    for rule in (JoT(20.0, 2.0), JoT(3.0)):
+    for rule in fitting(policy, (JoT(20.0, 2.0), JoT(3.0))):
         base = decoded(model, unmasking(policy, Never() if drawn else Full()), asked())
         for i, row in decoded(model, unmasking(policy, rule), asked()).items():
             assert row.nfe <= base[i].nfe
-    if scheduled(policy):
+    if scheduled(policy) and not policy.revises:
         assert policy.steps is not None
         rows = plain(policy, 0.0, JoT(20.0, 2.0)).values()
         assert all(row.nfe <= policy.steps for row in rows)
@@ -362,13 +452,25 @@ def test_freezing_saves_calls_and_reaches_into_later_blocks() -> None:
     assert row.canvases == [(3, MASK, 3, MASK), (3, 3, 3, MASK), (3, 3, 3, 3)]
 
 
+def looks(policy: Policy, row: Row) -> int:
+    """Calls that the policy itself makes for a row whose blocks take all their steps."""
+    if not isinstance(policy, CORE):
+        return 0
+    steps = (policy.steps or 0) // (LENGTH // (policy.block or LENGTH))
+    return sum(policy.looks(step % steps, steps) for step in range(len(row.canvases)))
+
+
 @every_policy
 def test_guidance_costs_two_calls_a_step(policy: Policy) -> None:
     model = Toy()
-    rows = decoded(model, unmasking(policy, Full(), cfg_scale=1.5), asked())
-    assert all(row.nfe == 2 * len(row.canvases) for row in rows.values())
+    if isinstance(policy, Adjust):
+        assert "a layer that knows no guidance" in refused(policy, [[3]], cfg_scale=1.5)
+        return
+    rule = Never() if isinstance(policy, CORE) else Full()  # so that its blocks take all their steps
+    rows = decoded(model, unmasking(policy, rule, cfg_scale=1.5), asked())
+    assert all(row.nfe == 2 * (len(row.canvases) + looks(policy, row)) for row in rows.values())
     assert model.rows == sum(row.nfe for row in rows.values())
-    assert model.calls == max(len(row.canvases) for row in rows.values())
+    assert model.calls == max(row.nfe // 2 for row in rows.values())
 
 
 def test_guidance_pulls_away_from_what_is_said_without_the_prompt() -> None:

@@ -15,6 +15,7 @@ from setups import unmasking
 from torch import Tensor, nn
 from toys import masked_with_tokenizer, with_tokenizer
 
+import cdlm
 from cdlm.core.errors import CdlmError
 from cdlm.core.tensors import specs_of, write_tensors
 from cdlm.halting import EDIT, Criterion, For, FromStep, Full, Never, Patience, for_transformers, parse_criterion, sweep
@@ -451,12 +452,19 @@ def test_a_bad_setting_is_one_line(folder: Path, settings: dict[str, Any], why: 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("damage", ["nothing", "vectors", "integers", "no weights", "another version", "nan", "cut"])
+@pytest.mark.parametrize(
+    "damage",
+    ["nothing", "vectors", "integers", "no weights", "another version", "nan", "cut", "no columns", "many steps"],
+)
 def test_a_file_that_is_no_map_is_one_line(folder: Path, tmp_path: Path, damage: str) -> None:
     made = {"first": torch.ones(3, 2)}
     about = {"cdlm_update_map": "1", "weights": "tensors:x", "steps": "3"}
     if damage == "vectors":
         made = {"first": torch.ones(3)}
+    elif damage == "no columns":
+        made = {"first": torch.ones(3, 0)}
+    elif damage == "many steps":
+        about["steps"] = 5000 * "9"
     elif damage == "integers":
         made = {"first": torch.ones(3, 2, dtype=torch.int64)}
     elif damage == "no weights":
@@ -473,6 +481,19 @@ def test_a_file_that_is_no_map_is_one_line(folder: Path, tmp_path: Path, damage:
         EDIT(str(tmp_path))
     assert "train" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("variant", ["code", "paper"])
+def test_a_map_that_does_not_fit_its_modules_is_one_line(tmp_path: Path, variant: Any) -> None:
+    model = masked_with_tokenizer()
+    for name, rows, why in (
+        ("blocks.0.qkv", 5, "has 5 features of blocks.0.qkv, which gives 48"),
+        ("blocks", 5, "not called"),
+    ):
+        write_map(tmp_path, UpdateMap({name: torch.ones(rows, 2)}, model.need_fingerprint(), 1))
+        with pytest.raises(CdlmError, match=why) as raised:
+            cdlm.generate(model, n=1, halt=EDIT(str(tmp_path), variant))
+        assert "\n" not in str(raised.value)
 
 
 def test_it_is_refused_where_it_cannot_look(folder: Path) -> None:

@@ -13,8 +13,7 @@ import pytest
 import torch
 from evaluation_toys import random_judge, tiny_gpt2
 from foreign import copy_of, write_tokenizer
-from jaxtyping import Float, Int
-from masked_toys import EOS, EOT, MASK, PLAIN, SHIFTED, VOCAB, Scripted, Toy, decoded
+from masked_toys import EOS, EOT, MASK, PLAIN, SHIFTED, VOCAB, Bag, Scripted, Toy, decoded
 from setups import unmasking
 from torch import Tensor
 
@@ -31,20 +30,6 @@ from cdlm.policies.quotas import best
 from cdlm.sampling.requests import canvases
 
 PROMPTS = [[3, 4], [5], [], [6, None, 7], [8, 3, 9, 4]]
-
-
-class Bag:
-    """A guide that expects what goes with all tokens so far, and with the last one; exact in any batch."""
-
-    def __init__(self, seed: int = 0, size: float = 1.0):
-        generator = torch.Generator().manual_seed(seed)
-        draw = torch.randint(-(2**12), 2**12, (2, VOCAB, VOCAB), generator=generator).double() / 2**12
-        self.table, self.calls, self.rows = draw * torch.tensor([0.25, 2.0])[:, None, None] * size, 0, 0
-
-    def __call__(self, tokens: Int[Tensor, "b n"], positions: Int[Tensor, " k"]) -> Float[Tensor, "k v"]:
-        self.calls, self.rows = self.calls + 1, self.rows + len(tokens)
-        assert int(tokens.max()) < MASK, "a guide sees no mask"
-        return (self.table[0][tokens].cumsum(1) + self.table[1][tokens]).flatten(0, 1)[positions]
 
 
 def flat(tokens: Tensor, positions: Tensor) -> Tensor:

@@ -326,6 +326,8 @@ def test_bad_settings_are_one_line(changes: dict[str, Any], why: str) -> None:
 def test_a_layer_that_there_is_not_is_named(settings: Settings, base: Path, tmp_path: Path) -> None:
     with pytest.raises(CdlmError, match=r"LoRA adapts q_proj, and the network has no linear layer .*: it has .*qkv"):
         train(settings(), tmp_path / "run", start=base, lora=LoraSettings(2, modules=("qkv", "q_proj")), progress=False)
+    with pytest.raises(CdlmError, match="LoRA has rank 17, and no matrix that it adapts has more than 16: lower it"):
+        train(settings(), tmp_path / "run", start=base, lora=LoraSettings(17), progress=False)
     for optimizer in ({"optimizer": "muon"}, {"strategy": "fsdp"}):
         options = replace(OPTIONS, **optimizer)
         with pytest.raises(CdlmError, match="an adapter is trained by AdamW on whole copies"):

@@ -26,8 +26,11 @@ from cdlm.halting import (
 )
 from cdlm.halting.replay import replay
 from cdlm.masked.sampler import Unmasking, UnmaskingLoop
+from cdlm.policies.adjust import Adjust
 from cdlm.policies.confidence import Threshold
 from cdlm.policies.dream import Dream
+from cdlm.policies.gaussian import Gaussian
+from cdlm.policies.guided import Guided
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
 from cdlm.policies.mutual import Mutual as MutualPolicy
@@ -38,11 +41,12 @@ from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import canvases
 from cdlm.sampling.samples import Samples, collect
 from cdlm.sampling.session import Session
-from tests.masked_toys import MASK, Toy
+from tests.masked_toys import MASK, Bag, Toy
 
 POLICIES = (
     LLaDA(8), LLaDA(8, block=4), LLaDA(16, block=4), LLaDA(8, remasking="random"), Dream(6), Threshold(0.3, block=4),
-    KLASS(0.2, 0.5), MutualPolicy(0.2, 2, 0.5),
+    KLASS(0.2, 0.5), MutualPolicy(0.2, 2, 0.5), Gaussian(8), Adjust("layer", 2, order="random"),
+    Guided(Bag(), "speculative", "original", verify=3),
 )  # fmt: skip
 RULES = (
     Never(), Full(), FixedSteps(3), Patience(1), Patience(2), Entropy(1.4), KL(0.5, warmup=0.0), Prophet(0.9, 0.8, 0.7),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from masked_toys import MASK, PLAIN, SHIFTED, VOCAB, Toy
+from masked_toys import MASK, PLAIN, SHIFTED, VOCAB, Bag, Toy
 from setups import unmasking
 from test_masked_pretrained import ARRAYS, MODELS, case
 from test_own_rules import Confident
@@ -18,9 +18,14 @@ from cdlm.halting import KL, Criterion, Entropy, Full, JoT, Never, Patience, Pro
 from cdlm.masked.model import Constants, Function
 from cdlm.masked.sampler import UnmaskingLoop
 from cdlm.masked.system import Masked
+from cdlm.policies.adjust import Adjust
 from cdlm.policies.confidence import Threshold
+from cdlm.policies.core import CORE
 from cdlm.policies.dream import Dream
+from cdlm.policies.editing import Editing
 from cdlm.policies.entropy import EntropyBound
+from cdlm.policies.gaussian import Gaussian
+from cdlm.policies.guided import Guided
 from cdlm.policies.klass import KLASS
 from cdlm.policies.llada import LLaDA
 from cdlm.policies.mutual import Mutual
@@ -215,7 +220,14 @@ def test_a_function_may_give_half_precision_and_keeps_its_own_logits() -> None:
     assert (kept == 0).all()
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, Threshold(0.4, block=2, calls=1), LLaDA(12, block=4)], ids=repr)
+BLOCKED: tuple[Policy, ...] = (
+    *POLICIES, Threshold(0.4, block=2, calls=1), LLaDA(12, block=4), Gaussian(6, block=2, first=4, first_steps=2),
+    CORE(8, block=4, every=1, begin=0.5, end=1.0, protected=0, confidence=0.0), Editing(0.5, 0.2, passes=2, block=4),
+    Adjust("layer", 3, block=4), Guided(Bag(), "speculative", block=4),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", BLOCKED, ids=repr)
 def test_the_host_knows_which_rows_leave_their_block(policy: Policy) -> None:
     """`_moves` says on the host what `enter` says on the device."""
     for rule in (Full(), Never()):

@@ -1,15 +1,19 @@
 """Policies that take back what they have committed: CORE against one written step by step, Editing, and their laws."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from masked_toys import EOS, MASK, PLAIN, SHIFTED, VOCAB, Row, Scripted, Toy, decoded
 from setups import unmasking
+from toys import masked_with_tokenizer
 
 from cdlm.api import decode
+from cdlm.cli import main as cli
 from cdlm.core.errors import CdlmError
 from cdlm.halting import Full, Patience
 from cdlm.halting.rules import Entropy, JoT
@@ -174,6 +178,19 @@ def test_what_was_revised_stands_beside_the_sample() -> None:
     assert [row["revised"] for row in samples.rows()] == [revised(row) for row in rows.values()]
     assert samples.select(1 + torch.zeros(1).long().numpy()).rows()[0]["revised"] == revised(rows[1])
     assert "revised" not in decode(model, [[3, 4]], 12, policy=LLaDA(6)).rows()[0]
+    mean = sum(map(revised, rows.values())) / 2
+    assert repr(samples).splitlines()[0].endswith(f" steps; {mean:.1f} revised")
+    assert ";" not in repr(decode(model, [[3, 4]], 12, policy=replace(OFTEN, replaced=0))).splitlines()[0]
+
+
+def test_the_command_line_says_what_was_revised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masked_with_tokenizer().save_pretrained(tmp_path / "model")
+    arguments = ["--n=2", "--device=cpu", "--temperature=1", f"--out={tmp_path / 'samples.jsonl'}"]
+    cli.main(["sample", str(tmp_path / "model"), "--policy=Editing(0.0, 0.0, passes=3)", *arguments])
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    mean = sum(row["revised"] for row in rows) / 2
+    assert mean > 0
+    assert f"; {mean:.1f} revised" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("policy", [OFTEN, Editing()], ids=repr)

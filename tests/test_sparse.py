@@ -62,10 +62,10 @@ def logits_of(model: MaskedModel, sparse: SparseD | None, **more: Any) -> dict[i
 
 
 def real_of(number: int) -> Tensor:
-    """Positions of a row that are no padding."""
+    """Positions of a row behind its first: what shifted logits say of that is read at padding."""
     valid = canvases(PROMPTS, 24)[number].valid
     assert valid is not None
-    return valid
+    return valid & (valid.cumsum(0) > 1)
 
 
 def assert_close(rows: dict[int, Any], others: dict[int, Any]) -> None:

@@ -26,13 +26,13 @@ from cdlm.evaluation.metrics.aup import aup
 from cdlm.evaluation.plots.panels import Line, Panel, draw
 from cdlm.masked.sampler import Unmasking
 from cdlm.models import hub
-from cdlm.policies import Threshold, parse_policy
+from cdlm.policies import Threshold, parse_policy, sweep_policy
 from cdlm.recording.file import Recording
 from cdlm.recording.record import Record, Switches
 from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.requests import requests
 from cdlm.sampling.session import Session
-from cdlm.studies.accuracy import with_areas
+from cdlm.studies.accuracy import front, with_areas
 from cdlm.studies.measures import position_zero_switch, reached, settled_by, zero_switch
 from cdlm.studies.more_steps import VANILLA, _shown
 from cdlm.studies.norm_causality import UNTOUCHED, Driven, Struck, at_norm, with_noise
@@ -357,6 +357,25 @@ def test_answers_are_decoded_at_temperature_zero(base: str, masked_run: str) -> 
     exam = study.exam(masked_run)
     assert exam.session.settings == Unmasking(parse_policy(f"{base}(4, block=2)"), temperature=0.0).settings
     assert exam.decoded(Threshold(0.5)).session.settings == Unmasking(Threshold(0.5), temperature=0.0).settings
+
+
+def test_a_policy_that_takes_tokens_back_has_no_votes(masked_run: str) -> None:
+    names: dict[str, Any] = {"rules": [], "policies": ["CORE(..., every=1, begin=0.0, end=1.0)", "Threshold(0.5)"]}
+    study: Any = studies.make("accuracy", models=[masked_run], n=4, new_tokens=4, steps=[1], **names)
+    found = study.find()
+    by = {row["rule or policy"]: row for row in found.table}
+    core = by["CORE(..., every=1, begin=0.0, end=1.0)"]
+    assert core["voted"] == "-" != by["Threshold(0.5)"]["voted"]
+    assert core["counted"].startswith("revised ")
+    assert len([row for row in found.rows if row["family"].startswith("CORE")]) == len(sweep_policy("CORE"))
+
+
+def test_the_front_is_what_no_setting_beats() -> None:
+    rows = [
+        {"setting": name, "calls": calls, "accuracy": accuracy}
+        for name, calls, accuracy in (("a", 9, 0.9), ("b", 4, 0.9), ("c", 4, 0.5), ("d", 2, 0.6), ("e", 1, 0.0))
+    ]
+    assert [line.partition(" ")[0] for line in front(rows)] == ["`e`", "`d`", "`b`"]
 
 
 def test_an_area_is_over_the_settings_of_a_family_and_the_full_budget() -> None:

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import math
 import operator
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from cdlm.core.checks import shown
@@ -103,6 +103,42 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         raise CdlmError(
             f"the {self.what} may only hold calls, numbers, texts, &, | and commas, got {shown(ast.unparse(node))}"
         )
+
+    def sweep(self, text: str, settings: Callable[..., Sequence[T]]) -> list[T]:
+        """Settings of one object to try.
+
+        `Patience` and `Patience(...)` are the settings of that class. The rest of the text stays as it is: other
+        parameters, `KL(..., warmup=0.3)`, and what is around it, `FromStep(Patience(...), 40)`. A text without `...` is
+        one object.
+
+        Args:
+            text: what to sweep.
+            settings: gives those of a class with some of its parameters fixed.
+
+        Raises:
+            CdlmError: the text is wrong, the class has nothing to sweep, or two would be swept.
+        """
+        text = text.strip()
+        if text in self:
+            text += "(...)"
+        whole = self.tree(text)
+        calls = [node for node in ast.walk(whole) if isinstance(node, ast.Call)]
+        holes = [call for call in calls if any(isinstance(a, ast.Constant) and a.value is ... for a in call.args)]
+        if not holes:
+            return [self.parse(text)]
+        if len(holes) > 1 or len(holes[0].args) > 1:
+            raise CdlmError(
+                f"one {self.what} at a time can be swept, and ... stands for all of its settings: got {shown(text)}"
+            )
+        name, fixed = ast.unparse(holes[0].func), holes[0].keywords
+        try:
+            found = settings(self.find(name), **{str(k.arg): self.build(k.value) for k in fixed})
+        except TypeError as error:
+            raise CdlmError(f"cannot sweep {shown(text)} ({error}): it is {self.example(name)}") from error
+        if holes[0] is whole:
+            return list(found)
+        hole = str(ast.get_source_segment(text, holes[0]))
+        return [self.parse(text.replace(hole, repr(one))) for one in found]
 
     def unknown(self, name: str) -> CdlmError:
         """The error that nothing is called `name`, with the nearest name and all others."""

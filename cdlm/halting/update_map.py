@@ -7,6 +7,7 @@ After EDIT (arXiv 2512.00670). `cdlm train --lora` writes it.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from cdlm.core.tensors import FLOATS, check_values, read_header, read_tensors, s
 
 FILE = "update_map.safetensors"
 VERSION = "1"
+_STEPS = re.compile("[1-9][0-9]{0,17}")
 _AGAIN = "train the adapter again, with cdlm train --lora"
 
 
@@ -76,8 +78,9 @@ def read_map(folder: Path) -> tuple[UpdateMap, str]:
     if header.metadata.get("cdlm_update_map") != VERSION:
         raise CdlmError(f"{file} is no map of version {VERSION}, which this program reads: {_AGAIN}")
     weights, steps = header.metadata.get("weights", ""), header.metadata.get("steps", "")
-    odd = next((name for name, (shape, dtype) in header.specs.items() if len(shape) != 2 or dtype not in FLOATS), None)
-    if odd is not None or not header.specs or not weights or not steps.isdecimal():
+    fits = {n: len(shape) == 2 and 0 not in shape and dtype in FLOATS for n, (shape, dtype) in header.specs.items()}
+    odd = next((name for name, fit in fits.items() if not fit), None)
+    if odd is not None or not header.specs or not weights or not _STEPS.fullmatch(steps):
         what = "it lacks weights or steps" if odd is None else f"tensor {odd!r} is no matrix of floats"
         raise CdlmError(f"{file} is damaged ({what}): {_AGAIN}")
     tensors = read_tensors(file, _AGAIN)

@@ -29,13 +29,15 @@ class Watch:
         The hooks are gone after it: nothing stays at the model, which others may use too.
 
         Raises:
-            CdlmError: a module gives no features of each position.
+            CdlmError: a module gives no features of each position, or is not called.
         """
         found: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for name, module in self.modules.items():
                 stack.callback(module.register_forward_hook(partial(_keep, found, name, rows)).remove)
             yield found
+        if missing := self.modules.keys() - found.keys():
+            raise CdlmError(f"module {min(missing)} is not called by the network: name one whose output is [b n d]")
 
 
 def _keep(found: dict[str, Tensor], name: str, rows: int, module: nn.Module, args: Any, output: Any) -> None:

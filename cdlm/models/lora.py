@@ -79,9 +79,13 @@ class LoraSettings(Settings):
         """The same with all that has a default, for a network.
 
         Raises:
-            CdlmError: the network has no linear layer of a name.
+            CdlmError: the network has no linear layer of a name, or none in which so many ranks are of use.
         """
-        layers = {name.rpartition(".")[2] for name, part in network.named_modules() if isinstance(part, nn.Linear)}
+        layers = dict[str, int]()  # the most ranks that a matrix of this name has
+        for name, part in network.named_modules():
+            if isinstance(part, nn.Linear):
+                last = name.rpartition(".")[2]
+                layers[last] = max(layers.get(last, 0), min(part.in_features, part.out_features))
         known = [name for name in self.modules or MODULES if name.rpartition(".")[2] in layers]
         if not known or (self.modules is not None and len(known) < len(self.modules)):
             missing = sorted(set(self.modules or MODULES) - set(known))
@@ -89,6 +93,9 @@ class LoraSettings(Settings):
                 f"LoRA adapts {', '.join(missing)}, and the network has no linear layer of this name: it has"
                 f" {', '.join(sorted(layers))}"
             )
+        most = max(layers[name.rpartition(".")[2]] for name in known)
+        if self.rank > most:
+            raise CdlmError(f"LoRA has rank {self.rank}, and no matrix that it adapts has more than {most}: lower it")
         return replace(self, alpha=self.scale, modules=tuple(sorted(set(known))))
 
 

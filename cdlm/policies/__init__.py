@@ -33,10 +33,10 @@ def parse_policy(text: str | Policy) -> Policy:
 
 
 def sweep_policy(text: str) -> list[Policy]:
-    """The policy of a text; or, of a name alone, the settings of that policy to try, from strict to loose.
+    """Settings of a policy to try, from strict to loose: of a name, `Threshold`, or of a text with `...`, such as
+    `Threshold(..., block=16)`. Another text is one policy.
 
     Raises:
         CdlmError: the text is no policy, or the policy has nothing to sweep.
     """
-    kind = POLICIES.get(text.strip())
-    return [parse_policy(text)] if kind is None else list(kind.sweep())
+    return POLICIES.sweep(text, lambda kind, **fixed: kind.sweep(**fixed))

@@ -84,7 +84,7 @@ class Adjust(Policy):
         tokens, confidence = proposal(view)
         first = self._first(view, view.candidates, tokens, confidence)
         commit, found = first, torch.where(first, tokens, view.statistics.held)
-        passes = torch.zeros_like(view.row)
+        passes, broken = torch.zeros_like(view.row), torch.zeros_like(first.any())
         for number in range(1, self.tokens):
             later, left = self._later(view, number), view.candidates & ~commit
             at = places(left.flatten(), None)
@@ -93,9 +93,12 @@ class Adjust(Policy):
             fresh, chance = self._drawn(later, view.refine(found, at), at)
             tokens = tokens.flatten().index_copy(0, at, fresh).view_as(tokens)
             confidence = confidence.new_zeros(confidence.numel()).index_copy_(0, at, chance).view_as(confidence)
+            broken = broken | chance.isnan().any()
             more = self._first(later, left, tokens, confidence)
             passes = passes + left.any(1)
             commit, found = commit | more, torch.where(more, tokens, found)
+        if self.tokens > 1 and bool(broken):
+            raise CdlmError(f"the layer in {self.path} gave logits that are not numbers (NaN): train it again")
         return Choice(commit, found, counted={"layer_passes": passes})
 
     def _later(self, view: View, number: int) -> View:

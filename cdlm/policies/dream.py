@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,6 +53,10 @@ class Dream(Policy):
     pooled: bool = False
 
     needs = frozenset({"tokens"})
+
+    @classmethod
+    def sweep(cls, **fixed: Any) -> Sequence[Policy]:
+        return [cls(steps, **fixed) for steps in (64, 32, 16, 8, 4)]
 
     def __post_init__(self) -> None:
         check_choice("Dream", ALGORITHMS, alg=self.alg)
@@ -170,6 +175,12 @@ class DreamThreshold(Policy):
 
     steps: int
     tau: float = 0.9
+
+    @classmethod
+    def sweep(cls, **fixed: Any) -> Sequence[Policy]:
+        if "steps" not in fixed:
+            return super().sweep(**fixed)
+        return [cls(tau=tau, **fixed) for tau in (0.99, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3)]
 
     def __post_init__(self) -> None:
         check_whole("DreamThreshold", largest=MOST_STEPS, steps=self.steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -96,6 +96,16 @@ class Guided(Policy):
                 " guide that it was set for, or leave out the digest"
             )
         object.__setattr__(self, "digest", found)
+
+    @classmethod
+    def sweep(cls, **fixed: Any) -> Sequence[Policy]:
+        if "guide" not in fixed:
+            return super().sweep(**fixed)
+        tests: tuple[dict[str, Any], ...] = (
+            {"accept": "deterministic"}, {"accept": "dynamic_threshold", "chance": 0.3},
+            {"accept": "topk_relative"}, {"accept": "dynamic_threshold"}, {"accept": "topk"}, {"accept": "aggressive"},
+        )  # fmt: skip
+        return [cls(**fixed, **test) for test in tests]
 
     @property
     def masked_only(self) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -50,6 +51,10 @@ class LLaDA(Policy):
         check_whole("LLaDA", optional=True, largest=MOST_STEPS, steps=self.steps)
         check_whole("LLaDA", optional=True, block=self.block)
         check_choice("LLaDA", ("low_confidence", "random"), remasking=self.remasking)
+
+    @classmethod
+    def sweep(cls, **fixed: Any) -> Sequence[Policy]:
+        return [cls(steps, **fixed) for steps in (64, 32, 16, 8, 4)]
 
     @property
     def masked_only(self) -> str:

@@ -137,7 +137,7 @@ class Samples:
         if not len(self):
             return "no samples"
         count = "1 sample" if len(self) == 1 else f"{len(self)} samples"
-        head = f"{count}, {self.nfe.mean():.1f} calls a sample of {self.budget} steps"
+        head = f"{count}, {self.nfe.mean():.1f} calls a sample of {self.budget} steps{self.beside}"
         lines = [f"  {sample.nfe:4} calls  {_short(sample)}" for sample in self[:SHOWN]]
         rest = [f"  ... and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
         return "\n".join([head, *lines, *rest])
@@ -180,6 +180,14 @@ class Samples:
         Of several runs, add both sums before dividing; a mean of ratios is another number. NaN of no samples."""
         calls = int(self.nfe.sum())
         return int(self.output_tokens.sum()) / calls if calls else math.nan
+
+    @property
+    def beside(self) -> str:
+        """Means of what the policy counted of a sample, for people: "; 2.5 guide calls". Empty if that is nothing."""
+        names = dict.fromkeys(name for counted in self.counted for name in counted)
+        means = {name: np.mean([counted.get(name, 0) for counted in self.counted]) for name in names}
+        said = [f"{mean:.1f} {name.replace('_', ' ')}" for name, mean in means.items() if mean > 0]
+        return f"; {', '.join(said)}" if said else ""
 
     def select(self, samples: Int[np.ndarray, " k"]) -> Samples:
         """The samples at these places, in this order.

@@ -22,13 +22,14 @@ from cdlm.evaluation.metrics.aup import aup
 from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.halting import Criterion, Full, sweep
 from cdlm.halting.losses import Binary
-from cdlm.halting.replay import replay
+from cdlm.halting.replay import Replayed, replay
 from cdlm.halting.voting import Vote
 from cdlm.policies import sweep_policy
 from cdlm.policies.policy import Policy
 from cdlm.recording.file import Recording
 from cdlm.sampling.recordings import recording_of
 from cdlm.sampling.requests import Request
+from cdlm.sampling.samples import Samples
 from cdlm.sampling.session import Session, reading
 from cdlm.sampling.texts import outputs_of, shown_of, special_of
 from cdlm.sampling.voting import AnswerReader, StepAnswers, Voted
@@ -43,9 +44,11 @@ NOTE = (
     " area under accuracy (in per cent) over TPF, of all settings of a rule or policy and the full run, where an answer"
     " counts less the further its setting is from the best of the study (d3LLM). Voted: right answers by the vote of"
     " all steps taken, weighted as `vote` says (temporal self-consistency), at no call. Wall time: of one run of the"
-    " first problems."
+    " first problems. Counted: what a policy counts beside the model's calls, such as those of a guide; calls"
+    " and TPF are of the model alone."
 )
 FULL = "full budget"
+NO_VOTES: dict[str, float | None] = dict.fromkeys(("voted", "voted_low", "voted_high"))
 CONFIDENCE = 0.95
 
 
@@ -56,12 +59,14 @@ class SettingResult(NamedTuple):
     nfe: Int[np.ndarray, " m"]
     right: Float[np.ndarray, " m"]
     """1.0 where the answer is right."""
-    voted: Float[np.ndarray, " m"]
-    """1.0 where the answer that the steps have voted for is right."""
+    voted: Float[np.ndarray, " m"] | None
+    """1.0 where the answer that the steps have voted for is right; None of a policy that takes tokens back."""
     made: Int[np.ndarray, " m"]
     """Tokens of the answer, its end included."""
     session: Session
     """What runs it."""
+    counted: Mapping[str, Int[np.ndarray, " m"]]
+    """What the policy counted, such as calls of a guide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,8 @@ class Accuracy(Study):
         rules: names to sweep, or whole rules, of masked models on the base policy with one step for each position.
         policies: names to sweep, or whole policies, with the rule Full.
         base: policy of the full run of a masked model, LLaDA or Dream.
-        new_tokens: of a masked model, positions after each prompt; a continuous one fills its row.
+        new_tokens: of a masked model, positions after each prompt; by default the rest of its row, which a continuous
+            one always fills. A model that was trained on rows of one length may answer worse in shorter ones.
         block: positions of a block, of the base policy.
         budget: steps of the full run of a continuous model.
         vote: weights of the steps' votes on the answer, which grow from step to step if linear or exponential.
@@ -88,7 +94,7 @@ class Accuracy(Study):
     rules: list[str]
     policies: list[str]
     base: Literal["LLaDA", "Dream"]
-    new_tokens: int
+    new_tokens: int | None
     block: int | None
     budget: int
     vote: Literal["fixed", "linear", "exponential"]
@@ -118,21 +124,23 @@ class Accuracy(Study):
         check_whole("a full run", largest=MOST_STEPS, budget=self.budget)
         Vote(self.vote)
         for rule in self.rules:
-            sweep(rule, self.new_tokens)
+            sweep(rule, self.new_tokens or self.budget)
         for policy in self.policies:
             sweep_policy(policy)
 
     def find(self) -> Finding:
-        rows, table, panels = [], [], []
+        rows, table, panels, fronts = [], [], [], []
         exams = [self.exam(model) for model in self.models]  # all, before any work
         for exam, own in zip(exams, with_areas([self.measure(exam) for exam in exams]), strict=True):
             rows += own
             table += shown(own)
+            fronts.append(f" No setting of {exam.model} is as good with fewer calls than: {'; '.join(front(own))}.")
             panels += [
                 panel(f"{exam.model}: {kind}", [row for row in own if row["family"] in (FULL, *names)])
                 for kind, names in (("rules", self.rules), ("policies", self.policy_names))
             ]
-        return Finding(rows, table, NOTE.replace("`max_drop`", f"{self.max_drop:.1%}"), panels)
+        note = NOTE.replace("`max_drop`", f"{self.max_drop:.1%}") + "".join(fronts)
+        return Finding(rows, table, note, panels)
 
     def exam(self, model: str) -> Exam:
         """The problems put to a model; one that has policies of masks is decoded at temperature 0."""
@@ -210,7 +218,7 @@ class Exam:
             return self.run(repr(rule), session)
         run = replay(self.recording, reading(rule, session.model))
         voted = self.said.vote(self.vote, run.steps - 1, self.answers(run.tokens))
-        return self.result(repr(rule), session, run.tokens, run.nfe, voted)
+        return self.result(repr(rule), session, run, voted)
 
     def decoded(self, policy: Policy) -> SettingResult:
         """All problems with another policy, until nothing is open."""
@@ -219,20 +227,22 @@ class Exam:
 
     def run(self, setting: str, session: Session) -> SettingResult:
         """All problems, drawn from the model."""
+        if may_revise(session):  # no record holds what is taken back, so nothing can be voted on
+            return self.result(setting, session, session.run(self.requests), None)
         samples = session.recorded().run(self.requests)
         voted = StepAnswers.of(samples, self.read, self.vote.parser).vote(self.vote)
-        return self.result(setting, session, samples.tokens, samples.nfe, voted)
+        return self.result(setting, session, samples, voted)
 
-    def result(
-        self, setting: str, session: Session, tokens: Int[np.ndarray, "m n"], nfe: Int[np.ndarray, " m"], voted: Voted
-    ) -> SettingResult:
+    def result(self, setting: str, session: Session, run: Samples | Replayed, voted: Voted | None) -> SettingResult:
         """A finished run with its marks."""
         given, valid = self.recording.given, self.recording.valid
-        text = shown_of(tokens, given, valid, self.read.end_ids)
-        wins = self.marks(voted.answers)
-        return SettingResult(
-            setting, nfe, self.marks(self.answers(tokens)), wins, outputs_of(text, given, valid), session
-        )
+        text = shown_of(run.tokens, given, valid, self.read.end_ids)
+        right = self.marks(self.answers(run.tokens))
+        wins = None if voted is None else self.marks(voted.answers)
+        counted = run.counted if isinstance(run, Samples) else []
+        names = dict.fromkeys(name for one in counted for name in one)
+        sums = {name: np.array([one.get(name, 0) for one in counted]) for name in names}
+        return SettingResult(setting, run.nfe, right, wins, outputs_of(text, given, valid), session, sums)
 
     def answers(self, tokens: Int[np.ndarray, "m n"]) -> list[str | None]:
         """What the texts give as their answers."""
@@ -265,7 +275,7 @@ class Exam:
             "problems": m,
             **ends("accuracy", Scores(right, ones).bootstrap()),
             **ends("drop", drop),
-            **ends("voted", Scores(result.voted[second], ones).bootstrap()),
+            **(NO_VOTES if result.voted is None else ends("voted", Scores(result.voted[second], ones).bootstrap())),
             "lost": lost.value,
             "lost_upper": lost.at_most(CONFIDENCE),
             **ends("calls", Scores(calls, ones).bootstrap()),
@@ -273,6 +283,7 @@ class Exam:
             **ends("speedup", Scores(full, calls).bootstrap()),
             "seconds": self.seconds(result.session) if chosen else None,
             "chosen": chosen,
+            "counted": ", ".join(f"{name} {values[second].mean():.1f}" for name, values in result.counted.items()),
         }
 
 
@@ -292,6 +303,18 @@ def with_areas(exams: Sequence[Sequence[dict[str, Any]]]) -> list[list[dict[str,
     ]
 
 
+def front(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings that no other beats in accuracy at as many calls or fewer (the Pareto front), from few calls to
+    many, each with both."""
+    found: list[str] = []
+    best = -1.0
+    for row in sorted(rows, key=lambda row: (row["calls"], -row["accuracy"])):
+        if row["accuracy"] > best:
+            best = row["accuracy"]
+            found.append(f"`{row['setting']}` ({row['calls']:.1f} calls, {best:.1%})")
+    return found
+
+
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """The table: of each family the chosen setting, or that there is none."""
     families = dict.fromkeys(row["family"] for row in rows)
@@ -308,13 +331,14 @@ def _line(row: Mapping[str, Any]) -> dict[str, str]:
         "setting": row["setting"],
         "n": str(row["problems"]),
         "accuracy": interval(row, "accuracy", ".1%"),
-        "voted": interval(row, "voted", ".1%"),
+        "voted": interval(row, "voted", ".1%") if row["voted"] is not None else "-",
         "drop": interval(row, "drop", "+.1%"),
         "lost": f"{row['lost']:.1%}, at most {row['lost_upper']:.1%}",
         "calls": interval(row, "calls", ".1f"),
         "TPF": interval(row, "tpf", ".2f"),
         "AUP": f"{row['aup']:.1f}",
         "speed-up": interval(row, "speedup", ".2f"),
+        "counted": row["counted"] or "-",
         "wall time": "-" if row["seconds"] is None else f"{row['seconds']:.1f} s",
     }
 
@@ -331,6 +355,12 @@ def panel(title: str, rows: Sequence[Mapping[str, Any]]) -> Panel:
 
 
 STUDY = Accuracy
+
+
+def may_revise(session: Session) -> bool:
+    """Whether the session's policy takes tokens back."""
+    policy = getattr(session.sampling, "policy", None)
+    return isinstance(policy, Policy) and policy.revises
 
 
 def name_of_policies(session: Session) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import write_text
+from cdlm.core.files import replacing, write_text
 from cdlm.data.stories import stories
 
 DOCUMENTS = 800
@@ -68,7 +68,8 @@ def _write_stories(file: Path) -> None:
 def _write_model(file: Path) -> None:
     from rebuild.tiny_gguf import write_gguf  # it imports torch
 
-    write_gguf(file)
+    with replacing(file) as temporary:  # another build may be reading it
+        write_gguf(temporary)
 
 
 STAND_INS: dict[str, Callable[[Path], None]] = {

@@ -13,12 +13,14 @@ from typing import Any
 
 import heads
 import numpy as np
-from evaluation_toys import random_judge
+import torch
+from evaluation_toys import random_judge, tiny_gpt2
 from foreign import copy_of
 from hostile.trials import Nonsense
 from toys import autoregressive_with_tokenizer, masked_with_tokenizer, tokenizer, with_tokenizer
 
 import cdlm
+from cdlm.api import merge
 from cdlm.autoregressive.system import AutoregressiveModel
 from cdlm.cli.main import main
 from cdlm.continuous.systems.cdcd import CDCD
@@ -27,12 +29,17 @@ from cdlm.data.store import DocumentRows, PackedRows, TokenStore, build_store
 from cdlm.evaluation.judge import Judge
 from cdlm.evaluation.metrics.ar_nll import ar_nll
 from cdlm.evaluation.texts import RealText, read_texts
-from cdlm.halting import parse_criterion
+from cdlm.halting import EDIT, parse_criterion
 from cdlm.halting.calibration import calibrated_rule
 from cdlm.halting.fit import Fitting, fit
 from cdlm.halting.head import write_head
 from cdlm.halting.replay import replay
+from cdlm.masked.joint import LayerFitting, SamplerLayer, write_layer
+from cdlm.masked.system import MaskedDiffusion
+from cdlm.models.lora import LoraSettings, lora_parameters
 from cdlm.models.system import System
+from cdlm.policies.adjust import Adjust
+from cdlm.policies.guided import Guided
 from cdlm.recording.file import Recording
 from cdlm.runs.config import RunConfig
 from cdlm.runs.train import train
@@ -161,6 +168,67 @@ def use_calibration(folder: Path) -> None:
     parse_criterion(calibrated_rule(folder, lambda weights: weights == "w", SETTINGS))
 
 
+LENGTH = 12
+"""Tokens of a sample."""
+
+
+def build_adapter(folder: Path) -> None:
+    """An adapter with its map, of a model beside the folder."""
+    base = folder.with_name("base")
+    masked_with_tokenizer(length=LENGTH).save_pretrained(base)
+    model, draw = cdlm.load(base, device="cpu"), torch.Generator().manual_seed(0)
+    assert isinstance(model, MaskedDiffusion)
+    model.adapt(LoraSettings(2), str(base), model.need_fingerprint(), seed=0)
+    state = {}
+    for half in lora_parameters(model.network):
+        half.data = torch.rand(half.shape, generator=draw)
+        state[half] = {"exp_avg": half.data - 0.5, "exp_avg_sq": half.data}
+    assert model.adapter is not None
+    model.adapter.observe(model.network, state)
+    model.save_pretrained(folder)
+
+
+def use_adapter(folder: Path) -> None:
+    """Load the model with its adapter, sample by a rule that reads the map, and merge the two."""
+    model: Any = cdlm.load(folder, device="cpu")
+    check_weights(model)
+    rule = EDIT(str(folder), delta=100.0, span=1)
+    samples = cdlm.generate(model, n=2, policy=f"LLaDA({LENGTH})", halt=rule)
+    must((samples.nfe >= 1).all() and (samples.nfe <= LENGTH).all(), f"calls of {samples.nfe}")
+    merge(folder, "merged")
+    check_weights(cdlm.load("merged", device="cpu"))
+
+
+def build_layer(folder: Path) -> None:
+    """A sampler layer that changes what is said."""
+    model = masked_with_tokenizer(length=LENGTH)
+    layer = SamplerLayer(model, torch.Generator().manual_seed(0)).requires_grad_(False)
+    layer.gate.fill_(1.0)
+    folder.mkdir()
+    write_layer(folder, layer, model.need_fingerprint(), LayerFitting(), {})
+
+
+def use_layer(folder: Path) -> None:
+    """Sample with the layer."""
+    samples = cdlm.generate(masked_with_tokenizer(length=LENGTH), n=2, policy=Adjust(str(folder), 3))
+    must((samples.nfe == LENGTH / 3).all(), f"calls of {samples.nfe}")
+    must(samples.counted[0]["layer_passes"] == 2 * LENGTH / 3, f"passes of {samples.counted}")
+
+
+def build_guide(folder: Path) -> None:
+    """A guide with the tokenizer of the model that it guides."""
+    tiny_gpt2(0, vocab_size=len(tokenizer())).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def use_guide(folder: Path) -> None:
+    """Sample with the guide, in both modes."""
+    for mode in ("assisted", "speculative"):
+        samples = cdlm.generate(masked_with_tokenizer(length=LENGTH), n=2, policy=Guided(str(folder), mode))
+        must((samples.nfe >= 1).all() and (samples.nfe <= LENGTH).all(), f"calls of {samples.nfe}")
+        must(samples.tokens.max() < len(tokenizer()), "tokens that the tokenizer does not have")
+
+
 # --- texts -----------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +326,9 @@ KINDS: dict[str, Kind] = {
     "judge": Kind(lambda folder: random_judge().save(folder), use_judge),
     "recording": Kind(build_recording, use_recording),
     "halting head": Kind(build_head, use_head),
+    "adapter": Kind(build_adapter, use_adapter),
+    "sampler layer": Kind(build_layer, use_layer),
+    "guide": Kind(build_guide, use_guide),
     "calibration": Kind(build_calibration, use_calibration),
     "training text": Kind(build_documents, use_documents),
     "store of tokens": Kind(build_tokens, use_tokens),

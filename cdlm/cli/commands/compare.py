@@ -111,6 +111,8 @@ def compare(
         for plan in plans:
             if (warning := plan.warning(rival.live, full.n // 2, goal.goal, needed)) and not machine.quiet:
                 to_stderr(f"cdlm: {warning}")
+            if plan.beside and not machine.quiet:
+                to_stderr(f"cdlm: {plan.beside}")
         points: list[Point] = []
         for plan in plans:
             recordings = None if full.recordings is None else full.recordings / Path(plan.model).name
@@ -142,6 +144,17 @@ class _Plan(NamedTuple):
     def warning(self, live: int, n: int, goal: Goal, needed: int) -> str:
         """What cannot have a bound, before any work."""
         return too_few(self.model, self.families, self.in_blocks, live, n, goal, needed)
+
+    @property
+    def beside(self) -> str:
+        """What else than calls of the model is spent, before any work; empty if nothing."""
+        policy = getattr(self.session.sampling, "policy", None)
+        if policy is None or not policy.counts:
+            return ""
+        what = " and ".join(name.replace("_", " ") for name in policy.counts)
+        return (
+            f"calls are those of {self.model}, and its {what} are not among them: cdlm sample says how many there are"
+        )
 
 
 def _plan(

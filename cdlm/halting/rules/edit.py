@@ -163,7 +163,7 @@ class EDIT(Criterion):
         width = torch.where(fresh, (2.0 - 1.9 * masked).clamp(0.1, 2.0), memory.width)
         visible = block & ~state.open
         maps = {name: u.to(block.device) for name, u in self._map.directions.items()}
-        seen = {name: along(state.activations[name].float(), u) for name, u in maps.items()}
+        seen = {name: along(self._given(state, name), u) for name, u in maps.items()}
         nats = [turn(memory.seen[name], now, visible, width) for name, now in seen.items()]
         divergence = torch.where(fresh, torch.inf, torch.stack(nats).mean(0))
         number = memory.number + fresh.long()
@@ -181,13 +181,23 @@ class EDIT(Criterion):
         visible = memory.field & ~state.open
         both = visible & memory.visible
         vectors = {name: row_norms(u).to(visible.device) for name, u in self._map.directions.items()}
-        seen = {n: functional.cosine_similarity(state.activations[n].float(), u, -1) for n, u in vectors.items()}
+        seen = {n: functional.cosine_similarity(self._given(state, n), u, -1) for n, u in vectors.items()}
         nats = [divergence_over(memory.seen[name], now, both) for name, now in seen.items()]
         divergence = torch.where(both.sum(1) > 1, torch.stack(nats).mean(0), torch.inf)
         entries, recent = memory.entries + 1, _pushed(memory.recent, divergence)
         past = memory._replace(seen=seen, visible=visible, entries=entries, recent=recent)
         never = torch.zeros_like(entries, dtype=torch.bool)
         return past, Decision(self._quiet(recent, entries, never), info={"divergence": divergence})
+
+    def _given(self, state: StepState, name: str) -> Float[Tensor, "b n d"]:
+        """What a module of the map gives."""
+        found, features = state.activations[name], len(self._map.directions[name])
+        if found.shape[-1] != features:
+            raise CdlmError(
+                f"the map in {self.path} has {features} features of {name}, which gives {found.shape[-1]}: train the"
+                " adapter again, with cdlm train --lora"
+            )
+        return found.float()
 
     def _quiet(self, recent: Float[Tensor, "b s"], entries: Int[Tensor, " b"], first: Bool[Tensor, " b"]) -> Tensor:
         """Rows whose last `span` divergences are small."""

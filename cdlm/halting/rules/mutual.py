@@ -47,4 +47,6 @@ class Mutual(Settled, Criterion):
         memory = memory.after(state.tokens, state.open)
         kept = least(memory.steps, state.open)
         info = {"min_confidence": state.min_confidence, "max_jsd": state.max_jsd, "kept_steps": kept}
-        return memory, Decision(self.settled(state.min_confidence, kept, state.max_jsd), info=info)
+        passes = self.settled(state.min_confidence, kept, state.max_jsd)
+        # A policy that revises goes over rows in which nothing is open: of none there is nothing to say.
+        return memory, Decision(passes & state.open.any(1), info=info)

@@ -19,7 +19,8 @@ class Patience(Criterion):
     """Halt after `steps` >= 1 consecutive steps without a token switch (DDLM, arXiv 2305.10818).
 
     A switch is an open position whose argmax differs from the step before; a row's first step switches everywhere, so
-    the earliest halt is at step `steps` + 1.
+    the earliest halt is at step `steps` + 1. A row in which nothing is open, as where a policy edits a full block, is
+    left to the policy.
     """
 
     steps: int
@@ -38,4 +39,4 @@ class Patience(Criterion):
 
     def look(self, memory: Any, state: StepState) -> tuple[Memory, Decision]:
         quiet = torch.where(state.switches == 0, memory + 1, 0)
-        return quiet, Decision(quiet >= self.steps, info={"quiet_steps": quiet})
+        return quiet, Decision((quiet >= self.steps) & state.open.any(1), info={"quiet_steps": quiet})
