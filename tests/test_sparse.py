@@ -253,8 +253,10 @@ def test_a_step_reads_once() -> None:
     assert counts == [1] * 8
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of torch's own compiler
 def test_flex_attention_is_the_gathered_one() -> None:
-    """Compiled code is that of the machine's own compiler; without one it is refused in a line."""
+    """Compiled by the machine's own compiler, which takes half a minute."""
     if shutil.which("g++") is None:
         pytest.skip("flex attention needs a C++ compiler on a CPU")
     noise = torch.Generator().manual_seed(0)
