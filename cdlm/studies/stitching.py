@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,6 +114,10 @@ class Reading:
         return float((self.nats[there] / self.tokens[there]).max()) if there.any() else math.inf
 
 
+Reads = Callable[[Sequence[tuple[str, tuple[str, ...]]]], list[Reading]]
+"""Reads the parts of texts, each with what stands before them, which is context."""
+
+
 class Reader:
     """A judge that reads parts of texts, and remembers what it has read."""
 
@@ -137,7 +141,8 @@ def _reading(text: tuple[str, tuple[str, ...]], code: Encoded, nats: Float[np.nd
     part = np.searchsorted(starts, np.array(code.starts), side="right") - 1
     scored = np.array(code.is_text, bool) & ~np.isnan(nats) & (part >= 0) & (part < len(parts))
     counts = np.bincount(part[scored], minlength=len(parts))
-    return Reading(np.bincount(part[scored], nats[scored], len(parts)), counts, len(code.ids))
+    sums = np.bincount(part[scored], nats[scored], len(parts)).astype(np.float64)  # without tokens it has whole numbers
+    return Reading(sums, counts, len(code.ids))
 
 
 class Stitched(NamedTuple):
@@ -148,7 +153,7 @@ class Stitched(NamedTuple):
     tokens: int
 
 
-def stitch(read: Reader, prompts: Sequence[str], pools: Sequence[Sequence[Trace]]) -> list[Stitched]:
+def stitch(read: Reads, prompts: Sequence[str], pools: Sequence[Sequence[Trace]]) -> list[Stitched]:
     """Of each pool of traces one reasoning: at each place the part with the fewest nats per token behind its prompt and
     what was chosen before, of equals the one that was drawn first; up to the mark of an answer, or until no trace goes
     on. Where all that are left agree, nothing is read."""
@@ -241,7 +246,8 @@ class Stitching(Answering):
         counts = sorted(set(self.samples))
         rows = [row for exam in exams for row in exam.rows(counts)]
         panels = [panel(exam.model, [row for row in rows if row["model"] == exam.model]) for exam in exams]
-        return Finding(rows, [_line(row) for row in rows], NOTE, panels)
+        told = [row for row in rows if row["way"] != ONE or row["samples"] == counts[-1]]
+        return Finding(rows, [_line(row) for row in told], NOTE, panels)
 
     def exam(self, model: str) -> Exam:
         """The problems put to a model and its judge."""
