@@ -271,6 +271,7 @@ def test_a_study_leaves_a_table_its_numbers_and_a_picture(
         ("accuracy", {"rules": ["Patiense"]}, "did you mean Patience"),
         ("accuracy", {"policies": ["Treshold(0.9)"]}, "did you mean Threshold"),
         ("stitching", {"policy": "Treshold(0.9)"}, "did you mean Threshold"),
+        ("stitching", {"solver": "Treshold(0.9)"}, "did you mean Threshold"),
         ("stitching", {"samples": []}, "stitching needs numbers of samples, got none"),
         ("stitching", {"samples": [2, 0]}, "stitching needs a whole number samples >= 1, got 0"),
         ("stitching", {"temperature": -1.0}, "stitching needs a finite number temperature >= 0"),
@@ -438,7 +439,7 @@ def test_samples_at_temperature_zero_are_stitched_to_themselves(masked_run: str)
 
 
 def test_the_answer_behind_a_reasoning_takes_the_positions_that_are_left(masked_run: str) -> None:
-    exam = stitching_of(masked_run, n=3, policy="LLaDA(6)")
+    exam = stitching_of(masked_run, n=3, solver="Threshold(1.0)")
     lengths = [
         len(exam.encode(prompt + text)) - len(exam.encode(prompt))
         for prompt, text in zip(exam.prompts, ("", "1 + 1", "1 " * 9), strict=True)

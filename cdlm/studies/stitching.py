@@ -30,7 +30,6 @@ from cdlm.data.arithmetic import Problem
 from cdlm.evaluation.judge import Encoded, Judge
 from cdlm.evaluation.metrics.ar_nll import token_nats
 from cdlm.evaluation.plots.panels import Line, Panel
-from cdlm.evaluation.small_judge import open_judge
 from cdlm.halting.voting import Ballots, winner
 from cdlm.models import hub
 from cdlm.policies import parse_policy
@@ -216,6 +215,7 @@ class Stitching(Answering):
         samples: numbers of samples of each problem.
         temperature: of the samples; at 0 they are all the same.
         policy: that draws them; a cheap one.
+        solver: policy that fills in the answer behind a stitched reasoning; a careful one.
         judge: any Hugging Face causal language model; by default a small one is trained on the text of the run and
             cached.
         judge_steps: training steps of the small one.
@@ -225,6 +225,7 @@ class Stitching(Answering):
     samples: list[int]
     temperature: float
     policy: str
+    solver: str
     judge: str | None = None
     judge_steps: int = 500
 
@@ -237,6 +238,7 @@ class Stitching(Answering):
         check_whole("stitching", n=self.n, new_tokens=self.new_tokens, judge_steps=self.judge_steps)
         check_number("stitching", least=0.0, temperature=self.temperature)
         parse_policy(self.policy)
+        parse_policy(self.solver)
         if self.judge is None:
             for model in self.models:  # whose settings say what text its judge is trained on
                 names.read_run(model)
@@ -254,16 +256,17 @@ class Stitching(Answering):
         session = self.session(model, policy=self.policy, temperature=self.temperature).with_seed(self.seed)
         return Exam(
             label(model), session, Reader(self.judge_of(model)), self.tasks, self.prompts, self.new_tokens,
-            max(self.samples),
+            max(self.samples), self.solver,
         )  # fmt: skip
 
     def judge_of(self, model: str) -> Judge:
         """The judge that is named, or the small one of the run's text."""
+        device = str(self.session(model).device)
         if self.judge is not None:
-            return Judge.load(self.judge, self.device)
+            return Judge.load(self.judge, device)
         config = names.read_run(model)
         small = small_judge(config, RunText.of(config, hub.read_tokenizer(Path(model))), self.judge_steps)
-        return open_judge(None, small, self.device, not self.quiet)
+        return small.open(device, not self.quiet)
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,7 @@ class Exam:
         session: what draws the samples.
         read: the judge.
         most: samples of each problem that are drawn.
+        solver: policy that fills in answers.
     """
 
     model: str
@@ -284,6 +288,7 @@ class Exam:
     prompts: Sequence[str]
     new_tokens: int
     most: int
+    solver: str
 
     @cached_property
     def drawn(self) -> Samples:
@@ -364,23 +369,19 @@ class Exam:
         answers: list[str | None] = [answer_of(text) for text in reasoning]
         calls = np.zeros(len(rows))
         if places:
-            samples = self.cold.run(canvases([rows[i] for i in places], 0))
+            samples = self.cold(self.solver).run(canvases([rows[i] for i in places], 0))
             calls[places] = samples.nfe
             for i, text in zip(places, self.texts(samples), strict=True):
                 answers[i] = answer_of(reasoning[i] + text)
         return answers, calls
 
-    @property
-    def cold(self) -> Session:
-        """The same policy at temperature 0."""
-        return self.session.with_sampling(self.session.sampling.with_flat(temperature=0.0))
+    def cold(self, policy: str | None = None) -> Session:
+        """Temperature 0, with the policy of the samples or another."""
+        return self.session.with_sampling(self.session.sampling.with_flat(temperature=0.0, policy=policy))
 
     def decoded(self, way: str) -> Result:
         """One answer at temperature 0, by the policy or with one token a call."""
-        session = self.cold
-        if way == FULL:
-            session = session.with_sampling(session.sampling.with_flat(policy=f"LLaDA({self.new_tokens})"))
-        samples = session.run(self.requests(1))
+        samples = self.cold(f"LLaDA({self.new_tokens})" if way == FULL else None).run(self.requests(1))
         right = marks([answer_of(text) for text in self.texts(samples)], self.tasks)
         none = np.zeros(len(right))
         return Result(way, 1, right, samples.nfe.astype(np.float64), none, none)
