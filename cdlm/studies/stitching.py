@@ -414,7 +414,7 @@ class Exam:
     def row(self, result: Result, voted: Result | None) -> dict[str, Any]:
         """Everything about one way, beside the vote of as many samples."""
         ones = np.ones(len(result.right))
-        gain = dict.fromkeys(("gain", "gain_low", "gain_high"))
+        gain: dict[str, float | None] = dict.fromkeys(("gain", "gain_low", "gain_high"))
         return {
             "model": self.model,
             "way": result.way,
