@@ -305,7 +305,7 @@ def test_without_a_rule_that_reads_them_there_are_no_hooks(monkeypatch: pytest.M
 
 def test_a_module_that_says_nothing_of_positions_is_refused() -> None:
     part = nn.Linear(2, 3)
-    with Watch({"it": part}).kept(1), pytest.raises(CdlmError, match="module it gives no features of each position"):
+    with pytest.raises(CdlmError, match="module it gives no features of each position"), Watch({"it": part}).kept(1):
         part(torch.zeros(4, 2))
 
 

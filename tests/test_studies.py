@@ -37,6 +37,7 @@ from cdlm.studies.measures import position_zero_switch, reached, settled_by, zer
 from cdlm.studies.more_steps import VANILLA, _shown
 from cdlm.studies.norm_causality import UNTOUCHED, Driven, Struck, at_norm, with_noise
 from cdlm.studies.norms import trace
+from cdlm.studies.stitching import ANY, MEAN, ONE, STITCHED, VOTE, WORST, Trace, stitch
 from cdlm.studies.study import Finding, Study
 from cdlm.studies.t_max import prior_mismatch, top_level
 from cdlm.studies.zero_switch import Cell
@@ -218,13 +219,14 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "--n 3 --new-tokens 6 --block 3 --steps 1 2 --rules Full() Patience JoT(3.0)"
         " --policies Threshold(0.5) EntropyBound".split()
     ),
+    "stitching": tuple("--n 3 --new-tokens 6 --steps 1 2 --samples 2 1 --judge-steps 1".split()),
     "ladder": tuple("--n 20 --splits 2 --features NGrams() LastState() --judge-steps 1".split()),
 }
-MASKED = {"accuracy"}
+MASKED = {"accuracy", "stitching"}
 """Studies of masked models."""
 LINES = {  # lines of the table
     "zero-switch": 3, "patience-sweep": 4, "t-max": 1, "norms": 2, "norm-causality": 1 + 2 + 1 + 2 + 1, "more-steps": 3,
-    "accuracy": 1, "ladder": 2,
+    "accuracy": 1, "ladder": 2, "stitching": 3 + 1 + 2 * 5,
 }  # fmt: skip
 
 
@@ -268,6 +270,12 @@ def test_a_study_leaves_a_table_its_numbers_and_a_picture(
         ("patience-sweep", {"grid": "LogTee()"}, "did you mean LogT"),
         ("accuracy", {"rules": ["Patiense"]}, "did you mean Patience"),
         ("accuracy", {"policies": ["Treshold(0.9)"]}, "did you mean Threshold"),
+        ("stitching", {"policy": "Treshold(0.9)"}, "did you mean Threshold"),
+        ("stitching", {"solver": "Treshold(0.9)"}, "did you mean Threshold"),
+        ("stitching", {"samples": []}, "stitching needs numbers of samples, got none"),
+        ("stitching", {"samples": [2, 0]}, "stitching needs a whole number samples >= 1, got 0"),
+        ("stitching", {"temperature": -1.0}, "stitching needs a finite number temperature >= 0"),
+        ("stitching", {"judge_steps": 0}, "stitching needs a whole number judge_steps >= 1, got 0"),
         *((name, {"models": ["nowhere"]}, "nowhere is not a model folder") for name in sorted(SETTINGS)),
     ],
 )
@@ -293,6 +301,7 @@ SEVERAL: dict[str, dict[str, Any]] = {
     "norm-causality": {"steps": 3, "factors": [2.0], "noise": [1.0], "at": [0.5]},
     "more-steps": {"steps": [4, 6], "vanilla": [2, 3], "judge_steps": 1},
     "t-max": {"steps": 3, "judge_steps": 1},
+    "stitching": {"new_tokens": 4, "steps": [1], "samples": [1, 2], "judge_steps": 1},
     "accuracy": {"new_tokens": 4, "steps": [1], "rules": ["Patience"], "policies": ["EntropyBound"]},
 }
 """Settings with several grids, seeds, prompts, steps or rules for each model."""
@@ -391,6 +400,69 @@ def test_an_area_is_over_the_settings_of_a_family_and_the_full_budget() -> None:
     assert one[1]["aup"] == one[2]["aup"] == pytest.approx(aup([(1.0, 80.0), (2.0, 78.0), (4.0, 70.0)], 90.0))
     assert one[3]["aup"] == pytest.approx(aup([(1.0, 80.0), (6.0, 80.0)], 90.0))
     assert two[1]["aup"] == pytest.approx(aup([(1.0, 90.0), (3.0, 88.0)], 90.0))
+
+
+def stitching_of(run: str, **settings: Any) -> Any:
+    """Problems put to a model, for stitching."""
+    small = {"n": 12, "new_tokens": 6, "steps": [1, 2], "samples": [5], "judge_steps": 1, "quiet": True}
+    study: Any = studies.make("stitching", models=[run], **{**small, **settings})
+    return study.exam(run)
+
+
+def test_no_choice_of_a_sample_beats_that_any_is_right_and_of_one_sample_all_are_that(masked_run: str) -> None:
+    exam = stitching_of(masked_run)
+    rng = np.random.default_rng(0)
+    said = [[f"1 = 1. #### {int(task.answer) + k}" for k in rng.choice([0, 1, 2], 5)] for task in exam.tasks]
+    vars(exam)["pools"] = [[Trace.of(text) for text in pool] for pool in said]  # in place of what it would draw
+    first = exam.results(1)
+    assert 0 < first[0].right.sum() < 12
+    assert [result.way for result in first] == [ONE, VOTE, MEAN, WORST, STITCHED, ANY]
+    chosen = [result for result in first if result.way != STITCHED]
+    assert all(result.right.tolist() == first[0].right.tolist() for result in chosen)
+    assert all(result.calls.tolist() == exam.drawn.nfe[::5].tolist() for result in chosen)
+    for count in (2, 5):
+        *chosen, _, any_right = exam.results(count)
+        one = chosen[0].right
+        assert one.tolist() == [
+            np.mean([x.endswith(f" {t.answer}") for x in p[:count]]) for p, t in zip(said, exam.tasks, strict=True)
+        ]
+        assert all((result.right <= any_right.right).all() for result in chosen)
+        assert any_right.right.tolist() == np.ceil(one).tolist()
+
+
+def test_samples_at_temperature_zero_are_stitched_to_themselves(masked_run: str) -> None:
+    exam = stitching_of(masked_run, temperature=0.0)
+    made = stitch(exam.read, exam.prompts, exam.pools)
+    assert [one.text for one in made] == ["".join(pool[0].parts) for pool in exam.pools]
+    assert len({tuple(pool) for pool in exam.pools}) > 1
+    assert all(len(set(pool)) == 1 for pool in exam.pools)
+
+
+def test_the_answer_behind_a_reasoning_takes_the_positions_that_are_left(masked_run: str) -> None:
+    exam = stitching_of(masked_run, n=3, solver="Threshold(1.0)")
+    lengths = [
+        len(exam.encode(prompt + text)) - len(exam.encode(prompt))
+        for prompt, text in zip(exam.prompts, ("", "1 + 1", "1 " * 9), strict=True)
+    ]
+    assert 0 == lengths[0] < lengths[1] < 6 < lengths[2]
+    answers, calls = exam.solve(["", "1 + 1", "1 " * 9])
+    assert calls.tolist() == [6, 6 - lengths[1], 0]
+    assert answers[2] is None
+    assert exam.solve(["", "", "#### 7 " + "1 " * 9])[0][2] is None
+    assert exam.solve(["", "", "1 " * 9 + "#### 7"])[0][2] == "7"
+
+
+def test_stitching_needs_a_judge_that_is_there(masked_run: str, tmp_path: Path) -> None:
+    study: Any = studies.make("stitching", models=[masked_run], n=2, judge=str(tmp_path / "none"), out=tmp_path)
+    with pytest.raises(CdlmError, match="causal language model") as caught:
+        study.run("stitching")
+    assert "\n" not in str(caught.value)
+
+
+def test_stitching_refuses_a_model_without_policies_of_masks(run: str, tmp_path: Path) -> None:
+    study: Any = studies.make("stitching", models=[run], n=2, judge_steps=1, out=tmp_path)
+    with pytest.raises(CdlmError, match="policy is a setting of masked models"):
+        study.run("stitching")
 
 
 def test_continuous_studies_take_euler_steps_whatever_a_paper_does(run: str) -> None:

@@ -12,7 +12,8 @@ from cdlm.core.errors import CdlmError
 from cdlm.studies.study import Study
 
 STUDIES = (
-    "accuracy", "ladder", "more-steps", "norm-causality", "norms", "patience-sweep", "t-max", "zero-switch",
+    "accuracy", "ladder", "more-steps", "norm-causality", "norms", "patience-sweep", "stitching", "t-max",
+    "zero-switch",
 )  # fmt: skip
 """Every study by its name. The module of `my-study` is `my_study.py`, and `my-study.yaml` has its defaults."""
 

@@ -7,17 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from cdlm.core.answers import number_of
 from cdlm.core.checks import MOST_STEPS, check_whole
 from cdlm.core.stats import Scores, bootstrap
-from cdlm.data.arithmetic import Problem, problems
-from cdlm.data.gsm8k import read_problems
+from cdlm.data.arithmetic import Problem
 from cdlm.evaluation.metrics.aup import aup
 from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.halting import Criterion, Full, sweep
@@ -33,7 +30,8 @@ from cdlm.sampling.samples import Samples
 from cdlm.sampling.session import Session, reading
 from cdlm.sampling.texts import outputs_of, shown_of, special_of
 from cdlm.sampling.voting import AnswerReader, StepAnswers, Voted
-from cdlm.studies.study import Finding, Study, column, ends, interval, label
+from cdlm.studies.answering import Answering, marks
+from cdlm.studies.study import Finding, column, ends, interval, label
 
 NOTE = (
     "Of each rule and policy the loosest setting that loses at most `max_drop` of the answers of the full run, over"
@@ -70,48 +68,28 @@ class SettingResult(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Accuracy(Study):
+class Accuracy(Answering):
     """How many calls can be saved before answers go wrong?
 
     Args:
         rules: names to sweep, or whole rules, of masked models on the base policy with one step for each position.
         policies: names to sweep, or whole policies, with the rule Full.
         base: policy of the full run of a masked model, LLaDA or Dream.
-        new_tokens: of a masked model, positions after each prompt; by default the rest of its row, which a continuous
-            one always fills. A model that was trained on rows of one length may answer worse in shorter ones.
         block: positions of a block, of the base policy.
         budget: steps of the full run of a continuous model.
         vote: weights of the steps' votes on the answer, which grow from step to step if linear or exponential.
-        problems: JSONL file in the format of GSM8K; without one, generated arithmetic that no training split holds.
-        steps: difficulties of the generated problems.
-        largest: of their numbers.
-        seed: of the generated problems.
         max_drop: share of the answers that may be lost.
         live: problems that wall time is taken of.
-        separator: what stands between prompt and answer.
     """
 
     rules: list[str]
     policies: list[str]
     base: Literal["LLaDA", "Dream"]
-    new_tokens: int | None
     block: int | None
     budget: int
     vote: Literal["fixed", "linear", "exponential"]
-    problems: Path | None
-    steps: list[int]
-    largest: int
-    seed: int
     max_drop: float
     live: int
-    separator: str
-
-    @cached_property
-    def tasks(self) -> list[Problem]:
-        """The problems."""
-        if self.problems is not None:
-            return read_problems(self.problems)[: self.n]
-        return list(problems(self.n, self.seed, "valid", tuple(self.steps), self.largest))
 
     @property
     def policy_names(self) -> list[str]:
@@ -148,8 +126,7 @@ class Accuracy(Study):
         policy = f"{self.base}({self.new_tokens}, block={self.block})"
         how = {"policy": policy, "temperature": 0.0} if masked else {"steps": self.budget}
         session = self.session(model, **how)
-        prompts = [problem.prompt + self.separator for problem in self.tasks]
-        requests = session.requests(prompts, new_tokens=self.new_tokens if masked else None)
+        requests = session.requests(self.prompts, new_tokens=self.new_tokens if masked else None)
         return Exam(label(model), session, requests, self.tasks, Vote(self.vote), self.live)
 
     def measure(self, exam: Exam) -> list[dict[str, Any]]:
@@ -237,8 +214,8 @@ class Exam:
         """A finished run with its marks."""
         given, valid = self.recording.given, self.recording.valid
         text = shown_of(run.tokens, given, valid, self.read.end_ids)
-        right = self.marks(self.answers(run.tokens))
-        wins = None if voted is None else self.marks(voted.answers)
+        right = marks(self.answers(run.tokens), self.tasks)
+        wins = None if voted is None else marks(voted.answers, self.tasks)
         counted = run.counted if isinstance(run, Samples) else []
         names = dict.fromkeys(name for one in counted for name in one)
         sums = {name: np.array([one.get(name, 0) for one in counted]) for name in names}
@@ -247,11 +224,6 @@ class Exam:
     def answers(self, tokens: Int[np.ndarray, "m n"]) -> list[str | None]:
         """What the texts give as their answers."""
         return self.read(tokens, ~self.recording.given, self.recording.valid, self.vote.parser)
-
-    def marks(self, answers: Sequence[str | None]) -> Float[np.ndarray, " m"]:
-        """1.0 where an answer is right."""
-        expected = (number_of(problem.answer) for problem in self.tasks)
-        return np.array([one == other for one, other in zip(answers, expected, strict=True)], np.float64)
 
     def seconds(self, session: Session) -> float:
         """Wall time of the first `live` problems, in one process and without a record."""
