@@ -107,7 +107,8 @@ def test_few_blocks_are_another_run_from_the_step_after_they_are_measured(model:
 def test_a_batch_is_its_rows_alone(name: str, more: dict[str, Any]) -> None:
     """Rows enter and leave at different steps, with padding before them in the batch and none alone."""
     model = model_of(name)
-    setup = unmasking(**({"policy": LLaDA(12)} | more), sparse=SparseD(0.1, 0.3, 4))
+    changed: dict[str, Any] = {"policy": LLaDA(12), **more}
+    setup = unmasking(**changed, sparse=SparseD(0.1, 0.3, 4))
     together = decoded(model, setup, canvases(PROMPTS, 24), 3)
     for request, prompt in zip(canvases(PROMPTS, 24), PROMPTS, strict=True):
         one = replace(canvases([prompt], 24)[0], index=request.index)
@@ -172,7 +173,7 @@ def test_attention_is_that_under_the_mask_of_its_definition(prompt: int, new: in
     """Written out position by position, with the paper's rule for the blocks."""
     n, size, noise = prompt + new, 4, torch.Generator().manual_seed(seed)
     sparse = SparseD(0.0, select, size)
-    x = tuple(torch.randn(1, 2, n, 8, generator=noise) for _ in range(3))
+    x: Any = tuple(torch.randn(1, 2, n, 8, generator=noise) for _ in range(3))
     real = torch.ones(1, n, dtype=torch.bool)
     blocks = sparse.lay_out(real, torch.tensor([prompt]), torch.tensor([n]), [10])
     _, blocks = attended(sparse, blocks, 1, x)
@@ -280,7 +281,7 @@ def test_models_that_attend_otherwise_are_refused() -> None:
     sparse, q = SparseD(0.0, 0.3, 4), torch.randn(2, 1, 8, 4)
     assert "attends without it" in hidden_from(Toy(), sparse)
 
-    def attends(*tensors: Tensor, **more: Any) -> Function:
+    def attends(*tensors: Any, **more: Any) -> Function:
         def logits(tokens: Tensor, valid: Tensor | None) -> Tensor:
             F.scaled_dot_product_attention(*tensors, **more)
             return torch.zeros(*tokens.shape, 12)

@@ -181,7 +181,7 @@ class Kept(NamedTuple):
     """What the queries of some rows attend to."""
 
     blocks: Int32[Tensor, "r h m k"]
-    count: Int[Tensor, " r"]
+    many: Int[Tensor, " r"]
     """How many of them a row keeps: the first."""
     filled: Bool[Tensor, "r s"]
     whole: bool
@@ -197,16 +197,16 @@ def gathered(
     size, first = kept.size, torch.arange(rows * heads, device=q.device).view(rows, heads, 1, 1) * blocks
     index = (kept.blocks + first).flatten(0, 2)
     queries, keys, values = (x.reshape(rows * heads * blocks, size, x.shape[-1]) for x in (q, k, v))
-    seen = None
+    seen = there = named = None
     if not kept.whole:
         there = kept.filled.view(rows, 1, blocks, size).expand(rows, heads, blocks, size).reshape(-1, size)
-        named = torch.arange(most, device=q.device) < kept.count[:, None]
+        named = torch.arange(most, device=q.device) < kept.many[:, None]
         named = named[:, None, None].expand(rows, heads, blocks, most).reshape(-1, most, 1)
     out, step = [], max(1, GATHERED // (most * size * q.shape[-1]))
     for begin in range(0, len(index), step):
         some = index[begin : begin + step]
         near, far = (x.index_select(0, some.flatten()).view(1, len(some), most * size, -1) for x in (keys, values))
-        if not kept.whole:
+        if there is not None and named is not None:
             seen = there.index_select(0, some.flatten()).view(len(some), most, size) & named[begin : begin + step]
             seen = seen.flatten(1)[None, :, None]
         out.append(F.scaled_dot_product_attention(queries[None, begin : begin + step], near, far, seen, scale=scale))
@@ -232,7 +232,7 @@ def flexed(
     from torch.nn.attention.flex_attention import BlockMask
 
     filled, blocks = kept.filled, kept.blocks.shape[2]
-    count = kept.count.int()[:, None, None].expand(kept.blocks.shape[:3]).contiguous()
+    count = kept.many.int()[:, None, None].expand(kept.blocks.shape[:3]).contiguous()
     mask = BlockMask.from_kv_blocks(
         count, F.pad(kept.blocks, (0, blocks - kept.blocks.shape[3])), BLOCK_SIZE=kept.size, compute_q_blocks=False,
         mask_mod=lambda row, head, query, key: filled[row, key],
@@ -381,9 +381,9 @@ class SparseAttention(TorchFunctionMode):
         some = Kept(
             kept.transpose(0, 1).flatten(0, 1), torch.tensor(count * self.texts).to(q.device), filled, whole, size
         )
-        slots = [self._slots(x, heads, rows, blocks * size) for x in (q, k, v)]
+        q, k, v = (self._slots(x, heads, rows, blocks * size) for x in (q, k, v))
         kernel = self.sparse.kernel or ("flex" if q.device.type == "cuda" else "gather")
-        out = (flexed if kernel == "flex" else gathered)(*slots, some, scale)
+        out = (flexed if kernel == "flex" else gathered)(q, k, v, some, scale)
         slot = self._for_texts(self.blocks.slot, rows, q.device)
         row = torch.arange(len(out) * heads, device=q.device).view(len(out), heads, 1) * out.shape[2]
         return out.flatten(0, 2).index_select(0, (row + slot[:, None]).flatten()).view(*out.shape[:2], -1, v.shape[-1])
