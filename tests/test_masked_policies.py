@@ -16,10 +16,11 @@ from setups import unmasking
 from torch import Tensor
 
 from cdlm.core.errors import CdlmError
+from cdlm.core.parsing import brief
 from cdlm.core.rng import ORDER, TOKENS, PositionNoise, Site, _mixed
 from cdlm.halting import Full, Never
 from cdlm.masked.model import Constants
-from cdlm.policies import parse_policy
+from cdlm.policies import POLICIES, parse_policy, sweep_policy
 from cdlm.policies.confidence import Factor, Threshold
 from cdlm.policies.dream import Dream, DreamThreshold, filtered
 from cdlm.policies.entropy import EntropyBound, entropy_bounded
@@ -556,3 +557,30 @@ def test_settings_out_of_range(policy: Any, settings_: dict[str, Any], message: 
 @pytest.mark.parametrize("policy", [EntropyBound(INF), Threshold(1.0), Factor(1e9)], ids=repr)
 def test_an_infinite_setting_is_written_and_read(policy: Policy) -> None:
     assert parse_policy(repr(policy)) == policy
+
+
+# --- texts ---
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_brief_text_is_the_policy(name: str) -> None:
+    fixed = {"DreamThreshold": "(..., steps=8)", "Adjust": "(..., path='layer')"}.get(name, "(...)")
+    if name == "Guided":
+        return  # a guide that is a function has no text
+    tried = sweep_policy(name + fixed)
+    assert len(tried) > 1
+    assert all(parse_policy(brief(policy)) == policy for policy in tried)
+    assert all(len(brief(policy)) <= len(repr(policy)) for policy in tried)
+
+
+def test_a_sweep_keeps_what_is_fixed() -> None:
+    assert sweep_policy("Threshold(..., block=16)") == Threshold.sweep(block=16)
+    assert sweep_policy("Threshold(0.7)") == [Threshold(0.7)]
+    with pytest.raises(CdlmError, match=r"cannot sweep 'Threshold\(\.\.\., tau=0\.5\)'"):
+        sweep_policy("Threshold(..., tau=0.5)")
+    with pytest.raises(CdlmError, match="stands for all of its settings"):
+        sweep_policy("Threshold(..., 0.5)")
+    with pytest.raises(CdlmError, match="DreamThreshold has no settings to sweep"):
+        sweep_policy("DreamThreshold")
+    with pytest.raises(CdlmError, match="did you mean Threshold"):
+        sweep_policy("Treshold(...)")

@@ -8,6 +8,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
 from cdlm.core.checks import shown
@@ -180,6 +181,21 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             raise CdlmError(
                 f"cannot build {shown(ast.unparse(node))} ({error}): it is {name}{_plain(signature)}"
             ) from error
+
+
+def brief(made: object) -> str:
+    """The text of a dataclass with what is not its default, as `Registry.parse` reads it: `Threshold(tau=0.5)`.
+
+    `digest`, which says what a file was when a rule or policy was set, is left out; other objects are their repr.
+    """
+    if not is_dataclass(made):
+        return repr(made)
+    given = [
+        f"{field.name}={getattr(made, field.name)!r}"
+        for field in fields(made)
+        if field.init and field.name != "digest" and getattr(made, field.name) != field.default
+    ]
+    return f"{type(made).__name__}({', '.join(given)})"
 
 
 def nearest(name: str, names: Collection[str]) -> str:

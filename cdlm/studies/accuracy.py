@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cdlm.core.checks import MOST_STEPS, check_whole
+from cdlm.core.parsing import brief
 from cdlm.core.stats import Scores, bootstrap
 from cdlm.data.arithmetic import Problem
 from cdlm.evaluation.metrics.aup import aup
@@ -192,15 +193,15 @@ class Exam:
         """All problems under a rule, replayed where it can be."""
         session = self.session.with_criterion(rule)
         if rule.freezes:
-            return self.run(repr(rule), session)
+            return self.run(brief(rule), session)
         run = replay(self.recording, reading(rule, session.model))
         voted = self.said.vote(self.vote, run.steps - 1, self.answers(run.tokens))
-        return self.result(repr(rule), session, run, voted)
+        return self.result(brief(rule), session, run, voted)
 
     def decoded(self, policy: Policy) -> SettingResult:
         """All problems with another policy, until nothing is open."""
         sampling = self.session.sampling.with_flat(**{name_of_policies(self.session): policy})
-        return self.run(repr(policy), self.session.with_sampling(sampling).with_criterion(Full()))
+        return self.run(brief(policy), self.session.with_sampling(sampling).with_criterion(Full()))
 
     def run(self, setting: str, session: Session) -> SettingResult:
         """All problems, drawn from the model."""
