@@ -323,7 +323,8 @@ OTHER: dict[str, dict[str, Any]] = {
         "score_temperature": 0.8, "guidance": 2.0, "init_scale": 0.7, "commit": "Threshold(0.6)",
         "reopen": 0.3,
     },
-    "masked": {"policy": "Threshold(0.6)", "temperature": 0.4, "cfg_scale": 1.5, "cache": "dual"},
+    "masked": {"policy": "Threshold(0.6)", "temperature": 0.4, "cfg_scale": 1.5, "cache": "dual",
+        "sparse": "SparseD(1.0)"},
 }  # fmt: skip
 """A value of each flat setting that is not its default."""
 BESIDE: dict[str, dict[str, Any]] = {"reopen": {"commit": "Threshold(0.6)"}}
