@@ -128,6 +128,10 @@ class Unmasking(Sampling):
             raise CdlmError("first_from_full and extra_call are of Fast-dLLM's caches: take prefix or dual")
 
     @property
+    def keeps(self) -> bool:
+        return not self.policy.revises
+
+    @property
     def settings(self) -> dict[str, Any]:
         return {
             "policy": repr(self.policy),

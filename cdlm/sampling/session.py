@@ -389,7 +389,10 @@ class Session:
             what: is to be done with them, for the error.
         """
         if not self.sampling.keeps:
-            raise CdlmError(f"a run that takes commits back cannot be {what}: leave out reopen")
+            raise CdlmError(
+                f"a record holds each token as it was committed, and a run that takes commits back cannot be {what}:"
+                " leave out reopen, or the policy that takes them back"
+            )
         if not self.replayable(requests):
             raise CdlmError(
                 f"a run of {self.blocks_of(requests)} blocks cannot be {what}: its steps are not kept, because to halt"

@@ -205,7 +205,7 @@ class Exam:
 
     def run(self, setting: str, session: Session) -> SettingResult:
         """All problems, drawn from the model."""
-        if may_revise(session):  # no record holds what is taken back, so nothing can be voted on
+        if not session.sampling.keeps:  # no record holds what is taken back, so nothing can be voted on
             return self.result(setting, session, session.run(self.requests), None)
         samples = session.recorded().run(self.requests)
         voted = StepAnswers.of(samples, self.read, self.vote.parser).vote(self.vote)
@@ -328,12 +328,6 @@ def panel(title: str, rows: Sequence[Mapping[str, Any]]) -> Panel:
 
 
 STUDY = Accuracy
-
-
-def may_revise(session: Session) -> bool:
-    """Whether the session's policy takes tokens back."""
-    policy = getattr(session.sampling, "policy", None)
-    return isinstance(policy, Policy) and policy.revises
 
 
 def name_of_policies(session: Session) -> str:
