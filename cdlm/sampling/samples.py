@@ -137,7 +137,7 @@ class Samples:
         if not len(self):
             return "no samples"
         count = "1 sample" if len(self) == 1 else f"{len(self)} samples"
-        head = f"{count}, {self.nfe.mean():.1f} calls a sample of {self.budget} steps{self.beside}"
+        head = f"{count}, {self.nfe.mean():.1f} calls a sample of {self.budget} steps{self.counted_text}"
         lines = [f"  {sample.nfe:4} calls  {_short(sample)}" for sample in self[:SHOWN]]
         rest = [f"  ... and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
         return "\n".join([head, *lines, *rest])
@@ -182,7 +182,7 @@ class Samples:
         return int(self.output_tokens.sum()) / calls if calls else math.nan
 
     @property
-    def beside(self) -> str:
+    def counted_text(self) -> str:
         """Means of what the policy counted of a sample, for people: "; 2.5 guide calls". Empty if that is nothing."""
         names = dict.fromkeys(name for counted in self.counted for name in counted)
         means = {name: np.mean([counted.get(name, 0) for counted in self.counted]) for name in names}

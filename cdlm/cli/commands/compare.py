@@ -111,8 +111,8 @@ def compare(
         for plan in plans:
             if (warning := plan.warning(rival.live, full.n // 2, goal.goal, needed)) and not machine.quiet:
                 to_stderr(f"cdlm: {warning}")
-            if plan.beside and not machine.quiet:
-                to_stderr(f"cdlm: {plan.beside}")
+            if plan.not_in_calls and not machine.quiet:
+                to_stderr(f"cdlm: {plan.not_in_calls}")
         points: list[Point] = []
         for plan in plans:
             recordings = None if full.recordings is None else full.recordings / Path(plan.model).name
@@ -146,7 +146,7 @@ class _Plan(NamedTuple):
         return too_few(self.model, self.families, self.in_blocks, live, n, goal, needed)
 
     @property
-    def beside(self) -> str:
+    def not_in_calls(self) -> str:
         """What else than calls of the model is spent, before any work; empty if nothing."""
         policy = getattr(self.session.sampling, "policy", None)
         if policy is None or not policy.counts:

@@ -115,7 +115,7 @@ def _write(samples: Samples, session: Session, output: OutputOptions, title: str
     late = samples.calls_after_end.mean()
     after = f", {late:.1f} of them after the end of the text" if late > 0 else ""
     count = "1 sample" if len(samples) == 1 else f"{len(samples)} samples"
-    to_stderr(f"{count}, {samples.nfe.mean():.1f} calls a sample of {samples.budget} steps{after}{samples.beside}")
+    to_stderr(f"{count}, {samples.nfe.mean():.1f} calls a sample of {samples.budget} steps{after}{samples.counted_text}")
 
 
 def _marked(sample: Sample) -> str:
