@@ -4,13 +4,15 @@ The published schedule commits most of a block early, so that its last steps hav
 that is counted from the whole schedule holds these steps too; `Full()` saves them with the same tokens. Here held-out
 word problems are answered by an adapter of a model that answers them (`configs/arithmetic.yaml`), with their map, under
 each rule on each schedule, all of them run. "The same" are the tokens of the answers that are those of the whole
-schedule. Intervals are 95 %, bootstrap over problems.
+schedule. Intervals are 95 %, bootstrap over problems. Only problems are taken whose answers fill the row that the model
+was trained on with equal blocks.
 
     python benchmarks/edit.py runs/adapter
 """
 
 import argparse
 import os
+from itertools import islice
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -24,7 +26,7 @@ from cdlm.halting import parse_criterion
 from cdlm.runs.config import read_run
 from cdlm.sampling.samples import Samples
 
-LENGTH = 32
+LENGTH = 40
 SCHEDULES = (
     f"Gaussian({LENGTH // 2}, block={LENGTH // 2}, center=4.0, std=4.0)",
     f"LLaDA({LENGTH}, block={LENGTH // 2})",
@@ -57,7 +59,10 @@ def main() -> None:
     args = parser.parse_args()
     model, source = api.load(args.adapter, device="cpu"), read_run(args.adapter).source
     assert isinstance(source, Arithmetic)
-    tasks = list(problems(args.n, args.seed, "valid", tuple(source.steps), source.largest))
+    drawn = problems(40 * args.n, args.seed, "valid", tuple(source.steps), source.largest)
+    row = read_run(args.adapter).length
+    fitting = (task for task in drawn if len(model.tokenizer.encode(task.prompt + "\n")) == row - LENGTH)
+    tasks = list(islice(fitting, args.n))
     prompts = [task.prompt + "\n" for task in tasks]
     print("| schedule | rule | right | the same | calls | of the schedule | of Full() |\n|---|---|---|---|---|---|---|")
     for policy in SCHEDULES:

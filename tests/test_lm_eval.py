@@ -643,6 +643,16 @@ def test_counts_add_up_to_a_ratio_of_sums(models: dict[str, Model]) -> None:
     assert tokens_per_forward(0, 0) is None
 
 
+def test_what_a_policy_counts_is_summed(models: dict[str, Model]) -> None:
+    lm = CdlmLM(models["llada"], new_tokens=8, policy="Editing(0.0, edit=0.0)")
+    samples = lm.session.run(lm.session.requests(["the cat", "a dog"], new_tokens=8))
+    sums = Counts.of(samples) + Counts.of(samples) + Counts(truncated=1)
+    revised = 2 * sum(counted["revised"] for counted in samples.counted)
+    assert revised > 0
+    assert (sums.summary()["revised"], sums.summary()["calls"]) == (revised, 2 * int(samples.nfe.sum()))
+    assert Counts().summary() == {"truncated": 0}
+
+
 def test_the_cache_of_answers_is_refused(models: dict[str, Model], tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(CdlmError, match="leave out use_cache"):
         evaluated(CdlmLM(models["masked"]), tasks, "words", use_cache=str(tmp_path / "kept"))

@@ -13,6 +13,7 @@ from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
+from cdlm.core.parsing import brief
 from cdlm.core.progress import announce, to_stderr
 from cdlm.evaluation.plots.trajectories import plot_samples
 from cdlm.halting import Full, parse_criterion
@@ -67,7 +68,7 @@ def sample(
             session = session.recorded()
         samples = session.run(requests)
     commit = getattr(session.sampling, "commit", None)
-    ends = halt or ("no halting" if commit is None else f"commits by {commit!r}")
+    ends = halt or ("no halting" if commit is None else f"commits by {brief(commit)}")
     title = f"{run}, {samples.budget} steps, {ends}"
     _write(samples, session, output, title, machine.quiet, marked=work is not None)
 
@@ -115,7 +116,9 @@ def _write(samples: Samples, session: Session, output: OutputOptions, title: str
     late = samples.calls_after_end.mean()
     after = f", {late:.1f} of them after the end of the text" if late > 0 else ""
     count = "1 sample" if len(samples) == 1 else f"{len(samples)} samples"
-    to_stderr(f"{count}, {samples.nfe.mean():.1f} calls a sample of {samples.budget} steps{after}{samples.counted_text}")
+    to_stderr(
+        f"{count}, {samples.nfe.mean():.1f} calls a sample of {samples.budget} steps{after}{samples.counted_text}"
+    )
 
 
 def _marked(sample: Sample) -> str:
