@@ -61,6 +61,7 @@ def main() -> None:
     assert isinstance(source, Arithmetic)
     drawn = problems(40 * args.n, args.seed, "valid", tuple(source.steps), source.largest)
     row = read_run(args.adapter).length
+    assert model.tokenizer is not None
     fitting = (task for task in drawn if len(model.tokenizer.encode(task.prompt + "\n")) == row - LENGTH)
     tasks = list(islice(fitting, args.n))
     prompts = [task.prompt + "\n" for task in tasks]
