@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,9 +23,17 @@ class Objective(nn.Module, ABC):
 
     doubts: bool = False
     """Whether it teaches to tell which given tokens are wrong."""
+    fits_schedule: bool = True
+    """Whether the schedule and the weight of the output prior go on while it is trained on."""
 
     @abstractmethod
-    def forward(self, system: EmbeddingDiffusion, batch: Batch) -> Loss: ...
+    def forward(self, system: Any, batch: Batch) -> Loss: ...
+
+    def read_out(self, system: Any, batch: Batch) -> tuple[Float[Tensor, " b"], Int[Tensor, " b"]]:
+        """What teaches the tokens alone: summed cross-entropy of each row in nats at drawn levels, and its tokens."""
+        t = system.schedule.t_of_u(levels_of(batch)).detach()
+        z, condition = system.noisy(system.embed(batch.tokens), t, batch)
+        return row_cross_entropy(system.logits(z, t, condition), batch.tokens, batch.target)
 
 
 class CrossEntropy(Objective):
@@ -44,7 +52,7 @@ class CrossEntropy(Objective):
     def forward(self, system: EmbeddingDiffusion, batch: Batch) -> Loss:
         u = levels_of(batch)
         t = system.schedule.t_of_u(u).detach()
-        shown = self._shown(batch) if self.wrong and system.training else None
+        shown = system.embed(self._shown(batch)) if self.wrong and system.training else None
         z, condition = system.noisy(system.embed(batch.tokens), t, batch, shown)
         logits = system.logits(z, t, condition)
         nats, count = row_cross_entropy(logits, batch.tokens, batch.target)

@@ -25,7 +25,78 @@ from cdlm.models.system import Loss, System, SystemConfig
 from cdlm.sampling.texts import Special
 
 
-class EmbeddingDiffusion(System, Denoiser):
+class ContinuousSystem(System, Denoiser):
+    """A system whose states are z = e + t eps: what training, sampling and distillation know of it.
+
+    Subclasses say where tokens lie (`embed`) and how the clean vectors are estimated (`denoise`).
+    """
+
+    schedule: Schedule
+    objective: Objective
+    guidance_dropout: float
+    """Share of training rows that do not see their clean embeddings."""
+
+    def forward(self, batch: Batch) -> Loss:
+        """The objective; in evaluation mode all rows get a first pass and no prompt is hidden."""
+        return self.objective(self, batch)
+
+    def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        return self.schedule.t_of_u(u)
+
+    @property
+    def learned_schedule(self) -> nn.Module | None:
+        return self.schedule if self.objective.fits_schedule else None
+
+    def after_step(self) -> None:
+        if self.objective.fits_schedule:
+            self.schedule.after_step()
+
+    @abstractmethod
+    def draw(
+        self, batch: Batch, t: Float[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"], Condition]:
+        """Clean vectors of a batch, a noisy state of them at t, and the condition beside it, without a first pass."""
+
+    def noise(
+        self, clean: Float[Tensor, "b n d"], t: Float[Tensor, " b"], batch: Batch,
+        shown: Float[Tensor, "b n d"] | None = None,
+    ) -> tuple[Float[Tensor, "b n d"], Condition]:  # fmt: skip
+        """A noisy state of each row, and the condition beside it, without a first pass.
+
+        Args:
+            shown: vectors that given positions show; by default their own.
+        """
+        device, rows = clean.device, len(t)
+        eps = torch.randn(clean.shape, generator=batch.generator, device=device)
+        z = clean + t.to(clean.dtype)[:, None, None] * eps
+        kept = torch.rand(rows, 1, 1, generator=batch.generator, device=device) >= self.guidance_dropout * self.training
+        given = (clean if shown is None else shown) * (~batch.target)[..., None] * kept
+        return z, Condition(given, batch.target, torch.zeros_like(clean), batch.valid)
+
+    def noisy(
+        self, clean: Float[Tensor, "b n d"], t: Float[Tensor, " b"], batch: Batch,
+        shown: Float[Tensor, "b n d"] | None = None,
+    ) -> tuple[Float[Tensor, "b n d"], Condition]:  # fmt: skip
+        """The same, and the first rows get a first pass."""
+        z, condition = self.noise(clean, t, batch, shown)
+        return z, condition._replace(x0=self._first_pass(z, t, condition))
+
+    def first_rows(self, rows: int) -> int:
+        """How many of so many rows get a first pass; in evaluation mode all, if the system does that at all."""
+        # Levels are a random permutation of the rows, so the first rows are a random share.
+        return round((self.self_conditioning if self.training else float(self.self_conditioning > 0)) * rows)
+
+    def _first_pass(self, z: Tensor, t: Tensor, condition: Condition) -> Float[Tensor, "b n d"]:
+        rows = self.first_rows(len(t))
+        if rows == 0:
+            return condition.x0
+        first = torch.arange(rows, device=z.device)
+        with torch.no_grad():
+            x0 = self.denoise(*take((z, t, condition), first)).x0
+        return join(x0, condition.x0[rows:])
+
+
+class EmbeddingDiffusion(ContinuousSystem):
     """Tokens are embedded, noised as z = e + t eps, and recovered by a network that sees all positions at once.
 
     softmax(logits) averages the embeddings to x0, and (x0 - z) / t**2 is the score (score interpolation: CDCD, arXiv
@@ -96,23 +167,18 @@ class EmbeddingDiffusion(System, Denoiser):
     def expect(self, logits: Float[Tensor, "b n v"]) -> Float[Tensor, "b n d"]:
         return self.embedding.expect(logits)
 
-    def forward(self, batch: Batch) -> Loss:
-        """The objective; in evaluation mode all rows get a first pass and no prompt is hidden."""
-        return self.objective(self, batch)
+    def draw(
+        self, batch: Batch, t: Float[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"], Condition]:
+        clean = self.embed(batch.tokens)
+        return clean, *self.noise(clean, t, batch)
 
     def nats(self, text: Text, settings: LikelihoodSettings, progress: Progress | None = None) -> dict[str, Nats]:
         return likelihood.nats(self, text, settings, progress)
 
-    def levels(self, u: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        return self.schedule.t_of_u(u)
-
-    @property
-    def learned_schedule(self) -> nn.Module:
-        return self.schedule
-
     def after_step(self) -> None:
-        self.schedule.after_step()
-        if self.output_prior is not None:
+        super().after_step()
+        if self.output_prior is not None and self.objective.fits_schedule:
             self.output_prior.after_step()
 
     def facts(self) -> dict[str, float]:
@@ -124,37 +190,6 @@ class EmbeddingDiffusion(System, Denoiser):
         variances are the same."""
         ratio = t_max.square() / (t_max.square() + 1) if self.unit_prior else torch.ones_like(t_max)
         return 0.5 * (ratio * (self.rho / t_max) ** 2 + self.dim * (ratio - 1 - ratio.log()))
-
-    def noisy(
-        self, clean: Float[Tensor, "b n d"], t: Float[Tensor, " b"], batch: Batch,
-        shown: Int[Tensor, "b n"] | None = None,
-    ) -> tuple[Float[Tensor, "b n d"], Condition]:  # fmt: skip
-        """A noisy state of each row, and the condition beside it: the first rows get a first pass.
-
-        Args:
-            shown: tokens that given positions show; by default their own.
-        """
-        device, rows = clean.device, len(t)
-        eps = torch.randn(clean.shape, generator=batch.generator, device=device)
-        z = clean + t.to(clean.dtype)[:, None, None] * eps
-        kept = torch.rand(rows, 1, 1, generator=batch.generator, device=device) >= self.guidance_dropout * self.training
-        given = (clean if shown is None else self.embed(shown)) * (~batch.target)[..., None] * kept
-        condition = Condition(given, batch.target, torch.zeros_like(clean), batch.valid)
-        return z, condition._replace(x0=self._first_pass(z, t, condition))
-
-    def first_rows(self, rows: int) -> int:
-        """How many of so many rows get a first pass; in evaluation mode all, if the system does that at all."""
-        # Levels are a random permutation of the rows, so the first rows are a random share.
-        return round((self.self_conditioning if self.training else float(self.self_conditioning > 0)) * rows)
-
-    def _first_pass(self, z: Tensor, t: Tensor, condition: Condition) -> Float[Tensor, "b n d"]:
-        rows = self.first_rows(len(t))
-        if rows == 0:
-            return condition.x0
-        first = torch.arange(rows, device=z.device)
-        with torch.no_grad():
-            x0 = self.denoise(*take((z, t, condition), first)).x0
-        return join(x0, condition.x0[rows:])
 
     def logits(self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition) -> Float[Tensor, "b n v"]:
         """One call of the network."""
