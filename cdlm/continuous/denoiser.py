@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdlm.continuous.schedules import Schedule
+from cdlm.core.errors import CdlmError
 from cdlm.core.types import Condition, Prediction
 from cdlm.sampling.session import Model, Sampling
 
@@ -28,6 +29,11 @@ class Denoiser(Model):
     self_conditioning: float = 0.0
     """Share of training rows that saw an estimate of a first pass; above 0, a prediction takes two calls."""
 
+    decodes: bool = False
+    """Whether its predictions have no logits: tokens are read from an estimate, by `decode`."""
+    guidance_range: tuple[float, float] | None = None
+    """Scales of guidance that the network is told, which then cost no second call; None of one that is told none."""
+
     @property
     def defaults(self) -> Sampling:
         from cdlm.continuous.sampler import Diffusion
@@ -46,6 +52,22 @@ class Denoiser(Model):
     @abstractmethod
     def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """Clean embeddings."""
+
+    def given(self, tokens: Int[Tensor, "b n"], seen: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        """Clean vectors of the tokens at the positions that are `seen`, of nothing else; zero elsewhere."""
+        return self.embed(tokens) * seen[..., None]
+
+    def committed(self, tokens: Int[Tensor, "b n"], x0: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """What the network is shown for tokens that are decided, where the estimate is x0."""
+        return self.embed(tokens)
+
+    def decode(self, x0: Float[Tensor, "b n d"], condition: Condition) -> Float[Tensor, "b n v"]:
+        """Logits of an estimate, by a call; of a system that `decodes`."""
+        raise CdlmError(f"the predictions of {self.name} say their tokens: there is nothing to decode")
+
+    def probed(self, x0: Float[Tensor, "b n d"]) -> Float[Tensor, "b n v"]:
+        """Logits of an estimate, without a call; of a system that was trained with a probe."""
+        raise CdlmError(f"{self.name} was trained without a probe: use another read-out")
 
     @abstractmethod
     def mix(self, weights: Float[Tensor, "b n v"]) -> Float[Tensor, "b n d"]:

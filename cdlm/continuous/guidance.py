@@ -107,7 +107,8 @@ class Guidance(Settings):
         softmax_temperature: > 0, divides the logits before the expected embedding is taken; below 1 sharpens.
         score_temperature: > 0, divides the score, `x0 = z + (x0 - z) / temperature`; below 1 sharpens (CDCD, 6.4).
         projection: how the logits become the estimate, by default as their mean embedding.
-        scale: g of `x0 = x0_uncond + g (x0_cond - x0_uncond)`; 1 is off, others cost a second call a step.
+        scale: g of `x0 = x0_uncond + g (x0_cond - x0_uncond)`; 1 is off, others cost a second call a step. A network
+            that is told the scale, such as ELF's, needs none.
         control: tokens that are wanted or unwanted, whatever the model was trained for; it comes last, after the score
             temperature.
 
@@ -131,7 +132,7 @@ class Guidance(Settings):
 
     @property
     def calls(self) -> int:
-        """Denoiser calls for one prediction."""
+        """Denoiser calls for one prediction, of a network that is not told the scale."""
         return 1 if self.scale == 1 else 2
 
     @property
@@ -158,7 +159,7 @@ class Guidance(Settings):
         """The conditional prediction, and the clean estimate that drives the state."""
         plain, pushed = self._ask(denoiser, z, t, condition)
         x0 = self._estimate(denoiser, plain, draws)
-        if self.scale != 1:
+        if self.scale != 1 and condition.guidance is None:
             other = denoiser.denoise(z, t, condition._replace(clean=condition.clean * 0))
             free = self._estimate(denoiser, other, draws)
             x0 = free + self.scale * (x0 - free)

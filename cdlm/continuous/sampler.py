@@ -15,17 +15,19 @@ from cdlm.continuous.denoiser import Denoiser
 from cdlm.continuous.grids import GRIDS, Adaptive, Grid, LogT, Seen, Truncated, Warped
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.projections import PROJECTIONS, Projection
+from cdlm.continuous.readouts import READ_OUTS, Decoder, ReadOut
 from cdlm.continuous.solvers import SOLVERS, Ancestral, Euler, Interval, Solver
 from cdlm.core.checks import MOST_STEPS, check_number, check_object, check_whole
 from cdlm.core.devices import fine, read_columns
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import PositionNoise, StepNoise, generator
-from cdlm.core.trees import Columns, join, take
+from cdlm.core.trees import Columns, choose, join, take
 from cdlm.core.types import Condition, Decision, LoopStep, NewRows, Prediction, RowCounts, StepState
 from cdlm.halting.signals import (
     DIVERGENCES,
     RECORDED,
     SIGNALS,
+    SPATIAL,
     EmbeddingState,
     Past,
     StepStatistics,
@@ -60,6 +62,7 @@ class DiffusionSettings:
             none commits nothing.
         reopen: least probability that a committed token must keep; below it, it is taken back. For models that were
             trained with wrong_given.
+        read_out: Decoder(), Decoder(4), Probe() or NoReadOut(): what a step of ELF says of its tokens.
     """
 
     solver: str | Solver | None = None
@@ -71,6 +74,7 @@ class DiffusionSettings:
     init_scale: float | None = None
     commit: str | Policy | None = None
     reopen: float | None = None
+    read_out: str | ReadOut | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +93,12 @@ class Diffusion(Sampling):
             steps and blocks of a policy are those of the grid and of `block`. None commits nothing.
         reopen: a committed token whose probability falls below this is taken back: its position is open again, under
             the noise that its row has then (as DSL remasks, arXiv 2605.12836). None takes nothing back.
+        read_out: how the tokens of a step are read, of systems whose estimates do not say them; None of others.
     """
 
     family = "continuous"
     flat = DiffusionSettings
     walk = frozenset({"steps", "solver", "grid", "commit"})
-    signals = frozenset(SIGNALS)
     recorded = frozenset({"tokens", *RECORDED})
 
     steps: int = 200
@@ -105,6 +109,7 @@ class Diffusion(Sampling):
     block: int | None = None
     commit: Policy | None = None
     reopen: float | None = None
+    read_out: ReadOut | None = None
 
     def __post_init__(self) -> None:
         check_object("Diffusion", Solver, solver=self.solver)
@@ -121,6 +126,17 @@ class Diffusion(Sampling):
         check_number("Diffusion", least=0.0, most=1.0, optional=True, reopen=self.reopen)
         if self.reopen is not None and self.commit is None:
             raise CdlmError(f"reopen={self.reopen} takes back what was committed, and nothing is: give commit too")
+        if self.read_out is None:
+            return
+        check_object("Diffusion", ReadOut, read_out=self.read_out)
+        if self.commit is not None and self.read_out != Decoder():
+            raise CdlmError(
+                f"to commit tokens each step has to say them: set read_out to Decoder(), got {self.read_out}"
+            )
+
+    @property
+    def signals(self) -> frozenset[str]:
+        return SPATIAL if self.read_out is not None and not self.read_out.reads else frozenset(SIGNALS)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -128,11 +144,16 @@ class Diffusion(Sampling):
         more: dict[str, Any] = {} if self.block is None else {"block": self.block}
         more |= {} if self.commit is None else {"commit": repr(self.commit)}
         more |= {} if self.reopen is None else {"reopen": self.reopen}
+        more |= {} if self.read_out is None else {"read_out": repr(self.read_out)}
         return {"steps": self.steps, **parts, **self.guidance.settings, "init_scale": float(self.init_scale), **more}
 
     @property
-    def keeps(self) -> bool:
-        return self.reopen is None
+    def unrecorded(self) -> str:
+        if self.reopen is not None:
+            return "takes commits back: leave out reopen"
+        if self.read_out not in (None, Decoder()):
+            return f"does not say its tokens at every step ({self.read_out!r}): set read_out=Decoder()"
+        return ""
 
     def with_flat(self, **settings: Any) -> Diffusion:
         given = {name: value for name, value in settings.items() if value is not None}
@@ -155,6 +176,8 @@ class Diffusion(Sampling):
         return 1 if self.block is None else math.ceil(int((~request.given).sum()) / self.block)
 
     def with_temperature_times(self, factor: float) -> Diffusion:
+        if self.read_out is not None:  # such a system has none
+            return self
         score = round(self.guidance.score_temperature * factor, 9)  # 0.9 * 0.7 is to be shown as 0.63
         return replace(self, guidance=replace(self.guidance, score_temperature=score))
 
@@ -180,6 +203,7 @@ PARTS: Mapping[str, Callable[[Any], Any]] = {
     "grid": GRIDS.parse,
     "projection": PROJECTIONS.parse,
     "commit": lambda text: None if isinstance(text, str) and text.strip() == "none" else parse_policy(text),
+    "read_out": READ_OUTS.parse,
 }
 """Flat settings that are objects, and what reads their text."""
 BEGINNINGS = (0.75, 0.6, 0.5)
@@ -234,6 +258,8 @@ class DiffusionRows(NamedTuple):
     """Memory of the grid."""
     plan: Plan | None
     """Of the policy, where there is one."""
+    read: Float[Tensor, "b n v"] | None
+    """The last logits that were asked for, where they are not asked for at every step."""
     known: Known
 
     @property
@@ -298,6 +324,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         super().__init__(options, batch_size, device)
         self.denoiser, self.sampling = denoiser, sampling
         self._check_reopen()
+        self._check_read_out()
         policy = frozenset() if sampling.commit is None else sampling.commit.needs - sampling.commit.spared
         self.needs = options.needs | (policy & DIVERGENCES)
         """Signals of a step: those that are read, and those whose past the policy needs."""
@@ -307,6 +334,25 @@ class DiffusionLoop(Loop[DiffusionRows]):
         """Whether positions can be decided before their row is done."""
         self.position_noise = PositionNoise(options.seed)
         self.walk = sampling.grid.walk(denoiser.schedule, sampling.steps, denoiser.rho, self.device)
+        self.calls = sampling.guidance.calls if denoiser.guidance_range is None else 1
+        """Of a prediction."""
+
+    def _check_read_out(self) -> None:
+        read_out, guidance, name = self.sampling.read_out, self.sampling.guidance, self.denoiser.name
+        if not self.denoiser.decodes and read_out is not None:
+            raise CdlmError(f"every step of {name} says its tokens, and {read_out} asks for them: leave out read_out")
+        if self.denoiser.decodes:
+            if read_out is None:
+                raise CdlmError(
+                    f"the steps of {name} do not say their tokens: set read_out to one of {', '.join(READ_OUTS)}"
+                )
+            for setting in ("softmax_temperature", "score_temperature", "projection", "control"):
+                if getattr(guidance, setting) != getattr(Guidance(), setting):
+                    raise CdlmError(
+                        f"the estimate of {name} is no mixture of embeddings, so {setting} has no meaning: leave it out"
+                    )
+        if (known := self.denoiser.guidance_range) is not None and not known[0] <= guidance.scale <= known[1]:
+            raise CdlmError(f"{name} knows guidance from {known[0]:g} to {known[1]:g}, got {guidance.scale:g}")
 
     def _check_reopen(self) -> None:
         if self.sampling.reopen is None:
@@ -331,12 +377,11 @@ class DiffusionLoop(Loop[DiffusionRows]):
         zeros = [0] * len(rows)
         known = Known(rows, zeros, zeros, zeros, wanted, zeros, zeros)
         index = torch.tensor(rows, device=self.device)
-        past = None if beside is None else beside.past
-        return self._enter(known, index, torch.zeros_like(index), tokens, open_.to(self.device), valid, past)
+        return self._enter(known, index, torch.zeros_like(index), tokens, open_.to(self.device), valid, beside)
 
     def _enter(
         self, known: Known, index: Tensor, nfe: Tensor, tokens: Tensor, left: Tensor, valid: Tensor | None,
-        beside: Past | None,
+        beside: DiffusionRows | None,
     ) -> DiffusionRows:  # fmt: skip
         """Rows at the first step of their next block, with the positions in `left` yet to be generated, as many as
         `known.left`."""
@@ -344,19 +389,21 @@ class DiffusionLoop(Loop[DiffusionRows]):
         now = left if block is None else left & (left.cumsum(1) <= block)
         rest = zeros if block is None else [max(0, count - block) for count in known.left]
         known = replace(known, step=zeros, left=rest, decided=zeros, ended=zeros)
-        clean = self.denoiser.embed(tokens)
-        z = self.sampling.init_scale * self.denoiser.prior_std * self._start(known.row, known.taken, clean)
         real, later, zero = torch.ones_like(left) if valid is None else valid, left & ~now, torch.zeros_like(index)
+        clean = self.denoiser.given(tokens, ~left & real)
+        z = self.sampling.init_scale * self.denoiser.prior_std * self._start(known.row, known.taken, clean)
         budget = zero + self.sampling.steps
         # To a rule, later blocks are no part of the row yet: neither open nor decided.
         memory = self.options.criterion.start(NewRows(now, budget, real & ~later))
-        condition = Condition(clean * (~left & real)[..., None], now, torch.zeros_like(z), valid, behind(now))
-        past = first_past(self.needs, z, beside)
+        told = self.denoiser.guidance_range is not None
+        scale = torch.full((len(index),), self.sampling.guidance.scale, device=self.device) if told else None
+        condition = Condition(clean, now, torch.zeros_like(z), valid, behind(now), scale)
+        past = first_past(self.needs, z, None if beside is None else beside.past)
         t = torch.full((len(index),), self.walk.begin, dtype=fine(self.device), device=self.device)
         solver, grid = self.sampling.solver.start(z), self.walk.start(z)
         return DiffusionRows(
             index, zero, budget, nfe, t, z, tokens, now, later, condition, past, memory, solver, grid,
-            self._plan(now, tokens), known,
+            self._plan(now, tokens), self._unread(z, beside), known,
         )  # fmt: skip
 
     def _plan(self, open_: Bool[Tensor, "b n"], tokens: Int[Tensor, "b n"]) -> Plan | None:
@@ -376,42 +423,93 @@ class DiffusionLoop(Loop[DiffusionRows]):
 
     @torch.no_grad()
     def step(self, live: DiffusionRows) -> tuple[LoopStep, Stepped]:
-        t, calls = live.t, self.sampling.guidance.calls
+        t = live.t
         prediction, x0 = self.sampling.guidance.predict(self.denoiser, live.z, t, live.condition, self._draws(live))
+        prediction, live, due = self._asked(live, prediction)
+        calls = [self.calls + asked for asked in self._reading(due)]
         embedding = EmbeddingState(live.z, t, self.denoiser.rho, prediction.x0)
         statistics = StepStatistics(
             prediction.logits, live.open, live.block, live.step, live.past, self.glanced, embedding,
             live.tokens if self.decides else None,
         )  # fmt: skip
         signals, past = observe(self.needs, statistics)
-        state = StepState(live.row, live.step, live.budget, t, live.nfe + calls, live.open, signals)
+        spent = self.calls if len({*calls}) == 1 and calls[0] == self.calls else torch.tensor(calls, device=self.device)
+        state = StepState(live.row, live.step, live.budget, t, live.nfe + spent, live.open, signals)
         memory, decision = live.memory, None
         if self.options.halts:
             memory, decision = self.options.criterion.look(memory, state)
+        if not all(due):
+            past, memory = choose(due, past, live.past), choose(due, memory, live.memory)
+            decision = None if decision is None else decision.among(torch.tensor(due, device=self.device))
         change = self._decide(live, statistics, decision)
         said = self._read(t, decision, change)
         if any(said.broken):
             raise _broken()
-        nfe, taken = [spent + calls for spent in live.known.nfe], [steps + 1 for steps in live.known.taken]
+        taken = [steps + 1 for steps in live.known.taken]
         last = [step == self.walk.steps - 1 for step in live.known.step]
         over = [any(reasons) for reasons in zip(said.halted, said.full, said.arrived, last, strict=True)]
         done = [end and not left for end, left in zip(over, live.known.left, strict=True)]
         ended = [end and not leaves for end, leaves in zip(over, done, strict=True)]
         decided = [old or new for old, new in zip(live.known.decided, said.fresh, strict=True)]
-        counts = RowCounts.of(live.known.row, taken, nfe, done, said.halted, said.full)
-        known = replace(live.known, nfe=nfe, decided=decided, ended=ended)
         grid, t_next = self.walk.next(live.grid, Seen(t, live.step, prediction.x0, live.open))
         if change is not None:
             live = self._changed(live, change, x0, any(said.fresh))
-        tokens = _read_out(prediction, live, over)
+        tokens, last_calls = self._read_out(prediction, live, over, due)
+        nfe = [sum(parts) for parts in zip(live.known.nfe, calls, last_calls, strict=True)]
+        counts = RowCounts.of(live.known.row, taken, nfe, done, said.halted, said.full)
+        known = replace(live.known, nfe=nfe, decided=decided, ended=ended)
         info = {} if decision is None else decision.info
         finished = LoopStep(state, counts, counts.leave(tokens), info, self._canvas(live))
         shown, driving = self._held(live, known, prediction.x0, x0)
+        spent = state.nfe + torch.tensor(last_calls, device=self.device) if any(last_calls) else state.nfe
         live = live._replace(
-            nfe=state.nfe, past=past, memory=memory, grid=grid, known=known,
+            nfe=spent, past=past, memory=memory, grid=grid, known=known,
             condition=live.condition._replace(x0=shown),
         )  # fmt: skip
         return finished, Stepped(live, driving, t_next, tokens)
+
+    def _asked(self, live: DiffusionRows, prediction: Prediction) -> tuple[Prediction, DiffusionRows, list[bool]]:
+        """The prediction with what its read-out says of the tokens, and which rows were asked: of the others the logits
+        are those of an earlier step."""
+        read_out, due = self.sampling.read_out, [True] * len(live.known.step)
+        if read_out is None:
+            return prediction, live, due
+        due = [step % read_out.every == 0 for step in live.known.step]
+        if all(due):
+            logits = read_out.logits(self.denoiser, prediction.x0, live.condition)
+        else:
+            assert live.read is not None
+            logits, some = live.read, _true(due)
+            if any(due):
+                fresh = read_out.logits(self.denoiser, *take((prediction.x0, live.condition), some))
+                logits = logits.index_copy(0, some.to(self.device), fresh)
+        read = None if read_out.every == 1 else logits
+        return prediction._replace(logits=logits), live._replace(read=read), due
+
+    def _reading(self, due: Sequence[bool]) -> list[int]:
+        """Calls of each row for what its step says of the tokens."""
+        calls = 0 if self.sampling.read_out is None else self.sampling.read_out.calls
+        return [calls * asked for asked in due]
+
+    def _read_out(
+        self, prediction: Prediction, live: DiffusionRows, ended: Sequence[int], due: Sequence[bool]
+    ) -> tuple[Int[Tensor, "b n"], list[int]]:
+        """The tokens of each row, read out in those whose block has ended, and the calls of each row for that."""
+        read_out = self.sampling.read_out
+        if not any(ended):
+            return live.tokens, [0] * len(ended)
+        known = [asked and (read_out is None or read_out.exact) for asked in due]
+        asks = [bool(end) and not said for end, said in zip(ended, known, strict=True)]
+        decoded = iter(())
+        if any(asks):
+            decoded = iter(self.denoiser.decode(*take((prediction.x0, live.condition), _true(asks))))
+        tokens = live.tokens.clone()
+        for row in [row for row, over in enumerate(ended) if over]:  # row by row: no copy of the logits
+            logits = next(decoded) if asks[row] else prediction.logits[row]
+            if bool((logits.isnan().any(-1) & live.open[row]).any()):
+                raise _broken()
+            tokens[row] = torch.where(live.open[row], most_likely(logits), tokens[row])
+        return tokens, [int(asked) for asked in asks]
 
     def _read(self, t: Float[Tensor, " b"], decision: Decision | None, change: Change | None) -> Said:
         """All that a step reads from the device; a step without rule, policy and steps of its own reads nothing."""
@@ -441,7 +539,14 @@ class DiffusionLoop(Loop[DiffusionRows]):
     def _next_block(self, carried: Stepped) -> DiffusionRows:
         live = carried.live
         known = replace(live.known, taken=[steps + 1 for steps in live.known.taken])
-        return self._enter(known, live.row, live.nfe, carried.tokens, live.later, live.condition.valid, live.past)
+        return self._enter(known, live.row, live.nfe, carried.tokens, live.later, live.condition.valid, live)
+
+    def _unread(self, z: Float[Tensor, "b n d"], beside: DiffusionRows | None) -> Float[Tensor, "b n v"] | None:
+        """Room for logits that rows which enter will be asked for, as wide as those of the rows beside them."""
+        if self.sampling.read_out is None or self.sampling.read_out.every == 1:
+            return None
+        wide = 0 if beside is None or beside.read is None else beside.read.shape[-1]
+        return z.new_zeros((*z.shape[:2], wide))
 
     def _move(self, carried: Stepped) -> DiffusionRows:
         live, guidance = carried.live, self.sampling.guidance
@@ -460,7 +565,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         condition = live.condition if moved.x0 is None else live.condition._replace(x0=moved.x0)
         nfe, spent = live.nfe, known.nfe
         if any(moved.evaluations):
-            more = [count * guidance.calls for count in moved.evaluations]
+            more = [count * self.calls for count in moved.evaluations]
             nfe, spent = nfe + torch.tensor(more, device=self.device), [a + b for a, b in zip(spent, more, strict=True)]
         step, taken = [step + 1 for step in known.step], [steps + 1 for steps in known.taken]
         known = replace(known, step=step, taken=taken, nfe=spent)
@@ -502,7 +607,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         """
         clean, solver = live.condition.clean, live.solver
         if fresh:
-            clean = torch.where(change.fresh[..., None], self.denoiser.embed(change.tokens), clean)
+            clean = torch.where(change.fresh[..., None], self.denoiser.committed(change.tokens, x0), clean)
         if change.doubted is not None:
             clean = clean.masked_fill(change.doubted[..., None], 0)
             # The token that was there is no estimate of an earlier step.
@@ -535,7 +640,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         if self.denoiser.sees_given and not any(known.decided):
             return plain, driving
         held = (live.block & ~live.open if self.denoiser.sees_given else ~live.open & ~live.later)[..., None]
-        clean = self.denoiser.embed(live.tokens)
+        clean = live.condition.clean
         shown = torch.where(held, clean.to(plain), plain)
         return shown, shown if driving is plain else torch.where(held, clean.to(driving), driving)
 
@@ -552,15 +657,3 @@ def _broken() -> CdlmError:
 def _true(flags: Sequence[int]) -> Int[Tensor, " k"]:
     """Places of those that are true."""
     return torch.tensor([place for place, flag in enumerate(flags) if flag])
-
-
-def _read_out(prediction: Prediction, live: DiffusionRows, ended: Sequence[int]) -> Int[Tensor, "b n"]:
-    """The tokens of each row, read out of the prediction in those whose block has ended."""
-    if not any(ended):
-        return live.tokens
-    tokens = live.tokens.clone()
-    for row in [row for row, over in enumerate(ended) if over]:  # row by row: no copy of the logits
-        if bool((prediction.logits[row].isnan().any(-1) & live.open[row]).any()):
-            raise _broken()
-        tokens[row] = torch.where(live.open[row], most_likely(prediction.logits[row]), tokens[row])
-    return tokens

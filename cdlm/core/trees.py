@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any
@@ -78,6 +78,13 @@ def join(first: Any, second: Any) -> Any:
     if isinstance(first, Mapping):
         return {key: join(first[key], second[key]) for key in first}
     return _rebuild(first, [join(a, b) for a, b in zip(first, second, strict=True)])
+
+
+def choose(which: Sequence[bool], first: Any, second: Any) -> Any:
+    """Of two nests of the same form and rows, the rows of the first where `which` is true, else those of the second."""
+    ours, theirs = ([i for i, flag in enumerate(which) if bool(flag) is side] for side in (True, False))
+    parts = [torch.tensor(rows, dtype=torch.int64) for rows in (ours, theirs)]
+    return take(join(take(first, parts[0]), take(second, parts[1])), torch.cat(parts).argsort())
 
 
 def blank(tree: Any, rows: int) -> Any:

@@ -39,9 +39,9 @@ class Prediction(NamedTuple):
     """A denoiser's prediction for one state."""
 
     logits: Float[Tensor, "b n v"]
-    """Unnormalised log-probabilities of the clean token, float32 or float64."""
+    """Unnormalised log-probabilities of the clean token, float32 or float64; v = 0 where they have to be asked for."""
     x0: Float[Tensor, "b n d"]
-    """Expected clean embedding under softmax(logits)."""
+    """Expected clean embedding: under softmax(logits), where there are any."""
 
 
 class Condition(NamedTuple):
@@ -58,6 +58,8 @@ class Condition(NamedTuple):
     ahead: Bool[Tensor, "b n"] | None = None
     """Positions behind the last that this block generates, targets or not any more; None of training text, where the
     targets are the block."""
+    guidance: Float[Tensor, " b"] | None = None
+    """Guidance scale of each row, for a network that is told it; None for others."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,11 @@ class Decision(NamedTuple):
     """True: the position keeps this step's token; only from a criterion that `freezes`."""
     info: Mapping[str, Tensor] = MappingProxyType({})
     """Logged signals, each with one value a row."""
+
+    def among(self, rows: Bool[Tensor, " b"]) -> Decision:
+        """The same, and nothing of the other rows."""
+        freeze = None if self.freeze is None else self.freeze & rows[:, None]
+        return self._replace(halt=self.halt & rows, freeze=freeze)
 
 
 class Signals:

@@ -128,8 +128,8 @@ class Unmasking(Sampling):
             raise CdlmError("first_from_full and extra_call are of Fast-dLLM's caches: take prefix or dual")
 
     @property
-    def keeps(self) -> bool:
-        return not self.policy.revises
+    def unrecorded(self) -> str:
+        return f"takes commits back: choose another policy than {self.policy!r}" if self.policy.revises else ""
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from cdlm.core.checks import Settings, check_flag, check_object, shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.parallel import Workers, deal
-from cdlm.core.types import LoopStep
+from cdlm.core.types import AttributeOrProperty, LoopStep
 from cdlm.halting import Criterion
 from cdlm.halting.signals import check_signals
 from cdlm.sampling.loop import Loop, RunOptions, check_batch_size
@@ -190,7 +190,7 @@ class Sampling(Settings, ABC):
     """Its settings as plain values, each None for what the model's paper does: those of the command line."""
     walk: ClassVar[frozenset[str]] = frozenset({"steps"})
     """Flat settings that say which steps are taken, and what they commit."""
-    signals: ClassVar[frozenset[str]]
+    signals: AttributeOrProperty[frozenset[str]]
     """Signals that its steps have."""
     recorded: ClassVar[frozenset[str]]
     """Signals that a record of its runs needs."""
@@ -238,9 +238,9 @@ class Sampling(Settings, ABC):
         return True
 
     @property
-    def keeps(self) -> bool:
-        """Whether what is committed stays: a record does not say what is taken back."""
-        return True
+    def unrecorded(self) -> str:
+        """Why its steps cannot be recorded, as what a run does and how to change that; empty if they can."""
+        return ""
 
     @abstractmethod
     def with_temperature_times(self: S, factor: float) -> S:
@@ -379,8 +379,8 @@ class Session:
 
     def replayable(self, requests: Sequence[Request]) -> bool:
         """Whether rules can be tried on a record of these requests. They cannot where a sample is several runs in a
-        row: to halt one block changes the next. Nor where commits are taken back."""
-        return self.blocks_of(requests) == 1 and self.sampling.keeps
+        row: to halt one block changes the next. Nor where a record does not hold what a step would return."""
+        return self.blocks_of(requests) == 1 and not self.sampling.unrecorded
 
     def check_recordable(self, requests: Sequence[Request], what: str = "recorded") -> None:
         """Raise unless the steps of these requests can be kept.
@@ -388,11 +388,8 @@ class Session:
         Args:
             what: is to be done with them, for the error.
         """
-        if not self.sampling.keeps:
-            raise CdlmError(
-                f"a record holds each token as it was committed, and a run that takes commits back cannot be {what}:"
-                " leave out reopen, or the policy that takes them back"
-            )
+        if why := self.sampling.unrecorded:
+            raise CdlmError(f"a run cannot be {what} that {why}")
         if not self.replayable(requests):
             raise CdlmError(
                 f"a run of {self.blocks_of(requests)} blocks cannot be {what}: its steps are not kept, because to halt"

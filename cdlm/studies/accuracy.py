@@ -205,7 +205,7 @@ class Exam:
 
     def run(self, setting: str, session: Session) -> SettingResult:
         """All problems, drawn from the model."""
-        if not session.sampling.keeps:  # no record holds what is taken back, so nothing can be voted on
+        if session.sampling.unrecorded:  # no record holds what is taken back, so nothing can be voted on
             return self.result(setting, session, session.run(self.requests), None)
         samples = session.recorded().run(self.requests)
         voted = StepAnswers.of(samples, self.read, self.vote.parser).vote(self.vote)
