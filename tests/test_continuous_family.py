@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 import pytest
@@ -25,7 +26,7 @@ from cdlm.continuous.grids import GRIDS, LogT, Truncated, UpperEnds
 from cdlm.continuous.inputs import ConcatenatedInput
 from cdlm.continuous.objectives import Variational
 from cdlm.continuous.sampler import DiffusionLoop
-from cdlm.continuous.schedules import Schedule, TimeWarp, alpha_of
+from cdlm.continuous.schedules import LogitNormal, Schedule, TimeWarp, alpha_of
 from cdlm.continuous.solvers import Ancestral, Euler, Heun, Solver
 from cdlm.continuous.system import EmbeddingDiffusion
 from cdlm.continuous.systems.langflow import Gumbel
@@ -95,11 +96,12 @@ curves = st.builds(
     learned, st.integers(0, 1000), st.floats(0, 3), st.floats(-12, 4), st.floats(0.1, 16), st.integers(2, 40)
 )
 cosines = st.builds(Cosine, st.floats(0.1, 20), st.floats(1e-5, 1e-2), st.floats(1e-5, 1e-2))
-schedules = st.one_of(curves, cosines)
+flows = st.builds(LogitNormal, st.floats(-3, 3), st.floats(0.1, 3), st.floats(0.1, 10))
+schedules = st.one_of(curves, cosines, flows)
 gumbels = st.builds(gumbel, st.floats(-3, 3), st.floats(0.1, 3))
 warps = st.builds(warp, st.sampled_from(["log", "linear"]), st.integers(0, 1000), st.floats(0, 4))
 every_schedule = pytest.mark.parametrize(
-    "family", [warps, curves, cosines, gumbels], ids=["warp", "learned", "cosine", "gumbel"]
+    "family", [warps, curves, cosines, gumbels, flows], ids=["warp", "learned", "cosine", "gumbel", "flow"]
 )
 fractions = st.lists(st.floats(0, 1), min_size=1, max_size=9).map(lambda u: torch.tensor(u, dtype=torch.float64))
 
@@ -197,6 +199,48 @@ def test_the_cosine_is_that_of_the_paper(u: list[float], k: float) -> None:
     assert float(alpha_of(torch.tensor(schedule.t_max / k))) < 1e-15
 
 
+QUANTILES = {
+    4: (0.115108, 0.182426, 0.276796),
+    8: (0.081639, 0.115108, 0.147429, 0.182426, 0.223551, 0.276796, 0.358997),
+}
+
+
+@pytest.mark.parametrize("steps", QUANTILES)
+def test_the_upper_ends_of_a_flow_are_its_grid_of_quantiles(steps: int) -> None:
+    tau = 1 / (1 + UpperEnds().levels(LogitNormal(), steps) / 2)
+    assert tau.tolist() == pytest.approx([1e-4, *QUANTILES[steps]], abs=5e-7)
+
+
+@given(mean=st.floats(-3, 3), deviation=st.floats(0.1, 1.5), scale=st.floats(0.1, 10), u=st.floats(0.001, 0.999))
+def test_the_log_odds_of_a_flow_are_normal(mean: float, deviation: float, scale: float, u: float) -> None:
+    t = LogitNormal(mean, deviation, scale).t_of_u(torch.tensor([u], dtype=torch.float64))
+    odds = NormalDist(mean, deviation).inv_cdf(1 - u)
+    assert float((scale / t).log()) == pytest.approx(odds, abs=1e-3)  # what is cut off moves it a little
+
+
+def test_a_flow_ends_a_ten_thousandth_before_noise_and_before_data() -> None:
+    flow = LogitNormal(noise_scale=3.0)
+    assert (flow.t_min, flow.t_max) == pytest.approx((3 / 9999, 3 * 9999), rel=1e-12)
+    nats = torch.ones(2, dtype=torch.float64)
+    assert flow.fit(nats, nats).item() == 0
+    assert not list(flow.parameters())
+    before = flow.t_of_u(nats / 3)
+    flow.after_step()
+    assert torch.equal(flow.t_of_u(nats / 3), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ((math.nan,), "mean"), ((0.0, 0.0), "deviation"), ((0.0, 1.0, -2.0), "noise_scale"), ((60.0, 0.1), "lower"),
+        ((0.0, math.inf), "deviation"),
+    ],
+)  # fmt: skip
+def test_flows_without_times_are_refused(arguments: tuple[float, ...], word: str) -> None:
+    with pytest.raises(CdlmError, match=word):
+        LogitNormal(*arguments)
+
+
 @given(schedule=st.one_of(schedules, gumbels), rows=st.integers(1, 9))
 @settings(max_examples=20)
 def test_what_is_learned_from_is_the_level_and_its_slope(schedule: Schedule, rows: int) -> None:
@@ -232,7 +276,9 @@ def test_the_scale_multiplies_the_gradient_of_the_shape_row_by_row_and_not_that_
 # --- the grid that stops one short of the end ---
 
 
-ALL_SCHEDULES = {"warp": lambda: TimeWarp(0.3, 40.0), "learned": learned, "cosine": Cosine, "gumbel": gumbel}
+ALL_SCHEDULES = {
+    "warp": lambda: TimeWarp(0.3, 40.0), "learned": learned, "cosine": Cosine, "gumbel": gumbel, "flow": LogitNormal,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ALL_SCHEDULES)

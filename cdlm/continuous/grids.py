@@ -46,6 +46,14 @@ class Walk(ABC):
         """Memory of rows that begin, or begin their next block, in the states `z`."""
         return ()
 
+    def ahead(self, step: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The level that follows each row's step, said before the step is made; at the last step, its own.
+
+        Raises:
+            CdlmError: it depends on what the step will show.
+        """
+        raise CdlmError(f"{type(self).__name__} chooses a level after the prediction: take a grid that all rows share")
+
     @abstractmethod
     def next(self, memory: Any, seen: Seen) -> tuple[Any, Float[Tensor, " b"]]:
         """The next memory and level of each row; of a row that is at its end, any."""
@@ -80,8 +88,11 @@ class SharedLevels(Walk):
     def steps(self) -> int:
         return len(self._following)
 
+    def ahead(self, step: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        return self._following.index_select(0, step)
+
     def next(self, memory: Any, seen: Seen) -> tuple[Any, Float[Tensor, " b"]]:
-        return memory, self._following.index_select(0, seen.step)
+        return memory, self.ahead(seen.step)
 
 
 class Grid(Settings, ABC):

@@ -49,7 +49,8 @@ class DiffusionSettings:
     if anything; what is not given otherwise is as in the model's paper.
 
     Args:
-        solver: Euler(), Heun(), TwoStep(), TorchDiffEq("rk4"), TorchDiffEq("dopri5"), ..., Ancestral() or Renoise().
+        solver: Euler(), Heun(), TwoStep(), TorchDiffEq("rk4"), TorchDiffEq("dopri5"), ..., Ancestral(), Renoise() or
+            Churn(1.5, "exact").
         grid: Warped(), LogT(), UniformT(), UpperEnds(), or the beginning of one, such as Truncated(LogT(), 0.6); or
             Adaptive(0.04), in which each row takes its own steps.
         projection: how logits drive the state: Expectation(), Greedy(), Drawn(0.9), MultiHot(0.2) or Uneven(0.2).
@@ -115,6 +116,11 @@ class Diffusion(Sampling):
         check_object("Diffusion", Solver, solver=self.solver)
         check_object("Diffusion", Grid, grid=self.grid)
         check_object("Diffusion", Guidance, guidance=self.guidance)
+        if self.solver.looks_ahead and isinstance(self.grid, Adaptive):
+            raise CdlmError(
+                f"{self.solver!r} has to know the next level before the prediction, and {self.grid!r} chooses it after:"
+                " take another solver, or a grid such as LogT()"
+            )
         check_whole("Diffusion", largest=MOST_STEPS, steps=self.steps)
         check_number("Diffusion", least=0.0, init_scale=self.init_scale, hint="1 is the model's own noise level")
         hint = "a block has one position or more, and None generates all at once"
@@ -334,6 +340,8 @@ class DiffusionLoop(Loop[DiffusionRows]):
         """Whether positions can be decided before their row is done."""
         self.position_noise = PositionNoise(options.seed)
         self.walk = sampling.grid.walk(denoiser.schedule, sampling.steps, denoiser.rho, self.device)
+        if sampling.solver.looks_ahead:
+            sampling.solver.check(sampling.grid.levels(denoiser.schedule, sampling.steps))
         self.calls = sampling.guidance.calls if denoiser.guidance_range is None else 1
         """Of a prediction."""
 
@@ -423,6 +431,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
 
     @torch.no_grad()
     def step(self, live: DiffusionRows) -> tuple[LoopStep, Stepped]:
+        live = self._before(live)
         t = live.t
         prediction, x0 = self.sampling.guidance.predict(self.denoiser, live.z, t, live.condition, self._draws(live))
         prediction, live, due = self._asked(live, prediction)
@@ -467,6 +476,14 @@ class DiffusionLoop(Loop[DiffusionRows]):
             condition=live.condition._replace(x0=shown),
         )  # fmt: skip
         return finished, Stepped(live, driving, t_next, tokens)
+
+    def _before(self, live: DiffusionRows) -> DiffusionRows:
+        """Rows where the prediction is made: a solver may take them back to more noise first."""
+        solver = self.sampling.solver
+        if not solver.looks_ahead:
+            return live
+        z, t = solver.before(live.z, live.t, self.walk.ahead(live.step), self._draws(live))
+        return live._replace(z=z, t=t)
 
     def _asked(self, live: DiffusionRows, prediction: Prediction) -> tuple[Prediction, DiffusionRows, list[bool]]:
         """The prediction with what its read-out says of the tokens, and which rows were asked: of the others the logits

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cdlm.core.devices import refined
+from cdlm.core.checks import check_number
+from cdlm.core.devices import fine, refined
 from cdlm.core.errors import CdlmError
 
 
@@ -178,6 +179,74 @@ def _interpolate(
     """The piecewise linear function through (inputs, outputs); swap the two for its inverse."""
     i = _bin(x, inputs)
     return outputs[i] + (outputs[i + 1] - outputs[i]) * (x - inputs[i]) / (inputs[i + 1] - inputs[i])
+
+
+class LogitNormal(Schedule):
+    """Times of a flow with normal log-odds, `tau = sigmoid(mean + deviation Phi^-1(1 - u))` (ELF, arXiv 2605.10938).
+
+    tau is the share of the data in the state of the flow `tau x + (1 - tau) noise_scale eps`, from noise at 0 to data
+    at 1. In the units of z = x + t eps its level is `t = noise_scale (1 - tau) / tau`, so that ln t is normal. The
+    distribution is cut off at tau = 1e-4, where u = 1 and t = 9999 noise_scale, and at tau = 1 - 1e-4, where u = 0 and
+    t = noise_scale / 9999. `UpperEnds` on it is the grid of ELF's quantiles without its last point, tau = 1.
+
+    Args:
+        mean, deviation: of the log-odds of tau; deviation > 0. More mean is less noise.
+        noise_scale: standard deviation of the noise at tau = 0, > 0, where that of the data is 1.
+    """
+
+    invertible = (1e-300, 1 - 1e-8)
+
+    def __init__(self, mean: float = -1.5, deviation: float = 0.8, noise_scale: float = 2.0):
+        super().__init__()
+        check_number("LogitNormal", mean=mean)
+        check_number("LogitNormal", above=0, deviation=deviation, noise_scale=noise_scale)
+        self.mean, self.deviation, self.noise_scale = mean, deviation, noise_scale
+        furthest = math.log1p(-EDGE) - math.log(EDGE)
+        self._ends = (mean - furthest) / deviation, (mean + furthest) / deviation
+        low, high = (0.5 * math.erfc(-end / math.sqrt(2)) for end in self._ends)
+        self._below, self._kept = low, high - low
+        if not self._kept > 0:
+            raise CdlmError(f"LogitNormal({mean}, {deviation}) has no time between 1e-4 and 1 - 1e-4: lower |mean|")
+
+    @property
+    def t_min(self) -> float:
+        return self.noise_scale * EDGE / (1 - EDGE)
+
+    @property
+    def t_max(self) -> float:
+        return self.noise_scale * (1 - EDGE) / EDGE
+
+    def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        normal = torch.special.ndtri(self._below + self._kept * refined(u)).clamp(*self._ends)
+        return (math.log(self.noise_scale) - self.mean + self.deviation * normal).exp().clamp(self.t_min, self.t_max)
+
+    def u_of_t(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        share = torch.special.erfc(-self._normal(t) / math.sqrt(2)) / 2  # ndtr loses the digits of small shares
+        return ((share - self._below) / self._kept).clamp(0, 1)
+
+    def density(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        bell = (-self._normal(t).square() / 2).exp() / math.sqrt(2 * math.pi)
+        return bell / (self._kept * self.deviation * refined(t))
+
+    def slope(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        density = self.density(self.t_of_u(u))
+        return torch.where(density > 0, 1 / density, 0).clamp(max=STEEPEST)
+
+    def fit(self, t: Float[Tensor, " b"], nats: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+        return torch.zeros((), dtype=fine(t.device), device=t.device)  # nothing to learn
+
+    def after_step(self) -> None:
+        return
+
+    def _normal(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """How many deviations ln t lies above its mean."""
+        return (((refined(t) / self.noise_scale).log() + self.mean) / self.deviation).clamp(*self._ends)
+
+
+EDGE = 1e-4
+"""Times of a flow that are cut off at each end."""
+STEEPEST = 1e300
+"""The most that the slope at an end of a flow is said to be; further out it is 0."""
 
 
 def alpha_of(t: Float[Tensor, ...]) -> Float[Tensor, ...]:

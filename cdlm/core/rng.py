@@ -27,7 +27,7 @@ def row_normal(seed: int, indices: Sequence[int], *shape: int) -> Float[Tensor, 
     return torch.stack([torch.randn(shape, generator=generator(seed, index)) for index in indices])
 
 
-NORMAL, UNIFORM = 1, 2
+NORMAL, UNIFORM, CHURN = 1, 2, 3
 """What the numbers of a step are for: the last word of their key."""
 
 
@@ -44,9 +44,9 @@ class StepNoise:
     step: Sequence[int]
     """Steps that each row has taken, those of its earlier blocks included."""
 
-    def normal(self, like: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
-        """Standard normal numbers in the shape and type of `like`."""
-        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self._each(NORMAL)]).to(like)
+    def normal(self, like: Float[Tensor, "b ..."], purpose: int = NORMAL) -> Float[Tensor, "b ..."]:
+        """Standard normal numbers in the shape and type of `like`; of another purpose, others."""
+        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self._each(purpose)]).to(like)
 
     def uniform(self, like: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """Numbers in [0, 1) in the shape of `like`, float64 on the CPU."""
