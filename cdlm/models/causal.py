@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cdlm.core.checks import shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.tensors import check_values
-from cdlm.models.foreign import check_folder, only_errors
+from cdlm.models.foreign import check_folder
 from cdlm.models.hub import fingerprint_of
 
 if TYPE_CHECKING:
@@ -120,36 +120,6 @@ def opened(source: str, what: str, kind: Any, dtype: torch.dtype | str, hub: boo
         raise CdlmError(
             f"expected {what} with safetensors weights at {source!r}, got: {in_one_line(error)} {advice}{train}"
         ) from error
-
-
-def open_encoder(name: str, device: str = "cpu", hub: bool = True) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
-    """Any network of Hugging Face that turns text into hidden states, from safetensors in float32, without its head.
-
-    Of an encoder-decoder it is the encoder. The global random state is left as it was.
-
-    Args:
-        hub: what is neither a folder nor in the local cache is fetched.
-
-    Raises:
-        CdlmError: it cannot be found or read.
-    """
-    with torch.random.fork_rng(devices=[]), only_errors():  # a pooling head that is not there is drawn, and not used
-        tokenizer, model, _ = opened(name, "an encoder", _Headless, torch.float32, hub)
-    network: Any = model.get_encoder() if model.config.is_encoder_decoder else model
-    return tokenizer, network.to(device).eval()
-
-
-class _Headless:
-    """What `opened` takes for a class of transformers: the encoder alone where there is a class for it."""
-
-    @staticmethod
-    def from_pretrained(folder: Path, **settings: Any) -> Any:
-        from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
-        from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
-
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        kind = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-        return kind.from_pretrained(folder, **settings)
 
 
 def in_one_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
 from cdlm.evaluation.judge import Judge, Readers, batches_by_length, padded
 from cdlm.evaluation.texts import Corpus
-from cdlm.models.causal import open_encoder
+from cdlm.models.encoder import open_encoder
 
 MOST_TOKENS = 256
 """Tokens of a text that a network reads, at most."""
