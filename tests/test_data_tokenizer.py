@@ -19,9 +19,9 @@ from cdlm.data.tokenizer import (
     _without_long_words,
     encode_batch,
     load_tokenizer,
-    tokenizer_hash,
     train_tokenizer,
 )
+from cdlm.models.foreign import tokenizer_hash
 
 TEXTS = list(stories(300, 0))
 TOKENIZER = train_tokenizer(TEXTS, 300)

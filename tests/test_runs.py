@@ -22,10 +22,10 @@ from cdlm.core.errors import CdlmError
 from cdlm.data.masking import MASKINGS
 from cdlm.data.order import fixed_batches
 from cdlm.data.sources import Files, Stories
-from cdlm.data.tokenizer import tokenizer_hash
 from cdlm.masked.model import MaskedModel
 from cdlm.masked.system import Masked
 from cdlm.models import hub
+from cdlm.models.foreign import tokenizer_hash
 from cdlm.models.system import System
 from cdlm.runs import train as runs
 from cdlm.runs.config import RunConfig, read_run

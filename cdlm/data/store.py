@@ -25,7 +25,8 @@ from cdlm.core.files import reading, replacing
 from cdlm.core.progress import announce
 from cdlm.core.schema import Positive, Whole, checked
 from cdlm.data.sources import Source, Split
-from cdlm.data.tokenizer import encode_batch, tokenizer_hash
+from cdlm.data.tokenizer import encode_batch
+from cdlm.models.foreign import tokenizer_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,16 +1,13 @@
 """Byte-level BPE tokenizers: train one, load one, tell one from another."""
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdlm.core.errors import CdlmError, first_line
-from cdlm.models.foreign import check_tokenizer
+from cdlm.models.foreign import foreign_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -67,17 +64,17 @@ def _without_long_words(text: str) -> Iterator[str]:
 def load_tokenizer(name_or_dir: str) -> "PreTrainedTokenizerFast":
     """Load a fast tokenizer from a local folder or the Hugging Face Hub; no code is ever run.
 
+    One without an end-of-text token ends a text with its separator, as `foreign_tokenizer` says.
+
     Raises:
         CdlmError: There is none, the Hub cannot be reached, it is not a fast one, or it has no end-of-text token.
     """
     from huggingface_hub import snapshot_download
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     try:
         folder = name_or_dir if Path(name_or_dir).is_dir() else snapshot_download(name_or_dir, allow_patterns=_FILES)
-        check_tokenizer(Path(folder))
-        with _only_errors():  # a config.json of a model that transformers does not know is no concern of ours
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = foreign_tokenizer(Path(folder))
     except CdlmError:
         raise
     except Exception as error:  # the Hub client, its HTTP library and the parsers each raise their own kinds
@@ -92,19 +89,10 @@ def load_tokenizer(name_or_dir: str) -> "PreTrainedTokenizerFast":
         )
     if tokenizer.eos_token_id is None:
         raise CdlmError(
-            f"tokenizer {name_or_dir!r} has no end-of-text token (eos_token), which joins documents; "
+            f"tokenizer {name_or_dir!r} has no end-of-text token (eos_token, or sep_token), which joins documents; "
             "set eos_token in its tokenizer_config.json or choose another"
         )
     return tokenizer
-
-
-def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """64 hex digits that depend on how text becomes ids and on the special ids, not on names or on earlier calls."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    for setting_of_last_call in ("truncation", "padding"):
-        backend.pop(setting_of_last_call, None)
-    special = [tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id]
-    return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
 
 
 def encode_batch(tokenizer: "PreTrainedTokenizerFast", documents: list[str]) -> list[list[int]]:
@@ -118,19 +106,6 @@ def encode_batch(tokenizer: "PreTrainedTokenizerFast", documents: list[str]) -> 
         verbose=False,
     )
     return encoded["input_ids"]
-
-
-@contextmanager
-def _only_errors() -> Iterator[None]:
-    """Silence the warnings of transformers, for the block."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _wrap(backend: object) -> "PreTrainedTokenizerFast":

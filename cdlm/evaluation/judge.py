@@ -148,19 +148,6 @@ class Judge:
 # --- where they come from ---------------------------------------------------------------------------------------------
 
 
-def open_encoder(name: str, device: str = "cpu") -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
-    """Any network of Hugging Face that turns text into hidden states, from safetensors, without its head.
-
-    Raises:
-        CdlmError: it cannot be found or read.
-    """
-    from transformers import AutoModel
-
-    tokenizer, model, _ = opened(name, "an encoder", AutoModel, torch.float32)
-    network: Any = model.get_encoder() if model.config.is_encoder_decoder else model
-    return tokenizer, network.to(device).eval()
-
-
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model and tokenizer of one GGUF file; its weights are unpacked into `dtype`."""
     try:

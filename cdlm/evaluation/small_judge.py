@@ -21,6 +21,7 @@ from cdlm.core.progress import meter
 from cdlm.data.order import Order
 from cdlm.data.store import TextRows
 from cdlm.evaluation.judge import NAME_FILE, Judge
+from cdlm.training.small import Progress, minimise
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -133,7 +134,7 @@ def train_judge(
     lr: float = 3e-3,
     seed: int,
     device: str = "cpu",
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Judge:
     """Train a small GPT-2 on packed token rows, one batch a step; the same arguments give the same weights.
 
@@ -152,20 +153,11 @@ def train_judge(
         )
     model = _fresh_gpt2(len(tokenizer), length, size, seed).train()
     nn.Module.to(model, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    for step in range(1, steps + 1):
-        batch = next(rows, None)
-        if batch is None:
-            raise CdlmError(f"expected {steps} batches to train a judge, got {step - 1}; pass more text or fewer steps")
-        loss = _gpt2_loss(model, batch.to(device), length)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if progress is not None:
-            progress(step, loss.item())
+    taken = minimise(
+        model, lambda batch: _gpt2_loss(model, batch.to(device), length), rows, steps=steps, lr=lr, progress=progress
+    )
+    if taken < steps:
+        raise CdlmError(f"expected {steps} batches to train a judge, got {taken}; pass more text or fewer steps")
     name = f"own GPT-2 (width {size.width}, depth {size.depth}, {steps} steps, seed {seed})"
     return Judge(model, tokenizer, name, device)
 
@@ -180,14 +172,6 @@ def _fresh_gpt2(vocabulary: int, length: int, size: JudgeSize, seed: int) -> GPT
     with torch.random.fork_rng(devices=[]):  # transformers draws its weights from the global generator
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
         return GPT2LMHeadModel(config)
-
-
-def _rate(step: int, steps: int) -> float:
-    warm_up = max(1, min(100, steps // 10))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    done = (step - warm_up) / max(1, steps - warm_up)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
 def _gpt2_loss(model: GPT2LMHeadModel, batch: Int[Tensor, "b n"], length: int) -> Float[Tensor, ""]:

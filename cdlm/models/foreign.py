@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from msgspec import Meta
 
@@ -13,6 +16,9 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json
 from cdlm.core.schema import checked
 from cdlm.core.tensors import FLOATS, Spec, read_header
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ATTENTION = (None, "eager", "sdpa")
@@ -71,6 +77,7 @@ class TokenizerSettings(TypedDict, total=False):
     bos_token: str | dict[str, Any] | None
     eos_token: str | dict[str, Any] | None
     unk_token: str | dict[str, Any] | None
+    sep_token: str | dict[str, Any] | None
     pad_token: str | dict[str, Any] | None
     mask_token: str | dict[str, Any] | None
     clean_up_tokenization_spaces: bool | None
@@ -82,6 +89,47 @@ def check_tokenizer(folder: Path) -> None:
     file = folder / "tokenizer_config.json"
     if file.exists():
         checked(read_json(file, "a tokenizer"), TokenizerSettings, str(file), "copy it again")
+
+
+def foreign_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, of the class that the folder names; no code of its author is run.
+
+    One without an end-of-text token that separates texts, as BERT's does with [SEP], ends a text with that token.
+
+    Raises:
+        CdlmError: its settings are of other kinds.
+        Exception: the library cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer(folder)
+    with only_errors():  # a config.json of a model that transformers does not know is no concern of a tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+        tokenizer.eos_token = tokenizer.sep_token
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """64 hex digits that depend on how text becomes ids and on the special ids, not on names or on earlier calls."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for setting_of_last_call in ("truncation", "padding"):
+        backend.pop(setting_of_last_call, None)
+    special = [tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id]
+    return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def only_errors() -> Iterator[None]:
+    """Silence the warnings of transformers, for the block."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def check_folder(folder: Path) -> None:

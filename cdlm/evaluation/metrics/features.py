@@ -19,8 +19,9 @@ from torch import Tensor
 from cdlm.core.checks import Settings, check_choice, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.parsing import Registry
-from cdlm.evaluation.judge import Judge, Readers, batches_by_length, open_encoder, padded
+from cdlm.evaluation.judge import Judge, Readers, batches_by_length, padded
 from cdlm.evaluation.texts import Corpus
+from cdlm.models.encoder import open_encoder
 
 MOST_TOKENS = 256
 """Tokens of a text that a network reads, at most."""
