@@ -116,6 +116,15 @@ def check_place(folder: Path) -> None:
         raise CdlmError(f"expected an encoder of cdlm train-encoder or no folder at {folder}, got something else")
 
 
+def check_mask(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise if a tokenizer has no mask token."""
+    if tokenizer.mask_token_id is None:
+        raise CdlmError(
+            "the tokenizer has no mask token (mask_token), which a masked language model is trained with: set"
+            " mask_token in its tokenizer_config.json, or leave tokenizer out to train one"
+        )
+
+
 def train_encoder(
     text: RunText, options: EncoderOptions, device: str = "cpu", progress: Progress | None = None
 ) -> SmallEncoder:
@@ -154,11 +163,7 @@ class Masks:
     share: float
 
     def __post_init__(self) -> None:
-        if self.tokenizer.mask_token_id is None:
-            raise CdlmError(
-                "the tokenizer has no mask token (mask_token), which a masked language model is trained with: set"
-                " mask_token in its tokenizer_config.json, or leave tokenizer out to train one"
-            )
+        check_mask(self.tokenizer)
 
     def choose(self, batch: Batch, source: torch.Generator) -> Bool[Tensor, "b n"]:
         """Positions that are to be told, drawn uniformly from those that are text."""
