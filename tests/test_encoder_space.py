@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -408,6 +407,7 @@ SETTINGS = """
 source: {{class_path: Files, init_args: {{paths: [{text}]}}}}
 vocab_size: {vocab}
 length: 12
+rows: document
 batch_size: 8
 validation_rows: 40
 judge_share: 0
@@ -420,9 +420,10 @@ SMALL = ("--width", "16", "--depth", "1", "--heads", "2", "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The settings of a run on a text in which each letter follows from the one before."""
+    """The settings of a run on a text whose documents each repeat one of six letters."""
     place = tmp_path_factory.mktemp("text")
-    (place / "text.txt").write_text("\n".join(("abcdef" * 7)[start : start + 36] for start in range(6)) * 40)
+    lines = "".join(f"{letter * length}\n" for letter in "abcdef" for length in range(6, 12))
+    (place / "text.txt").write_text(lines * 7)
     file = place / "run.yaml"
     file.write_text(SETTINGS.format(text=place / "text.txt", cache=place / "cache", vocab=259))
     return file
@@ -436,25 +437,21 @@ def test_a_trained_encoder_tells_masked_tokens_and_is_one_for_a_space(
     settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = torch.get_rng_state()
-    out = tmp_path / "encoder"
-    main(
-        ["train-encoder", str(settings), str(out), *SMALL, "--width", "32", "--steps", "60", "--lr", "0.01", "--quiet"]
-    )
+    out, size = tmp_path / "encoder", ("--width", "32", "--depth", "1", "--heads", "2")
+    words = ["train-encoder", str(settings), str(out), *size, "--steps", "250", "--lr", "0.01"]
+    main([*words, "--device", "cpu", "--quiet"])
     assert torch.equal(before, torch.get_rng_state())
     assert capsys.readouterr().out == ""
     told = told_by(out)
-    tokens = np.array(*encode_batch(read_tokenizer(out), [settings.with_name("text.txt").read_text()]))
-    shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
-    entropy = -(shares * np.log(shares)).sum()
-    assert told["tokens"] > 50
-    assert told["nats"] < entropy / 2
-    assert told["accuracy"] > 2 * shares.max()
+    assert told["tokens"] > 20
+    assert told["nats"] < math.log(6) / 2  # the letters are equally frequent, so ln 6 is what frequencies alone give
+    assert told["accuracy"] > 2 / 6
     space = EncoderSpace.open(str(out))
     assert (space.dim, space.encoder.length) == (32, 12)
     space.check_tokenizer(load_tokenizer(str(out)))
-    rows = torch.tensor(tokens[:120].reshape(10, 12))
-    space.fit([(rows, torch.ones_like(rows, dtype=torch.bool))])
-    assert space.std.item() > 0
+    rows = torch.arange(96).reshape(8, 12)
+    space.fit([(rows, rows > 5)])
+    assert space.std.item() not in (0.0, 1.0)
 
 
 def test_the_same_arguments_give_the_same_files(
