@@ -129,6 +129,7 @@ COMMANDS = {
     "record": ["sample", "{run}", *SHORT, "--record", "{out}"],
     "evaluate": ["evaluate", "{run}", "{samples}", "--judge-steps", "2", "--splits", "2", "--out", "{out}", *ON_CPU],
     "train-judge": ["train-judge", "{run}", "{out}", "--steps", "2", *ON_CPU],
+    "train-encoder": ["train-encoder", "{run}", "{out}", "--steps", "2", *ON_CPU],
     "compare": ["compare", "{run}", *SHORT, "--judge-steps", "2", "--rules", "Patience", "--live", "0", "--no-rivals",
                 "--out", "{out}"],
 }  # fmt: skip

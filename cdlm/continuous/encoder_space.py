@@ -137,5 +137,6 @@ class EncoderSpace(nn.Module):
         Raises:
             CdlmError: it cannot be written.
         """
-        check_places(folder)
-        self.cache = VectorCache(folder / f"{self.fingerprint.removeprefix(PREFIX)[:32]}.sqlite", self.dim)
+        cache = VectorCache(folder / f"{self.fingerprint.removeprefix(PREFIX)[:32]}.sqlite", self.dim)
+        check_places(cache.file)
+        self.cache = cache

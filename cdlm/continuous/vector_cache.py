@@ -43,7 +43,7 @@ class VectorCache:
         found = self.read(keys)
         missing = [row for row, key in enumerate(keys) if key not in found]
         if missing:
-            made = encoder(tokens[missing], seen[missing]).cpu().numpy().astype(np.float16)
+            made = encoder(tokens[missing], seen[missing]).half().cpu().numpy()
             if not np.isfinite(made[places[missing].numpy()]).all():
                 raise CdlmError(
                     f"vectors of the encoder {encoder.source} are too long for float16: leave the cache out"

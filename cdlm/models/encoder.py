@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,8 +63,8 @@ class Encoder:
         if path is None or found != self.fingerprint:
             what = "is not there" if path is None else f"is another one, of fingerprint {found[:24]}"
             raise CdlmError(
-                f"the encoder {shown(self.source)} {what}: copy the one that the model was trained with (fingerprint"
-                f" {self.fingerprint[:24]}) to that place; sampling without a prompt needs no encoder"
+                f"the encoder {shown(self.source, 300)} {what}: copy the one that the model was trained with"
+                f" (fingerprint {self.fingerprint[:24]}) to that place; sampling without a prompt needs no encoder"
             )
         return path
 
@@ -76,11 +75,11 @@ class Encoder:
         return network.requires_grad_(False)
 
     @cached_property
-    def length(self) -> float:
-        """Tokens that it can read at once; without positions of its own there is no limit."""
+    def length(self) -> int | None:
+        """Tokens that it can read at once; None if there is no limit, as with relative positions."""
         limit = getattr(self.network.config, "max_position_embeddings", None)
         if limit is None or limit < 1:
-            return math.inf
+            return None
         for name, part in self.network.named_modules():  # RoBERTa counts from behind its padding token
             if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
                 return limit - part.padding_idx - 1
@@ -89,7 +88,7 @@ class Encoder:
     @torch.no_grad()
     def __call__(self, tokens: Int[Tensor, "b n"], seen: Bool[Tensor, "b n"]) -> Float32[Tensor, "b n d"]:
         """Its last hidden states; those of positions that are not seen mean nothing."""
-        if tokens.shape[1] > self.length:
+        if self.length is not None and tokens.shape[1] > self.length:
             raise CdlmError(
                 f"rows of {tokens.shape[1]} tokens are longer than the encoder {self.source} can read, {self.length}:"
                 " lower length, or take another encoder"

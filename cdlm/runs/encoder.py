@@ -1,4 +1,8 @@
-"""A small encoder of a run's own text: a masked language model (BERT, arXiv 1810.04805) as a folder of Hugging Face."""
+"""A small encoder of a run's own text: a masked language model (BERT, arXiv 1810.04805) as a folder of Hugging Face.
+
+Its layers are those of ModernBERT (arXiv 2412.13663): normalised first, with rotary positions. BERT's own, normalised
+last, learn no more than the frequencies of tokens in the time that these take.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,10 +29,13 @@ from cdlm.sampling.texts import save_tokenizer
 from cdlm.training.small import Progress, minimise
 
 if TYPE_CHECKING:
-    from transformers import BertForMaskedLM, PreTrainedTokenizerFast
+    from transformers import ModernBertForMaskedLM, PreTrainedTokenizerFast
 
 ABOUT = "training.json"
 """The file that tells a folder of such an encoder from others: its settings and its numbers on held-out text."""
+FULL = ["full_attention"]
+"""The kind of attention of a layer."""
+ROTARY = {"rope_theta": 1e4, "rope_type": "default"}
 TRAINING, HELD_OUT = 0x7472, 0x686F
 """Purposes of what is drawn."""
 REPLACED, SWAPPED = 0.8, 0.1
@@ -45,11 +52,11 @@ class EncoderOptions(Settings):
     """Layers."""
     heads: int = 4
     """Heads of attention, a divisor of the width."""
-    steps: int = 1500
+    steps: int = 300
     """Training steps, of as many rows as the run has in a batch."""
     mask_share: float = 0.2
     """Share of the tokens that are to be told, in (0, 1)."""
-    lr: float = 2e-3
+    lr: float = 3e-3
     """Peak rate of AdamW."""
     seed: int = 0
     """Of the first weights, the order of the text and the masks."""
@@ -81,7 +88,7 @@ class Told(NamedTuple):
 class SmallEncoder:
     """A trained encoder with its language-model head, in evaluation mode."""
 
-    model: BertForMaskedLM
+    model: ModernBertForMaskedLM
     tokenizer: PreTrainedTokenizerFast
     options: EncoderOptions
     told: Told
@@ -93,7 +100,7 @@ class SmallEncoder:
             CdlmError: something else is there.
         """
         check_place(folder)
-        about = {"settings": asdict(self.options), "held_out": self.told._asdict()}
+        about: dict[str, Any] = {"settings": asdict(self.options), "held_out": self.told._asdict()}
         with replacing(folder) as new:
             new.mkdir()
             self.model.save_pretrained(new)
@@ -109,13 +116,21 @@ def check_place(folder: Path) -> None:
         raise CdlmError(f"expected an encoder of cdlm train-encoder or no folder at {folder}, got something else")
 
 
+def check_mask(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise if a tokenizer has no mask token."""
+    if tokenizer.mask_token_id is None:
+        raise CdlmError(
+            "the tokenizer has no mask token (mask_token), which a masked language model is trained with: set"
+            " mask_token in its tokenizer_config.json, or leave tokenizer out to train one"
+        )
+
+
 def train_encoder(
     text: RunText, options: EncoderOptions, device: str = "cpu", progress: Progress | None = None
 ) -> SmallEncoder:
     """Train a small encoder on the text that the run's model reads; the same arguments give the same weights on a CPU.
 
-    It has no tokens around a text, as in the rows of a run, and learned positions up to the run's length. The global
-    random state is left as it was.
+    Rows have no tokens around a text, as those of the run, and are as long. The global random state is left as it was.
 
     Raises:
         CdlmError: the tokenizer has no mask token.
@@ -148,11 +163,7 @@ class Masks:
     share: float
 
     def __post_init__(self) -> None:
-        if self.tokenizer.mask_token_id is None:
-            raise CdlmError(
-                "the tokenizer has no mask token (mask_token), which a masked language model is trained with: set"
-                " mask_token in its tokenizer_config.json, or leave tokenizer out to train one"
-            )
+        check_mask(self.tokenizer)
 
     def choose(self, batch: Batch, source: torch.Generator) -> Bool[Tensor, "b n"]:
         """Positions that are to be told, drawn uniformly from those that are text."""
@@ -160,63 +171,66 @@ class Masks:
         count = (self.share * batch.target.sum(1, keepdim=True)).round().clamp(min=1)
         return (scores.argsort(1).argsort(1) < count) & batch.target
 
-    def masked(self, batch: Batch, chosen: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    def hidden(self, batch: Batch, chosen: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
         """The mask in place of all of them."""
-        return batch.tokens.masked_fill(chosen, self.tokenizer.mask_token_id)
+        mask: Any = self.tokenizer.mask_token_id
+        return batch.tokens.masked_fill(chosen, mask)
 
     def corrupt(self, batch: Batch, source: torch.Generator) -> tuple[Bool[Tensor, "b n"], Int[Tensor, "b n"]]:
         """Positions that are to be told, and rows with the mask, another token or the same one there."""
         chosen = self.choose(batch, source)
         how = torch.rand(batch.tokens.shape, generator=source)
         others = torch.randint(len(self.tokenizer), batch.tokens.shape, generator=source)
-        tokens = self.masked(batch, chosen & (how < REPLACED))
+        tokens = self.hidden(batch, chosen & (how < REPLACED))
         return chosen, torch.where(chosen & (how >= 1 - SWAPPED), others, tokens)
 
 
-def _fresh(text: RunText, options: EncoderOptions) -> BertForMaskedLM:
-    from transformers import BertConfig, BertForMaskedLM
+def _fresh(text: RunText, options: EncoderOptions) -> ModernBertForMaskedLM:
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-    config = BertConfig(
-        vocab_size=len(text.tokenizer), hidden_size=options.width, num_hidden_layers=options.depth,
-        num_attention_heads=options.heads, intermediate_size=4 * options.width, type_vocab_size=1,
-        max_position_embeddings=text.config.length, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        pad_token_id=text.tokenizer.pad_token_id,
+    special: Any = text.tokenizer
+    config = ModernBertConfig(
+        vocab_size=len(special), hidden_size=options.width, num_hidden_layers=options.depth,
+        num_attention_heads=options.heads, intermediate_size=2 * options.width, layer_types=FULL * options.depth,
+        rope_parameters={"full_attention": ROTARY, "sliding_attention": ROTARY},
+        max_position_embeddings=text.config.length, pad_token_id=special.pad_token_id,
+        eos_token_id=special.eos_token_id, sep_token_id=special.eos_token_id, bos_token_id=None, cls_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # transformers draws its weights from the global generator
         torch.default_generator.manual_seed(options.seed)  # torch.manual_seed would also reseed the GPUs
-        return BertForMaskedLM(config)
+        return ModernBertForMaskedLM(config)
 
 
 def _guesses(
-    network: BertForMaskedLM, batch: Batch, tokens: Int[Tensor, "b n"], chosen: Bool[Tensor, "b n"]
+    network: ModernBertForMaskedLM, batch: Batch, tokens: Int[Tensor, "b n"], chosen: Bool[Tensor, "b n"]
 ) -> tuple[Float[Tensor, "k v"], Int[Tensor, " k"]]:
     """Logits of the chosen positions, and the tokens that are right there."""
     device = network.device
     valid = None if batch.valid is None else batch.valid.to(device).long()
-    states = network.bert(input_ids=tokens.to(device), attention_mask=valid).last_hidden_state
-    return network.cls(states[chosen.to(device)]), batch.tokens[chosen].to(device)
+    states = network.model(input_ids=tokens.to(device), attention_mask=valid).last_hidden_state
+    return network.decoder(network.head(states[chosen.to(device)])), batch.tokens[chosen].to(device)
 
 
 @torch.no_grad()
-def _told(network: BertForMaskedLM, masks: Masks, batches: Iterator[Batch], seed: int) -> Told:
+def _told(network: ModernBertForMaskedLM, masks: Masks, batches: Iterator[Batch], seed: int) -> Told:
     nats, right, count = 0.0, 0, 0
     for number, batch in enumerate(batches):
         chosen = masks.choose(batch, generator(seed, HELD_OUT, number))
-        logits, tokens = _guesses(network, batch, masks.masked(batch, chosen), chosen)
+        logits, tokens = _guesses(network, batch, masks.hidden(batch, chosen), chosen)
         nats += functional.cross_entropy(logits.double(), tokens, reduction="sum").item()
         right += int((logits.argmax(-1) == tokens).sum())
         count += len(tokens)
     return Told(nats / count, right / count, count)
 
 
-def _card(encoder: SmallEncoder, about: dict[str, object]) -> str:
+def _card(encoder: SmallEncoder, about: dict[str, Any]) -> str:
     """The model card."""
     size = sum(weight.numel() for weight in encoder.model.parameters()) / 1e6
     told = encoder.told
     lines = [
         "---", "library_name: transformers", "pipeline_tag: fill-mask", "tags: [encoder, cdlm]", "---", "",
         "# A small encoder", "",
-        f"A masked language model of {size:.1f} M parameters that `cdlm train-encoder` has trained on the text of a run.",
+        f"A masked language model of {size:.1f} M parameters, trained by `cdlm train-encoder` on the text of a run.",
         f"On held-out text: {told.nats:.3f} nats a masked token, {told.accuracy:.1%} of {told.tokens:,} told right.",
         "Rows have no tokens around a text.", "",
         "## Settings", "", fenced(json.dumps(about, indent=2), "json"), "",

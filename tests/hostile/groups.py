@@ -37,6 +37,7 @@ def commands(place: Path) -> Mapping[str, Sequence[str]]:
         "compare": (run, *JUDGED, f"--out={place / 'table'}"),
         "evaluate": (run, samples, "--judge-steps=2", "--device=cpu", "--quiet"),
         "train-judge": (run, str(place / "judge"), "--steps=2", "--device=cpu", "--quiet"),
+        "train-encoder": (run, str(place / "encoder"), "--steps=2", "--width=16", "--device=cpu", "--quiet"),
         "convert": ("plaid", run, str(place / "converted"), "--quiet"),
         "train-halting": (recording, str(place / "head"), "--quiet"),
         "train-sampler": (run, str(place / "layer"), "--updates=2", "--device=cpu", "--quiet"),  # a run that it refuses

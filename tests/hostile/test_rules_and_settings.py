@@ -51,6 +51,7 @@ NOWHERE: dict[str, list[str]] = {
     "sample": ["nowhere/run"], "replay": ["nowhere/rec", "--halt=Patience(2)"],
     "calibrate": ["nowhere/run"], "compare": ["nowhere/run", "--n=8"],
     "evaluate": ["nowhere/run", "nowhere/s.jsonl"], "train-judge": ["nowhere/run", "judge"],
+    "train-encoder": ["nowhere/run", "encoder"],
     "convert": ["plaid", "nowhere/run", "out"], "train-halting": ["nowhere/rec", "head"],
     "frontier": ["nowhere/run", "nowhere/way=s.jsonl"], "train-sampler": ["nowhere/run", "layer"],
     "merge": ["nowhere/adapter", "out"],

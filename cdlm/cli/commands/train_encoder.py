@@ -12,7 +12,7 @@ from cdlm.core.progress import meter, to_stderr
 from cdlm.models import hub
 from cdlm.runs import caches
 from cdlm.runs.config import parse_run, read_run
-from cdlm.runs.encoder import EncoderOptions, check_place
+from cdlm.runs.encoder import EncoderOptions, check_mask, check_place
 from cdlm.runs.encoder import train_encoder as trained
 from cdlm.runs.train import RunText
 
@@ -29,6 +29,7 @@ def train_encoder(run: str, out: Path, *, encoder: EncoderOptions = ENCODER, mac
     check_places(out)
     check_place(out)
     text = _text(run, out)
+    check_mask(text.tokenizer)
     with meter(encoder.steps, "encoder, training steps", not machine.quiet) as shown:
         made = trained(
             text, encoder, machine.device, lambda step, nats: shown.advance(nats_per_masked_token=f"{nats:.3f}")
