@@ -673,4 +673,4 @@ def _broken() -> CdlmError:
 
 def _true(flags: Sequence[int]) -> Int[Tensor, " k"]:
     """Places of those that are true."""
-    return torch.tensor([place for place, flag in enumerate(flags) if flag])
+    return torch.tensor([place for place, flag in enumerate(flags) if flag], dtype=torch.int64)

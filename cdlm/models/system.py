@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +22,9 @@ from cdlm.core.types import Batch
 from cdlm.models import lora
 from cdlm.models.hub import Pretrained
 from cdlm.sampling.texts import Special, save_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,20 @@ class System(Pretrained, ABC):
     def learned_schedule(self) -> nn.Module | None:
         """A noise schedule that learns, with an average and a learning rate of its own; None if nothing does."""
         return None
+
+    def prepare(self, tokenizer: PreTrainedTokenizerFast, batches: Iterable[Batch], cache: Path, fresh: bool) -> None:
+        """Called before training begins or goes on, with the text that it will read.
+
+        Args:
+            tokenizer: of the run.
+            batches: endless, in the order of training, with all valid positions as targets.
+            cache: folder for what can be made again.
+            fresh: whether the weights are untrained.
+
+        Raises:
+            CdlmError: the system cannot be trained on this text.
+        """
+        return
 
     def after_step(self) -> None:
         """Called after each optimiser step."""

@@ -210,6 +210,8 @@ def _train(
     text = RunText.of(config, _tokenizer(out, resume, origin))
     _ = text.judge, text.unread  # a text too small to be divided is better known before the training
     system = _built(config, text, origin)
+    order = RowLoader(text.train, config.batch_size, options.seed)
+    system.prepare(text.tokenizer, order, Path(config.cache).expanduser(), fresh=origin is None and not resume)
     if tuned is not None and origin is not None:
         weights = origin.fingerprint if isinstance(origin, Folder) else origin.stored_fingerprint()
         system.adapt(tuned.settings, tuned.base, weights, options.seed)
