@@ -135,6 +135,22 @@ def test_the_churn_of_elf_is_a_temperature_and_the_exact_one_is_none(steps: int)
     assert spread("elf", steps, 0.0) == pytest.approx(found[0], rel=1e-12)
 
 
+def test_in_the_limit_the_churn_of_elf_is_an_ode_at_a_temperature_that_falls() -> None:
+    """With ever shorter steps no noise is left: the score is divided by 1 / (1 + gamma tau)."""
+    tau = torch.linspace(1e-4, 1 - 1e-4, 4000, dtype=torch.float64)
+    fine, gamma = S * (1 - tau) / tau, 1.5
+    states = {"elf": fine[0], "ode": fine[0]}
+    for t, t_next in zip(fine[:-1].split(1), fine[1:].split(1), strict=True):
+        back, added = Churn(gamma, "elf", S).back(t, t_next)
+        kept = 1 / (1 + back.square())
+        states["elf"] = (states["elf"].square() + added.square()).sqrt() * (kept + t_next / back * (1 - kept))
+        kept = 1 + (1 / (1 + t.square()) - 1) * (1 + gamma * S / (S + t))
+        states["ode"] = states["ode"] * (kept + t_next / t * (1 - kept))
+    closed = math.exp(-gamma * (S**2 * math.log(S) + S * math.pi / 2) / (1 + S**2))
+    assert float(states["elf"]) == pytest.approx(closed, rel=2e-2)
+    assert float(states["ode"]) == pytest.approx(closed, rel=5e-3)
+
+
 class Normal(Denoiser):
     """Data that are standard normal numbers: the posterior mean is z / (1 + t^2)."""
 
