@@ -57,6 +57,8 @@ class DiffusionSettings:
             magnitude: sharpen that by softmax_temperature.
         guidance: scale of classifier-free guidance; 1 is off, others double the calls.
         init_scale: scale of the noise that a sample starts from.
+        passes: predictions at each noise level, each shown the estimate of the one before; of models with
+            self-conditioning.
         commit: a policy, such as Threshold(0.9) or FallingThreshold(0.95): what it is sure of is given from then on;
             none commits nothing.
         reopen: least probability that a committed token must keep; below it, it is taken back. For models that were
@@ -70,6 +72,7 @@ class DiffusionSettings:
     score_temperature: float | None = None
     guidance: float | None = None
     init_scale: float | None = None
+    passes: int | None = None
     commit: str | Policy | None = None
     reopen: float | None = None
 
@@ -83,6 +86,9 @@ class Diffusion(Sampling):
             out, so Euler spends `steps` calls.
         solver, grid, guidance: see there.
         init_scale: the start is `init_scale` times the prior; CDCD finds that a little below 1 sharpens.
+        passes: predictions at each level, >= 1, each shown the estimate of the one before, so that self-conditioning
+            comes nearer to its fixed point (arXiv 2607.00714). All but the last cost one call; the last one counts, and
+            is guided. More than one asks for a model with self-conditioning.
         block: positions that are generated at a time: `steps` for each block, and the rule begins anew in each.
             None generates all at once.
         commit: which positions to commit at a step, and to what. The network sees a committed token as it sees a
@@ -103,6 +109,7 @@ class Diffusion(Sampling):
     grid: Grid = field(default_factory=Warped)
     guidance: Guidance = field(default_factory=Guidance)
     init_scale: float = 1.0
+    passes: int = 1
     block: int | None = None
     commit: Policy | None = None
     reopen: float | None = None
@@ -118,6 +125,7 @@ class Diffusion(Sampling):
             )
         check_whole("Diffusion", largest=MOST_STEPS, steps=self.steps)
         check_number("Diffusion", least=0.0, init_scale=self.init_scale, hint="1 is the model's own noise level")
+        check_whole("Diffusion", largest=MOST_PASSES, passes=self.passes, hint="1 is one call at each level")
         hint = "a block has one position or more, and None generates all at once"
         check_whole("Diffusion", block=self.block, optional=True, hint=hint)
         if self.commit is not None:
@@ -131,10 +139,16 @@ class Diffusion(Sampling):
     @property
     def settings(self) -> dict[str, Any]:
         parts = {name: repr(getattr(self, name)) for name in ("grid", "solver")}
-        more: dict[str, Any] = {} if self.block is None else {"block": self.block}
+        more: dict[str, Any] = {} if self.passes == 1 else {"passes": self.passes}
+        more |= {} if self.block is None else {"block": self.block}
         more |= {} if self.commit is None else {"commit": repr(self.commit)}
         more |= {} if self.reopen is None else {"reopen": self.reopen}
         return {"steps": self.steps, **parts, **self.guidance.settings, "init_scale": float(self.init_scale), **more}
+
+    @property
+    def calls(self) -> int:
+        """Calls of the model for one prediction that counts."""
+        return self.passes - 1 + self.guidance.calls
 
     @property
     def keeps(self) -> bool:
@@ -166,10 +180,10 @@ class Diffusion(Sampling):
 
     def rivals(self) -> Mapping[str, Sequence[Diffusion]]:
         """Its own solver, and ancestral steps, each on its own grid, the shipped ones and their beginnings: they commit
-        nothing, and take all their steps."""
+        nothing, take all their steps, and make one pass at each level."""
         shared = () if isinstance(self.grid, Adaptive) else (self.grid,)
         grids = dict.fromkeys((*shared, Warped(), LogT(), *(Truncated(LogT(), share) for share in BEGINNINGS)))
-        own = {"fewer steps": [replace(self, grid=grid, commit=None, reopen=None) for grid in grids]}
+        own = {"fewer steps": [replace(self, grid=grid, passes=1, commit=None, reopen=None) for grid in grids]}
         if self.solver == Ancestral():
             return own
         return {**own, "ancestral": [replace(one, solver=Ancestral()) for one in own["fewer steps"]]}
@@ -188,6 +202,7 @@ PARTS: Mapping[str, Callable[[Any], Any]] = {
     "commit": lambda text: None if isinstance(text, str) and text.strip() == "none" else parse_policy(text),
 }
 """Flat settings that are objects, and what reads their text."""
+MOST_PASSES = 1000
 BEGINNINGS = (0.75, 0.6, 0.5)
 """Shares of the grid `LogT` that the plain sampler is also tried on: below some level nothing changes any more."""
 GUIDANCE = {
@@ -304,6 +319,11 @@ class DiffusionLoop(Loop[DiffusionRows]):
         super().__init__(options, batch_size, device)
         self.denoiser, self.sampling = denoiser, sampling
         self._check_reopen()
+        if sampling.passes > 1 and not denoiser.self_conditioning:
+            raise CdlmError(
+                f"passes={sampling.passes} shows the model its own estimate, and this one was trained without"
+                " self-conditioning: leave out passes"
+            )
         policy = frozenset() if sampling.commit is None else sampling.commit.needs - sampling.commit.spared
         self.needs = options.needs | (policy & DIVERGENCES)
         """Signals of a step: those that are read, and those whose past the policy needs."""
@@ -385,9 +405,10 @@ class DiffusionLoop(Loop[DiffusionRows]):
     @torch.no_grad()
     def step(self, live: DiffusionRows) -> tuple[LoopStep, Stepped]:
         live = self._before(live)
-        t, calls = live.t, self.sampling.guidance.calls
-        prediction, x0 = self.sampling.guidance.predict(self.denoiser, live.z, t, live.condition, self._draws(live))
-        embedding = EmbeddingState(live.z, t, self.denoiser.rho, prediction.x0)
+        t, calls = live.t, self.sampling.calls
+        prediction, x0, shown = self._predict(live, live.z, t)
+        again = self.sampling.passes > 1
+        embedding = EmbeddingState(live.z, t, self.denoiser.rho, prediction.x0, shown, again)
         statistics = StepStatistics(
             prediction.logits, live.open, live.block, live.step, live.past, self.glanced, embedding,
             live.tokens if self.decides else None,
@@ -421,6 +442,14 @@ class DiffusionLoop(Loop[DiffusionRows]):
             condition=live.condition._replace(x0=shown),
         )  # fmt: skip
         return finished, Stepped(live, driving, t_next, tokens)
+
+    def _predict(self, live: DiffusionRows, z: Tensor, t: Tensor) -> tuple[Prediction, Tensor, Tensor]:
+        """The last prediction at a level, the estimate that drives the state, and the one that the last was shown."""
+        guidance, condition = self.sampling.guidance, live.condition
+        for _ in range(self.sampling.passes - 1):
+            plain = self.denoiser.denoise(z, t, condition).x0
+            condition = condition._replace(x0=self._held(live, live.known, plain, plain)[0])
+        return *guidance.predict(self.denoiser, z, t, condition, self._draws(live)), condition.x0
 
     def _before(self, live: DiffusionRows) -> DiffusionRows:
         """Rows where the prediction is made: a solver may take them back to more noise first."""
@@ -461,11 +490,11 @@ class DiffusionLoop(Loop[DiffusionRows]):
         return self._enter(known, live.row, live.nfe, carried.tokens, live.later, live.condition.valid, live.past)
 
     def _move(self, carried: Stepped) -> DiffusionRows:
-        live, guidance = carried.live, self.sampling.guidance
+        live = carried.live
 
         def estimate(z: Tensor, t: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
             some = live if rows is None else take(live, rows)
-            prediction, driving = guidance.predict(self.denoiser, z, t, some.condition, self._draws(some))
+            prediction, driving, _ = self._predict(some, z, t)
             plain, held = self._held(some, some.known, prediction.x0, driving)
             return held, plain
 
@@ -477,7 +506,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         condition = live.condition if moved.x0 is None else live.condition._replace(x0=moved.x0)
         nfe, spent = live.nfe, known.nfe
         if any(moved.evaluations):
-            more = [count * guidance.calls for count in moved.evaluations]
+            more = [count * self.sampling.calls for count in moved.evaluations]
             nfe, spent = nfe + torch.tensor(more, device=self.device), [a + b for a, b in zip(spent, more, strict=True)]
         step, taken = [step + 1 for step in known.step], [steps + 1 for steps in known.taken]
         known = replace(known, step=step, taken=taken, nfe=spent)
