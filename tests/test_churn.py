@@ -73,11 +73,11 @@ def test_a_step_with_churn_is_the_step_of_the_flow(kind: Kind, tau: float, h: fl
     moved, back = churn.before(z, t, t_next, draws())
     share = 1 - a if kind == "elf" else math.sqrt(max(0.0, (1 - a * tau) ** 2 - (a * (1 - tau)) ** 2))
     flow = a * tau * z + share * s * draws().normal(z, CHURN)
-    close = {"rtol": 1e-9, "atol": 1e-9 * s}  # by hand, the variances are a small difference
-    torch.testing.assert_close(moved * a * tau, flow, **close)
+    small = 1e-9 * s  # by hand, the variances are a small difference
+    torch.testing.assert_close(moved * a * tau, flow, rtol=1e-9, atol=small)
     assert float(back) == pytest.approx(s * (1 - a * tau) / (a * tau), rel=1e-9)
     ended = flow + (after - a * tau) * (x0 - flow) / (1 - a * tau)
-    torch.testing.assert_close(end_of(churn, moved, x0, back, t_next) * after, ended, **close)
+    torch.testing.assert_close(end_of(churn, moved, x0, back, t_next) * after, ended, rtol=1e-9, atol=small)
 
 
 def end_of(solver: Solver, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
