@@ -41,6 +41,7 @@ NEVER: dict[str, tuple[float, ...]] = {
     "Learned": (1.0,),
     "AngleConvergence": (TINY,),
     "Entropy": (TINY,),
+    "FixedPoint": (TINY,),
     "FixedSteps": (LATE,),
     "Full": (),
     "JoT": (HUGE,),
@@ -119,7 +120,7 @@ def largest(needs: frozenset[str], length: int) -> float:
     past, open_ = first_past(needs, state, None), torch.ones(4, length, dtype=torch.bool)
     for i, prediction in enumerate(steps):
         first = torch.full((4,), i == 0)
-        space = EmbeddingState(state, torch.ones(4), 1.0, prediction.x0)
+        space = EmbeddingState(state, torch.ones(4), 1.0, prediction.x0, state)
         statistics = StepStatistics(prediction.logits, open_, open_, first, past, needs, space)
         with made:
             _, past = observe(needs, statistics)

@@ -102,7 +102,7 @@ def calls(folder: str) -> dict[str, Callable[[Any], object]]:
     table: list[tuple[str, Callable[..., object], dict[str, Any], str]] = [
         ("generate", cdlm.generate, {"model": model, "steps": 1}, "prompts n length sampling halt seed batch_size"
          " record progress chat system template new_tokens solver grid projection softmax_temperature score_temperature"
-         " guidance init_scale commit reopen"),
+         " guidance init_scale passes commit reopen"),
         ("generate", cdlm.generate, {"model": model}, "model steps"),
         ("generate masked", cdlm.generate, {"model": masked}, "policy temperature cfg_scale cache steps new_tokens"),
         ("generate causal", cdlm.generate, {"model": causal}, "temperature"),

@@ -73,11 +73,11 @@ def test_a_step_with_churn_is_the_step_of_the_flow(kind: Kind, tau: float, h: fl
     moved, back = churn.before(z, t, t_next, draws())
     share = 1 - a if kind == "elf" else math.sqrt(max(0.0, (1 - a * tau) ** 2 - (a * (1 - tau)) ** 2))
     flow = a * tau * z + share * s * draws().normal(z, CHURN)
-    close = {"rtol": 1e-9, "atol": 1e-9 * s}  # by hand, the variances are a small difference
-    torch.testing.assert_close(moved * a * tau, flow, **close)
+    small = 1e-9 * s  # by hand, the variances are a small difference
+    torch.testing.assert_close(moved * a * tau, flow, rtol=1e-9, atol=small)
     assert float(back) == pytest.approx(s * (1 - a * tau) / (a * tau), rel=1e-9)
     ended = flow + (after - a * tau) * (x0 - flow) / (1 - a * tau)
-    torch.testing.assert_close(end_of(churn, moved, x0, back, t_next) * after, ended, **close)
+    torch.testing.assert_close(end_of(churn, moved, x0, back, t_next) * after, ended, rtol=1e-9, atol=small)
 
 
 def end_of(solver: Solver, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
@@ -133,6 +133,22 @@ def test_the_churn_of_elf_is_a_temperature_and_the_exact_one_is_none(steps: int)
     assert found == pytest.approx(SPREADS[steps], abs=6e-4)
     assert found[2] < found[1] / 2
     assert spread("elf", steps, 0.0) == pytest.approx(found[0], rel=1e-12)
+
+
+def test_in_the_limit_the_churn_of_elf_is_an_ode_at_a_temperature_that_falls() -> None:
+    """With ever shorter steps no noise is left: the score is divided by 1 / (1 + gamma tau)."""
+    tau = torch.linspace(1e-4, 1 - 1e-4, 4000, dtype=torch.float64)
+    fine, gamma = S * (1 - tau) / tau, 1.5
+    states = {"elf": fine[0], "ode": fine[0]}
+    for t, t_next in zip(fine[:-1].split(1), fine[1:].split(1), strict=True):
+        back, added = Churn(gamma, "elf", S).back(t, t_next)
+        kept = 1 / (1 + back.square())
+        states["elf"] = (states["elf"].square() + added.square()).sqrt() * (kept + t_next / back * (1 - kept))
+        kept = 1 + (1 / (1 + t.square()) - 1) * (1 + gamma * S / (S + t))
+        states["ode"] = states["ode"] * (kept + t_next / t * (1 - kept))
+    closed = math.exp(-gamma * (S**2 * math.log(S) + S * math.pi / 2) / (1 + S**2))
+    assert float(states["elf"]) == pytest.approx(closed, rel=2e-2)
+    assert float(states["ode"]) == pytest.approx(closed, rel=5e-3)
 
 
 class Normal(Denoiser):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from cdlm.continuous.grids import Adaptive, LogT
 from cdlm.continuous.sampler import DiffusionLoop
-from cdlm.continuous.solvers import Ancestral, Heun, Renoise, TorchDiffEq, TwoStep
+from cdlm.continuous.solvers import Ancestral, Churn, Heun, Renoise, TorchDiffEq, TwoStep
 from cdlm.continuous.systems import SYSTEMS
 from cdlm.core import devices
 from cdlm.core.types import Decision, NewRows, StepState
@@ -107,7 +107,8 @@ def test_rules_on_masked_models(rule: Criterion) -> None:
 SMALL = {"width": 16, "depth": 1, "heads": 2}
 OWN: dict[str, dict[str, Any]] = {"cdcd": {"dim": 8, "output_prior": True}, "ssd": {"dim": 8, "block": 4}}
 WAYS: list[dict[str, Any]] = [
-    {}, {"solver": Heun()}, {"solver": TwoStep(), "grid": LogT()}, {"solver": Ancestral(), "commit": Dream(4)},
+    {}, {"solver": Heun()}, {"solver": Churn(0.1), "grid": LogT()},
+    {"solver": TwoStep(), "grid": LogT()}, {"solver": Ancestral(), "commit": Dream(4)},
     {"solver": Renoise(), "grid": Adaptive()}, {"solver": TorchDiffEq("rk4"), "commit": FallingThreshold(0.2)},
     {"commit": KLASS(0.1, 9.0)},
     {"commit": Mutual(0.1, 1, 9.0)},

@@ -27,6 +27,7 @@ from cdlm.halting import (
     RULES,
     AngleConvergence,
     Criterion,
+    FixedPoint,
     FixedSteps,
     For,
     FromStep,
@@ -58,6 +59,7 @@ def state(step: Tensor, generator: torch.Generator) -> StepState:
     switches = torch.randint(0, 3, (ROWS,), generator=generator) * (torch.rand(ROWS, generator=generator) < 0.5)
     cosine = torch.where(step == 0, torch.nan, torch.rand(ROWS, generator=generator) * 2 - 1)
     signals = {"switches": switches, "x0_norm": torch.rand(ROWS, generator=generator), "score_cosine": cosine}
+    signals["residual"] = torch.where(step == 0, torch.inf, torch.rand(ROWS, generator=generator))
     open_ = torch.ones(ROWS, 1, dtype=torch.bool)
     t = torch.ones(ROWS, dtype=torch.float64)
     return StepState(torch.arange(ROWS), step, step * 0 + 50, t, step + 1, open_, signals)
@@ -78,6 +80,7 @@ simple = st.one_of(
     st.builds(Patience, st.integers(1, 4)),
     st.builds(NormConvergence, numbers),
     st.builds(AngleConvergence, numbers),
+    st.builds(FixedPoint, numbers, st.integers(1, 3)),
     st.builds(FixedSteps, st.integers(1, 8)),
     st.builds(Never),
 )
@@ -183,7 +186,7 @@ def test_counts_that_are_none_are_refused(make: Callable, value: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, math.inf, math.nan])
-@pytest.mark.parametrize("make", [NormConvergence, AngleConvergence])
+@pytest.mark.parametrize("make", [NormConvergence, AngleConvergence, FixedPoint])
 def test_thresholds_that_are_none_are_refused(make: Callable, value: float) -> None:
     with pytest.raises(CdlmError, match="delta > 0"):
         make(value)

@@ -33,7 +33,8 @@ def png_size(path) -> tuple[int, int]:
 
 
 def test_all_panels_make_one_picture_without_leftovers(tmp_path):
-    everything = record("switches", "z_norm", "x0_norm", "score_cosine", "mean_entropy")
+    everything = record("switches", "z_norm", "x0_norm", "score_cosine", "residual", "mean_entropy")
+    everything["residual"][0] = np.inf  # as at the first step
     path = plot_trajectories(everything, tmp_path / "new" / "a.png", halted=HALTED, title="run")
     assert png_size(path)[0] > 1000
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]

@@ -36,6 +36,7 @@ from cdlm.halting import (
     AngleConvergence,
     Criterion,
     Entropy,
+    FixedPoint,
     FixedSteps,
     For,
     FromStep,
@@ -61,7 +62,7 @@ N, STEPS = 8, 16
 ROW_SIGNALS = frozenset(
     {
         "mean_entropy", "mean_kl", "max_jsd", "min_confidence", "margin", "span_margin", "x0_norm", "z_norm",
-        "score_cosine",
+        "score_cosine", "residual",
     }
 )  # fmt: skip
 
@@ -77,6 +78,8 @@ PLAIN = (
     Entropy(0.15),
     KL(0.005, warmup=0.5),
     NormConvergence(0.05),
+    FixedPoint(3e-4),
+    FixedPoint(1e-4, 3),
     AngleConvergence(0.003, warmup=0.5),
     StableAndConfident(1, 0.5),
     StableAndConfident(0, 0.2),
@@ -220,6 +223,8 @@ SWEPT = {
     "KL, no warm-up": (KL, {"warmup": 0.0}),
     "NormConvergence": (NormConvergence, {}),
     "AngleConvergence": (AngleConvergence, {}),
+    "FixedPoint": (FixedPoint, {}),
+    "FixedPoint, three steps": (FixedPoint, {"steps": 3}),
     "StableAndConfident": (StableAndConfident, {"stability_threshold": 2}),
     "FixedSteps": (FixedSteps, {}),
     "Prophet": (Prophet, {}),
@@ -281,6 +286,7 @@ def strict_and_loose(draw: Callable) -> tuple[Criterion, Criterion]:
         (KL(low, late), KL(high, early)),
         (NormConvergence(min(low, 0.9)), NormConvergence(high)),
         (AngleConvergence(low, late), AngleConvergence(high, early)),
+        (FixedPoint(low, many), FixedPoint(high, few)),
         (StableAndConfident(many, low), StableAndConfident(few, high)),
         (FixedSteps(many), FixedSteps(few)),
         (Mutual(late, many, low), Mutual(early, few, high)),
@@ -354,7 +360,9 @@ def test_infinite_strictness_is_the_plain_run(solver: Solver, rules: tuple[Crite
         assert outcome(run(rule, list(range(4)), 4, solver=solver, steps=8)) == plain, rule
 
 
-@pytest.mark.parametrize("rule", [KL(1e-300), NormConvergence(1e-7), AngleConvergence(1e-300)], ids=repr)
+@pytest.mark.parametrize(
+    "rule", [KL(1e-300), NormConvergence(1e-7), FixedPoint(1e-30), AngleConvergence(1e-300)], ids=repr
+)
 def test_rules_that_converge_are_strict_while_nothing_has_converged(rule: Criterion) -> None:
     """Their thresholds are reached in the end, when float32 tells no difference any more."""
     oracle = Oracle(t_min=0.3, t_max=1.2)
@@ -377,6 +385,8 @@ def calls(rule: Criterion, oracle: Oracle | None = None, budget: int = 10) -> se
         (NormConvergence(1.0), 1),
         (AngleConvergence(2.0, warmup=0.0), 2),
         (AngleConvergence(2.0), 3),
+        (FixedPoint(1e30), 2),
+        (FixedPoint(1e30, 3), 4),
         (StableAndConfident(0, 1e9), 1),
         (Mutual(0.0, 1, math.inf), 1),
         (Mutual(0.0, 1, 0.7), 2),
@@ -1049,7 +1059,7 @@ def a_glance(
     )
     past = take(past, torch.arange(1, b))
     past = join(first_past(frozenset(SIGNALS), z[:1], past), past)
-    space = EmbeddingState(z + normal(b, n, 5), t * 0.9, 2.0, normal(b, n, 5))
+    space = EmbeddingState(z + normal(b, n, 5), t * 0.9, 2.0, normal(b, n, 5), normal(b, n, 5))
     return StepStatistics(logits, span & chosen(0.8), span, step, past, embedding=space)
 
 
@@ -1062,7 +1072,8 @@ def test_signals_are_what_they_say(seed: int, scale: float, v: int, dtype: torch
     seen = a_glance(seed, dtype, (4, 9, v), scale)
     signals, past = observe(frozenset(SIGNALS), seen)
     logits, x0, z, open_ = seen.logits.double(), seen.here.x0.double(), seen.here.z.double(), seen.open
-    first = seen.step == 0
+    assert seen.here.shown is not None
+    first, shown = seen.step == 0, seen.here.shown.double()
     ordered = logits.sort(-1, descending=True)
     score = (x0 - z) / seen.here.t[:, None, None] ** 2 * open_[..., None]
     margin = ordered.values[..., 0] - ordered.values[..., 1]
@@ -1080,6 +1091,7 @@ def test_signals_are_what_they_say(seed: int, scale: float, v: int, dtype: torch
         "margin": mean(margin, open_), "span_margin": mean(margin, seen.target),
         "z_norm": mean(z.norm(dim=-1), open_) / 2, "x0_norm": mean(x0.norm(dim=-1), open_) / 2,
         "score_cosine": torch.where(first, math.nan, cosine), "max_jsd": torch.where(first, math.inf, most),
+        "residual": torch.where(first, math.inf, mean((x0 - shown).square().sum(-1), open_) / 4),
         "min_confidence": logits.softmax(-1).amax(-1).masked_fill(~open_, 1).amin(1),
     }  # fmt: skip
     assert set(expected) == set(signals) == set(SIGNALS)
@@ -1100,14 +1112,15 @@ def test_the_signals_of_a_row_do_not_depend_on_its_neighbours(v: int, dtype: tor
             whole.here.z,
             whole.here.t,
             whole.here.x0,
+            whole.here.shown,
             whole.logits,
             whole.open,
             whole.target,
             whole.step,
             whole.past,
         )
-        z, t, x0, logits, open_, span, step, past = take(fields, torch.tensor([row]))
-        alone = StepStatistics(logits, open_, span, step, past, embedding=EmbeddingState(z, t, 2.0, x0))
+        z, t, x0, shown, logits, open_, span, step, past = take(fields, torch.tensor([row]))
+        alone = StepStatistics(logits, open_, span, step, past, embedding=EmbeddingState(z, t, 2.0, x0, shown))
         single, _ = observe(frozenset(SIGNALS), alone)
         for name in SIGNALS:
             assert torch.equal(single[name][0].nan_to_num(), signals[name][row].nan_to_num()), name

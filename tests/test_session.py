@@ -320,7 +320,7 @@ def test_a_folder_is_sampled_by_two_processes(tmp_path: Path) -> None:
 OTHER: dict[str, dict[str, Any]] = {
     "continuous": {
         "solver": "Heun()", "grid": "LogT()", "projection": "Greedy()", "softmax_temperature": 0.9,
-        "score_temperature": 0.8, "guidance": 2.0, "init_scale": 0.7, "commit": "Threshold(0.6)",
+        "score_temperature": 0.8, "guidance": 2.0, "init_scale": 0.7, "passes": 2, "commit": "Threshold(0.6)",
         "reopen": 0.3,
     },
     "masked": {"policy": "Threshold(0.6)", "temperature": 0.4, "cfg_scale": 1.5, "cache": "dual",

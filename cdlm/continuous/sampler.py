@@ -59,6 +59,8 @@ class DiffusionSettings:
             magnitude: sharpen that by softmax_temperature.
         guidance: scale of classifier-free guidance; 1 is off, others double the calls.
         init_scale: scale of the noise that a sample starts from.
+        passes: predictions at each noise level, each shown the estimate of the one before; of models with
+            self-conditioning.
         commit: a policy, such as Threshold(0.9) or FallingThreshold(0.95): what it is sure of is given from then on;
             none commits nothing.
         reopen: least probability that a committed token must keep; below it, it is taken back. For models that were
@@ -73,6 +75,7 @@ class DiffusionSettings:
     score_temperature: float | None = None
     guidance: float | None = None
     init_scale: float | None = None
+    passes: int | None = None
     commit: str | Policy | None = None
     reopen: float | None = None
     read_out: str | ReadOut | None = None
@@ -87,6 +90,9 @@ class Diffusion(Sampling):
             out, so Euler spends `steps` calls.
         solver, grid, guidance: see there.
         init_scale: the start is `init_scale` times the prior; CDCD finds that a little below 1 sharpens.
+        passes: predictions at each level, >= 1, each shown the estimate of the one before, so that self-conditioning
+            comes nearer to its fixed point (arXiv 2607.00714). All but the last cost one call; the last one counts, and
+            is guided. More than one asks for a model with self-conditioning.
         block: positions that are generated at a time: `steps` for each block, and the rule begins anew in each.
             None generates all at once.
         commit: which positions to commit at a step, and to what. The network sees a committed token as it sees a
@@ -107,6 +113,7 @@ class Diffusion(Sampling):
     grid: Grid = field(default_factory=Warped)
     guidance: Guidance = field(default_factory=Guidance)
     init_scale: float = 1.0
+    passes: int = 1
     block: int | None = None
     commit: Policy | None = None
     reopen: float | None = None
@@ -123,6 +130,7 @@ class Diffusion(Sampling):
             )
         check_whole("Diffusion", largest=MOST_STEPS, steps=self.steps)
         check_number("Diffusion", least=0.0, init_scale=self.init_scale, hint="1 is the model's own noise level")
+        check_whole("Diffusion", largest=MOST_PASSES, passes=self.passes, hint="1 is one call at each level")
         hint = "a block has one position or more, and None generates all at once"
         check_whole("Diffusion", block=self.block, optional=True, hint=hint)
         if self.commit is not None:
@@ -147,11 +155,17 @@ class Diffusion(Sampling):
     @property
     def settings(self) -> dict[str, Any]:
         parts = {name: repr(getattr(self, name)) for name in ("grid", "solver")}
-        more: dict[str, Any] = {} if self.block is None else {"block": self.block}
+        more: dict[str, Any] = {} if self.passes == 1 else {"passes": self.passes}
+        more |= {} if self.block is None else {"block": self.block}
         more |= {} if self.commit is None else {"commit": repr(self.commit)}
         more |= {} if self.reopen is None else {"reopen": self.reopen}
         more |= {} if self.read_out is None else {"read_out": repr(self.read_out)}
         return {"steps": self.steps, **parts, **self.guidance.settings, "init_scale": float(self.init_scale), **more}
+
+    @property
+    def calls(self) -> int:
+        """Calls of the model for one prediction that counts."""
+        return self.passes - 1 + self.guidance.calls
 
     @property
     def unrecorded(self) -> str:
@@ -189,10 +203,10 @@ class Diffusion(Sampling):
 
     def rivals(self) -> Mapping[str, Sequence[Diffusion]]:
         """Its own solver, and ancestral steps, each on its own grid, the shipped ones and their beginnings: they commit
-        nothing, and take all their steps."""
+        nothing, take all their steps, and make one pass at each level."""
         shared = () if isinstance(self.grid, Adaptive) else (self.grid,)
         grids = dict.fromkeys((*shared, Warped(), LogT(), *(Truncated(LogT(), share) for share in BEGINNINGS)))
-        own = {"fewer steps": [replace(self, grid=grid, commit=None, reopen=None) for grid in grids]}
+        own = {"fewer steps": [replace(self, grid=grid, passes=1, commit=None, reopen=None) for grid in grids]}
         if self.solver == Ancestral():
             return own
         return {**own, "ancestral": [replace(one, solver=Ancestral()) for one in own["fewer steps"]]}
@@ -212,6 +226,7 @@ PARTS: Mapping[str, Callable[[Any], Any]] = {
     "read_out": READ_OUTS.parse,
 }
 """Flat settings that are objects, and what reads their text."""
+MOST_PASSES = 1000
 BEGINNINGS = (0.75, 0.6, 0.5)
 """Shares of the grid `LogT` that the plain sampler is also tried on: below some level nothing changes any more."""
 GUIDANCE = {
@@ -331,6 +346,11 @@ class DiffusionLoop(Loop[DiffusionRows]):
         self.denoiser, self.sampling = denoiser, sampling
         self._check_reopen()
         self._check_read_out()
+        if sampling.passes > 1 and not denoiser.self_conditioning:
+            raise CdlmError(
+                f"passes={sampling.passes} shows the model its own estimate, and this one was trained without"
+                " self-conditioning: leave out passes"
+            )
         policy = frozenset() if sampling.commit is None else sampling.commit.needs - sampling.commit.spared
         self.needs = options.needs | (policy & DIVERGENCES)
         """Signals of a step: those that are read, and those whose past the policy needs."""
@@ -342,7 +362,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         self.walk = sampling.grid.walk(denoiser.schedule, sampling.steps, denoiser.rho, self.device)
         if sampling.solver.looks_ahead:
             sampling.solver.check(sampling.grid.levels(denoiser.schedule, sampling.steps))
-        self.calls = sampling.guidance.calls if denoiser.guidance_range is None else 1
+        self.calls = sampling.calls if denoiser.guidance_range is None else sampling.passes
         """Of a prediction."""
 
     def _check_read_out(self) -> None:
@@ -433,10 +453,11 @@ class DiffusionLoop(Loop[DiffusionRows]):
     def step(self, live: DiffusionRows) -> tuple[LoopStep, Stepped]:
         live = self._before(live)
         t = live.t
-        prediction, x0 = self.sampling.guidance.predict(self.denoiser, live.z, t, live.condition, self._draws(live))
+        prediction, x0, shown = self._predict(live, live.z, t)
         prediction, live, due = self._asked(live, prediction)
         calls = [self.calls + asked for asked in self._reading(due)]
-        embedding = EmbeddingState(live.z, t, self.denoiser.rho, prediction.x0)
+        again = self.sampling.passes > 1
+        embedding = EmbeddingState(live.z, t, self.denoiser.rho, prediction.x0, shown, again)
         statistics = StepStatistics(
             prediction.logits, live.open, live.block, live.step, live.past, self.glanced, embedding,
             live.tokens if self.decides else None,
@@ -476,6 +497,14 @@ class DiffusionLoop(Loop[DiffusionRows]):
             condition=live.condition._replace(x0=shown),
         )  # fmt: skip
         return finished, Stepped(live, driving, t_next, tokens)
+
+    def _predict(self, live: DiffusionRows, z: Tensor, t: Tensor) -> tuple[Prediction, Tensor, Tensor]:
+        """The last prediction at a level, the estimate that drives the state, and the one that the last was shown."""
+        guidance, condition = self.sampling.guidance, live.condition
+        for _ in range(self.sampling.passes - 1):
+            plain = self.denoiser.denoise(z, t, condition).x0
+            condition = condition._replace(x0=self._held(live, live.known, plain, plain)[0])
+        return *guidance.predict(self.denoiser, z, t, condition, self._draws(live)), condition.x0
 
     def _before(self, live: DiffusionRows) -> DiffusionRows:
         """Rows where the prediction is made: a solver may take them back to more noise first."""
@@ -566,11 +595,11 @@ class DiffusionLoop(Loop[DiffusionRows]):
         return z.new_zeros((*z.shape[:2], wide))
 
     def _move(self, carried: Stepped) -> DiffusionRows:
-        live, guidance = carried.live, self.sampling.guidance
+        live = carried.live
 
         def estimate(z: Tensor, t: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
             some = live if rows is None else take(live, rows)
-            prediction, driving = guidance.predict(self.denoiser, z, t, some.condition, self._draws(some))
+            prediction, driving, _ = self._predict(some, z, t)
             plain, held = self._held(some, some.known, prediction.x0, driving)
             return held, plain
 

@@ -136,10 +136,14 @@ class Churn(Euler):
     def before(
         self, z: Float[Tensor, "b n d"], t: Float[Tensor, " b"], t_next: Float[Tensor, " b"], draws: StepNoise
     ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, " b"]]:
-        back = self.gamma * self._length(t, t_next)
-        more = back / (1 - back) * (self.noise_scale + t)  # t_b - t
-        deviation = more if self.kind == "elf" else (more * (2 * t + more)).sqrt()
-        return z + deviation.to(z.dtype)[:, None, None] * draws.normal(z, CHURN), t + more
+        back, deviation = self.back(t, t_next)
+        return z + deviation.to(z.dtype)[:, None, None] * draws.normal(z, CHURN), back
+
+    def back(self, t: Float[Tensor, " b"], t_next: Float[Tensor, " b"]) -> tuple[Tensor, Tensor]:
+        """The level t_b, and the standard deviation of the noise that leads there."""
+        share = self.gamma * self._length(t, t_next)
+        more = share / (1 - share) * (self.noise_scale + t)  # t_b - t
+        return t + more, more if self.kind == "elf" else (more * (2 * t + more)).sqrt()
 
     def _length(self, t: Float[Tensor, " b"], t_next: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Of a step, in tau."""

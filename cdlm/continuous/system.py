@@ -18,6 +18,8 @@ from cdlm.continuous.inputs import ConcatenatedInput, NetworkInput
 from cdlm.continuous.objectives import CrossEntropy, Objective
 from cdlm.continuous.sampler import Diffusion, behind
 from cdlm.continuous.schedules import Schedule
+from cdlm.core.checks import MOST_STEPS, check_whole
+from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.trees import join, take
 from cdlm.core.types import Batch, Condition, Prediction
@@ -35,6 +37,8 @@ class ContinuousSystem(System, Denoiser):
     objective: Objective
     guidance_dropout: float
     """Share of training rows that do not see their clean embeddings."""
+    first_pass_steps: int = 0
+    """Fewest steps that sampling will take, which the first passes of training are as far apart for; 0 is off."""
 
     def forward(self, batch: Batch) -> Loss:
         """The objective; in evaluation mode all rows get a first pass and no prompt is hidden."""
@@ -79,12 +83,22 @@ class ContinuousSystem(System, Denoiser):
     ) -> tuple[Float[Tensor, "b n d"], Condition]:  # fmt: skip
         """The same, and the first rows get a first pass."""
         z, condition = self.noise(clean, t, batch, shown)
-        return z, condition._replace(x0=self._first_pass(z, t, condition))
+        return z, condition._replace(x0=self._first_pass(*self._noisier(clean, z, t, batch), condition))
 
     def first_rows(self, rows: int) -> int:
         """How many of so many rows get a first pass; in evaluation mode all, if the system does that at all."""
         # Levels are a random permutation of the rows, so the first rows are a random share.
         return round((self.self_conditioning if self.training else float(self.self_conditioning > 0)) * rows)
+
+    @torch.no_grad()
+    def _noisier(self, clean: Tensor, z: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """State and level of each row's first pass: with the same noise, by U(0, 1 / `first_pass_steps`) of the
+        schedule's u above the row's own."""
+        if not (self.first_pass_steps and self.training):
+            return z, t
+        step = torch.rand(len(t), generator=batch.generator, dtype=t.dtype, device=t.device) / self.first_pass_steps
+        before = self.schedule.t_of_u((self.schedule.u_of_t(t) + step).clamp(max=1)).to(t).maximum(t)
+        return clean + (before / t).to(z.dtype)[:, None, None] * (z - clean), before
 
     def _first_pass(self, z: Tensor, t: Tensor, condition: Condition) -> Float[Tensor, "b n d"]:
         rows = self.first_rows(len(t))
@@ -108,6 +122,9 @@ class EmbeddingDiffusion(ContinuousSystem):
         objective: what training minimises; by default cross-entropy.
         output_prior: what a position's own noisy state says about its token, in closed form; None leaves it out.
         self_conditioning: share of training rows that see an estimate of a first pass.
+        first_pass_steps: the fewest steps that sampling will take: in training, the first pass is made at a level that
+            lies up to one such step before the row's own, as in sampling (FastDiSS, arXiv 2604.05551). 0 makes it at
+            the row's own.
         guidance_dropout: share of training rows that do not see their clean embeddings.
         unit_prior: sampling starts where the variance-preserving state is standard normal, at sqrt(1 + t_max**2),
             instead of at t_max.
@@ -127,6 +144,7 @@ class EmbeddingDiffusion(ContinuousSystem):
         objective: Objective | None = None,
         output_prior: OutputPrior | None = None,
         self_conditioning: float = 0.5,
+        first_pass_steps: int = 0,
         guidance_dropout: float = 0.1,
         unit_prior: bool = False,
         block: int | None = None,
@@ -140,6 +158,7 @@ class EmbeddingDiffusion(ContinuousSystem):
         self.output_prior, self.self_conditioning, self.guidance_dropout = (
             output_prior, self_conditioning, guidance_dropout,
         )  # fmt: skip
+        self.first_pass_steps = first_pass_steps
         self.unit_prior, self.block = unit_prior, block
         self.config = dict(config)
         self.doubts = self.objective.doubts
@@ -229,6 +248,14 @@ class ContinuousConfig(SystemConfig):
     def committing(self) -> bool:
         """Whether commits were measured to save calls on it, trained with masks of random subsets (docs/calls.md)."""
         return False
+
+    def check_first_pass(self, steps: int, share: float) -> None:
+        """Raise unless `first_pass_steps` and the share of rows with a first pass go together."""
+        check_whole(type(self).__name__, least=0, largest=MOST_STEPS, first_pass_steps=steps)
+        if steps and not share:
+            raise CdlmError(
+                f"first_pass_steps={steps} moves a first pass, and there is none: raise self_conditioning above 0"
+            )
 
     def preset(self, subsets: bool) -> dict[str, int | float | str]:
         return dict(COMMITTING) if self.committing and subsets else {}

@@ -197,6 +197,7 @@ class Signals:
     z_norm: Float[Tensor, " b"]
     x0_norm: Float[Tensor, " b"]
     score_cosine: Float[Tensor, " b"]
+    residual: Float[Tensor, " b"]
 
 
 @dataclass(frozen=True)

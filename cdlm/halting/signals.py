@@ -62,6 +62,10 @@ class EmbeddingState(NamedTuple):
     t: Float[Tensor, " b"]
     rho: float
     x0: Float[Tensor, "b n d"]
+    shown: Float[Tensor, "b n d"] | None = None
+    """The estimate that the prediction was shown, of the step before where there was one; None of none."""
+    again: bool = False
+    """Whether what was shown was made at this very level, at a row's first step as well."""
 
 
 class Sums(NamedTuple):
@@ -238,7 +242,7 @@ class StepStatistics:
     @cached_property
     def score(self) -> Float[Tensor, "b n d"]:
         """(x0 - z) / t**2 at open positions, zero elsewhere."""
-        z, t, _, x0 = self.here
+        z, t, x0 = self.here.z, self.here.t, self.here.x0
         return (x0 - z) / t.to(z.dtype)[:, None, None].square() * self.open[..., None]
 
     @property
@@ -421,6 +425,14 @@ def _score_cosine(statistics: StepStatistics) -> Float[Tensor, " b"]:
     return ((now * before).sum(1) / (now.norm(dim=1) * before.norm(dim=1))).float()
 
 
+def _residual(statistics: StepStatistics) -> Float[Tensor, " b"]:
+    here = statistics.here
+    if here.shown is None:
+        return torch.full_like(statistics.mean(here.x0[..., 0]), torch.inf)
+    residual = statistics.mean((here.x0 - here.shown).square().sum(-1) / here.rho**2)
+    return residual if here.again else torch.where(statistics.step == 0, torch.inf, residual)
+
+
 class Signal(NamedTuple):
     """How a signal is computed, and which models and recordings have it. `cdlm.core.types.Signals` has its shape."""
 
@@ -452,6 +464,7 @@ SIGNALS: Mapping[str, Signal] = MappingProxyType(
         "z_norm": Signal(lambda step: step.mean_norm(step.here.z), spatial=True, recorded=True),
         "x0_norm": Signal(lambda step: step.mean_norm(step.here.x0), spatial=True, recorded=True),
         "score_cosine": Signal(_score_cosine, spatial=True, recorded=True),
+        "residual": Signal(_residual, spatial=True, recorded=True),
     }
 )
 """The signals that a criterion may list in its `needs`; docs/write-a-criterion.md explains each."""

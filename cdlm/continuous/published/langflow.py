@@ -289,7 +289,7 @@ def _settings(released: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {
         "system": "langflow", **{ours: released[theirs] for theirs, ours in FIELDS.items()},
         "dim": released["hidden_size"], "mlp_ratio": MLP_RATIO, "gates": True, "output_prior_warmup": 0,
-        "fit_delay": 0, "guidance_dropout": 0.0, "wrong_given": 0.0,
+        "fit_delay": 0, "guidance_dropout": 0.0, "wrong_given": 0.0, "first_pass_steps": 0,
         "self_conditioning": 0.25 if released["self_conditioning"] else 0.0, "network": "released",
     }  # fmt: skip
 

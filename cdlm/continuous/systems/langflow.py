@@ -97,6 +97,9 @@ class LangFlow(ContinuousConfig):
         cutoff: share of levels that is cut off at each end of the schedule, in (0, 1/2).
         fit_delay: optimiser steps before the schedule is fitted.
         self_conditioning: share of training rows with a first pass.
+        first_pass_steps: the fewest steps that sampling will take. Above 0 the first pass of a training row is made at
+            a level up to one such step noisier than its own, as the estimate that it is shown in sampling was made
+            (self-conditioning perturbation of FastDiSS, arXiv 2604.05551); 0 makes it at the row's own.
         guidance_dropout: share of training rows whose prompt is hidden; the released network does not see it anyway.
         wrong_given: share of the given positions that show a wrong token in training, so that the network learns to
             doubt what was committed; of the shared network only.
@@ -117,6 +120,7 @@ class LangFlow(ContinuousConfig):
     wrong_given: float = 0.0
     network: Literal["shared", "released"] = "shared"
     dropout: float = 0.0
+    first_pass_steps: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,6 +130,7 @@ class LangFlow(ContinuousConfig):
         check_number("LangFlow", least=0, most=1, guidance_dropout=self.guidance_dropout)
         check_number("LangFlow", least=0, most=1, wrong_given=self.wrong_given)
         check_number("LangFlow", above=0, below=0.5, cutoff=self.cutoff)
+        self.check_first_pass(self.first_pass_steps, self.self_conditioning)
         self._check_network()
 
     def _check_network(self) -> None:
@@ -161,6 +166,7 @@ class LangFlow(ContinuousConfig):
             objective=Seeded(CrossEntropy()) if self.dropout else CrossEntropy(self.wrong_given),
             output_prior=OutputPrior(self.output_prior_warmup) if self.output_prior else None,
             self_conditioning=self.self_conditioning,
+            first_pass_steps=self.first_pass_steps,
             guidance_dropout=self.guidance_dropout,
             unit_prior=True,
             sampling=self.sampling,

@@ -54,6 +54,7 @@ GROUPS = (
         "Norms", "norm / embedding norm", (("z_norm", "state z", PURPLE), ("x0_norm", "prediction x̂₀", GREEN)), True
     ),
     SignalGroup("Direction of the score", "degrees from previous step", (("score_angle", "angle", GREEN),)),
+    SignalGroup("Self-conditioning residual", "squared embedding norms", (("residual", "residual", PURPLE),), True),
     SignalGroup("Entropy of the prediction", "nats per token", (("mean_entropy", "entropy", BLUE),)),
 )
 
@@ -85,8 +86,9 @@ def plot_trajectories(
 
     Args:
         record: any of "switches" (tokens changed since the step before), "z_norm" and "x0_norm" (in units of the
-            embedding norm), "score_cosine" (with the previous step's score), "mean_entropy" (nats per token), each
-            [steps, rows]; NaN where a row has no value. Other keys are ignored.
+            embedding norm), "score_cosine" (with the previous step's score), "residual" (of the estimate from the one
+            shown, in squared embedding norms), "mean_entropy" (nats per token), each [steps, rows]; NaN where a row has
+            no value. Other keys are ignored.
         path: of the file; parent folders are made, and it appears whole or not at all.
         halted: step (from 0) at which each row halted; they get a histogram, and a tick each at the foot of the panels.
         title: heading of the figure.
@@ -98,6 +100,9 @@ def plot_trajectories(
     if "score_cosine" in record:  # near 1 all along, so its angle is what can be seen
         cosine = np.asarray(record["score_cosine"], dtype=np.float64).clip(-1, 1)
         record = {**record, "score_angle": np.degrees(np.arccos(cosine))}
+    if "residual" in record:  # infinite at a first step
+        residual = np.asarray(record["residual"], dtype=np.float64)
+        record = {**record, "residual": np.where(np.isinf(residual), np.nan, residual)}
     groups = [group for group in GROUPS if any(key in record for key, _, _ in group.signals)]
     steps = _checked_steps(record, halted, groups)
     figure, axes, strip = _canvas(len(groups), halted is not None)

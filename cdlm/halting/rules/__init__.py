@@ -7,19 +7,19 @@ from cdlm.halting.rules.edit import EDIT
 from cdlm.halting.rules.learned import Learned, Stop
 from cdlm.halting.rules.margin import JoT, Prophet, SchED
 from cdlm.halting.rules.mutual import Mutual
-from cdlm.halting.rules.state import AngleConvergence, NormConvergence
+from cdlm.halting.rules.state import AngleConvergence, FixedPoint, NormConvergence
 from cdlm.halting.rules.steps import FixedSteps, Full, Never
 from cdlm.halting.rules.tokens import Patience
 from cdlm.halting.rules.voting import VoteDecided
 
 RULES: Registry[Criterion] = Registry(
     "halting rule", Criterion,
-    Patience, Entropy, KL, NormConvergence, AngleConvergence, StableAndConfident, Mutual, Prophet, SchED, JoT, EDIT,
-    VoteDecided, Learned, Stop, FixedSteps, Full, Never, For, FromStep, And, Or,
+    Patience, Entropy, KL, NormConvergence, AngleConvergence, FixedPoint, StableAndConfident, Mutual, Prophet, SchED,
+    JoT, EDIT, VoteDecided, Learned, Stop, FixedSteps, Full, Never, For, FromStep, And, Or,
 )  # fmt: skip
 
 __all__ = [
-    "EDIT", "KL", "RULES", "And", "AngleConvergence", "Entropy", "FixedSteps", "For", "FromStep", "Full", "JoT",
-    "Learned", "Mutual", "Never", "NormConvergence", "Or", "Patience", "Prophet", "SchED", "StableAndConfident",
+    "EDIT", "KL", "RULES", "And", "AngleConvergence", "Entropy", "FixedPoint", "FixedSteps", "For", "FromStep", "Full",
+    "JoT", "Learned", "Mutual", "Never", "NormConvergence", "Or", "Patience", "Prophet", "SchED", "StableAndConfident",
     "Stop", "VoteDecided",
 ]  # fmt: skip

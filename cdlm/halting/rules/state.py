@@ -1,4 +1,4 @@
-"""Rules that read the state in embedding space: norms and angles."""
+"""Rules that read the state in embedding space: norms, angles, and how far an estimate is from a fixed point."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cdlm.core.checks import check_number
-from cdlm.core.types import Decision, StepState
-from cdlm.halting.criterion import Criterion, Stateless
+import torch
+
+from cdlm.core.checks import check_number, check_whole
+from cdlm.core.types import Decision, NewRows, StepState
+from cdlm.halting.criterion import Criterion, Memory, Stateless
 from cdlm.halting.rules.sweeps import geometric_thresholds, past_warmup
 
 
@@ -60,3 +62,35 @@ class AngleConvergence(Stateless):
     def decide(self, state: StepState) -> Decision:
         turned = (1 - state.score_cosine <= self.delta) & past_warmup(self.warmup, state)
         return Decision(turned, info={"score_cosine": state.score_cosine})
+
+
+@dataclass(frozen=True)
+class FixedPoint(Criterion):
+    """Halt after `steps` >= 1 consecutive steps whose residual is below `delta` > 0.
+
+    The residual is how far an estimate lies from the one that the prediction was shown: the mean over open positions of
+    ||x0 - shown||^2 in squared embedding norms. Self-conditioning is a fixed-point iteration on the estimate, and this
+    is its residual (arXiv 2607.00714). A model without self-conditioning is shown nothing: there it is the change of
+    the estimate since the step before. A row's first step has none with one pass a level, so that the earliest halt is
+    at step `steps` + 1; with more `passes`, at step `steps`.
+    """
+
+    delta: float
+    steps: int = 1
+
+    needs = frozenset({"residual"})
+
+    def __post_init__(self) -> None:
+        check_number("FixedPoint", above=0.0, delta=self.delta)
+        check_whole("FixedPoint", steps=self.steps)
+
+    @classmethod
+    def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
+        return [cls(delta, **fixed) for delta in geometric_thresholds(0.3, 1e-6, 25)[::-1]]
+
+    def start(self, rows: NewRows) -> Memory:
+        return torch.zeros_like(rows.budget)
+
+    def look(self, memory: Any, state: StepState) -> tuple[Memory, Decision]:
+        near = torch.where(state.residual < self.delta, memory + 1, 0)
+        return near, Decision(near >= self.steps, info={"residual": state.residual, "near_steps": near})
