@@ -378,9 +378,9 @@ def generate(
         template: if False, prompts are plain text, without holes.
         settings: what `sampling` is to have otherwise, under the names of the command line: `steps`; of continuous
             models `solver`, `grid`, `projection`, `softmax_temperature`, `score_temperature`, `guidance`,
-            `init_scale`, `passes`, `commit`, `reopen`; of masked models `policy`, `temperature`, `cfg_scale`, `cache`,
-            `sparse`; of autoregressive ones `temperature`. Objects or their texts; None is as if it were not given, and
-            the text "none" commits nothing.
+            `init_scale`, `passes`, `commit`, `reopen`, `read_out`; of masked models `policy`, `temperature`,
+            `cfg_scale`, `cache`, `sparse`; of autoregressive ones `temperature`. Objects or their texts; None is as if
+            it were not given, and the text "none" commits nothing.
 
     Raises:
         CdlmError: a setting is out of range, unknown or of another family, or a prompt leaves nothing to generate.

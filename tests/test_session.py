@@ -321,7 +321,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "continuous": {
         "solver": "Heun()", "grid": "LogT()", "projection": "Greedy()", "softmax_temperature": 0.9,
         "score_temperature": 0.8, "guidance": 2.0, "init_scale": 0.7, "passes": 2, "commit": "Threshold(0.6)",
-        "reopen": 0.3,
+        "reopen": 0.3, "read_out": "Decoder()",
     },
     "masked": {"policy": "Threshold(0.6)", "temperature": 0.4, "cfg_scale": 1.5, "cache": "dual",
         "sparse": "SparseD(1.0)"},
@@ -329,6 +329,8 @@ OTHER: dict[str, dict[str, Any]] = {
 """A value of each flat setting that is not its default."""
 BESIDE: dict[str, dict[str, Any]] = {"reopen": {"commit": "Threshold(0.6)"}}
 """What a setting needs beside it."""
+REFUSED = {"cache": "keeps no keys and values", "read_out": "says its tokens"}
+"""Settings of other models of the family, and what this one says to them."""
 FLAT = {"continuous": DiffusionSettings, "masked": UnmaskingSettings}
 
 
@@ -345,9 +347,9 @@ def test_every_flat_setting_is_one_of_generate(kind: str) -> None:
         session = api.open_session(model, **{name: value}, **beside)
         assert session.sampling != model.sampling, name
         assert session.settings != model.sampling.settings, name
-        if name == "cache":
-            with pytest.raises(CdlmError, match="keeps no keys and values"):
-                cdlm.generate(model, cache=value)
+        if name in REFUSED:
+            with pytest.raises(CdlmError, match=REFUSED[name]):
+                cdlm.generate(model, **{name: value})
             continue
         steps: dict[str, Any] = beside if name == "policy" else {"steps": 3, **beside}
         other, plain = ({name: chosen, **steps} for chosen in (value, None))  # None: as in the model's paper
