@@ -242,7 +242,7 @@ class Comparison:
     def _fewer(self, way: Session) -> Iterator[tuple[int, Outcome]]:
         bench = self.reporting
         budgets = self.fewer or [max(1, round(share * bench.mean_steps)) for share in SHARES]
-        for steps in way.sampling.fewer_steps([b for b in budgets if b < bench.steps], bench.longest):
+        for steps in way.fewer_steps([b for b in budgets if b < bench.steps], bench.longest):
             yield steps, self.rivals.drawn(way.with_steps(steps), len(bench.full_run))
 
     def point(self, family: str, setting: str, drawn: Outcome) -> Point:

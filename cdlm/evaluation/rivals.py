@@ -65,7 +65,7 @@ class Plain:
         """The session with about so many calls: within one per cent of those of the full run."""
         grain = max(1, round(bench.steps / 50))  # so that rules which take about as many calls share a rival
         wanted = max(1, grain * round(calls / self.calls_a_step / grain))
-        fitting = self.session.sampling.fewer_steps([wanted], bench.longest)
+        fitting = self.session.fewer_steps([wanted], bench.longest)
         return self.session.with_steps(fitting[0] if fitting else wanted)
 
 
@@ -86,7 +86,7 @@ class Rivals:
     @cached_property
     def plain(self) -> list[Plain]:
         """Each kind of plain sampler in its best way: the least AR-NLL with half of the full run's steps."""
-        return [self._best(name, ways) for name, ways in self.choosing.session.sampling.rivals().items()]
+        return [self._best(name, ways) for name, ways in self.choosing.session.rivals().items()]
 
     def duels(self, outcome: Outcome) -> list[Duel]:
         """The samples of a rule beside each rival with as many calls, as they are and at the rule's entropy."""
@@ -101,7 +101,7 @@ class Rivals:
     def _half(self) -> int:
         """Half of the full run's steps."""
         bench = self.choosing
-        return bench.session.sampling.fewer_steps([bench.steps // 2], bench.longest)[0]
+        return bench.session.fewer_steps([bench.steps // 2], bench.longest)[0]
 
     def _quality(self, session: Session) -> float:
         bench = self.choosing

@@ -161,7 +161,7 @@ def _plan(
     model: str, session: Session, settings: dict[str, object], rules: Sequence[str] | None, full: FullRunOptions,
     measure: str,
 ) -> _Plan:  # fmt: skip
-    session = session.with_sampling(api.sampling_of(session.model, session.model.defaults, settings, lenient=True))
+    session = session.with_sampling(api.sampling_of(session.model, session.model.plain, settings, lenient=True))
     requests, work = api.ask(session, full.n, full.length, full.workload)
     check_answers(measure, work)
     families = {rule: sweep(rule, session.steps_of(longest(requests))) for rule in rules or RULES_TO_COMPARE}
