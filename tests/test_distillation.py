@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from oracle import Oracle, SelfConditioned, loop
 from torch import Tensor
-from toys import langflow, lively_masked, plaid, ssd, system, with_tokenizer
+from toys import langflow, lively_masked, masked_with_tokenizer, plaid, ssd, system, with_tokenizer
 
 from cdlm import api
 from cdlm.cli.main import main
@@ -35,6 +36,10 @@ from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.core.errors import CdlmError
 from cdlm.core.types import Batch, Condition
 from cdlm.data.sources import Stories
+from cdlm.evaluation.compare import Comparison, Point, markdown, panels
+from cdlm.evaluation.rivals import STUDENT, Duel, students_of, verdict
+from cdlm.halting import FixedSteps
+from cdlm.halting.calibration import Goal
 from cdlm.masked.system import Masked
 from cdlm.runs.config import RunConfig, read_run
 from cdlm.runs.distill import DistillSettings, distill
@@ -172,9 +177,8 @@ def test_the_teachers_path_is_that_of_the_sampler(sees_given: bool) -> None:
     clean = teacher.embed(tokens)
     condition = Condition(clean * given[..., None], ~given, clean * 0)
     list(path(teacher, sampled[0][0], levels_of(teacher.schedule, edges), condition, clean))
-    list_of = asked
-    assert len(list_of) == len(sampled) == steps
-    for mine, theirs in zip(list_of, sampled, strict=True):
+    assert len(asked) == len(sampled) == steps
+    for mine, theirs in zip(asked, sampled, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             close(a, b)
 
@@ -359,7 +363,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         preview=1, cache=str(folder / "cache"), training=OPTIONS,
     )  # fmt: skip
     train(config, folder / "run", progress=False)
-    train(replace(config, system=Masked(**SIZE)), folder / "masked", progress=False)
+    masked_with_tokenizer().save_pretrained(folder / "masked")
+    (folder / "masked" / "config.yaml").write_text(replace(config, system=Masked(**SIZE)).to_yaml())
     return folder / "run"
 
 
@@ -418,7 +423,10 @@ def test_the_schedule_of_a_student_is_its_teachers(run: Path, students: Path) ->
 def test_a_checkpoint_has_neither_the_teacher_nor_what_is_frozen(students: Path) -> None:
     checkpoint = torch.load(students / "4" / "checkpoints" / "last.ckpt", weights_only=True)
     names = checkpoint["state_dict"]
-    assert not any("teacher" in name or "embedding" in name or "schedule" in name for name in names)
+    assert not any("teacher" in name for name in names)
+    assert not {
+        f"{who}.{what}" for who in ("system", "ema.system") for what in ("embedding.weight", "schedule.logits")
+    } & {*names}
     assert any(name.startswith("system.network.") for name in names)
 
 
@@ -500,6 +508,71 @@ def test_the_command_trains_and_the_folder_samples(
     assert "2 calls a sample" in capsys.readouterr().err
     main(["sample", str(tmp_path / "few" / "2"), "--n", "1", "--steps", "2", "--device", "cpu"])
     assert "2.0 calls a sample of 2 steps" in capsys.readouterr().err
+
+
+# --- beside halting rules ---------------------------------------------------------------------------------------------
+
+
+GOAL = Goal(0.99)
+"""So wide that a rule which changes anything is chosen."""
+
+
+def compared(run: Path, students: Path, family: str) -> tuple[list[Point], Point]:
+    """The table of a comparison with both students, and the chosen setting of the family."""
+    session = api.open_session(run, device="cpu", steps=6)
+    bench = api.open_bench(session, 12, judge_steps=2)
+    rivals = students_of(session.model, [api.open_session(students / name, device="cpu") for name in ("2", "4")])
+    made = Comparison(bench, GOAL, "nats", "run", live=0, with_rivals=True, students=rivals)
+    points = made.table({family: [FixedSteps(5), FixedSteps(3)]})
+    return points, next(point for point in points if point.chosen)
+
+
+def test_students_are_rows_of_a_comparison_and_rivals_of_rules_with_as_many_calls(run: Path, students: Path) -> None:
+    points, chosen = compared(run, students, "FixedSteps")
+    rows = {point.family: point for point in points if point.family.startswith(STUDENT)}
+    assert [(name, point.calls) for name, point in rows.items()] == [
+        ("student of 4 steps", 4.0), ("student of 2 steps", 2.0)
+    ]  # fmt: skip
+    assert chosen.calls == 3
+    assert {duel.rival for duel in chosen.duels if duel.rival.startswith(STUDENT)} == {"student of 2 steps"}
+    duel = next(duel for duel in chosen.duels if duel.rival == "student of 2 steps")
+    assert duel.ar_nll == pytest.approx(rows["student of 2 steps"].ar_nll)
+    assert duel.difference == pytest.approx(chosen.ar_nll - duel.ar_nll)
+    assert "student of 2 steps: 2 steps, UpperEnds(), Euler()" in markdown(points, GOAL, "nats")
+    (line,) = (curve for panel in panels(points) for curve in panel.curves if curve.label == "students")
+    assert (list(line.calls), line.rival) == ([4.0, 2.0], True)
+
+
+def test_a_rule_that_loses_to_a_student_is_said_to() -> None:
+    lost = Duel("student of 2 steps", "2, UpperEnds(), Euler()", 2.0, 1.0, 3.0, 0.5, 0.4, 0.6)
+    won = replace(lost, rival="fewer steps", difference=-0.5, low=-0.6, high=-0.4)
+    found = verdict([won, lost], 3.0, 100)
+    assert found is not None
+    assert (found.word, found.duel.rival) == ("worse", "student of 2 steps")
+
+
+def test_only_students_of_the_model_are_compared_with_it(
+    run: Path, students: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu = ("--n", 4, "--device", "cpu", "--quiet", "--out", tmp_path / "out", "--rules", "FixedSteps")
+    assert "is no student" in refused(capsys, "compare", run, "--students", run, *cpu)
+    assert "not those of 4" in refused(capsys, "compare", students / "4", "--students", students / "2", *cpu)
+    assert "asked for steps 16" in refused(capsys, "compare", students / "4", "--steps", 16, *cpu)
+    shutil.copytree(students / "2", tmp_path / "2")
+    (tmp_path / "2" / "tokenizer.json").write_text(_with_a_change((tmp_path / "2" / "tokenizer.json").read_text()))
+    assert "another tokenizer" in refused(capsys, "compare", run, "--students", tmp_path / "2", *cpu)
+    two = students_of(api.load(run), [api.open_session(students / "2", device="cpu")])
+    with pytest.raises(CdlmError, match="are both students of 2 steps"):
+        students_of(api.load(run), [*two.values(), *two.values()])
+
+
+def _with_a_change(tokenizer: str) -> str:
+    """The same tokenizer with two tokens that have changed places."""
+    content = json.loads(tokenizer)
+    vocab = content["model"]["vocab"]
+    one, other = list(vocab)[20:22]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    return json.dumps(content)
 
 
 def test_a_teacher_is_frozen_where_the_student_is() -> None:

@@ -350,8 +350,8 @@ def card(config: RunConfig, system: System, step: int) -> str:
 def _words_of(student: Student) -> str:
     return (
         f"A student of {student.steps} steps of the model `{student.name}` (weights `{student.teacher}`), by"
-        " progressive distillation: it learns to do in one step what its teacher does in several. It takes this many steps"
-        " and no others; the schedule, the embeddings and the tokenizer are its teacher's."
+        " progressive distillation: it learns to do in one step what its teacher does in several. It takes this many"
+        " steps and no others; the schedule, the embeddings and the tokenizer are its teacher's."
     )
 
 

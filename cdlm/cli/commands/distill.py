@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cdlm.core.devices import DeviceOptions
@@ -17,7 +18,7 @@ def distill(
     run: str,
     out: Path,
     *,
-    steps: tuple[int, ...] = STEPS,
+    steps: Sequence[int] = STEPS,
     settings: DistillSettings = SETTINGS,
     machine: DeviceOptions = DEVICE,
 ) -> None:
