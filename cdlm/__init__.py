@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cdlm.core.types import Constants
     from cdlm.masked.sampler import Unmasking
     from cdlm.runs.config import RunConfig
+    from cdlm.runs.distill import DistillSettings, distill
     from cdlm.runs.train import train
     from cdlm.sampling.samples import Sample, Samples
     from cdlm.sampling.session import Model, Session
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Constants": "cdlm.core.types",
     "Diffusion": "cdlm.continuous.sampler",
+    "DistillSettings": "cdlm.runs.distill",
     "Guidance": "cdlm.continuous.guidance",
     "LeftToRight": "cdlm.autoregressive.sampler",
     "Model": "cdlm.sampling.session",
@@ -31,6 +33,7 @@ _HOMES = {
     "Session": "cdlm.sampling.session",
     "Unmasking": "cdlm.masked.sampler",
     "decode": "cdlm.api",
+    "distill": "cdlm.runs.distill",
     "generate": "cdlm.api",
     "likelihood": "cdlm.api",
     "load": "cdlm.api",
@@ -39,8 +42,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "Constants", "Diffusion", "Guidance", "LeftToRight", "Model", "RunConfig", "Sample", "Samples", "Session",
-    "Unmasking", "decode", "generate", "likelihood", "load", "open_session", "train",
+    "Constants", "Diffusion", "DistillSettings", "Guidance", "LeftToRight", "Model", "RunConfig", "Sample", "Samples",
+    "Session", "Unmasking", "decode", "distill", "generate", "likelihood", "load", "open_session", "train",
 ]  # fmt: skip
 
 

@@ -55,6 +55,10 @@ class ContinuousSystem(System, Denoiser):
         if self.objective.fits_schedule:
             self.schedule.after_step()
 
+    def keep_space(self) -> None:
+        """Freeze how noise is spread and where tokens lie: what a student has from its teacher and shares with it."""
+        self.schedule.requires_grad_(False)
+
     @abstractmethod
     def draw(
         self, batch: Batch, t: Float[Tensor, " b"]
@@ -191,6 +195,10 @@ class EmbeddingDiffusion(ContinuousSystem):
     ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"], Condition]:
         clean = self.embed(batch.tokens)
         return clean, *self.noise(clean, t, batch)
+
+    def keep_space(self) -> None:
+        super().keep_space()
+        self.embedding.requires_grad_(False)
 
     def nats(self, text: Text, settings: LikelihoodSettings, progress: Progress | None = None) -> dict[str, Nats]:
         return likelihood.nats(self, text, settings, progress)

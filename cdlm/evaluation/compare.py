@@ -28,7 +28,7 @@ from cdlm.evaluation.metrics.diversity import sample_entropy, unigram_entropy
 from cdlm.evaluation.metrics.reference import DISTANCES, Spread
 from cdlm.evaluation.oracles import ORACLES, oracles
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel
-from cdlm.evaluation.rivals import FEWEST_SAMPLES, Duel, Rivals, Verdict, verdict
+from cdlm.evaluation.rivals import FEWEST_SAMPLES, STUDENT, Duel, Rivals, Verdict, verdict
 from cdlm.evaluation.table import aligned_table, markdown_table
 from cdlm.evaluation.texts import REAL, Part
 from cdlm.halting import Criterion, FixedSteps, Never
@@ -40,6 +40,7 @@ SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 UNBOUNDED = "†"
 """Marks a row without a bound."""
 PLAIN, FULL = "plain sampler, the same grid", "full run"
+STUDENTS = "students"
 GAMMA = 4
 """Weight of quality in QPS (SchED, arXiv 2512.02892)."""
 REFERENCES = (FULL, *REAL.values(), OWN_ROWS)
@@ -139,6 +140,7 @@ class Comparison:
         live: samples of what has to be run: rules that freeze, and wall time (0 leaves both out).
         fewer: steps of the plain sampler; by default `SHARES` of what a sample of the full run takes.
         with_rivals: whether chosen settings are compared with their rivals, which takes as long as all else.
+        students: that the model was distilled to, by name: each a row, and a rival of rules that take as many calls.
     """
 
     bench: Bench
@@ -148,6 +150,7 @@ class Comparison:
     live: int = 32
     fewer: Sequence[int] = ()
     with_rivals: bool = True
+    students: Mapping[str, Session] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.live < 0 or min(self.fewer, default=1) < 1:
@@ -156,7 +159,7 @@ class Comparison:
     @cached_property
     def rivals(self) -> Rivals:
         """The benches of both halves, and the rivals."""
-        return Rivals(*self.bench.halves())
+        return Rivals(*self.bench.halves(), self.students)
 
     @property
     def choosing(self) -> Bench:
@@ -179,7 +182,7 @@ class Comparison:
         full = self.reporting.full_run
         points = [self.point(FULL, "Never()", Outcome(full.tokens, full.nfe)), *self.real()]
         points += [self.point(o.name, o.setting, o.outcome) for o in oracles(self.reporting, self.goal, self.measure)]
-        points += self.plain()
+        points += [*self.plain(), *self.taught()]
         shown = self.bench.session.progress
         for family, rules in progress(families.items(), total=len(families), label="rules compared", shown=shown):
             points += self.family(family, rules)
@@ -239,10 +242,16 @@ class Comparison:
         return [self.point(family, _way(way, steps), drawn) for family, way in ways.items()
                 for steps, drawn in self._fewer(way)]  # fmt: skip
 
+    def taught(self) -> list[Point]:
+        """The students, each in its own steps, on the same samples."""
+        drawn = {name: self.rivals.drawn(one, len(self.reporting.full_run)) for name, one in self.students.items()}
+        return [self.point(name, _way(self.students[name], self.students[name].settings["steps"]), outcome)
+                for name, outcome in drawn.items()]  # fmt: skip
+
     def _fewer(self, way: Session) -> Iterator[tuple[int, Outcome]]:
         bench = self.reporting
         budgets = self.fewer or [max(1, round(share * bench.mean_steps)) for share in SHARES]
-        for steps in way.sampling.fewer_steps([b for b in budgets if b < bench.steps], bench.longest):
+        for steps in way.fewer_steps([b for b in budgets if b < bench.steps], bench.longest):
             yield steps, self.rivals.drawn(way.with_steps(steps), len(bench.full_run))
 
     def point(self, family: str, setting: str, drawn: Outcome) -> Point:
@@ -526,7 +535,7 @@ def _note(goal: Goal, measure: str) -> str:
 
 
 def _is_reference(point: Point) -> bool:
-    return point.family in (*REFERENCES, *ORACLES) or _is_plain(point)
+    return point.family in (*REFERENCES, *ORACLES) or _is_plain(point) or point.family.startswith(STUDENT)
 
 
 def _is_plain(point: Point) -> bool:
@@ -535,7 +544,7 @@ def _is_plain(point: Point) -> bool:
 
 def _cells(p: Point, answered: bool) -> list[str]:
     name = p.family if p.family in REFERENCES else p.setting
-    if p.family in ORACLES:
+    if p.family in ORACLES or p.family.startswith(STUDENT):
         name = f"{p.family}: {p.setting}" if p.setting else p.family
     name += "" if p.bounded or _is_reference(p) else f" {UNBOUNDED}"
     found, against = p.verdict, "-"
@@ -570,12 +579,17 @@ def panels(points: Sequence[Point]) -> list[CurvePanel]:
     for model, steps in dict.fromkeys((p.model, p.steps) for p in points):
         there = [p for p in points if (p.model, p.steps) == (model, steps)]
         (full,) = (p for p in there if p.family == FULL)
-        families = dict.fromkeys(p.family for p in there if p.family not in REFERENCES)
+        families = dict.fromkeys(_line_of(p) for p in there if p.family not in REFERENCES)
         last = sorted(families, key=lambda name: name in ORACLES)  # oracles are single points, and drawn over the rest
-        curves = [_curve(_short(name, last), [p for p in there if p.family == name], full) for name in last]
+        curves = [_curve(_short(name, last), [p for p in there if _line_of(p) == name], full) for name in last]
         levels = [(p.family, p.ar_nll) for p in there if p.family in REFERENCES]
         out.append(CurvePanel(f"{model}, {steps} steps", curves, levels))
     return out
+
+
+def _line_of(point: Point) -> str:
+    """The line that a point is drawn on: its family's, and all students share one."""
+    return STUDENTS if point.family.startswith(STUDENT) else point.family
 
 
 def _short(name: str, names: Collection[str]) -> str:
@@ -594,6 +608,6 @@ def _curve(name: str, own: Sequence[Point], full: Point) -> Curve:
         [p.ar_nll for p in own],
         [p.ar_nll_low for p in own],
         [p.ar_nll_high for p in own],
-        rival=_is_plain(own[0]),
+        rival=_is_plain(own[0]) or name == STUDENTS,
         chosen=place,
     )

@@ -7,19 +7,23 @@ giving its rivals the same entropy: a lower temperature buys that as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
+from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Scores
+from cdlm.data.tokenizer import tokenizer_hash
 from cdlm.evaluation.bench import Bench, Outcome
 from cdlm.evaluation.metrics.diversity import sample_entropy
 from cdlm.halting import FixedSteps
-from cdlm.sampling.session import Sampling, Session
+from cdlm.sampling.session import Model, Sampling, Session
 
 FIXED = "fixed step"
+STUDENT = "student of"
+"""How the names of distilled students begin."""
 SAME_ENTROPY = 0.01
 """Nats within which the entropies of two sets of samples count as equal."""
 TRIAL_SAMPLES = 128
@@ -65,7 +69,7 @@ class Plain:
         """The session with about so many calls: within one per cent of those of the full run."""
         grain = max(1, round(bench.steps / 50))  # so that rules which take about as many calls share a rival
         wanted = max(1, grain * round(calls / self.calls_a_step / grain))
-        fitting = self.session.sampling.fewer_steps([wanted], bench.longest)
+        fitting = self.session.fewer_steps([wanted], bench.longest)
         return self.session.with_steps(fitting[0] if fitting else wanted)
 
 
@@ -76,17 +80,19 @@ class Rivals:
     Args:
         choosing: samples on which the best of each rival's ways is chosen.
         reporting: samples on which rules and rivals are compared.
+        students: that the model was distilled to, by name; see `students_of`.
     """
 
     choosing: Bench
     reporting: Bench
+    students: Mapping[str, Session] = field(default_factory=dict)
     known: dict[str, Outcome] = field(default_factory=dict, compare=False, repr=False)
     """Samples of rivals that were drawn."""
 
     @cached_property
     def plain(self) -> list[Plain]:
         """Each kind of plain sampler in its best way: the least AR-NLL with half of the full run's steps."""
-        return [self._best(name, ways) for name, ways in self.choosing.session.sampling.rivals().items()]
+        return [self._best(name, ways) for name, ways in self.choosing.session.rivals().items()]
 
     def duels(self, outcome: Outcome) -> list[Duel]:
         """The samples of a rule beside each rival with as many calls, as they are and at the rule's entropy."""
@@ -101,7 +107,7 @@ class Rivals:
     def _half(self) -> int:
         """Half of the full run's steps."""
         bench = self.choosing
-        return bench.session.sampling.fewer_steps([bench.steps // 2], bench.longest)[0]
+        return bench.session.fewer_steps([bench.steps // 2], bench.longest)[0]
 
     def _quality(self, session: Session) -> float:
         bench = self.choosing
@@ -111,13 +117,16 @@ class Rivals:
         return float(self.choosing.run(session.with_steps(self._half), 1).nfe.mean()) / self._half
 
     def _at(self, outcome: Outcome) -> Iterator[tuple[str, Session]]:
-        """The rivals with as many calls as the samples took."""
+        """The rivals with as many calls as the samples took, and the students with as many or fewer."""
         calls, bench = float(outcome.nfe.mean()), self.reporting
         step = bench.step_at(calls)
         if not bench.session.refuses(FixedSteps(step)):
             yield FIXED, bench.session.with_criterion(FixedSteps(step))
         for plain in self.plain:
             yield plain.name, plain.at(calls, bench)
+        for name, student in self.students.items():
+            if float(self.drawn(student, len(outcome.nfe)).nfe.mean()) <= calls:
+                yield name, student
 
     def _against(self, name: str, rival: Session, outcome: Outcome) -> Iterator[Duel]:
         bench = self.reporting
@@ -131,9 +140,10 @@ class Rivals:
 
     def drawn(self, rival: Session, m: int) -> Outcome:
         """The first m samples of the reporting half, sampled so; a fixed step of the full run is replayed."""
-        bench, key = self.reporting, f"{rival.sampling!r} {rival.criterion!r} {m}"
+        bench, own = self.reporting, rival.model is self.reporting.session.model
+        key = f"{'' if own else rival.model.need_fingerprint()} {rival.sampling!r} {rival.criterion!r} {m}"
         if key not in self.known:
-            same = rival.sampling == bench.session.sampling and not bench.must_run(rival.criterion)
+            same = own and rival.sampling == bench.session.sampling and not bench.must_run(rival.criterion)
             drawn = bench.under(rival.criterion, m) if same else bench.run(rival, m)
             self.known[key] = Outcome(drawn.tokens[:m], drawn.nfe[:m])
         return self.known[key]
@@ -167,6 +177,51 @@ class Rivals:
             name, _setting(rival), float(drawn.nfe.mean()), _value(scores), sample_entropy(bench.generated(drawn)),
             difference.value, low, high,
         )  # fmt: skip
+
+
+def check_students(sessions: Iterable[Session], teachers: Sequence[Model]) -> None:
+    """Raise unless each session is of a student of one of the teachers, with its tokenizer.
+
+    Raises:
+        CdlmError: one is not.
+    """
+    for model in (session.model for session in sessions):
+        place, student = model.folder or model.name, model.student
+        if student is None:
+            raise CdlmError(f"{place} is no student: give folders that cdlm distill has made of the model")
+        own = [teacher for teacher in teachers if teacher.has_weights(student.teacher)]
+        if not own:
+            names = ", ".join(teacher.name for teacher in teachers)
+            raise CdlmError(
+                f"{place} is a student of {student.name}, whose weights are not those of {names}: compare it with that"
+                " model"
+            )
+        if not any(_same_tokenizer(model, teacher) for teacher in own):
+            raise CdlmError(f"{place} has another tokenizer than its teacher {student.name}: copy the folder again")
+
+
+def _same_tokenizer(one: Model, other: Model) -> bool:
+    return tokenizer_hash(one.need_tokenizer()) == tokenizer_hash(other.need_tokenizer())
+
+
+def students_of(model: Model, sessions: Iterable[Session]) -> dict[str, Session]:
+    """The sessions of the model's students by their names, of most steps first.
+
+    Raises:
+        CdlmError: two students of the model take as many steps.
+    """
+    found: dict[str, Session] = {}
+    own = [(session.model.student, session) for session in sessions]
+    theirs = [(student, s) for student, s in own if student is not None and model.has_weights(student.teacher)]
+    for student, session in sorted(theirs, key=lambda pair: -pair[0].steps):
+        name = f"{STUDENT} {student.steps} steps"
+        if name in found:
+            raise CdlmError(
+                f"{found[name].model.folder} and {session.model.folder} are both students of {student.steps} steps of"
+                f" {model.name}: give one of them"
+            )
+        found[name] = session
+    return found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NotRequired, TypedDict, TypeVar
 
@@ -24,7 +24,7 @@ from cdlm.core.tensors import check_values, read_tensors, same_specs, specs_of, 
 from cdlm.models.foreign import check_tokenizer
 from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.prompts import Prompt
-from cdlm.sampling.session import Model
+from cdlm.sampling.session import Model, Student
 from cdlm.sampling.texts import save_tokenizer, special_of
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ class Pretrained(nn.Module, Model):
         config = {"cdlm_format": FORMAT, "length": self.length, "ends": self.ends, "model": self.config}
         if self.preset:
             config["sampling"] = dict(self.preset)
+        if self.student is not None:
+            config["student"] = asdict(self.student)
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -121,6 +123,7 @@ class Folder:
     weights: Mapping[str, Tensor]
     fingerprint: str
     tokenizer: PreTrainedTokenizerFast
+    student: Student | None = None
 
 
 def read(path: Path, config: dict[str, Any] | None = None) -> Folder:
@@ -149,8 +152,27 @@ def read(path: Path, config: dict[str, Any] | None = None) -> Folder:
         raise CdlmError(f"{path} has texts that end, and a tokenizer without an end-of-text token: copy it again")
     return Folder(
         path, config["model"], int(config["length"]), ends, config.get("sampling", {}), renamed(weights),
-        fingerprint_of(weights), tokenizer,
+        fingerprint_of(weights), tokenizer, _student_of(path, config),
     )  # fmt: skip
+
+
+def _student_of(path: Path, config: Mapping[str, Any]) -> Student | None:
+    """What a folder says of the steps that its model was distilled to; None if it is no student.
+
+    Raises:
+        CdlmError: it recommends another number.
+    """
+    if "student" not in config:
+        return None
+    file = path / "config.json"
+    student = checked(config["student"], Student, str(file), "copy it again")
+    sampling = config.get("sampling")
+    recommended = sampling.get("steps") if isinstance(sampling, dict) else None
+    if recommended != student.steps:
+        raise CdlmError(
+            f"{file} is of a student of {student.steps} steps, and has sampling of {recommended} steps: copy it again"
+        )
+    return student
 
 
 def load_weights(module: Pretrained, folder: Folder) -> None:
@@ -163,7 +185,7 @@ def load_weights(module: Pretrained, folder: Folder) -> None:
     module.load_state_dict(state, assign=True)
     module.tokenizer, module.length, module.folder = folder.tokenizer, folder.length, folder.path
     module.ends, module.fingerprint = folder.ends, folder.fingerprint
-    module.preset = checked_preset(module, folder)
+    module.preset, module.student = checked_preset(module, folder), folder.student
 
 
 def checked_preset(module: Pretrained, folder: Folder) -> dict[str, int | float | str]:
@@ -270,6 +292,7 @@ class Content(TypedDict):
     cdlm_format: Positive
     length: Annotated[int, Meta(ge=1, lt=2**31)]
     ends: NotRequired[bool]
+    student: NotRequired[dict[str, Any]]
     model: dict[str, Any]
 
 

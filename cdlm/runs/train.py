@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -36,7 +36,7 @@ from cdlm.models.lora import (
 from cdlm.models.system import System
 from cdlm.runs import caches
 from cdlm.runs.config import RunConfig
-from cdlm.sampling.session import Session
+from cdlm.sampling.session import Session, Student
 from cdlm.sampling.texts import save_tokenizer, special_of
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _train(
         export=partial(export, config),
         resume=resume,
         progress=progress,
-        context=_context(config, text, system),
+        context=context_of(config, text, system),
     )
 
 
@@ -280,7 +280,7 @@ def _finished(config: RunConfig, out: Path) -> System:
 
 def _described(config: RunConfig, system: System, tokenizer: PreTrainedTokenizerFast) -> System:
     system.tokenizer, system.length, system.ends = tokenizer, config.length, config.rows != "pack"
-    system.preset = config.preset
+    system.preset, system.student = config.preset, None  # a student that is trained on is none any more
     return system
 
 
@@ -292,7 +292,7 @@ def _check_same_system(system: System, origin: Folder) -> None:
         raise CdlmError(f"{origin.path} holds a different system ({how}): give these settings the values from there")
 
 
-def _context(config: RunConfig, text: RunText, system: System) -> dict[str, str | int]:
+def context_of(config: RunConfig, text: RunText, system: System) -> dict[str, str | int]:
     """What must not change when the run is resumed; see `cdlm.training.context`."""
     return {
         "data": f"{config.source!r} in rows of {config.length} ({config.rows}), shares {config.division}",
@@ -301,11 +301,11 @@ def _context(config: RunConfig, text: RunText, system: System) -> dict[str, str 
         **{f"system.{name}": str(value) for name, value in system.config.items()},
         "masking": config.masking,
         "batch_size": config.batch_size,
-        **({} if system.adapter is None else _context_of(system.adapter)),
+        **({} if system.adapter is None else _adapter_context(system.adapter)),
     }
 
 
-def _context_of(adapter: Adapter) -> dict[str, str | int]:
+def _adapter_context(adapter: Adapter) -> dict[str, str | int]:
     return {"lora": repr(adapter.settings), "base": adapter.base, "base.digest": adapter.weights}
 
 
@@ -321,7 +321,7 @@ def preview(config: RunConfig, system: System) -> list[str]:
         return []
     session = Session(system, system.sampling)
     requests = session.requests(n=config.preview)
-    fewer = session.sampling.fewer_steps([PREVIEW_STEPS], requests[0])
+    fewer = session.fewer_steps([PREVIEW_STEPS], requests[0])
     if fewer and session.steps_of(requests[0]) > PREVIEW_STEPS:
         session = session.with_steps(fewer[0])
     return session.run(requests).texts
@@ -342,8 +342,19 @@ def card(config: RunConfig, system: System, step: int) -> str:
         "Training": f"{size:.1f} M {trained}parameters, {shape}, on text of `{source}`.\n\n{fenced(settings, 'yaml')}",
         "Numbers": "See `evaluation.md` in this folder if the model was evaluated.",
     }
-    sampling = {"sampling": dict(system.preset)} if system.preset else {}
+    sampling: dict[str, Any] = {"sampling": dict(system.preset)} if system.preset else {}
+    if system.student is not None:
+        sections["Distillation"] = _words_of(system.student)
+        sampling["student"] = asdict(system.student)
     return hub.model_card({"length": system.length, **sampling, "model": system.config}, sections, system.kind)
+
+
+def _words_of(student: Student) -> str:
+    return (
+        f"A student of {student.steps} steps of the model `{student.name}` (weights `{student.teacher}`), by"
+        " progressive distillation: it learns to do in one step what its teacher does in several. It takes this many"
+        " steps and no others; the schedule, the embeddings and the tokenizer are its teacher's."
+    )
 
 
 def _without_folders(value: Any) -> Any:

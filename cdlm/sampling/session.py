@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
-from cdlm.core.checks import Settings, check_flag, check_object, shown
+from cdlm.core.checks import MOST_STEPS, Settings, check_flag, check_object, check_whole, shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.parallel import Workers, deal
@@ -30,6 +30,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 S = TypeVar("S", bound="Sampling")
+
+
+@dataclass(frozen=True)
+class Student(Settings):
+    """What a model that was distilled to few steps was made for, and from.
+
+    Args:
+        steps: that it takes, no more and no fewer.
+        teacher: fingerprint of the weights that it was distilled from.
+        name: of that model.
+    """
+
+    steps: int
+    teacher: str
+    name: str
+
+    def __post_init__(self) -> None:
+        check_whole("a student", largest=MOST_STEPS, steps=self.steps)
 
 
 class Model(ABC):
@@ -61,6 +79,8 @@ class Model(ABC):
     """Of a masked model, positions after each prompt unless a call asks for others; None: a call has to ask."""
     preset: Mapping[str, int | float | str] = {}
     """Flat settings of the sampler that its folder recommends; empty if it recommends none."""
+    student: Student | None = None
+    """Of a model that was distilled to few steps: it is sampled as its folder recommends, in so many."""
     _sampling: Sampling | None = None
 
     @property
@@ -88,7 +108,28 @@ class Model(ABC):
 
     def base_of(self, settings: Collection[str]) -> Sampling:
         """The sampling that flat settings of these names replace parts of."""
-        return self.sampling if self.recommends(settings) else self._sampling or self.defaults
+        return self.sampling if self.recommends(settings) else self._sampling or self.plain
+
+    @property
+    def plain(self) -> Sampling:
+        """How it is sampled whatever its folder recommends: as in its paper; but a student as it was distilled."""
+        return self.defaults if self.student is None else self.defaults.with_flat(**self.preset)
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raise if a student is asked for other levels than those that it was distilled for.
+
+        Raises:
+            CdlmError: it is; says what to ask for.
+        """
+        if self.student is None:
+            return
+        made, asked = self.plain.settings, sampling.settings
+        for name in ("steps", "grid"):
+            if made.get(name) != asked.get(name):
+                raise CdlmError(
+                    f"{self.name} is a student of {self.student.steps} steps on {made.get('grid')}, and was asked for"
+                    f" {name} {asked.get(name)}: leave out {name}, or give {made.get(name)}"
+                )
 
     @property
     def device(self) -> torch.device:
@@ -305,6 +346,7 @@ class Session:
             check_object("a session", Workers, workers=self.workers)
         check_flag("a session", progress=self.progress)
         check_family(self.sampling, self.model)
+        self.model.check_sampling(self.sampling)
         if self.batch_size is not None:
             check_batch_size(self.batch_size)
         self.model.check_weights()
@@ -371,6 +413,14 @@ class Session:
         """Most steps of a request, or of each of its blocks."""
         check_object("a session", Request, request=request)
         return self.sampling.steps_of(request)
+
+    def fewer_steps(self, wanted: Sequence[int], request: Request) -> list[int]:
+        """Numbers of steps near those wanted that the request can be sampled with; a student has none but its own."""
+        return [] if self.model.student is not None else self.sampling.fewer_steps(wanted, request)
+
+    def rivals(self) -> Mapping[str, Sequence[Sampling]]:
+        """Plain ways to spend fewer steps on the model, by the name of the rival; on a student there are none."""
+        return {} if self.model.student is not None else self.sampling.rivals()
 
     def blocks_of(self, requests: Sequence[Request]) -> int:
         """Runs in a row that a sample takes at most."""

@@ -129,7 +129,7 @@ class Study(MachineOptions, ABC):
                 f"{label(model)} is a {session.sampling.family} model and has no {missing[0]!r}, which this study"
                 " reads: leave it out of the models"
             )
-        return session.with_sampling(session.model.defaults)
+        return session.with_sampling(session.model.plain)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from cdlm.core.progress import to_stderr
 from cdlm.evaluation.bench import check_answers, fewest, longest
 from cdlm.evaluation.compare import Comparison, Point, markdown, panels, save_json, terminal, too_few, write_csv
 from cdlm.evaluation.plots.pareto import plot_pareto
+from cdlm.evaluation.rivals import check_students, students_of
 from cdlm.halting import Criterion, sweep
 from cdlm.halting.calibration import Goal
 from cdlm.halting.replay import check_recorded
@@ -64,6 +65,10 @@ class RivalOptions:
     """Compare each chosen setting with its rivals: a fixed step, and the plain sampler with fewer steps on the best
     grid, with its own solver and with ancestral steps. It takes about as long as all else."""
 
+    students: list[str] | None = None
+    """Folders of students that a model was distilled to (cdlm distill): each is a row of the table, in its own steps,
+    and a rival of the rules that take as many calls or more."""
+
     def __post_init__(self) -> None:
         if self.live < 0 or min(self.fewer or [1]) < 1:
             raise CdlmError(f"a comparison needs live >= 0 and fewer >= 1, got {self.live} and {self.fewer}")
@@ -100,6 +105,8 @@ def compare(
         sessions = {
             model: stack.enter_context(session_on(machine, model, full.seed)) for model in dict.fromkeys(models)
         }
+        students = [stack.enter_context(session_on(machine, name, full.seed)) for name in rival.students or ()]
+        check_students(students, [session.model for session in sessions.values()])
         settings = flat_settings(diffusion, unmasking)
         plans = [
             _plan(
@@ -121,8 +128,9 @@ def compare(
                 judge_steps=judge.judge_steps, recordings=recordings,
             )  # fmt: skip
             comparison = Comparison(
-                bench, goal.goal, goal.measure, plan.model, rival.live, rival.fewer or (), rival.rivals
-            )
+                bench, goal.goal, goal.measure, plan.model, rival.live, rival.fewer or (), rival.rivals,
+                students_of(plan.session.model, students),
+            )  # fmt: skip
             points += comparison.table(plan.families)
             write_csv(points, out / "compare.csv")  # after each model: long work is not lost
             save_json(points, goal.goal, goal.measure, out / "compare.json")
@@ -161,7 +169,7 @@ def _plan(
     model: str, session: Session, settings: dict[str, object], rules: Sequence[str] | None, full: FullRunOptions,
     measure: str,
 ) -> _Plan:  # fmt: skip
-    session = session.with_sampling(api.sampling_of(session.model, session.model.defaults, settings, lenient=True))
+    session = session.with_sampling(api.sampling_of(session.model, session.model.plain, settings, lenient=True))
     requests, work = api.ask(session, full.n, full.length, full.workload)
     check_answers(measure, work)
     families = {rule: sweep(rule, session.steps_of(longest(requests))) for rule in rules or RULES_TO_COMPARE}

@@ -82,10 +82,11 @@ def _say_how(session: Session, requests: Sequence[Request], settings: Mapping[st
     preset = walk & session.model.preset.keys()
     if preset and session.model.recommends(settings):
         recommended = ", ".join(f"{name} {session.settings.get(name)}" for name in sorted(preset))
-        names = ", ".join(sorted(walk))
+        student, names = session.model.student, ", ".join(sorted(walk))
+        otherwise = f"; if one of {names} is given, the rest is as in its paper"
         to_stderr(
-            f"cdlm: sampled as the model recommends, {recommended}; if one of {names} is given, the rest is as in its"
-            " paper"
+            f"cdlm: sampled as the model recommends, {recommended}"
+            + (otherwise if student is None else f"; it is a student of {student.steps} steps of {student.name}")
         )
     if warning := api.warning_of_commits(session):
         to_stderr(f"cdlm: {warning}")
