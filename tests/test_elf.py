@@ -13,6 +13,7 @@ import torch
 import transformers
 from toys import VOCAB, tokenizer
 
+from cdlm.continuous.distillation import Distillation
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.readouts import Decoder, NoReadOut, Probe, ReadOut
 from cdlm.continuous.sampler import Diffusion, DiffusionLoop
@@ -279,6 +280,24 @@ def test_copies_and_checkpoints_hold_no_encoder(system: Flow) -> None:
     names = set(system.state_dict())
     assert {name for name in names if name.startswith("space.")} == {"space.mean", "space.std"}
     assert copy.deepcopy(system).space.encoder is system.space.encoder
+
+
+def test_a_student_learns_where_the_teacher_gets_to(encoder: str) -> None:
+    """Of an untrained student, whose estimate is 0, the loss is the mean square of the target and the decoder's."""
+    teacher, student = built(encoder), built(encoder, stirred=False).train()
+    student.space.load_state_dict(teacher.space.state_dict())
+    objective = Distillation(teacher, student.objective, steps=2, teacher_steps=8, read_out=0.0)
+    student.objective = objective
+    batch = replace(some(6), generator=generator(9))
+    lesson = objective.lesson(student, replace(batch, generator=generator(9)))
+    loss = student(batch)
+    expected = (lesson.x0.square().mean(-1) * batch.target).sum() / batch.target.sum()
+    torch.testing.assert_close(loss.total, expected)
+    loss.total.backward()
+    assert lesson.condition.guidance is not None
+    assert lesson.condition.guidance.unique().numel() == 6  # each row was told its own
+    objective.share = 0.5
+    assert torch.isfinite(student(replace(batch, generator=generator(9))).total)
 
 
 # Sampling

@@ -218,8 +218,10 @@ class Distillation(Objective):
         lesson = self.lesson(system, _part(batch, slice(taught)))
         made = system.denoise(lesson.z, lesson.t, lesson.condition)
         target, tokens = lesson.condition.target, batch.tokens[:taught]
-        total = (self._errors(lesson, made.x0, made.logits) * target).sum()
-        nats, count = row_cross_entropy(made.logits.detach(), tokens, target)
+        errors = (self._errors(lesson, made.x0, made.logits) * target).sum(1)
+        total, nats, count = errors.sum(), errors.detach(), target.sum(1)
+        if not system.decodes:  # its estimates say their tokens
+            nats, count = row_cross_entropy(made.logits.detach(), tokens, target)
         t = lesson.t
         if taught < rows:
             read, read_count = self.own.read_out(system, _part(batch, slice(taught, None)))
