@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cdlm.continuous.grids import Adaptive, LogT
+from cdlm.continuous.guidance import Guidance
+from cdlm.continuous.readouts import Decoder
 from cdlm.continuous.sampler import DiffusionLoop
 from cdlm.continuous.solvers import Ancestral, Churn, Heun, Renoise, TorchDiffEq, TwoStep
 from cdlm.continuous.systems import SYSTEMS
@@ -105,7 +107,14 @@ def test_rules_on_masked_models(rule: Criterion) -> None:
 
 
 SMALL = {"width": 16, "depth": 1, "heads": 2}
-OWN: dict[str, dict[str, Any]] = {"cdcd": {"dim": 8, "output_prior": True}, "ssd": {"dim": 8, "block": 4}}
+OWN: dict[str, dict[str, Any]] = {
+    "cdcd": {"dim": 8, "output_prior": True}, "ssd": {"dim": 8, "block": 4},
+    "elf": {"encoder": "nowhere", "encoder_dim": 8, "encoder_hash": "of nothing"},
+}  # fmt: skip
+READ: dict[str, dict[str, Any]] = {"elf": {"read_out": Decoder(), "guidance": Guidance(scale=3.0)}}
+"""How a system is sampled that does not say its tokens."""
+PROMPTED = {name: name != "elf" for name in SYSTEMS}
+"""Whether prompts can be shown without another model."""
 WAYS: list[dict[str, Any]] = [
     {}, {"solver": Heun()}, {"solver": Churn(0.1), "grid": LogT()},
     {"solver": TwoStep(), "grid": LogT()}, {"solver": Ancestral(), "commit": Dream(4)},
@@ -118,8 +127,9 @@ WAYS: list[dict[str, Any]] = [
 def sampled(name: str, **settings: Any) -> int:
     torch.manual_seed(0)
     system = SYSTEMS[name](**SMALL, **OWN.get(name, {})).build(12).eval()
-    loop = DiffusionLoop(system, *diffusion(5, **settings), 2)  # the host has float64: here the grid is made
-    prompt = torch.arange(N) < 2
+    way = READ.get(name, {}) | settings
+    loop = DiffusionLoop(system, *diffusion(5, **way), 2)  # the host has float64: here the grid is made
+    prompt = (torch.arange(N) < 2) & PROMPTED[name]
     return run(loop, [Request(i, torch.full((N,), 3), prompt) for i in range(3)])
 
 

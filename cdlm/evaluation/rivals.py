@@ -15,10 +15,10 @@ import numpy as np
 
 from cdlm.core.errors import CdlmError
 from cdlm.core.stats import Scores
-from cdlm.data.tokenizer import tokenizer_hash
 from cdlm.evaluation.bench import Bench, Outcome
 from cdlm.evaluation.metrics.diversity import sample_entropy
 from cdlm.halting import FixedSteps
+from cdlm.models.foreign import tokenizer_hash
 from cdlm.sampling.session import Model, Sampling, Session
 
 FIXED = "fixed step"
