@@ -13,6 +13,7 @@ import torch
 import transformers
 from toys import VOCAB, tokenizer
 
+from cdlm.api import load
 from cdlm.continuous.distillation import Distillation
 from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.readouts import Decoder, NoReadOut, Probe, ReadOut
@@ -22,14 +23,17 @@ from cdlm.continuous.systems.elf import ELF, Flow
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import generator
 from cdlm.core.types import Batch, Condition
+from cdlm.data.sources import Stories
 from cdlm.halting import FixedSteps, Patience
 from cdlm.models import hub
 from cdlm.models.in_context import TOKENS, InContextTransformer, rotate_pairs, sinusoid
 from cdlm.policies.confidence import Threshold
-from cdlm.runs.config import build_system
+from cdlm.runs.config import RunConfig, build_system
+from cdlm.runs.train import train
 from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.samples import Samples
 from cdlm.sampling.session import Session
+from cdlm.training.options import TrainOptions
 
 LENGTH, DIM, STEPS = 10, 8, 6
 
@@ -298,6 +302,33 @@ def test_a_student_learns_where_the_teacher_gets_to(encoder: str) -> None:
     assert lesson.condition.guidance.unique().numel() == 6  # each row was told its own
     objective.share = 0.5
     assert torch.isfinite(student(replace(batch, generator=generator(9))).total)
+
+
+def of_a_run(encoder: str, cache: Path, steps: int, **changes: Any) -> RunConfig:
+    given = dict(
+        source=Stories(n=60), system=settings(encoder), tokenizer=encoder, length=LENGTH, batch_size=4,
+        validation_rows=8, preview=1, cache=str(cache), training=TrainOptions(steps=steps, warmup=1, accelerator="cpu"),
+    )  # fmt: skip
+    return RunConfig(**{**given, **changes})
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_run_that_is_resumed_ends_as_one_that_is_not(encoder: str, tmp_path: Path, kept: bool) -> None:
+    flow = settings(encoder, cache_latents=kept)
+    whole = train(of_a_run(encoder, tmp_path / "a", 4, system=flow), tmp_path / "whole", progress=False)
+    train(of_a_run(encoder, tmp_path / "b", 2, system=flow), tmp_path / "parts", progress=False)
+    parts = train(of_a_run(encoder, tmp_path / "b", 4, system=flow), tmp_path / "parts", resume=True, progress=False)
+    ours, theirs = whole.state_dict(), parts.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours["space.std"] != 1  # fitted
+    assert any(tmp_path.glob("a/vectors/*.sqlite")) == kept
+    assert load(tmp_path / "parts").sampling == flow.sampling
+
+
+def test_a_run_has_to_use_the_encoder_s_tokenizer(encoder: str, tmp_path: Path) -> None:
+    config = of_a_run(encoder, tmp_path / "cache", 2, tokenizer=None, vocab_size=300)
+    with pytest.raises(CdlmError, match="set tokenizer"):
+        train(config, tmp_path / "run", progress=False)
 
 
 # Sampling
