@@ -131,6 +131,15 @@ def test_a_scalar_is_told_by_cosines_then_sines() -> None:
     torch.testing.assert_close(made, torch.cat([expected.cos(), expected.sin()], -1))
 
 
+def test_the_token_head_has_the_published_gelu() -> None:
+    """The tanh form, which is what jax.nn.gelu means."""
+    head = InContextTransformer(2, 3, bottleneck=1, width=4, depth=1, heads=1).tokens
+    hidden = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)) * 4
+    x = head[0](hidden)
+    inner = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    torch.testing.assert_close(head(hidden), head[2](inner))
+
+
 def test_padding_is_seen_by_nobody(system: Flow) -> None:
     batch, t = some(), torch.full((5,), 2.0, dtype=torch.float64)
     _, z, condition = system.draw(batch, t)

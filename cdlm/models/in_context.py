@@ -133,7 +133,7 @@ class InContextTransformer(nn.Module):
         )
         self.blocks = nn.ModuleList(InContextBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.norm, self.output = nn.RMSNorm(width, eps=1e-6), nn.Linear(width, dim)
-        self.tokens = nn.Sequential(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, vocab))
+        self.tokens = nn.Sequential(nn.Linear(width, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, vocab))
         self._initialise()
         self.asked = Asked(width)
 
