@@ -431,7 +431,7 @@ def test_a_halted_row_is_the_prefix_of_the_row_that_is_not(system: Flow) -> None
 
 
 def test_a_run_without_tokens_at_its_steps_cannot_be_recorded(system: Flow) -> None:
-    with pytest.raises(CdlmError, match=r"set read_out=Decoder\(\)"):
+    with pytest.raises(CdlmError, match=r"set read_out to Decoder\(\), got Probe\(\)"):
         run(system, record=True, read_out=Probe())
 
 

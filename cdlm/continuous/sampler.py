@@ -168,12 +168,12 @@ class Diffusion(Sampling):
         return self.passes - 1 + self.guidance.calls
 
     @property
-    def unrecorded(self) -> str:
+    def unrecorded(self) -> tuple[str, str] | None:
         if self.reopen is not None:
-            return "takes commits back: leave out reopen"
+            return "takes commits back", "leave out reopen"
         if self.read_out not in (None, Decoder()):
-            return f"does not say its tokens at every step ({self.read_out!r}): set read_out=Decoder()"
-        return ""
+            return "does not say its tokens at every step", f"set read_out to Decoder(), got {self.read_out!r}"
+        return None
 
     def with_flat(self, **settings: Any) -> Diffusion:
         given = {name: value for name, value in settings.items() if value is not None}
@@ -346,6 +346,8 @@ class DiffusionLoop(Loop[DiffusionRows]):
         self.denoiser, self.sampling = denoiser, sampling
         self._check_reopen()
         self._check_read_out()
+        if (why := sampling.unrecorded) and options.record >= sampling.recorded:
+            raise CdlmError(f"a run that {why[0]} cannot be recorded: {why[1]}")
         if sampling.passes > 1 and not denoiser.self_conditioning:
             raise CdlmError(
                 f"passes={sampling.passes} shows the model its own estimate, and this one was trained without"
@@ -387,8 +389,6 @@ class DiffusionLoop(Loop[DiffusionRows]):
             return
         if not self.denoiser.doubts:
             raise CdlmError("reopen asks the model which given tokens are wrong: train it with wrong_given above 0")
-        if self.options.record >= self.sampling.recorded:
-            raise CdlmError("a run that takes commits back cannot be recorded: leave out reopen")
 
     def budget(self, requests: Sequence[Request]) -> int:
         return self.sampling.steps * max(self.sampling.blocks_of(request) for request in requests)

@@ -128,8 +128,8 @@ class Unmasking(Sampling):
             raise CdlmError("first_from_full and extra_call are of Fast-dLLM's caches: take prefix or dual")
 
     @property
-    def unrecorded(self) -> str:
-        return f"takes commits back: choose another policy than {self.policy!r}" if self.policy.revises else ""
+    def unrecorded(self) -> tuple[str, str] | None:
+        return ("takes commits back", f"choose another policy than {self.policy!r}") if self.policy.revises else None
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -279,9 +279,9 @@ class Sampling(Settings, ABC):
         return True
 
     @property
-    def unrecorded(self) -> str:
-        """Why its steps cannot be recorded, as what a run does and how to change that; empty if they can."""
-        return ""
+    def unrecorded(self) -> tuple[str, str] | None:
+        """What a run does that a record does not hold, and how to change that; None if it can be recorded."""
+        return None
 
     @abstractmethod
     def with_temperature_times(self: S, factor: float) -> S:
@@ -439,7 +439,7 @@ class Session:
             what: is to be done with them, for the error.
         """
         if why := self.sampling.unrecorded:
-            raise CdlmError(f"a run cannot be {what} that {why}")
+            raise CdlmError(f"a run that {why[0]} cannot be {what}: {why[1]}")
         if not self.replayable(requests):
             raise CdlmError(
                 f"a run of {self.blocks_of(requests)} blocks cannot be {what}: its steps are not kept, because to halt"
