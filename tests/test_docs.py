@@ -29,7 +29,7 @@ PAGES = (
 )  # fmt: skip
 SHOWING = (
     "README.md", "docs/masked.md", "docs/halting.md", "docs/likelihood.md", "docs/results.md", "docs/lm-eval.md",
-    "docs/several-machines.md", "docs/encoders.md", "docs/distill.md", "docs/elf.md",
+    "docs/several-machines.md", "docs/encoders.md", "docs/distill.md", "docs/elf.md", "docs/self-conditioning.md",
     *(f"docs/studies/{name}.md" for name in STUDIES),
 )  # fmt: skip
 """Pages that show commands."""

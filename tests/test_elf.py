@@ -19,7 +19,7 @@ from cdlm.continuous.guidance import Guidance
 from cdlm.continuous.readouts import Decoder, NoReadOut, Probe, ReadOut
 from cdlm.continuous.sampler import Diffusion, DiffusionLoop
 from cdlm.continuous.solvers import Churn, Euler
-from cdlm.continuous.systems.elf import ELF, Flow
+from cdlm.continuous.systems.elf import ELF, Flow, FlowMatching
 from cdlm.core.errors import CdlmError
 from cdlm.core.rng import generator
 from cdlm.core.types import Batch, Condition
@@ -143,8 +143,8 @@ def test_the_token_head_has_the_published_gelu() -> None:
 def test_padding_is_seen_by_nobody(system: Flow) -> None:
     batch, t = some(), torch.full((5,), 2.0, dtype=torch.float64)
     _, z, condition = system.draw(batch, t)
-    other = torch.where(batch.valid[..., None], z, 7.0)
     assert batch.valid is not None
+    other = torch.where(batch.valid[..., None], z, 7.0)
     ours, theirs = (system.denoise(x, t, condition).x0[batch.valid] for x in (z, other))
     torch.testing.assert_close(ours, theirs)
 
@@ -246,7 +246,9 @@ def test_without_guidance_the_target_is_the_clean_vector(encoder: str) -> None:
     batch, t = some(), torch.full((5,), 3.0, dtype=torch.float64)
     drawn = flow.draw(batch, t)
     clean, z, condition = drawn
-    error, _ = flow.objective._velocity(flow, clean, z, t, condition, replace(batch, generator=generator(5)))
+    error, _ = FlowMatching(flow.settings)._velocity(
+        flow, clean, z, t, condition, replace(batch, generator=generator(5))
+    )
     first = flow.denoise(z, t, condition).x0
     x0 = flow.denoise(z, t, condition._replace(x0=first)).x0
     weight = (1 / (1 - flow.time(t)).square()).float()
@@ -260,7 +262,9 @@ def test_guidance_moves_the_target_by_what_the_estimate_adds(encoder: str) -> No
     batch, t = some(), torch.full((5,), 3.0, dtype=torch.float64)
     clean, z, condition = flow.draw(batch, t)
     condition = condition._replace(guidance=torch.full((5,), 4.0))
-    error, _ = flow.objective._velocity(flow, clean, z, t, condition, replace(batch, generator=generator(5)))
+    error, _ = FlowMatching(flow.settings)._velocity(
+        flow, clean, z, t, condition, replace(batch, generator=generator(5))
+    )
     blind = flow.denoise(z, t, condition).x0
     seeing = flow.denoise(z, t, condition._replace(x0=blind)).x0
     target = clean + 0.75 * (seeing - blind)

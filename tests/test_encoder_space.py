@@ -394,7 +394,7 @@ def test_vectors_too_long_for_float16_are_not_kept(folders: dict[str, Path], tmp
     folder = shutil.copytree(folders["bert"], tmp_path / "encoder")
     network = transformers.BertModel.from_pretrained(folder)
     with torch.no_grad():
-        network.encoder.layer[-1].output.LayerNorm.bias.fill_(1e6)
+        network.get_parameter("encoder.layer.1.output.LayerNorm.bias").fill_(1e6)
     network.save_pretrained(folder)
     space = EncoderSpace.open(str(folder))
     space.use_cache(tmp_path / "vectors")

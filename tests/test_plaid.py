@@ -263,7 +263,7 @@ class Recorded(StepNoise):
 
     noise: Tensor | None = None
 
-    def normal(self, like: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+    def normal(self, like: Float[Tensor, "b ..."], purpose: int = 0) -> Float[Tensor, "b ..."]:
         assert self.noise is not None
         return self.noise.to(like)
 

@@ -177,7 +177,7 @@ class Told(StepNoise):
         object.__setattr__(self, "recording", recording)
         object.__setattr__(self, "at", step)
 
-    def normal(self, like: Tensor) -> Tensor:
+    def normal(self, like: Tensor, purpose: int = 0) -> Tensor:
         return self.__dict__["recording"].noise(self.__dict__["at"], like, 1)
 
 

@@ -234,10 +234,12 @@ class FlowMatching(Objective):
         lost, aside = torch.zeros(rows, device=device), torch.zeros((), device=device)
         flowing, told = (flags.nonzero().squeeze(1).cpu() for flags in (~decoded, decoded))
         if len(flowing):
-            error, aside = self._velocity(system, *take((clean, z, t, condition), flowing), _some(batch, flowing))
+            x, noisy, level, shown = take((clean, z, t, condition), flowing)
+            error, aside = self._velocity(system, x, noisy, level, shown, _some(batch, flowing))
             lost = lost.index_copy(0, flowing.to(device), error)
         if len(told):
-            nats = self._decoder(system, *take((clean, condition), told), _some(batch, told))
+            x, shown = take((clean, condition), told)
+            nats = self._decoder(system, x, shown, _some(batch, told))
             lost = lost.index_copy(0, told.to(device), nats)
         return self._loss(lost, aside if len(flowing) and len(told) else aside + _nothing(system), t, batch)
 
