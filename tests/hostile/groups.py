@@ -38,6 +38,7 @@ def commands(place: Path) -> Mapping[str, Sequence[str]]:
         "evaluate": (run, samples, "--judge-steps=2", "--device=cpu", "--quiet"),
         "train-judge": (run, str(place / "judge"), "--steps=2", "--device=cpu", "--quiet"),
         "train-encoder": (run, str(place / "encoder"), "--steps=2", "--width=16", "--device=cpu", "--quiet"),
+        "distill": (run, str(place / "students"), "--steps", "2", "--train-steps=1", "--device=cpu", "--quiet"),
         "convert": ("plaid", run, str(place / "converted"), "--quiet"),
         "train-halting": (recording, str(place / "head"), "--quiet"),
         "train-sampler": (run, str(place / "layer"), "--updates=2", "--device=cpu", "--quiet"),  # a run that it refuses
