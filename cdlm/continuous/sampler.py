@@ -463,8 +463,8 @@ class DiffusionLoop(Loop[DiffusionRows]):
             live.tokens if self.decides else None,
         )  # fmt: skip
         signals, past = observe(self.needs, statistics)
-        spent = self.calls if len({*calls}) == 1 and calls[0] == self.calls else torch.tensor(calls, device=self.device)
-        state = StepState(live.row, live.step, live.budget, t, live.nfe + spent, live.open, signals)
+        made = self.calls if self.sampling.read_out is None else torch.tensor(calls, device=self.device)
+        state = StepState(live.row, live.step, live.budget, t, live.nfe + made, live.open, signals)
         memory, decision = live.memory, None
         if self.options.halts:
             memory, decision = self.options.criterion.look(memory, state)
