@@ -197,7 +197,7 @@ def test_the_command_line_says_what_was_revised(tmp_path: Path, capsys: pytest.C
 def test_what_needs_tokens_to_stay_is_refused(policy: Policy) -> None:
     with pytest.raises(CdlmError, match="takes back what it has committed, and JoT"):
         decode(Toy(), [[3]], 12, policy=policy, halt=JoT())
-    with pytest.raises(CdlmError, match="a record holds each token"):
+    with pytest.raises(CdlmError, match="cannot be recorded: choose another policy"):
         decode(Toy(), [[3]], 12, policy=policy, record=True)
     with pytest.raises(CdlmError, match="decode without a cache"):
         Unmasking(policy, cache="prefix")

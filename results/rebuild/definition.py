@@ -21,6 +21,8 @@ PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.-]*\*?)\}")
 """`{model}`, `{model*}`, `{work}`, `{file.txt}`, `{loop}` and `{loop.key}`; other braces stay as they are."""
 WORK = "work"
 """The placeholder of the folder that a table may write to."""
+OUT = "out"
+"""The placeholder, in a model, of the folder that its command makes."""
 
 Loops = Mapping[str, Any]
 """The value of every loop that an entry is in."""
@@ -32,7 +34,7 @@ class Entry:
 
     Args:
         name: of a model or a step; empty for rows.
-        text: arguments of `cdlm train`, or a whole command, or the path of a JSON file.
+        text: a command without its first word, `cdlm`, or the path of a JSON file.
         only: labels of loops that it is for.
         at: of rows, where in the file they are: keys with dots between them, "." for the whole file.
         where: of rows, values of the columns of those that are kept.
@@ -184,7 +186,7 @@ class _Reader:
         rows = [self._rows(i, value) for i, value in enumerate(of["rows"], 1)]
         data = {str(name): _text(f"data {name}", what) for name, what in of.get("data", {}).items()}
         images = {str(name): _text(f"image {name}", file) for name, file in of.get("images", {}).items()}
-        names = [WORK, *each, *(model.name for model in models), *data]
+        names = [WORK, OUT, *each, *(model.name for model in models), *data]
         if twice := [name for name in names if names.count(name) > 1]:
             raise CdlmError(f"{twice[0]!r} is the name of two things: give each placeholder its own")
         if of.get("threads", 1) < 1:
@@ -207,19 +209,26 @@ class _Reader:
         )
 
     def _model(self, place: str, name: str, value: Any) -> Entry:
-        """A model: the arguments of its training, or these and the labels that it is for."""
+        """A model: the arguments of its training, or a command that makes it; and the labels that it is for."""
         given = value if isinstance(value, dict) else {"train": value}
-        of = _fields(place, given, {"train": str, "only": dict}, ("train",))
-        return Entry(self._name("a model", name), _words(place, of["train"]), _labels(of.get("only", {})))
+        made = "run" if "run" in given else "train"
+        of = _fields(place, given, {made: str, "only": dict}, (made,))
+        text = self._command(place, of["run"]) if made == "run" else f"train {_words(place, of['train'])}"
+        if made == "run" and text.split().count(f"{{{OUT}}}") != 1:
+            raise CdlmError(f"expected {place} to say where its folder goes, got {of['run']!r}: add the word {{{OUT}}}")
+        return Entry(self._name("a model", name), text, _labels(of.get("only", {})))
 
     def _step(self, number: int, value: Any) -> Entry:
         place = f"step {number}"
         given = value if isinstance(value, dict) else {"run": value}
         of = _fields(place, given, {"run": str, "name": str, "only": dict}, ("run",))
-        text = _words(place, of["run"])
+        return Entry(of.get("name", place), self._command(place, of["run"]), _labels(of.get("only", {})))
+
+    def _command(self, place: str, value: Any) -> str:
+        text = _words(place, value)
         if not text.startswith("cdlm "):
             raise CdlmError(f"expected a cdlm command in {place}, got {text!r}: write it as on a command line")
-        return Entry(of.get("name", place), text.removeprefix("cdlm "), _labels(of.get("only", {})))
+        return text.removeprefix("cdlm ")
 
     def _rows(self, number: int, value: Any) -> Entry:
         kinds = {"file": str, "at": str, "where": dict, "set": dict, "only": dict}
@@ -289,12 +298,14 @@ def _check_labels(place: str, chosen: Mapping[str, tuple[str, ...]], each: Mappi
 
 def _check_placeholders(table: Table) -> None:
     """Raise for a placeholder that stands for nothing."""
-    models = {model.name for model in table.models}
+    models = [model.name for model in table.models]
     known = {WORK, *table.data, *models, *(f"{name}*" for name in models), *(f"{name}.name" for name in models)}
     appended = [Entry("quick.append", text) for text in table.quick.append.values()]
     images = [Entry(f"image {name}", file) for name, file in table.images.items()]
     for entry in (*table.models, *table.steps, *table.rows, *images, *appended):
-        allowed = set(table.data) if entry in table.models else known
+        allowed = known
+        if entry in table.models:  # a model is made of data and of models before it
+            allowed = {OUT, *table.data, *models[: models.index(entry.name)]}
         for loops in table.loops_of(entry, quick=False):
             texts = [entry.text, *map(str, [*entry.where.values(), *entry.set.values()])]
             for name in (name for text in texts for name in PLACEHOLDER.findall(table.filled(text, loops))):

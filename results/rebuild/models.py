@@ -1,4 +1,4 @@
-"""Models of tables: trained once, and used again by every table that trains the same."""
+"""Models of tables: made once, and used again by every table that makes the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,23 @@ from filelock import FileLock
 from cdlm.core.files import write_text
 from rebuild.commands import Runner, replaced, shown
 from rebuild.data import digest_of
-from rebuild.definition import PLACEHOLDER, Loops
+from rebuild.definition import OUT, PLACEHOLDER, Loops
 from rebuild.document import digest
+
+REPEATED = ("distill",)
+"""Commands that go on where they were when they are given again."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained.
+    """How a model is made: trained, or by another command, which the word `{out}` tells where.
 
     Args:
         name: in the table.
         loops: values of the loops that it is in.
-        words: of the command, from "train" on, with placeholders of data files.
+        words: of the command, from "train" on, with placeholders of data files and of earlier models.
         data: places of these files.
+        models: folders of earlier models, by placeholder.
         root: of the checkout.
         folder: of all models.
     """
@@ -37,6 +41,7 @@ class Training:
     loops: Loops
     words: tuple[str, ...]
     data: Mapping[str, Path]
+    models: Mapping[str, Sequence[str]]
     root: Path
     folder: Path
 
@@ -47,14 +52,19 @@ class Training:
 
     @property
     def place(self) -> Path:
-        """The run folder. It has another name if the command, a settings file or a data file is another."""
-        used = sorted({name for word in self.words for name in PLACEHOLDER.findall(word)})
+        """The folder. It has another name if the command, a settings file, a data file or an earlier model is
+        another."""
+        used = sorted({name for word in self.words for name in PLACEHOLDER.findall(word)} - {OUT})
         files = {word: digest_of(self.root / word) for word in self.words if (self.root / word).is_file()}
-        key = digest([list(self.words), files, {name: digest_of(self.data[name]) for name in used}])
+        key = digest([list(self.words), files, {name: self._identity(name) for name in used}])
         return self.folder / f"{self.label}-{key[:10]}"
 
+    def _identity(self, name: str) -> str | list[str]:
+        """What tells a data file, or the models that a placeholder stands for, from others."""
+        return digest_of(self.data[name]) if name in self.data else [Path(path).name for path in self.models[name]]
+
     def run(self, runner: Runner, threads: int, cache: Path, origin: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Train the model unless it is there; interrupted, it goes on; while another build trains it, this one waits.
+        """Make the model unless it is there; interrupted, it goes on; while another build makes it, this one waits.
 
         Args:
             cache: folder of tokenised data and judges.
@@ -75,16 +85,19 @@ class Training:
         record = self._record(file)
         if record["finished"] and place.is_dir():
             return record
-        resumed = (place / "checkpoints" / "last.ckpt").exists()
+        trained = self.words[0] == "train"
+        resumed = (place / "checkpoints" / "last.ckpt").exists() if trained else self.words[0] in REPEATED
         if not resumed:
             shutil.rmtree(place, ignore_errors=True)
             record["seconds"] = 0.0
-        words = list(replaced(self.words, {name: [str(path)] for name, path in self.data.items()}))
-        new = [*words, "--cache", str(cache), "--out", str(place)]
+        data = {name: [str(path)] for name, path in self.data.items()}
+        words = list(replaced(self.words, {**data, **self.models, OUT: [str(place)]}))
+        if trained:
+            words = ["train", "--resume", str(place)] if resumed else [*words, "--cache", str(cache), "--out", str(place)]
         record |= {"threads": threads, **origin()}
         start = time.monotonic()
         try:
-            runner(["train", "--resume", str(place)] if resumed else new, threads, place.with_name(f"{place.name}.log"))
+            runner(words, threads, place.with_name(f"{place.name}.log"))
             record["finished"] = True
         finally:  # the time of an interrupted training counts
             record["seconds"] = round(record["seconds"] + time.monotonic() - start, 1)

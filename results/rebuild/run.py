@@ -7,7 +7,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
@@ -93,15 +93,19 @@ class Builder:
 
     def places(self, table: Table) -> Places:
         """Where the models and the data of a table are, or will be."""
-        models = [(model, loops, self._words(table, f"train {model.text}", loops))
+        models = [(model, loops, self._words(table, model.text, loops))
                   for model, loops in self._each(table, table.models)]  # fmt: skip
         words = [word for _, _, words in models for word in words]
         words += [word for step in self._steps(table) for word in step.words]
         used = {name for word in words for name in PLACEHOLDER.findall(word)}
         data = self.data.find(table.name, {name: what for name, what in table.data.items() if name in used})
         folder = self.work / "models"
-        trainings = [Training(model.name, loops, words, data, self.root, folder) for model, loops, words in models]
-        return Places(self.root, self.work / "tables" / table.name, data, tuple(trainings))
+        places = Places(self.root, self.work / "tables" / table.name, data, ())
+        for model, loops, words in models:
+            earlier = {name: paths for name, paths in places.of(loops).items() if name not in data}
+            training = Training(model.name, loops, words, data, earlier, self.root, folder)
+            places = replace(places, trainings=(*places.trainings, training))
+        return places
 
     def _each(self, table: Table, entries: Sequence[Entry]) -> Iterator[tuple[Entry, Loops]]:
         for entry in entries:
