@@ -139,6 +139,18 @@ def test_every_fraction_has_a_finite_level_and_every_level_a_fraction(
     assert bool(schedule.slope(u).isfinite().all())
 
 
+@pytest.mark.parametrize("deviation", [0.05, 0.8, 2.0])
+@pytest.mark.parametrize("mean", [-2.0, 2.0])
+def test_both_ends_of_normal_log_odds_have_all_their_digits(mean: float, deviation: float) -> None:
+    """A share next to 1 has no digits left, and once u = 1 fell short of the last level."""
+    schedule = LogitNormal(mean, deviation, 1.0)
+    assert schedule.t_of_u(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() == pytest.approx(
+        [schedule.t_min, schedule.t_max], rel=1e-13
+    )
+    near = torch.tensor([2.0**-30, 0.5, 1 - 2.0**-30], dtype=torch.float64)
+    close(schedule.u_of_t(schedule.t_of_u(near)), near, 1e-12)
+
+
 def test_the_cosine_has_a_level_next_to_its_end() -> None:
     """A fresh clone once drew this u, whose level is 2e15 and comes back as another."""
     schedule, u = Cosine(1.0), torch.tensor([1 - 2.0**-53], dtype=torch.float64)

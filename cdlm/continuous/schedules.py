@@ -203,8 +203,8 @@ class LogitNormal(Schedule):
         self.mean, self.deviation, self.noise_scale = mean, deviation, noise_scale
         furthest = math.log1p(-EDGE) - math.log(EDGE)
         self._ends = (mean - furthest) / deviation, (mean + furthest) / deviation
-        low, high = (0.5 * math.erfc(-end / math.sqrt(2)) for end in self._ends)
-        self._below, self._kept = low, high - low
+        self._below, self._above = (0.5 * math.erfc(away / math.sqrt(2)) for away in (-self._ends[0], self._ends[1]))
+        self._kept = 1 - self._below - self._above
         if not self._kept > 0:
             raise CdlmError(f"LogitNormal({mean}, {deviation}) has no time between 1e-4 and 1 - 1e-4: lower |mean|")
 
@@ -217,12 +217,17 @@ class LogitNormal(Schedule):
         return self.noise_scale * (1 - EDGE) / EDGE
 
     def t_of_u(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        normal = torch.special.ndtri(self._below + self._kept * refined(u)).clamp(*self._ends)
+        # Each half of the distribution from its own end: a share next to 1 has no digits left.
+        below, above = self._below + self._kept * refined(u), self._above + self._kept * (1 - refined(u))
+        normal = torch.where(below < above, torch.special.ndtri(below), -torch.special.ndtri(above)).clamp(*self._ends)
         return (math.log(self.noise_scale) - self.mean + self.deviation * normal).exp().clamp(self.t_min, self.t_max)
 
     def u_of_t(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        share = torch.special.erfc(-self._normal(t) / math.sqrt(2)) / 2  # ndtr loses the digits of small shares
-        return ((share - self._below) / self._kept).clamp(0, 1)
+        normal = self._normal(t)
+        share = torch.special.erfc(normal.abs() / math.sqrt(2)) / 2  # ndtr loses the digits of small shares
+        return torch.where(
+            normal < 0, (share - self._below) / self._kept, 1 - (share - self._above) / self._kept
+        ).clamp(0, 1)
 
     def density(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         bell = (-self._normal(t).square() / 2).exp() / math.sqrt(2 * math.pi)

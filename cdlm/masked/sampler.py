@@ -359,8 +359,13 @@ class UnmaskingLoop(Loop[UnmaskingRows]):
             raise CdlmError(f"{type(model).__name__} keeps no keys and values: decode without a cache")
         if sampling.cache is not None and options.record:
             raise CdlmError("a record needs the logits of whole rows at every step: leave out the cache")
-        if sampling.policy.revises:
-            _check_revision(sampling.policy, options)
+        if options.record and (why := sampling.unrecorded):
+            raise CdlmError(f"a run that {why[0]} cannot be recorded: {why[1]}")
+        if sampling.policy.revises and options.criterion.freezes:
+            raise CdlmError(
+                f"{sampling.policy!r} takes back what it has committed, and {options.criterion!r} freezes tokens for"
+                " good: take one of the two"
+            )
         sampling.policy.check_model(model)
         if sampling.cache is not None and options.modules:
             raise CdlmError("a rule of activations needs calls of whole rows at every step: leave out the cache")
@@ -786,20 +791,6 @@ def _within_bounds(live: UnmaskingRows, decision: Decision | None, choice: Choic
     may = live.target if decision is None else live.target & ~decision.halt[:, None]
     reopen = None if choice.reopen is None else choice.reopen & may & ~choice.commit
     return choice._replace(commit=choice.commit & (may | live.open), reopen=reopen)
-
-
-def _check_revision(policy: Policy, options: RunOptions) -> None:
-    """Raise if a run needs what is decided to stay so."""
-    if options.criterion.freezes:
-        raise CdlmError(
-            f"{policy!r} takes back what it has committed, and {options.criterion!r} freezes tokens for good: take one"
-            " of the two"
-        )
-    if options.record:
-        raise CdlmError(
-            f"{policy!r} takes back what it has committed, and a record holds each token as it was committed: run rules"
-            " live, with cdlm sample --halt"
-        )
 
 
 def _where(condition: Bool[Tensor, " b"], first: Plan, second: Plan) -> Plan:
