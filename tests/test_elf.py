@@ -29,6 +29,7 @@ from cdlm.models import hub
 from cdlm.models.in_context import TOKENS, InContextTransformer, rotate_pairs, sinusoid
 from cdlm.policies.confidence import Threshold
 from cdlm.runs.config import RunConfig, build_system
+from cdlm.runs.distill import DistillSettings, distill
 from cdlm.runs.train import train
 from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.samples import Samples
@@ -342,6 +343,50 @@ def test_a_run_has_to_use_the_encoder_s_tokenizer(encoder: str, tmp_path: Path) 
     config = of_a_run(encoder, tmp_path / "cache", 2, tokenizer=None, vocab_size=300)
     with pytest.raises(CdlmError, match="set tokenizer"):
         train(config, tmp_path / "run", progress=False)
+
+
+# A space that is learned along
+
+
+def learned(**changes: Any) -> ELF:
+    return ELF(learned=8, width=16, depth=2, heads=2, bottleneck=4, **changes)
+
+
+def test_a_learned_space_is_taught_by_both_losses_and_keeps_its_size() -> None:
+    flow, batch = learned().build(VOCAB).train(), some(32)
+    for share in (0.0, 1.0):
+        flow.zero_grad()
+        flow.objective.settings = learned(decoder_share=share)
+        flow(replace(batch, generator=generator(1))).total.backward()
+        table = flow.space.embedding.weight.grad
+        assert table is not None
+        assert bool(table[batch.tokens.unique()].abs().sum(-1).gt(0).any())
+    rows = flow.embed(batch.tokens)
+    torch.testing.assert_close(rows.square().mean(-1), torch.ones(rows.shape[:2]))
+    assert not flow.given(batch.tokens, torch.zeros_like(batch.target)).any()
+
+
+def test_a_run_in_a_learned_space_has_any_tokenizer_and_is_resumed(encoder: str, tmp_path: Path) -> None:
+    own = dict(tokenizer=None, vocab_size=300, system=learned())
+    whole = train(of_a_run(encoder, tmp_path / "a", 4, **own), tmp_path / "whole", progress=False)
+    train(of_a_run(encoder, tmp_path / "b", 2, **own), tmp_path / "parts", progress=False)
+    parts = train(of_a_run(encoder, tmp_path / "b", 4, **own), tmp_path / "parts", resume=True, progress=False)
+    ours, theirs = whole.state_dict(), parts.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    students = distill(
+        tmp_path / "whole", tmp_path / "students", steps=[2], settings=DistillSettings(train_steps=2, teacher_steps=4),
+        device="cpu", progress=False,
+    )  # fmt: skip
+    kept = students[2].state_dict()
+    assert torch.equal(kept["space.embedding.weight"], ours["space.embedding.weight"])
+    assert not torch.equal(kept["network.output.weight"], ours["network.output.weight"])
+
+
+def test_a_space_is_an_encoder_s_or_learned(encoder: str) -> None:
+    with pytest.raises(CdlmError, match="give encoder='' and no cache, or learned=0"):
+        ELF(encoder=encoder, learned=8)
+    with pytest.raises(CdlmError, match="give encoder='' and no cache, or learned=0"):
+        learned(cache_latents=True)
 
 
 # Sampling

@@ -93,7 +93,9 @@ class Training:
         data = {name: [str(path)] for name, path in self.data.items()}
         words = list(replaced(self.words, {**data, **self.models, OUT: [str(place)]}))
         if trained:
-            words = ["train", "--resume", str(place)] if resumed else [*words, "--cache", str(cache), "--out", str(place)]
+            words = (
+                ["train", "--resume", str(place)] if resumed else [*words, "--cache", str(cache), "--out", str(place)]
+            )
         record |= {"threads": threads, **origin()}
         start = time.monotonic()
         try:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cdlm.continuous.encoder_space import EncoderSpace
 from cdlm.continuous.grids import UpperEnds
 from cdlm.continuous.guidance import Guidance
+from cdlm.continuous.learned_space import LearnedSpace
 from cdlm.continuous.objectives import Objective
 from cdlm.continuous.readouts import NoReadOut
 from cdlm.continuous.sampler import Diffusion
@@ -49,6 +50,8 @@ class ELF(ContinuousConfig):
     Args:
         encoder: folder of the encoder, such as `cdlm train-encoder` writes. The run has to use its tokenizer.
         encoder_dim, encoder_hash: of its vectors, and of its files; they are found out and saved with the model.
+        learned: length of vectors that are learned with the flow, one a token, in place of an encoder's: the ablation
+            of what a frozen encoder gives. 0 is off.
         bottleneck: features between the input and the transformer.
         noise_scale: standard deviation of the noise at tau = 0, in those of the data.
         time_mean, time_deviation: of the log-odds of tau in training.
@@ -63,6 +66,7 @@ class ELF(ContinuousConfig):
     encoder: str = ""
     encoder_dim: int = 0
     encoder_hash: str = ""
+    learned: int = 0
     bottleneck: int = 128
     noise_scale: float = 2.0
     time_mean: float = -1.5
@@ -78,7 +82,13 @@ class ELF(ContinuousConfig):
         super().__post_init__()
         if self.encoder:
             check_path(self.encoder)
-        check_whole("ELF", least=0, encoder_dim=self.encoder_dim)
+        check_whole("ELF", least=0, encoder_dim=self.encoder_dim, learned=self.learned)
+        if self.learned and (self.encoder or self.cache_latents):
+            raise CdlmError(
+                f"ELF has the vectors of an encoder or learns its own, got encoder={self.encoder!r},"
+                f" cache_latents={self.cache_latents} and learned={self.learned}: give encoder='' and no cache, or"
+                " learned=0"
+            )
         check_whole("ELF", bottleneck=self.bottleneck)
         check_number("ELF", above=0, noise_scale=self.noise_scale, time_deviation=self.time_deviation)
         check_number("ELF", time_mean=self.time_mean)
@@ -93,19 +103,20 @@ class ELF(ContinuousConfig):
         return Diffusion(32, solver=churn, grid=UpperEnds(), guidance=Guidance(scale=3.0), read_out=NoReadOut())
 
     def build(self, vocab: int, special: Special | None = None) -> Flow:
-        if not self.encoder:
+        if not self.encoder and not self.learned:
             raise CdlmError(
                 "ELF needs the folder of an encoder: train one with cdlm train-encoder, and name it (--system.encoder)"
             )
-        if not self.encoder_dim or not self.encoder_hash:
+        if self.encoder and not (self.encoder_dim and self.encoder_hash):
             found = EncoderSpace.open(self.encoder)
             return replace(self, encoder_dim=found.dim, encoder_hash=found.fingerprint).build(vocab, special)
         network = InContextTransformer(
-            self.encoder_dim, vocab, bottleneck=self.bottleneck, width=self.width, depth=self.depth, heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
+            self.learned or self.encoder_dim, vocab, bottleneck=self.bottleneck, width=self.width, depth=self.depth,
+            heads=self.heads, mlp_ratio=self.mlp_ratio,
         )  # fmt: skip
-        space = EncoderSpace(self.encoder, self.encoder_dim, self.encoder_hash)
-        return Flow(self, space, network, vocab)
+        if self.learned:
+            return Flow(self, LearnedSpace(self.learned, vocab), network, vocab)
+        return Flow(self, EncoderSpace(self.encoder, self.encoder_dim, self.encoder_hash), network, vocab)
 
 
 class Flow(ContinuousSystem):
@@ -114,7 +125,7 @@ class Flow(ContinuousSystem):
     decodes = True
     guidance_range = (LEAST_GUIDANCE, MOST_GUIDANCE)
 
-    def __init__(self, settings: ELF, space: EncoderSpace, network: InContextTransformer, vocab: int):
+    def __init__(self, settings: ELF, space: EncoderSpace | LearnedSpace, network: InContextTransformer, vocab: int):
         super().__init__()
         self.settings, self.space, self.network = settings, space, network
         self.schedule = LogitNormal(settings.time_mean, settings.time_deviation, settings.noise_scale)
@@ -134,11 +145,17 @@ class Flow(ContinuousSystem):
         return self.schedule.t_max + self.settings.noise_scale
 
     def prepare(self, tokenizer: PreTrainedTokenizerFast, batches: Iterable[Batch], cache: Path, fresh: bool) -> None:
+        if isinstance(self.space, LearnedSpace):
+            return  # any tokenizer will do, and the rows have the size that they should have
         self.space.check_tokenizer(tokenizer)
         if self.settings.cache_latents:
             self.space.use_cache(cache / "vectors")
         if fresh:
             self.space.fit((batch.tokens, _valid(batch)) for batch in batches)
+
+    def keep_space(self) -> None:
+        super().keep_space()
+        self.space.requires_grad_(False)
 
     def time(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """tau of a noise level, from 0 to 1."""
