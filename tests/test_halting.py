@@ -81,6 +81,7 @@ simple = st.one_of(
     st.builds(NormConvergence, numbers),
     st.builds(AngleConvergence, numbers),
     st.builds(FixedPoint, numbers, st.integers(1, 3)),
+    st.builds(FixedPoint, st.floats(0.01, 0.9), st.integers(1, 3), st.just(True)),
     st.builds(FixedSteps, st.integers(1, 8)),
     st.builds(Never),
 )

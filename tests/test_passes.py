@@ -152,6 +152,19 @@ def test_it_halts_when_the_residual_stayed_low_for_so_many_steps() -> None:
         assert nfe == expected
 
 
+def test_a_relative_one_halts_when_the_residual_has_fallen_from_its_largest() -> None:
+    full = outcomes(Told(), criterion=Never(), steps=12)
+    for delta in (0.9, 0.5, 0.2):
+        for row, (_, nfe, _) in outcomes(Told(), criterion=FixedPoint(delta, relative=True), steps=12).items():
+            said = [residual for _, residual in full[row][2]]
+            expected = next((i + 1 for i in range(2, 12) if said[i] < delta * max(said[1 : i + 1])), 12)
+            assert nfe == expected
+    first = outcomes(Told(), passes=2, criterion=FixedPoint(0.999, relative=True))
+    assert all(nfe > 2 for _, nfe, _ in first.values())  # the first residual is its own largest
+    with pytest.raises(CdlmError, match="delta < 1"):
+        FixedPoint(1.0, relative=True)
+
+
 # --- settings, and what is refused ---
 
 

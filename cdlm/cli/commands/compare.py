@@ -27,8 +27,8 @@ from cdlm.masked.sampler import UnmaskingSettings
 from cdlm.sampling.session import Session
 
 RULES_TO_COMPARE = (
-    "Patience", "Entropy", "KL", "NormConvergence", "AngleConvergence", "FixedPoint", "StableAndConfident", "Mutual",
-    "Prophet", "SchED", "SchED(..., variant='paper')", "JoT", "Full()", "FixedSteps",
+    "Patience", "Entropy", "KL", "NormConvergence", "AngleConvergence", "FixedPoint(..., relative=True)",
+    "StableAndConfident", "Mutual", "Prophet", "SchED", "SchED(..., variant='paper')", "JoT", "Full()", "FixedSteps",
 )  # fmt: skip
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from cdlm.core.checks import check_number, check_whole
+from cdlm.core.checks import check_flag, check_number, check_whole
 from cdlm.core.types import Decision, NewRows, StepState
 from cdlm.halting.criterion import Criterion, Memory, Stateless
 from cdlm.halting.rules.sweeps import geometric_thresholds, past_warmup
@@ -68,6 +71,10 @@ class AngleConvergence(Stateless):
 class FixedPoint(Criterion):
     """Halt after `steps` >= 1 consecutive steps whose residual is below `delta` > 0.
 
+    An estimate that knows nothing yet hardly moves either. With `relative`, `delta` < 1 is a share of the largest
+    residual that the row has had, so nothing halts before the estimate has moved, and one `delta` means the same for
+    models whose residuals are of different sizes. Otherwise let the rule begin later (`FromStep`).
+
     The residual is how far an estimate lies from the one that the prediction was shown: the mean over open positions of
     ||x0 - shown||^2 in squared embedding norms. Self-conditioning is a fixed-point iteration on the estimate, and this
     is its residual (arXiv 2607.00714). A model without self-conditioning is shown nothing: there it is the change of
@@ -77,20 +84,39 @@ class FixedPoint(Criterion):
 
     delta: float
     steps: int = 1
+    relative: bool = False
 
     needs = frozenset({"residual"})
 
     def __post_init__(self) -> None:
-        check_number("FixedPoint", above=0.0, delta=self.delta)
+        check_flag("FixedPoint", relative=self.relative)
+        check_number("FixedPoint", above=0.0, below=1.0 if self.relative else math.inf, delta=self.delta)
         check_whole("FixedPoint", steps=self.steps)
 
     @classmethod
     def sweep(cls, budget: int, **fixed: Any) -> Sequence[Criterion]:
-        return [cls(delta, **fixed) for delta in geometric_thresholds(0.3, 1e-6, 25)[::-1]]
+        low = 1e-4 if fixed.get("relative") else 1e-6
+        return [cls(delta, **fixed) for delta in geometric_thresholds(0.3, low, 25)[::-1]]
 
     def start(self, rows: NewRows) -> Memory:
-        return torch.zeros_like(rows.budget)
+        nothing = torch.zeros_like(rows.budget)
+        return Near(nothing, nothing.float())
 
     def look(self, memory: Any, state: StepState) -> tuple[Memory, Decision]:
-        near = torch.where(state.residual < self.delta, memory + 1, 0)
-        return near, Decision(near >= self.steps, info={"residual": state.residual, "near_steps": near})
+        residual = state.residual
+        largest = torch.maximum(memory.largest, torch.where(residual.isinf(), 0, residual))
+        below = residual < (self.delta * largest if self.relative else self.delta)
+        near = torch.where(below, memory.steps + 1, 0)
+        return Near(near, largest), Decision(near >= self.steps, info={"residual": residual, "near_steps": near})
+
+
+class Near(NamedTuple):
+    """What `FixedPoint` remembers of each row.
+
+    Args:
+        steps: whose residual was small, in a row until now.
+        largest: residual until now; 0 before the first.
+    """
+
+    steps: Int[Tensor, " b"]
+    largest: Float[Tensor, " b"]
