@@ -227,10 +227,11 @@ def _curve(family: Family, judge: str, rival: bool) -> Curve:
 
 
 def save(frontier: Frontier, folder: Path) -> str:
-    """Write frontier.json, frontier.md, frontier.png and calls.png, and return the table."""
+    """Write frontier.json, frontier.md, frontier.png, calls.png and every-call.png, and return the table."""
     text = markdown(frontier)
     write_json(folder / "frontier.json", to_dict(frontier))
     write_text(folder / "frontier.md", text)
     draw(panels(frontier), folder / "frontier.png", columns=2, width=7.0, shared=True)
     plot_pareto(over_calls(frontier), folder / "calls.png")
+    plot_pareto(over_calls(frontier), folder / "every-call.png", whole=True)
     return text

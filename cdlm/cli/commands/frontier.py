@@ -44,7 +44,8 @@ def frontier(
         rivals: names of the ways that the others are compared with, or patterns such as "plain-*"; by default the
             first.
         few: samples that judges after the first read; by default all.
-        out: folder for frontier.json, frontier.md, frontier.png (AR-NLL over entropy) and calls.png (over calls).
+        out: folder for frontier.json, frontier.md, frontier.png (AR-NLL over entropy), calls.png (over calls) and
+            every-call.png (the same with every point, on logarithmic axes).
     """
     if few is not None and few < 1:
         raise CdlmError(f"few is a number of samples >= 1, got {few}: leave it out to read all")

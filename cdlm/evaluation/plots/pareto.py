@@ -49,22 +49,26 @@ class CurvePanel:
     levels: Sequence[tuple[str, float]]
 
 
-def plot_pareto(panels: Sequence[CurvePanel], path: Path, label: str = "AR-NLL, nats per token") -> Path:
+def plot_pareto(
+    panels: Sequence[CurvePanel], path: Path, label: str = "AR-NLL, nats per token", whole: bool = False
+) -> Path:
     """A panel for each model, into a .png, .pdf or .svg file; lower and further left is better.
 
     Calls are on a logarithmic axis, and a ring marks what was chosen.
 
     Args:
         label: of the upright axis.
+        whole: show every point, with both axes logarithmic, in place of the region in which one would want to be.
 
     Raises:
         CdlmError: there are no panels, or the file is of another kind.
     """
-    return draw([_panel(panel, label) for panel in panels], path, columns=2, width=8.0, shared=True)
+    drawn = [_panel(panel, label, whole) for panel in panels]
+    return draw(drawn, path, columns=2, width=8.0, shared=True)
 
 
-def _panel(panel: CurvePanel, label: str) -> Panel:
-    ends = limits(panel)
+def _panel(panel: CurvePanel, label: str, whole: bool) -> Panel:
+    ends = None if whole else limits(panel)
     points = [(x, y) for c in panel.curves for x, y in zip(c.calls, c.value, strict=True)]
     shown = [x for x, y in points if ends is None or ends[0] <= y <= ends[1]]
     return Panel(
@@ -73,6 +77,7 @@ def _panel(panel: CurvePanel, label: str) -> Panel:
         label,
         [curve.line for curve in panel.curves],
         x_scale="log",
+        y_scale="log" if whole else "linear",
         levels=panel.levels,
         x_limits=(0.85 * min(shown), 1.1 * max(shown)),
         y_limits=ends,
