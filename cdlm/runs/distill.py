@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,15 +21,13 @@ from cdlm.continuous.system import ContinuousSystem
 from cdlm.core.checks import MOST_ROWS, Settings, check_number, check_whole, shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import write_text
-from cdlm.data.masking import MASKINGS
-from cdlm.data.order import RowLoader, fixed_batches
 from cdlm.models import hub
 from cdlm.models.hub import Folder
 from cdlm.models.lora import is_adapter
 from cdlm.models.system import System
 from cdlm.runs import caches
 from cdlm.runs.config import RunConfig, outline, read_run
-from cdlm.runs.train import RunText, context_of, export, preview
+from cdlm.runs.train import RunText, export, fit
 from cdlm.sampling.session import Student
 from cdlm.sampling.texts import save_tokenizer
 from cdlm.training.options import TrainOptions
@@ -179,7 +176,6 @@ def _round(
     count: int, progress: bool,
 ) -> System:  # fmt: skip
     """One student, trained or as it was trained before."""
-    from cdlm.training import run as training
     from cdlm.training.files import checkpoint_of, steps_done
     from cdlm.training.folder import held
 
@@ -192,26 +188,16 @@ def _round(
             if progress:
                 print(f"{place} is finished, at step {options.steps}", file=sys.stderr)
             return _opened(hub.read(place)).eval()
-    batch_size = settings.batch_size or source.config.batch_size
-    config = replace(source.config, batch_size=batch_size, training=options)
+    config = replace(source.config, batch_size=settings.batch_size or source.config.batch_size, training=options)
     system = _student(source, settings, before, student)
     with held(place):
         if not resume:
             write_text(place / "config.yaml", config.to_yaml())
             save_tokenizer(source.folder.tokenizer, place)
-        trained = training.train(
-            system,
-            RowLoader(text.train, batch_size, options.seed, workers=config.workers),
-            lambda: fixed_batches(text.valid, batch_size, config.validation_rows),
-            MASKINGS.parse(config.masking).bind(text.tokenizer),
-            options,
-            place,
-            samples=partial(preview, config),
-            export=partial(_export, config),
-            resume=resume,
-            progress=progress,
-            context=context_of(config, text, system) | _context(source, settings, count),
-        )
+        trained = fit(
+            config, text, system, place, resume=resume, progress=progress, files=_export,
+            context=_context(source, settings, count),
+        )  # fmt: skip
     assert isinstance(trained, ContinuousSystem)
     return graduate(trained)
 

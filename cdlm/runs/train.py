@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -199,10 +200,9 @@ def _train(
     config: RunConfig, out: Path, resume: bool, origin: Folder | ForeignModel | None, tuned: Tuned | None,
     progress: bool,
 ) -> System:  # fmt: skip
-    from cdlm.training import run as training
+    from cdlm.training.run import rank_and_world
 
     options = config.training
-    rank, world = training.rank_and_world(options)
     if origin is not None and origin.tokenizer is not None:
         config = replace(config, tokenizer=None, vocab_size=len(origin.tokenizer))
     settings = config.to_yaml()
@@ -215,23 +215,46 @@ def _train(
     if tuned is not None and origin is not None:
         weights = origin.fingerprint if isinstance(origin, Folder) else origin.stored_fingerprint()
         system.adapt(tuned.settings, tuned.base, weights, options.seed)
-    if rank == 0 and not resume:  # a checkpoint without these could not be resumed
+    if rank_and_world(options)[0] == 0 and not resume:  # a checkpoint without these could not be resumed
         if system.adapter is not None:
             write_settings(out, system.adapter.settings, system.adapter.base)
         write_text(out / "config.yaml", settings)
         save_tokenizer(text.tokenizer, out)
+    return fit(config, text, system, out, resume=resume, progress=progress)
+
+
+def fit(
+    config: RunConfig,
+    text: RunText,
+    system: System,
+    out: Path,
+    *,
+    resume: bool,
+    progress: bool,
+    files: Callable[[RunConfig, System, Path, int], None] | None = None,
+    context: Mapping[str, str | int] | None = None,
+) -> System:
+    """Train a system on the text of a run, as the run's settings say, into a folder that is held and has its settings.
+
+    Args:
+        files: writes the files of the model after a step; by default `export`.
+        context: what must not change when the training is resumed, beside `context_of`.
+    """
+    from cdlm.training import run as training
+
+    rank, world = training.rank_and_world(config.training)
     return training.train(
         system,
-        RowLoader(text.train, config.batch_size, options.seed, rank, world, config.workers),
+        RowLoader(text.train, config.batch_size, config.training.seed, rank, world, config.workers),
         lambda: fixed_batches(text.valid, config.batch_size, config.validation_rows),
         MASKINGS.parse(config.masking).bind(text.tokenizer),
-        options,
+        config.training,
         out,
         samples=partial(preview, config),
-        export=partial(export, config),
+        export=partial(files or export, config),
         resume=resume,
         progress=progress,
-        context=context_of(config, text, system),
+        context=context_of(config, text, system) | dict(context or {}),
     )
 
 
