@@ -137,7 +137,7 @@ EACH = [Guided(Bag(4), mode, accept, verify=3) for mode in MODES for accept in H
 @pytest.mark.parametrize("policy", [*EACH, replace(EACH[1], block=4)], ids=lambda p: f"{p.mode} {p.accept} {p.block}")
 def test_a_batch_is_its_rows_alone_and_calls_are_counted_as_they_are_made(policy: Guided) -> None:
     for temperature, constants in ((0.0, SHIFTED), (0.7, PLAIN)):
-        requests, guide = canvases(PROMPTS, 10, 2), Bag(4)
+        requests, guide = canvases(PROMPTS, 8), Bag(4)
         policy = replace(policy, guide=guide)
         model = Toy(constants, seed=3)
         together = decoded(model, unmasking(policy, temperature=temperature), requests, 4)
@@ -146,7 +146,7 @@ def test_a_batch_is_its_rows_alone_and_calls_are_counted_as_they_are_made(policy
             assert alone.canvases == together[request.index].canvases
             assert alone.result == together[request.index].result
         guide.rows = 0
-        samples = decode(model, PROMPTS, 10, n=2, policy=policy, temperature=temperature, batch_size=3)
+        samples = decode(model, PROMPTS, 8, n=2, policy=policy, temperature=temperature, batch_size=3)
         computed = samples.select(np.array(samples.originals))
         assert sum(row["guide_calls"] for row in computed.rows()) == guide.rows
         assert int(computed.nfe.sum()) <= guide.rows
@@ -225,8 +225,8 @@ def test_looser_settings_commit_more_at_once() -> None:
         row = decoded(Toy(seed=seed), unmasking(Guided(Bag(seed), **settings)), canvases([[3]], 10), 1)[0]
         return sum(token != MASK for token in row.canvases[0])
 
-    for seed in range(6):
-        by_k = [first(seed, accept="topk", k=k) for k in range(1, VOCAB + 1)]
+    for seed in range(3):
+        by_k = [first(seed, accept="topk", k=k) for k in (1, 2, 3, 5, VOCAB)]
         assert by_k == sorted(by_k)
         assert by_k[0] == first(seed)
         by_chance = [first(seed, accept="dynamic_threshold", chance=c) for c in (0.9, 0.3, 0.1, 0.03, 0.0)]
@@ -234,7 +234,7 @@ def test_looser_settings_commit_more_at_once() -> None:
         by_rho = [first(seed, accept="topk_relative", k=5, rho=rho) for rho in (1.0, 0.5, 0.1, 0.0)]
         assert by_rho == sorted(by_rho)
         assert by_rho[0] == by_k[0]
-        assert by_rho[-1] == by_k[4]
+        assert by_rho[-1] == by_k[3]
 
 
 def told(*want: int) -> Scripted:

@@ -102,7 +102,7 @@ rules = st.recursive(
 
 
 @given(a=rules, walk=walks())
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_neutral_elements(a: Criterion, walk: list[StepState]) -> None:
     plain = halts(a, walk)
     for same in (
@@ -121,7 +121,7 @@ def test_neutral_elements(a: Criterion, walk: list[StepState]) -> None:
 
 
 @given(a=rules, b=rules, c=rules, walk=walks())
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_and_and_or_are_those_of_logic(a: Criterion, b: Criterion, c: Criterion, walk: list[StepState]) -> None:
     assert halts(a & b, walk) == halts(b & a, walk)
     assert halts(a | b, walk) == halts(b | a, walk)
