@@ -290,6 +290,17 @@ def test_rivals_of_a_real_model_spend_as_many_calls_on_the_same_samples() -> Non
     assert "Ancestral()" in plain[2].setting
 
 
+def test_a_solver_that_cannot_take_long_steps_has_rivals_that_take_as_many_as_it_needs() -> None:
+    """Churn on two levels of LogT would go back behind pure noise, and so it would on four of Warped."""
+    session = open_session(with_tokenizer(length=N), device="cpu", steps=8, solver="Churn(1.5)", grid="LogT()")
+    requests = session.requests(n=8)
+    assert session.fewer_steps([1, 2, 4], requests[0]) == [1, 3, 4]
+    rivals = Rivals(*Bench.of(session, requests, random_judge(), RealText.__new__(RealText)).halves())
+    assert "Warped" not in str(rivals.plain[0].session.settings["grid"])
+    found = rivals.duels(rivals.reporting.under(FixedSteps(2), 0))
+    assert {duel.rival for duel in found} == {"fixed step", "fewer steps", "ancestral"}
+
+
 # --- accuracy under parallelism ---------------------------------------------------------------------------------------
 
 FULL_ROW = replace(point(2, 20), family=FULL)

@@ -457,6 +457,33 @@ def test_a_folder_of_another_student_is_refused(run: Path, students: Path) -> No
         distill(run, other, steps=(2,), settings=QUICK, device="cpu", progress=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("loss", "distribution"),
+        ("on_grid", 1.0),
+        ("read_out", 0.5),
+        ("teacher_steps", 16),
+        ("seed", 5),
+        ("batch_size", 2),
+    ],
+)
+def test_a_finished_student_of_other_settings_is_refused(run: Path, students: Path, name: str, value: Any) -> None:
+    other = replace(QUICK, **{name: value})
+    with pytest.raises(CdlmError, match=f"was distilled with {name}.*choose another folder"):
+        distill(run, students, steps=(4, 2), settings=other, device="cpu", progress=False)
+
+
+def test_no_round_writes_over_another_model(run: Path, students: Path, tmp_path: Path) -> None:
+    place = tmp_path / "4"
+    place.mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (place / file).write_bytes((run / file).read_bytes())
+    with pytest.raises(CdlmError, match="holds a model that is no student"):
+        distill(run, tmp_path, steps=(4,), settings=QUICK, device="cpu", progress=False)
+    assert (place / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+
+
 def test_a_student_teaches_fewer_steps_in_its_own_alone(students: Path, tmp_path: Path) -> None:
     quick = replace(QUICK, teacher_steps=None)
     for steps in ((4,), (8,)):
@@ -505,7 +532,7 @@ def test_the_command_trains_and_the_folder_samples(
 ) -> None:
     words = ["--steps", "2", "--train-steps", "1", "--teacher-steps", "4", "--loss", "distribution", "--device", "cpu"]
     main(["distill", str(run), str(tmp_path / "few"), *words])
-    assert "2 calls a sample" in capsys.readouterr().err
+    assert "2 steps a sample" in capsys.readouterr().err
     main(["sample", str(tmp_path / "few" / "2"), "--n", "1", "--steps", "2", "--device", "cpu"])
     assert "2.0 calls a sample of 2 steps" in capsys.readouterr().err
 

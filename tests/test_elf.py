@@ -496,6 +496,12 @@ def test_tokens_that_are_decided_are_held_at_their_estimate(system: Flow) -> Non
     assert (made.nfe == 2 * made.steps).all()
 
 
+def test_in_a_learned_space_a_decided_token_is_shown_as_its_own_vector() -> None:
+    learned = ELF(learned=DIM, width=16, depth=1, heads=2, bottleneck=4).build(VOCAB)
+    batch = some()
+    assert torch.equal(learned.committed(batch.tokens, torch.zeros(5, LENGTH, DIM)), learned.embed(batch.tokens))
+
+
 def test_guidance_is_told_and_not_paid_for(system: Flow) -> None:
     loop = DiffusionLoop(system, replace(system.defaults, steps=2), RunOptions(), 4)
     assert loop.sampling.guidance.scale == 3

@@ -512,6 +512,7 @@ def without_mask(settings: Path, tmp_path: Path) -> Path:
         (["run.yaml", "odd.yaml/below"], "cannot write"),
         (["run.yaml", "out", "--steps", "0"], "steps >= 1"),
         (["run.yaml", "out", "--width", "18"], "try width=16"),
+        (["run.yaml", "out", "--width", "9", "--heads", "3"], "a multiple of 2 * heads"),
         (["run.yaml", "out", "--mask-share", "1"], "0 < mask_share < 1"),
         (["run.yaml", "out", "--lr", "0"], "lr > 0"),
         (["run.yaml", "out", "--seed", "-1"], "seed >= 0"),
@@ -540,6 +541,17 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert shown.out == ""
     assert not Path("out").exists()
     assert Path("mine/thesis.txt").read_text() == "years of work"
+
+
+def test_a_training_that_diverges_leaves_no_encoder(
+    settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as caught:
+        main(["train-encoder", str(settings), str(out), *SMALL, "--steps", "9", "--lr", "1e30", "--quiet"])
+    assert caught.value.code == 2
+    assert "lower lr, which is 1e+30" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_an_encoder_takes_the_place_of_an_encoder(settings: Path, tmp_path: Path) -> None:

@@ -95,6 +95,8 @@ def built(tmp_path: Path, small: bool = False, **changes: Any) -> tuple[dict[str
 
 # --- definitions ---
 
+CYCLE = {"a": {"run": "cdlm distill {b} {out}"}, "b": {"run": "cdlm distill {a} {out}"}}
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -111,6 +113,11 @@ def built(tmp_path: Path, small: bool = False, **changes: Any) -> tuple[dict[str
         ({"threads": 0}, "expected threads >= 1"),
         ({"each": {"seed": 3}}, "expected each.seed to be a list of values"),
         ({"models": {"work": "--width 3"}}, "'work' is the name of two things"),
+        ({"models": {"a": {"run": "cdlm distill {a} {out}"}}}, r"\{a\} of a stands for nothing"),
+        ({"models": CYCLE}, r"\{b\} of a stands for nothing"),
+        ({"models": {"a": {"run": "cdlm train-encoder x"}}}, r"write \{out\} once, as a word of its own"),
+        ({"models": {"a": {"run": "cdlm train-encoder {out} {out}"}}}, r"write \{out\} once, as a word of its own"),
+        ({"models": {"a": {"run": "cdlm train-encoder --out={out}"}}}, r"write \{out\} once, as a word of its own"),
         ({"rows": [{"file": "{work}/x.json", "only": {"system": "C"}}]}, "only names 'C' of system: it has A, B"),
         ({"images": {"a.png": "{wrok}/a.png"}}, r"\{wrok\} of image a.png stands for nothing \(did you mean work"),
         ({"quick": {"each": {"sead": [0]}}}, r"quick.each names a loop 'sead' \(did you mean seed"),

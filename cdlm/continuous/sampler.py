@@ -192,6 +192,18 @@ class Diffusion(Sampling):
     def fewer_steps(self, wanted: Sequence[int], request: Request) -> list[int]:
         return sorted({max(1, steps) for steps in wanted})
 
+    def walks(self, model: Any) -> bool:
+        try:
+            self.check_walk(model)
+        except CdlmError:
+            return False
+        return True
+
+    def check_walk(self, denoiser: Denoiser) -> None:
+        """Raise what keeps the solver from walking the levels of the grid on a model."""
+        if self.solver.looks_ahead:
+            self.solver.check(self.grid.levels(denoiser.schedule, self.steps))
+
     def blocks_of(self, request: Request) -> int:
         return 1 if self.block is None else math.ceil(int((~request.given).sum()) / self.block)
 
@@ -362,8 +374,7 @@ class DiffusionLoop(Loop[DiffusionRows]):
         """Whether positions can be decided before their row is done."""
         self.position_noise = PositionNoise(options.seed)
         self.walk = sampling.grid.walk(denoiser.schedule, sampling.steps, denoiser.rho, self.device)
-        if sampling.solver.looks_ahead:
-            sampling.solver.check(sampling.grid.levels(denoiser.schedule, sampling.steps))
+        sampling.check_walk(denoiser)
         self.calls = sampling.calls if denoiser.guidance_range is None else sampling.passes
         """Of a prediction."""
 

@@ -99,7 +99,8 @@ class Rivals:
         return [duel for name, rival in self._at(outcome) for duel in self._against(name, rival, outcome)]
 
     def _best(self, name: str, ways: Sequence[Sampling]) -> Plain:
-        sessions = [self.choosing.session.with_sampling(way) for way in ways]
+        own = self.choosing.session
+        sessions = [own.with_sampling(way) for way in ways if way.with_steps(self._half).walks(own.model)]
         best = sessions[0] if len(sessions) == 1 else min(sessions, key=self._quality)
         return Plain(name, best, self._calls_a_step(best))
 

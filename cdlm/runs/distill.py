@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -125,7 +125,7 @@ def distill(
 
     Raises:
         CdlmError: the run is of a model that cannot be distilled, a number of steps does not fit, a folder holds
-            something else, or a training fails; see `cdlm.train`.
+            another model or a student of other settings, or a training fails; see `cdlm.train`.
         Interrupted: the run was asked to stop; the same call goes on.
     """
     accelerator = device.partition(":")[0]
@@ -176,19 +176,22 @@ def _round(
     count: int, progress: bool,
 ) -> System:  # fmt: skip
     """One student, trained or as it was trained before."""
-    from cdlm.training.files import checkpoint_of, steps_done
+    from cdlm.training.files import checkpoint_of, context_of, steps_done
     from cdlm.training.folder import held
 
     checkpoint = checkpoint_of(place)
     resume = checkpoint.exists()
     student = Student(count, source.folder.fingerprint, source.name)
-    if resume:
+    config = replace(source.config, batch_size=settings.batch_size or source.config.batch_size, training=options)
+    if resume or all((place / file).exists() for file in ("config.json", "model.safetensors")):
         _check_same_student(place, student)
+    if resume:
+        fixed = {"batch_size": config.batch_size, "seed": options.seed, **_lessons(source, settings)}
+        _check_same_settings(place, context_of(checkpoint), fixed)
         if steps_done(checkpoint) == options.steps:
             if progress:
                 print(f"{place} is finished, at step {options.steps}", file=sys.stderr)
             return _opened(hub.read(place)).eval()
-    config = replace(source.config, batch_size=settings.batch_size or source.config.batch_size, training=options)
     system = _student(source, settings, before, student)
     with held(place):
         if not resume:
@@ -229,13 +232,35 @@ def _check_same_student(place: Path, student: Student) -> None:
         )
 
 
+def _check_same_settings(place: Path, saved: Mapping[str, str | int], now: Mapping[str, str | int]) -> None:
+    """Raise if a student, finished or not, has learned with other settings than it is asked for.
+
+    Raises:
+        CdlmError: it has.
+    """
+    for name, value in now.items():
+        if saved.get(name) != value:
+            what = "seed plus steps" if name == "seed" else name
+            raise CdlmError(
+                f"{place} was distilled with {what} {shown(saved.get(name))}, and is asked for {shown(value)}: choose"
+                " another folder, or the settings that it has"
+            )
+
+
 def _context(source: Source, settings: DistillSettings, count: int) -> dict[str, str | int]:
     """What must not change when a round goes on, beside what holds for any run."""
     return {
         "teacher": source.name,
         "teacher.digest": source.folder.fingerprint,
-        "teacher_steps": source.teacher_steps,
         "student": count,
+        **_lessons(source, settings),
+    }
+
+
+def _lessons(source: Source, settings: DistillSettings) -> dict[str, str | int]:
+    """What decides the lessons of a round, beside its teacher, its rows and its seed."""
+    return {
+        "teacher_steps": source.teacher_steps,
         "loss": settings.loss,
         "on_grid": str(settings.on_grid),
         "read_out": str(settings.read_out),

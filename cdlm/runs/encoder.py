@@ -51,7 +51,7 @@ class EncoderOptions(Settings):
     depth: int = 3
     """Layers."""
     heads: int = 4
-    """Heads of attention, a divisor of the width."""
+    """Heads of attention; the width is a multiple of 2 * heads, since rotary positions turn pairs."""
     steps: int = 300
     """Training steps, of as many rows as the run has in a batch."""
     mask_share: float = 0.2
@@ -66,10 +66,11 @@ class EncoderOptions(Settings):
         check_whole("an encoder", least=0, seed=self.seed)
         check_number("an encoder", above=0.0, below=1.0, mask_share=self.mask_share)
         check_number("an encoder", above=0.0, lr=self.lr)
-        if self.width % self.heads:
+        pairs = 2 * self.heads
+        if self.width % pairs:
             raise CdlmError(
-                f"expected heads that divide the width of an encoder, got {self.heads} heads and width {self.width}:"
-                f" try width={max(1, self.width // self.heads) * self.heads}"
+                f"expected a width of an encoder that is a multiple of 2 * heads, got {self.heads} heads and width"
+                f" {self.width}: try width={max(1, self.width // pairs) * pairs}"
             )
 
 
@@ -133,7 +134,7 @@ def train_encoder(
     Rows have no tokens around a text, as those of the run, and are as long. The global random state is left as it was.
 
     Raises:
-        CdlmError: the tokenizer has no mask token.
+        CdlmError: the tokenizer has no mask token, or the training diverges.
     """
     masks = Masks(text.tokenizer, options.mask_share)
     config, network = text.config, _fresh(text, options).train()

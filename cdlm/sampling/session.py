@@ -268,6 +268,10 @@ class Sampling(Settings, ABC):
     def fewer_steps(self, wanted: Sequence[int], request: Request) -> list[int]:
         """Numbers of steps near those wanted that the request can be sampled with; none if there is no such number."""
 
+    def walks(self, model: Any) -> bool:
+        """Whether a model can be sampled in just these steps."""
+        return True
+
     def blocks_of(self, request: Request) -> int:
         """Runs in a row that a sample takes, each from fresh noise."""
         return 1
@@ -416,7 +420,14 @@ class Session:
 
     def fewer_steps(self, wanted: Sequence[int], request: Request) -> list[int]:
         """Numbers of steps near those wanted that the request can be sampled with; a student has none but its own."""
-        return [] if self.model.student is not None else self.sampling.fewer_steps(wanted, request)
+        if self.model.student is not None:
+            return []
+        fitting, own = self.sampling.fewer_steps(wanted, request), self.steps_of(request)
+        near = (next(filter(self._walks, range(steps, max(steps, own) + 1)), None) for steps in fitting)
+        return sorted({steps for steps in near if steps is not None})
+
+    def _walks(self, steps: int) -> bool:
+        return self.sampling.with_steps(steps).walks(self.model)
 
     def rivals(self) -> Mapping[str, Sequence[Sampling]]:
         """Plain ways to spend fewer steps on the model, by the name of the rival; on a student there are none."""

@@ -40,6 +40,15 @@ def steps_done(checkpoint: Path) -> int:
     return _load(checkpoint, mmap=True)["global_step"]
 
 
+def context_of(checkpoint: Path) -> Mapping[str, str | int]:
+    """What must not change when a run goes on from a checkpoint, without reading its tensors.
+
+    Raises:
+        CdlmError: it is no checkpoint, or it is damaged.
+    """
+    return _load(checkpoint, mmap=True)["cdlm"]["context"]
+
+
 def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
     """A checkpoint whose plain values are as they must be. Nothing in it is run, it holds plain data and tensors."""
     check_readable(path)

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cdlm.core.errors import CdlmError
+
 Progress = Callable[[int, float], None]
 """Called with (step from 1, loss)."""
 T = TypeVar("T")
@@ -34,6 +36,9 @@ def minimise(
 
     Returns:
         steps that were taken, fewer if the batches came to an end.
+
+    Raises:
+        CdlmError: a loss or its gradient is not finite.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
@@ -42,7 +47,12 @@ def minimise(
         loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not bool((loss.detach() + norm).isfinite()):
+            raise CdlmError(
+                f"the training diverged at step {taken + 1}: the loss or its gradient is no number; lower lr, which is"
+                f" {lr:g}"
+            )
         optimizer.step()
         schedule.step()
         taken += 1

@@ -142,8 +142,9 @@ class Table:
     def _mentioned(self, entry: Entry) -> list[str]:
         texts = [entry.text, *map(str, [*entry.where.values(), *entry.set.values()])]
         found = {name for text in texts for name in PLACEHOLDER.findall(text)}
-        for model in self.models:
-            if model is not entry and found & {model.name, f"{model.name}.name"}:
+        models = self.models[: self.models.index(entry)] if entry in self.models else self.models
+        for model in models:  # of earlier ones alone: a model that mentions a later one is refused, and has no end
+            if found & {model.name, f"{model.name}.name"}:
                 found |= set(self._mentioned(model))
         heads = {name.partition(".")[0] for name in found}
         return [name for name in self.each if name in heads]
@@ -214,8 +215,11 @@ class _Reader:
         made = "run" if "run" in given else "train"
         of = _fields(place, given, {made: str, "only": dict}, (made,))
         text = self._command(place, of["run"]) if made == "run" else f"train {_words(place, of['train'])}"
-        if made == "run" and text.split().count(f"{{{OUT}}}") != 1:
-            raise CdlmError(f"expected {place} to say where its folder goes, got {of['run']!r}: add the word {{{OUT}}}")
+        if made == "run" and shlex.split(text).count(f"{{{OUT}}}") != 1:
+            raise CdlmError(
+                f"expected {place} to say where its folder goes, got {of['run']!r}: write {{{OUT}}} once, as a word of"
+                " its own"
+            )
         return Entry(self._name("a model", name), text, _labels(of.get("only", {})))
 
     def _step(self, number: int, value: Any) -> Entry:

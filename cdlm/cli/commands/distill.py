@@ -34,4 +34,4 @@ def distill(
     students = distilled(run, out, steps=steps, settings=settings, device=machine.device, progress=not machine.quiet)
     if not machine.quiet:
         for count in students:
-            to_stderr(f"{out / str(count)}: {count} calls a sample, cdlm sample {out / str(count)}")
+            to_stderr(f"{out / str(count)}: {count} steps a sample, cdlm sample {out / str(count)}")

@@ -201,6 +201,8 @@ class Flow(ContinuousSystem):
         return self.space(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
     def committed(self, tokens: Int[Tensor, "b n"], x0: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        if isinstance(self.space, LearnedSpace):
+            return self.embed(tokens)
         return x0  # the vector of a token depends on tokens that are not decided yet
 
     def mix(self, weights: Float[Tensor, "b n v"]) -> Float[Tensor, "b n d"]:
