@@ -282,6 +282,63 @@ def test_other_data_or_other_settings_give_another_model(file: str, tmp_path: Pa
     assert len(machine.commands("train")) == 8
 
 
+CHAIN = {
+    "models": {
+        "model": "{system.train} --training.seed {seed}",
+        "students": {"run": "cdlm distill {model} {out} --steps 4 2"},
+        "judge": {"run": "cdlm train-judge {students}/2 {out}", "only": {"system": "A"}},
+    }
+}
+"""Each model is made of the one before it."""
+
+
+class Maker(Machine):
+    """Leaves a folder where `{out}` was."""
+
+    def __call__(self, words: Sequence[str], threads: int, log: Path) -> None:
+        if words[0] not in ("distill", "train-judge"):
+            return super().__call__(words, threads, log)
+        self.ran.append(list(words))
+        Path(words[2]).mkdir(parents=True)
+        return None
+
+
+def test_a_model_may_be_made_of_models_before_it(tmp_path: Path) -> None:
+    machine = Maker()
+    made = builder(tmp_path, machine).train(table_of(tmp_path, **CHAIN))
+    assert [(one["name"], one["system"], one["seed"]) for one in made] == [
+        (name, system, seed) for name in CHAIN["models"] for system in ("AB" if name != "judge" else "A")
+        for seed in (0, 1)
+    ]  # fmt: skip
+    trained = [words[words.index("--out") + 1] for words in machine.commands("train")]
+    for words in machine.commands("distill"):
+        assert words[1] in trained
+        assert words[3:] == ["--steps", "4", "2"]  # no option that training alone knows
+    students = [words[2] for words in machine.commands("distill")]
+    assert {words[1] for words in machine.commands("train-judge")} == {f"{place}/2" for place in students[:2]}
+    assert made[-1]["command"] == "cdlm train-judge {students}/2 {out}"
+    again = Maker()
+    builder(tmp_path, again).train(table_of(tmp_path, **CHAIN))
+    assert not again.ran
+
+
+def test_a_model_is_made_again_if_one_before_it_is_another(tmp_path: Path) -> None:
+    places = builder(tmp_path, Maker()).places(table_of(tmp_path, **CHAIN)).folders
+    loops = SYSTEMS["each"] | {"system": {"A": {"train": "--width 16"}, "B": {"train": "--width 9"}}}
+    others = builder(tmp_path, Maker()).places(table_of(tmp_path, **CHAIN, each=loops)).folders
+    changed = {label for label, place in places.items() if others[label] != place}
+    assert changed == {label for label in places if "-A-" in label}
+
+
+def test_a_model_of_one_that_is_not_made_is_refused_before_any_work(tmp_path: Path) -> None:
+    models = {
+        "model": {"train": "{system.train} --training.seed {seed}", "only": {"system": "A"}},
+        "students": {"run": "cdlm distill {model} {out} --seed {seed} --loss {system}"},
+    }
+    with pytest.raises(CdlmError, match="is no models here"):
+        builder(tmp_path, Maker()).places(table_of(tmp_path, models=models))
+
+
 def test_an_interrupted_training_goes_on_and_all_its_time_counts(tmp_path: Path) -> None:
     machine = Machine()
     at, table = builder(tmp_path, machine), table_of(tmp_path / "tables")

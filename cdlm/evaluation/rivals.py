@@ -64,11 +64,13 @@ class Plain:
     session: Session
     """In that way, without a rule."""
     calls_a_step: float
+    further: float
+    """Calls whatever the steps are, such as the one that decodes at the end."""
 
     def at(self, calls: float, bench: Bench) -> Session:
         """The session with about so many calls: within one per cent of those of the full run."""
         grain = max(1, round(bench.steps / 50))  # so that rules which take about as many calls share a rival
-        wanted = max(1, grain * round(calls / self.calls_a_step / grain))
+        wanted = max(1, grain * round((calls - self.further) / self.calls_a_step / grain))
         fitting = self.session.fewer_steps([wanted], bench.longest)
         return self.session.with_steps(fitting[0] if fitting else wanted)
 
@@ -92,17 +94,21 @@ class Rivals:
     @cached_property
     def plain(self) -> list[Plain]:
         """Each kind of plain sampler in its best way: the least AR-NLL with half of the full run's steps."""
-        return [self._best(name, ways) for name, ways in self.choosing.session.rivals().items()]
+        found = (self._best(name, ways) for name, ways in self.choosing.session.rivals().items())
+        return [plain for plain in found if plain is not None]
 
     def duels(self, outcome: Outcome) -> list[Duel]:
         """The samples of a rule beside each rival with as many calls, as they are and at the rule's entropy."""
         return [duel for name, rival in self._at(outcome) for duel in self._against(name, rival, outcome)]
 
-    def _best(self, name: str, ways: Sequence[Sampling]) -> Plain:
+    def _best(self, name: str, ways: Sequence[Sampling]) -> Plain | None:
+        """None if the model walks none of the ways in so few steps."""
         own = self.choosing.session
         sessions = [own.with_sampling(way) for way in ways if way.with_steps(self._half).walks(own.model)]
+        if not sessions:
+            return None
         best = sessions[0] if len(sessions) == 1 else min(sessions, key=self._quality)
-        return Plain(name, best, self._calls_a_step(best))
+        return Plain(name, best, *self._cost(best))
 
     @property
     def _half(self) -> int:
@@ -114,8 +120,14 @@ class Rivals:
         bench = self.choosing
         return _value(bench.score(bench.run(session.with_steps(self._half), TRIAL_SAMPLES).tokens))
 
-    def _calls_a_step(self, session: Session) -> float:
-        return float(self.choosing.run(session.with_steps(self._half), 1).nfe.mean()) / self._half
+    def _cost(self, session: Session) -> tuple[float, float]:
+        """Calls of a step, and those beside the steps: calls are a straight line over steps."""
+        steps = sorted({self._half, self.choosing.steps})
+        calls = [float(self.choosing.run(session.with_steps(count), 1).nfe.mean()) for count in steps]
+        if len(steps) == 1:
+            return calls[0] / steps[0], 0.0
+        a_step = (calls[1] - calls[0]) / (steps[1] - steps[0])
+        return a_step, calls[0] - a_step * steps[0]
 
     def _at(self, outcome: Outcome) -> Iterator[tuple[str, Session]]:
         """The rivals with as many calls as the samples took, and the students with as many or fewer."""

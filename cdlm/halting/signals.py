@@ -488,6 +488,11 @@ def check_signals(names: Iterable[str], known: Collection[str] = SIGNALS) -> fro
             f"there is no signal {unknown[0]!r} here: an autoregressive model decides each token once, and its steps"
             " have nothing to halt by or to record"
         )
+    if unknown and set(known) <= SPATIAL and unknown[0] in SIGNALS:
+        raise CdlmError(
+            f"{unknown[0]!r} is about tokens, and the steps of this model say none: set read_out (--read-out) to"
+            f" Probe() or Decoder(), or use a rule that reads {', '.join(sorted(known))}"
+        )
     if unknown and unknown[0] in SPATIAL:
         raise CdlmError(
             f"{unknown[0]!r} describes a state in embedding space, and a masked model has none: use a rule that reads"

@@ -121,15 +121,18 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 @contextmanager
 def only_errors() -> Iterator[None]:
-    """Silence the warnings of transformers, for the block."""
+    """Silence the warnings and the progress of transformers, for the block."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def check_folder(folder: Path) -> None:

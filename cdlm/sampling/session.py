@@ -127,7 +127,7 @@ class Model(ABC):
         for name in ("steps", "grid"):
             if made.get(name) != asked.get(name):
                 raise CdlmError(
-                    f"{self.name} is a student of {self.student.steps} steps on {made.get('grid')}, and was asked for"
+                    f"the model is a student of {self.student.steps} steps on {made.get('grid')}, and was asked for"
                     f" {name} {asked.get(name)}: leave out {name}, or give {made.get(name)}"
                 )
 

@@ -63,6 +63,15 @@ class Training:
         """What tells a data file, or the models that a placeholder stands for, from others."""
         return digest_of(self.data[name]) if name in self.data else [Path(path).name for path in self.models[name]]
 
+    def command(self, place: Path) -> list[str]:
+        """The words with paths in the place of placeholders.
+
+        Raises:
+            CdlmError: an earlier model that they name is made for other loops.
+        """
+        data = {name: [str(path)] for name, path in self.data.items()}
+        return list(replaced(self.words, {**data, **self.models, OUT: [str(place)]}))
+
     def run(self, runner: Runner, threads: int, cache: Path, origin: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Make the model unless it is there; interrupted, it goes on; while another build makes it, this one waits.
 
@@ -90,8 +99,7 @@ class Training:
         if not resumed:
             shutil.rmtree(place, ignore_errors=True)
             record["seconds"] = 0.0
-        data = {name: [str(path)] for name, path in self.data.items()}
-        words = list(replaced(self.words, {**data, **self.models, OUT: [str(place)]}))
+        words = self.command(place)
         if trained:
             words = (
                 ["train", "--resume", str(place)] if resumed else [*words, "--cache", str(cache), "--out", str(place)]

@@ -104,6 +104,7 @@ class Builder:
         for model, loops, words in models:
             earlier = {name: paths for name, paths in places.of(loops).items() if name not in data}
             training = Training(model.name, loops, words, data, earlier, self.root, folder)
+            training.command(folder)  # or raises, before any work
             places = replace(places, trainings=(*places.trainings, training))
         return places
 
