@@ -138,6 +138,8 @@ def _draw(axis: Axes, panel: Panel, style: Mapping[str, Style]) -> None:
     axis.set_yscale(panel.y_scale, **({"linthresh": panel.linear_below} if panel.y_scale == "symlog" else {}))
     if panel.x_scale == "log":
         plain_log_ticks(axis.xaxis)
+    if panel.y_scale == "log":
+        plain_log_ticks(axis.yaxis)
     if panel.ticks:
         axis.set_yticks(range(len(panel.ticks)), panel.ticks, fontsize=8)
         axis.invert_yaxis()
