@@ -445,7 +445,7 @@ def test_a_rule_that_reads_no_tokens_costs_one_call_more_than_its_steps(system: 
 
 
 def test_a_rule_of_tokens_needs_a_read_out(system: Flow) -> None:
-    with pytest.raises(CdlmError, match="'switches' is about tokens, .* Probe"):
+    with pytest.raises(CdlmError, match="'switches' is about tokens"):
         run(system, halt=Patience(2))
     exact, probed = (run(system, n=8, halt=Patience(2), read_out=one) for one in (Decoder(), Probe()))
     assert (exact.nfe % 2 == 0).all()  # each step and its decoder
