@@ -282,7 +282,7 @@ def test_other_data_or_other_settings_give_another_model(file: str, tmp_path: Pa
     assert len(machine.commands("train")) == 8
 
 
-CHAIN = {
+CHAIN: dict[str, Any] = {
     "models": {
         "model": "{system.train} --training.seed {seed}",
         "students": {"run": "cdlm distill {model} {out} --steps 4 2"},
