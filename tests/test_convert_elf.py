@@ -19,6 +19,7 @@ from toys import VOCAB, tokenizer
 
 from cdlm import api
 from cdlm.cli.main import main
+from cdlm.continuous.encoder_space import EncoderSpace
 from cdlm.continuous.published.elf import ELFLayout
 from cdlm.continuous.systems.elf import Flow
 from cdlm.core.errors import CdlmError
@@ -178,6 +179,7 @@ def test_a_converted_model_has_the_settings_of_its_training_and_the_encoder_s_sp
     assert (model.length, model.settings.encoder) == (LENGTH, encoder)
     assert (model.schedule.mean, model.schedule.deviation, model.schedule.noise_scale) == (-1.4, 0.7, 2.5)
     assert (model.settings.decoder_share, model.settings.decoder_noise) == (0.25, 4.0)
+    assert isinstance(model.space, EncoderSpace)
     model.space.check_tokenizer(model.need_tokenizer())
     ids = torch.tensor([[5, 9, 7]])
     with torch.no_grad():

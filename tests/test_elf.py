@@ -15,7 +15,9 @@ from toys import VOCAB, tokenizer
 
 from cdlm.api import load
 from cdlm.continuous.distillation import Distillation
+from cdlm.continuous.encoder_space import EncoderSpace
 from cdlm.continuous.guidance import Guidance
+from cdlm.continuous.learned_space import LearnedSpace
 from cdlm.continuous.readouts import Decoder, NoReadOut, Probe, ReadOut
 from cdlm.continuous.sampler import Diffusion, DiffusionLoop
 from cdlm.continuous.solvers import Churn, Euler
@@ -71,6 +73,7 @@ def built(encoder: str, stirred: bool = True, **changes: Any) -> Flow:
                 torch.nn.init.normal_(weight, std=0.3)
     system.tokenizer, system.length = tokenizer(), LENGTH
     batch = some(64)
+    assert isinstance(system.space, EncoderSpace)
     system.space.fit([(batch.tokens, torch.ones_like(batch.target))])
     return system.eval()
 
@@ -354,9 +357,10 @@ def learned(**changes: Any) -> ELF:
 
 def test_a_learned_space_is_taught_by_both_losses_and_keeps_its_size() -> None:
     flow, batch = learned().build(VOCAB).train(), some(32)
+    assert isinstance(flow.space, LearnedSpace)
     for share in (0.0, 1.0):
         flow.zero_grad()
-        flow.objective.settings = learned(decoder_share=share)
+        flow.objective = FlowMatching(learned(decoder_share=share))
         flow(replace(batch, generator=generator(1))).total.backward()
         table = flow.space.embedding.weight.grad
         assert table is not None
