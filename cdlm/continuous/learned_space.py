@@ -1,8 +1,6 @@
-"""A space that is learned with the flow in it: what a frozen encoder's is compared with."""
+"""The space of a learned table of vectors: what a frozen encoder's is compared with."""
 
 from __future__ import annotations
-
-import math
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -23,7 +21,7 @@ class LearnedSpace(nn.Module):
 
     def __init__(self, dim: int, vocab: int):
         super().__init__()
-        self.dim, self.rho = dim, math.sqrt(dim)
+        self.dim = dim
         self.embedding = TokenEmbedding(vocab, dim)
 
     def forward(self, tokens: Int[Tensor, "b n"], seen: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:

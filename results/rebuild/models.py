@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Training:
         """The name with the values of the loops."""
         return "-".join([self.name, *(re.sub(r"[^\w.]+", "_", str(value)) for value in self.loops.values())])
 
-    @property
+    @cached_property
     def place(self) -> Path:
         """The folder. It has another name if the command, a settings file, a data file or an earlier model is
         another."""
@@ -100,10 +101,10 @@ class Training:
             shutil.rmtree(place, ignore_errors=True)
             record["seconds"] = 0.0
         words = self.command(place)
-        if trained:
-            words = (
-                ["train", "--resume", str(place)] if resumed else [*words, "--cache", str(cache), "--out", str(place)]
-            )
+        if trained and resumed:
+            words = ["train", "--resume", str(place)]
+        elif trained:
+            words += ["--cache", str(cache), "--out", str(place)]
         record |= {"threads": threads, **origin()}
         start = time.monotonic()
         try:

@@ -71,13 +71,13 @@ class AngleConvergence(Stateless):
 class FixedPoint(Criterion):
     """Halt after `steps` >= 1 consecutive steps whose residual is below `delta` > 0.
 
-    An estimate that knows nothing yet hardly moves either. With `relative`, `delta` < 1 is a share of the largest
-    residual that the row has had, so nothing halts before the estimate has moved, and one `delta` means the same for
-    models whose residuals are of different sizes. Otherwise let the rule begin later (`FromStep`).
-
     The residual is how far an estimate lies from the one that the prediction was shown: the mean over open positions of
     ||x0 - shown||^2 in squared embedding norms. Self-conditioning is a fixed-point iteration on the estimate, and this
-    is its residual (arXiv 2607.00714). A model without self-conditioning is shown nothing: there it is the change of
+    is its residual (arXiv 2607.00714). At the first levels an estimate knows nothing, and does not move either. With
+    `relative`, `delta` < 1 is a share of the row's largest residual until now, so that no row halts before its estimate
+    has moved. Without it, let the rule begin later (`FromStep`).
+
+    A model without self-conditioning is shown nothing: there it is the change of
     the estimate since the step before. A row's first step has none with one pass a level, so that the earliest halt is
     at step `steps` + 1; with more `passes`, at step `steps`.
     """
