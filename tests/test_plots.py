@@ -125,6 +125,15 @@ def test_what_was_not_measured_is_not_shown(tmp_path):
     assert limits(CurvePanel("m", [unknown, curve("a")], [])) == limits(CurvePanel("m", [curve("a")], []))
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("values", [[np.nan], [np.inf], [0.0], [0.0, 0.8], [np.nan, 0.8]], ids=str)
+@pytest.mark.parametrize("levels", [[], [("real", np.nan)], [("real", 0.0)], [("real", 0.7)]], ids=str)
+@pytest.mark.filterwarnings("error")
+def test_values_that_a_logarithmic_axis_cannot_show_leave_a_picture(values, levels, whole, tmp_path):
+    found = Curve("a", [7.0, 9.0][: len(values)], values, values, values, rival=True)
+    png_size(plot_pareto([CurvePanel("m", [found], levels)], tmp_path / "p.png", whole=whole))
+
+
 def test_rules_that_fail_badly_do_not_flatten_the_picture():
     wild = Curve("wild", [3.0], [1e6], [1e6], [1e6])
     low, high = limits(CurvePanel("m", [curve("plain", True), wild], [("real", 0.7)])) or (0, 0)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from jaxtyping import Num
 from numpy import ndarray
+from numpy.typing import ArrayLike
 
 from cdlm.core.errors import CdlmError
 from cdlm.evaluation.plots.figure import (
@@ -126,20 +128,11 @@ def _add_legend(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
 
 
 def _draw(axis: Axes, panel: Panel, style: Mapping[str, Style]) -> None:
+    _set_scales(axis, panel)
+    _draw_levels(axis, panel)
     for line in panel.lines:
         color, marker = style[line.label]
         (_draw_dots if panel.ticks else _draw_curve)(axis, line, color, marker)
-    for i, (name, value) in enumerate(panel.levels):
-        axis.axhline(value, color=GREY, linewidth=0.9, linestyle=":")
-        place, side = (0.99, "right") if i % 2 else (0.01, "left")  # levels may lie upon each other
-        axis.annotate(name, (place, value), xycoords=("axes fraction", "data"), fontsize=8, color=GREY, ha=side,
-                      va="bottom")  # fmt: skip
-    axis.set_xscale(panel.x_scale)
-    axis.set_yscale(panel.y_scale, **({"linthresh": panel.linear_below} if panel.y_scale == "symlog" else {}))
-    if panel.x_scale == "log":
-        plain_log_ticks(axis.xaxis)
-    if panel.y_scale == "log":
-        plain_log_ticks(axis.yaxis)
     if panel.ticks:
         axis.set_yticks(range(len(panel.ticks)), panel.ticks, fontsize=8)
         axis.invert_yaxis()
@@ -147,6 +140,34 @@ def _draw(axis: Axes, panel: Panel, style: Mapping[str, Style]) -> None:
     axis.set(**{f"{name}lim": ends for name, ends in (("x", panel.x_limits), ("y", panel.y_limits)) if ends})
     label_axes(axis, panel.title, panel.x, panel.y)
     axis.grid(color=LIGHT_GREY, linewidth=0.6)
+
+
+def _set_scales(axis: Axes, panel: Panel) -> None:
+    """An axis is logarithmic only where it has something to show, and linear otherwise."""
+    if panel.x_scale == "log" and _any_positive([line.x for line in panel.lines]):
+        axis.set_xscale("log")
+        plain_log_ticks(axis.xaxis)
+    if panel.y_scale == "log" and _any_positive([*(line.y for line in panel.lines), [y for _, y in panel.levels]]):
+        axis.set_yscale("log")
+        plain_log_ticks(axis.yaxis)
+    elif panel.y_scale == "symlog":
+        axis.set_yscale("symlog", linthresh=panel.linear_below)
+
+
+def _any_positive(values: Sequence[ArrayLike]) -> bool:
+    """Whether a logarithmic axis would show any of them. What was not measured is NaN."""
+    flat = np.concatenate([np.asarray(each, dtype=float).ravel() for each in values])
+    return bool((np.isfinite(flat) & (flat > 0)).any())
+
+
+def _draw_levels(axis: Axes, panel: Panel) -> None:
+    least = 0 if axis.get_yscale() == "log" else -np.inf
+    shown = [(name, value) for name, value in panel.levels if np.isfinite(value) and value > least]
+    for i, (name, value) in enumerate(shown):
+        axis.axhline(value, color=GREY, linewidth=0.9, linestyle=":")
+        place, side = (0.99, "right") if i % 2 else (0.01, "left")  # levels may lie upon each other
+        axis.annotate(name, (place, value), xycoords=("axes fraction", "data"), fontsize=8, color=GREY, ha=side,
+                      va="bottom")  # fmt: skip
 
 
 def _draw_curve(axis: Axes, line: Line, color: str, marker: str) -> None:

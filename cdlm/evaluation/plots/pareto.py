@@ -87,7 +87,7 @@ def _panel(panel: CurvePanel, label: str, whole: bool) -> Panel:
 def limits(panel: CurvePanel) -> tuple[float, float] | None:
     """From the lowest value to a little over the best rival or the highest level, so that settings that fail badly do
     not flatten it; and no lower than `LEAST` of the rivals and levels, for text that collapses is too easy. None if
-    nothing was measured, as of empty texts."""
+    nothing was measured, as of empty texts, or all of it is zero."""
     values = [v for c in panel.curves for v in c.value if np.isfinite(v)]
     if not values:
         return None
@@ -96,4 +96,4 @@ def limits(panel: CurvePanel) -> tuple[float, float] | None:
     lows = [v for c in panel.curves if c.rival for v in c.low if np.isfinite(v)]
     low = min([*levels, *lows, max(min(values), LEAST * min([*rivals, *levels]))])
     high = MOST * max([min(rivals), *levels])
-    return low - 0.05 * (high - low), high
+    return (low - 0.05 * (high - low), high) if high > low else None
