@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,7 +203,7 @@ RATES = {
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("rates", RATES)
 @pytest.mark.parametrize("every", [2, 50])
-def test_what_diverges_says_when_and_keeps_what_was_good(name: str, rates: str, every: int, tmp_path: Path) -> None:
+def test_what_diverges_says_when_and_leaves_a_model_without_nan(name: str, rates: str, every: int, tmp_path: Path) -> None:
     options = TrainOptions(
         steps=10, warmup=0, accelerator="cpu", checkpoint_every=every, validate_every=7, log_every=5, clip=float("inf"),
         final_lr_ratio=1.0,
@@ -212,10 +211,15 @@ def test_what_diverges_says_when_and_keeps_what_was_good(name: str, rates: str, 
     options = replace(options, **RATES[rates])
     masking = {"masking": "Block(4)"} if name == "ssd" else {}
     given, run = config(tmp_path.parent / "cache", system=SYSTEMS[name], training=options, **masking), tmp_path / "run"
-    ends_well = rates == "schedule" and name != "plaid"
     message = r"^.* (at|before) step \d+; last good checkpoint: \S+last\.ckpt; resume with a lower learning rate$"
-    with nullcontext() if ends_well else pytest.raises(CdlmError, match=message):
+    try:
         train(given, run, progress=False)
+        ends_well = True
+    except CdlmError as error:
+        assert re.fullmatch(message, str(error))
+        ends_well = False
+    if rates != "lr":  # with lr alone it depends on the processor, in whose arithmetic Muon multiplies
+        assert ends_well == (rates == "schedule" and name != "plaid")
     assert (steps_done(checkpoint_of(run)) == options.steps) == ends_well
     steps = None if name in ("masked", "autoregressive") else 4
     samples = generate(load(run), n=1, length=8, steps=steps)
