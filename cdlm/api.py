@@ -33,7 +33,7 @@ from cdlm.halting.calibration import calibrated_rule
 from cdlm.masked import checkpoints
 from cdlm.masked.model import LogitsFn, MaskedModel, as_masked_model
 from cdlm.masked.sampler import Unmasking
-from cdlm.models import hub, lora
+from cdlm.models import hub, lora, shipped
 from cdlm.models.hub import Pretrained
 from cdlm.runs import config as names
 from cdlm.runs.config import RunConfig
@@ -77,7 +77,7 @@ def load(
     config = read_json(path / "config.json", "a finished training run")
     opens = next((foreign.open_folder for foreign in FOREIGN if foreign.opens(config)), _open_ours)
     model = opens(path, config, device=device, precision=precision, device_map=device_map)
-    model.hub_id = None if Path(name).is_dir() else str(name)
+    model.hub_id = None if Path(name).is_dir() or shipped.is_shipped(name) else str(name)
     return model
 
 

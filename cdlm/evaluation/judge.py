@@ -13,7 +13,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json, replacing
 from cdlm.core.parallel import Workers, deal, interleaved
 from cdlm.core.schema import checked
+from cdlm.models import shipped
 from cdlm.models.causal import complete, in_one_line, opened, with_offsets
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Named(TypedDict):
     """What `NAME_FILE` holds."""
 
     name: str
+    key: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Judge:
 
     Args:
         origin: what else tells which model it is, such as the hash of its file.
+        key: what a small judge was trained on and how, see `SmallJudge`; empty for others.
     """
 
     model: PreTrainedModel
@@ -69,6 +72,7 @@ class Judge:
     name: str
     device: str = "cpu"
     origin: Mapping[str, str] = field(default_factory=dict)
+    key: str = ""
 
     def __post_init__(self) -> None:
         known = getattr(self.model.config, "vocab_size", 0)
@@ -89,11 +93,12 @@ class Judge:
         """
         from transformers import AutoModelForCausalLM
 
-        source = str(name_or_dir)
+        source = str(shipped.place_of(name_or_dir))
         if source.endswith(".gguf"):
             return cls(*_read_gguf(Path(source), dtype), name=Path(source).stem, device=device, origin=_file(source))
         tokenizer, model, origin = opened(source, "a causal language model", AutoModelForCausalLM, dtype)
-        return cls(model, tokenizer, _stored_name(Path(source)) or source, device, origin)
+        stored = read_name(Path(source)) or {"name": source}
+        return cls(model, tokenizer, stored["name"], device, origin, stored.get("key", ""))
 
     def save(self, folder: str | Path) -> None:
         """Write model, tokenizer and name to `folder`, whole or not at all; only a judge or nothing may be there."""
@@ -105,7 +110,8 @@ class Judge:
             new.mkdir()
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
-            (new / NAME_FILE).write_text(json.dumps({"name": self.name}) + "\n", encoding="utf-8")
+            named = {"name": self.name, **({"key": self.key} if self.key else {})}
+            (new / NAME_FILE).write_text(json.dumps(named) + "\n", encoding="utf-8")
 
     @property
     def context(self) -> int:
@@ -197,11 +203,12 @@ def _file(path: str) -> dict[str, str]:
     return {"quantisation": packed, "sha256": digest}
 
 
-def _stored_name(folder: Path) -> str | None:
+def read_name(folder: Path) -> Named | None:
+    """What a folder says of the judge in it; None if it is none of ours."""
     path = folder / NAME_FILE
     if not path.is_file():
         return None
-    return checked(read_json(path, "a judge"), Named, str(path), "copy it again, or train it anew")["name"]
+    return checked(read_json(path, "a judge"), Named, str(path), "copy it again, or train it anew")
 
 
 # --- many texts -------------------------------------------------------------------------------------------------------

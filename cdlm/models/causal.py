@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cdlm.core.checks import shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.tensors import check_values
+from cdlm.models import shipped
 from cdlm.models.foreign import check_folder
 from cdlm.models.hub import fingerprint_of
 
@@ -54,9 +55,10 @@ class Causal:
         """
         from transformers import AutoModelForCausalLM
 
-        if not Path(path).is_dir() and path.count("/") != 1:
+        place = str(shipped.place_of(path))
+        if not Path(place).is_dir() and path.count("/") != 1:
             raise CdlmError(f"there is no folder {shown(path)}: give that of a causal language model, or its Hub id")
-        tokenizer, network, _ = opened(path, "a causal language model", AutoModelForCausalLM, "auto", hub=False)
+        tokenizer, network, _ = opened(place, "a causal language model", AutoModelForCausalLM, "auto", hub=False)
         return cls(path, fingerprint_of(network.state_dict()), network.requires_grad_(False).eval(), tokenizer)
 
     def __repr__(self) -> str:

@@ -21,6 +21,7 @@ from cdlm.core.files import read_json, replacing, write_text
 from cdlm.core.inert import fenced
 from cdlm.core.schema import Positive, checked
 from cdlm.core.tensors import check_values, read_tensors, same_specs, specs_of, write_tensors
+from cdlm.models import shipped
 from cdlm.models.foreign import check_tokenizer
 from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.prompts import Prompt
@@ -258,7 +259,7 @@ def model_type(path: Path) -> str | None:
 
 
 def locate(name: str | Path) -> Path:
-    """The folder of that path, or of that Hub repository, whose files are fetched.
+    """The folder of that path, of that model of the package, or of that Hub repository, whose files are fetched.
 
     Raises:
         CdlmError: there is neither, or the Hub cannot be reached.
@@ -268,12 +269,13 @@ def locate(name: str | Path) -> Path:
             f"a model is one from cdlm.load, or its folder or Hub id, got a {type(name).__name__}; a function is"
             " sampled by cdlm.decode"
         )
-    path = Path(name)
+    path = shipped.place_of(name)
     if path.is_dir():
         return path
     if path.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~", "runs/")):
         raise CdlmError(
-            f"{name} is not a model folder: expected a folder with config.json, or a Hub id such as user/model"
+            f"{name} is not a model folder: expected a folder with config.json, one of the models that come with cdlm"
+            f" ({', '.join(shipped.names())}), or a Hub id such as user/model"
         )
     from huggingface_hub import snapshot_download
 

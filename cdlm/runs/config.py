@@ -29,7 +29,7 @@ from cdlm.data.division import Division
 from cdlm.data.masking import MASKINGS
 from cdlm.data.sources import SOURCES, Source, Stories
 from cdlm.masked.system import SYSTEMS as MASKED
-from cdlm.models import hub
+from cdlm.models import hub, shipped
 from cdlm.models.system import System, SystemConfig
 from cdlm.runs import caches
 from cdlm.sampling.texts import Special
@@ -480,7 +480,7 @@ def run_arguments(folder: str | Path) -> list[str]:
 
 
 def _file_of(folder: str | Path) -> Path:
-    return Path(folder) / "config.yaml"
+    return shipped.place_of(folder) / "config.yaml"
 
 
 def build_system(config: Mapping[str, Any], file: Path = Path("config.json")) -> System:

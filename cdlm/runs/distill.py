@@ -131,7 +131,7 @@ def distill(
     accelerator = device.partition(":")[0]
     if accelerator != device:
         raise CdlmError(f"students are trained on a kind of device, got {device!r}: say {accelerator!r}")
-    source = _source(Path(run), settings)
+    source = _source(run, settings)
     for count in steps:
         check_steps(count, source.teacher_steps)
     if not steps:
@@ -147,7 +147,7 @@ def distill(
     return students
 
 
-def _source(run: Path, settings: DistillSettings) -> Source:
+def _source(run: str | Path, settings: DistillSettings) -> Source:
     """The teacher and its settings.
 
     Raises:

@@ -22,7 +22,7 @@ from cdlm.data.masking import MASKINGS
 from cdlm.data.order import RowLoader, fixed_batches
 from cdlm.data.store import DocumentRows, FilledRows, PackedRows, StoredRows, TextRows, build_store
 from cdlm.data.tokenizer import load_tokenizer, train_tokenizer
-from cdlm.models import hub
+from cdlm.models import hub, shipped
 from cdlm.models.hub import Folder
 from cdlm.models.lora import (
     Adapter,
@@ -36,7 +36,7 @@ from cdlm.models.lora import (
 )
 from cdlm.models.system import System
 from cdlm.runs import caches
-from cdlm.runs.config import RunConfig
+from cdlm.runs.config import RunConfig, read_run
 from cdlm.sampling.session import Session, Student
 from cdlm.sampling.texts import save_tokenizer, special_of
 
@@ -57,6 +57,15 @@ class RunText:
     train: StoredRows
     """What the generator reads."""
     valid: TextRows
+
+    @staticmethod
+    def of_run(folder: str | Path) -> RunText:
+        """The text that the model of a run folder, or one that comes with the package, was trained on.
+
+        Raises:
+            CdlmError: the folder is not that of a training run, or its text is not there.
+        """
+        return RunText.of(read_run(folder), hub.read_tokenizer(shipped.place_of(folder)))
 
     @staticmethod
     def of(config: RunConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> RunText:
@@ -359,7 +368,7 @@ def card(config: RunConfig, system: System, step: int) -> str:
     steps = f"{step}" if step == options.steps else f"{step} of {options.steps}"
     rows = config.batch_size * options.accumulate * options.world
     shape = f"{steps} steps of {rows} rows of {config.length} tokens"
-    settings = yaml.safe_dump(_without_folders(yaml.safe_load(config.to_yaml())), sort_keys=False, allow_unicode=True)
+    settings = yaml.safe_dump(without_folders(yaml.safe_load(config.to_yaml())), sort_keys=False, allow_unicode=True)
     source = type(config.source).__name__
     sections = {
         "Training": f"{size:.1f} M {trained}parameters, {shape}, on text of `{source}`.\n\n{fenced(settings, 'yaml')}",
@@ -380,10 +389,10 @@ def _words_of(student: Student) -> str:
     )
 
 
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
     """The same settings with no more than the name of each file that is given by an absolute path."""
     if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
+        return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_folders(item) for item in value]
+        return [without_folders(item) for item in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

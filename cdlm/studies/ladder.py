@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from cdlm.api import real_text, small_judge
@@ -15,7 +14,6 @@ from cdlm.evaluation.ladder import ladder
 from cdlm.evaluation.metrics.features import FEATURES
 from cdlm.evaluation.metrics.reference import Spread
 from cdlm.evaluation.plots.panels import Line, Panel
-from cdlm.models import hub
 from cdlm.runs import config as names
 from cdlm.runs.train import RunText
 from cdlm.studies.study import Finding, Study, column, label
@@ -58,10 +56,9 @@ class Ladder(Study):
         return Finding(rows, table, NOTE, _panels(rows))
 
     def _of(self, model: str) -> Iterator[dict[str, Any]]:
-        config = names.read_run(model)
-        text = RunText.of(config, hub.read_tokenizer(Path(model)))
-        real = real_text(config, text)
-        judge = small_judge(config, text, self.judge_steps).open(self.device, not self.quiet)
+        text = RunText.of_run(model)
+        real = real_text(text.config, text)
+        judge = small_judge(text.config, text, self.judge_steps).open(self.device, not self.quiet)
         count = min(self.n, real.most)
         for kind in self.features:
             found = ladder(real, count, FEATURES.parse(kind), Readers(judge), self.splits)

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -31,7 +30,6 @@ from cdlm.evaluation.judge import Encoded, Judge
 from cdlm.evaluation.metrics.ar_nll import token_nats
 from cdlm.evaluation.plots.panels import Line, Panel
 from cdlm.halting.voting import Ballots, winner
-from cdlm.models import hub
 from cdlm.policies import parse_policy
 from cdlm.runs import config as names
 from cdlm.runs.train import RunText
@@ -265,8 +263,8 @@ class Stitching(Answering):
         device = str(self.session(model).device)
         if self.judge is not None:
             return Judge.load(self.judge, device)
-        config = names.read_run(model)
-        small = small_judge(config, RunText.of(config, hub.read_tokenizer(Path(model))), self.judge_steps)
+        text = RunText.of_run(model)
+        small = small_judge(text.config, text, self.judge_steps)
         return small.open(device, not self.quiet)
 
 

@@ -34,6 +34,7 @@ COMMANDS = (
     Command("evaluate", "cdlm.cli.commands.evaluate", "measure samples beside real text, or the likelihood of text"),
     Command("lm-eval", "cdlm.lm_eval.command", "run lm-evaluation-harness on a model: cdlm lm-eval run", own=True),
     Command("convert", "cdlm.cli.commands.convert", "published weights of plaid, ssd, langflow, elf to a model folder"),
+    Command("pack", "cdlm.cli.commands.pack", "copy a model to share: half precision, without what is of its training"),
     Command("merge", "cdlm.cli.commands.merge", "add an adapter of cdlm train --lora to the weights of its base"),
     Command("train-encoder", "cdlm.cli.commands.train_encoder", "train a small encoder on a run's text, for its space"),
     Command("train-judge", "cdlm.cli.commands.train_judge", "train a small autoregressive judge on a run's text"),

@@ -183,9 +183,9 @@ def evaluate(
         raise CdlmError(
             f"{run} is another library's model, which has no held-out text here: give a run folder, or --answers"
         )
-    place, config = out or Path(run), read_run(run)
-    check_places(place / "evaluation.json")
-    text = RunText.of(config, hub.read_tokenizer(Path(run)))
+    config = read_run(run)
+    place = _place(run, out, "evaluation.json", machine.quiet)
+    text = RunText.of_run(run)
     real = api.real_text(config, text)
     if held_out:
         with session_on(machine, run) as session:
@@ -206,16 +206,26 @@ def _score(
     answered: AnswerOptions, machine: MachineOptions,
 ) -> None:  # fmt: skip
     """Score answers, and write and print what was found."""
-    ours = Path(run).is_dir() and not hub.is_foreign(Path(run))
-    place = Path(run) if out is None and ours else out
-    if place is None and machine.quiet:
-        raise CdlmError("nothing would be written and nothing shown: give --out, or leave out --quiet")
-    check_places(None if place is None else place / "answers.json")
+    place = _place(run, out, "answers.json", machine.quiet)
     with session_on(machine, run) as session:
         settings = likelihood.settings(machine.batch_size or session.model.batch_size)
         how = {"chat": answered.chat, "system": answered.system, "template": answered.template}
         found = likelihood_of_answers(session, *pairs, settings=settings, **how)
     _report(found, place, machine)
+
+
+def _place(run: str, out: Path | None, file: str, quiet: bool) -> Path | None:
+    """Where to write: the folder that is named, else that of a run of one's own, else nowhere.
+
+    Raises:
+        CdlmError: it cannot be written, or nothing would be written and nothing shown.
+    """
+    ours = Path(run).is_dir() and not hub.is_foreign(Path(run))
+    place = Path(run) if out is None and ours else out
+    if place is None and quiet:
+        raise CdlmError("nothing would be written and nothing shown: give --out, or leave out --quiet")
+    check_places(None if place is None else place / file)
+    return place
 
 
 def _read(paths: Sequence[Path]) -> dict[str, list[Entry]]:

@@ -18,8 +18,6 @@ from cdlm.evaluation.frontier_table import save
 from cdlm.evaluation.judge import Readers
 from cdlm.evaluation.small_judge import open_judge
 from cdlm.evaluation.texts import Entry, read_texts
-from cdlm.models import hub
-from cdlm.runs.config import read_run
 from cdlm.runs.train import RunText
 
 JUDGES, MACHINE = JudgesOptions(), MachineOptions(precision="fp32", batch_size=32)
@@ -38,7 +36,7 @@ def frontier(
     """Compare ways to sample at equal entropy: AR-NLL over entropy for each, and the calls that each saves.
 
     Args:
-        run: the run folder whose text the samples are compared with.
+        run: the run folder, or the name of a model that comes with cdlm, whose text the samples are compared with.
         ways: folders, one for each way to sample, named after it; or a folder of such folders. Each holds files of cdlm
             sample --out, drawn with several temperatures; those that differ in the seed alone are taken together.
         rivals: names of the ways that the others are compared with, or patterns such as "plain-*"; by default the
@@ -52,9 +50,8 @@ def frontier(
     check_places(out / "frontier.json")
     files = _read(ways)
     compared = _named(rivals, list(files))
-    config = read_run(run)
-    text = RunText.of(config, hub.read_tokenizer(Path(run)))
-    real, small = api.real_text(config, text), api.small_judge(config, text, judge.judge_steps)
+    text = RunText.of_run(run)
+    real, small = api.real_text(text.config, text), api.small_judge(text.config, text, judge.judge_steps)
     drawn = [each for way, entries in files.items() for each in drawn_from(way, entries, real.samples)]
     check_noise(drawn)
     opens = [partial(open_judge, name, small, progress=not machine.quiet) for name in judge.judge]

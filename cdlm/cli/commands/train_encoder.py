@@ -9,9 +9,9 @@ from cdlm.core.devices import DeviceOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places, real_path
 from cdlm.core.progress import meter, to_stderr
-from cdlm.models import hub
+from cdlm.models import shipped
 from cdlm.runs import caches
-from cdlm.runs.config import parse_run, read_run
+from cdlm.runs.config import parse_run
 from cdlm.runs.encoder import EncoderOptions, check_mask, check_place
 from cdlm.runs.encoder import train_encoder as trained
 from cdlm.runs.train import RunText
@@ -47,8 +47,8 @@ def _text(run: str, out: Path) -> RunText:
     Raises:
         CdlmError: it is neither a run folder nor a file of settings.
     """
-    if Path(run).is_dir():
-        return RunText.of(read_run(run), hub.read_tokenizer(Path(run)))
+    if Path(run).is_dir() or shipped.is_shipped(run):
+        return RunText.of_run(run)
     if not Path(run).is_file():
         raise CdlmError(f"{run} is neither a run folder nor a file of settings: give one of them")
     config = parse_run(["--config", run])

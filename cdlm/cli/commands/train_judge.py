@@ -7,8 +7,6 @@ from pathlib import Path
 from cdlm import api
 from cdlm.core.devices import DeviceOptions
 from cdlm.core.files import check_places
-from cdlm.models import hub
-from cdlm.runs.config import read_run
 from cdlm.runs.train import RunText
 
 DEVICE = DeviceOptions()
@@ -22,7 +20,6 @@ def train_judge(run: str, out: Path, *, steps: int = 500, machine: DeviceOptions
         out: folder to write; a Hugging Face model like any other.
         steps: training steps.
     """
-    config = read_run(run)
     check_places(out)
-    text = RunText.of(config, hub.read_tokenizer(Path(run)))
-    api.small_judge(config, text, steps).open(machine.device, not machine.quiet).save(out)
+    text = RunText.of_run(run)
+    api.small_judge(text.config, text, steps).open(machine.device, not machine.quiet).save(out)
