@@ -19,6 +19,7 @@ from rebuild.definition import read_table
 from rebuild.document import NotThere
 from rebuild.pages import Pages, templates
 from rebuild.run import Builder, files_of
+from rebuild.ship import ship
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class Folders:
         out = self.working(quick) / "pages" if quick else self.root / "docs"
         return Pages(self.root / "results" / "pages", self.tables(quick), out)
 
+    def every(self, quick: bool) -> list[Pages]:
+        """The pages, and the cards of the models that ship."""
+        pages = self.pages(quick)
+        out = pages.out / "shipped" if quick else self.root / "cdlm" / "shipped"
+        return [pages, Pages(self.root / "results" / "cards", pages.tables, out)]
+
 
 def main(argv: list[str] | None = None) -> None:
     """Do what the arguments say; bad input ends with one line on standard error and exit code 2."""
@@ -79,12 +86,7 @@ def run(
         models_alone: train their models and no more.
     """
     tables = [read_table(file) for file in files_of(folders.definitions, names)]
-    work = folders.working(quick)
-    files = Data(data and data.resolve(), work / "data" if quick else None)
-    builder = Builder(
-        folders.root, folders.tables(quick), work, files, runner, partial(machine.origin, folders.root), quick,
-        partial(print, flush=True),
-    )  # fmt: skip
+    builder = _builder(folders, data, runner, quick)
     if not quick:
         for table in tables:  # what is missing is better known before the long work
             builder.places(table)
@@ -92,10 +94,18 @@ def run(
         (builder.train if models_alone else builder.build)(table)
 
 
+def _builder(folders: Folders, data: Path | None, runner: Runner, quick: bool) -> Builder:
+    work = folders.working(quick)
+    files = Data(data and data.resolve(), work / "data" if quick else None)
+    return Builder(
+        folders.root, folders.tables(quick), work, files, runner, partial(machine.origin, folders.root), quick,
+        partial(print, flush=True),
+    )  # fmt: skip
+
+
 def render(folders: Folders, quick: bool) -> None:
     """Write every page whose tables are there; of the small versions, all pages."""
-    pages = folders.pages(quick)
-    for name in templates(pages.folder):
+    for pages, name in _all(folders, quick):
         try:
             write_text(pages.out / name, pages.render(name))
         except NotThere as error:
@@ -104,6 +114,10 @@ def render(folders: Folders, quick: bool) -> None:
             print(f"not rendered: {error}")
             continue
         print(pages.out / name)
+
+
+def _all(folders: Folders, quick: bool) -> list[tuple[Pages, str]]:
+    return [(pages, name) for pages in folders.every(quick) for name in templates(pages.folder)]
 
 
 def check(folders: Folders, warn: Callable[[str], None] = print) -> list[str]:
@@ -125,8 +139,8 @@ def check(folders: Folders, warn: Callable[[str], None] = print) -> list[str]:
             read_table(file)
         except CdlmError as error:
             faults.append(str(error))
-    pages = folders.pages(quick=False)
-    return faults + [fault for name in templates(pages.folder) if (fault := _wrong(pages, name, warn))]
+    found = [_wrong(pages, name, warn) for pages, name in _all(folders, quick=False)]
+    return faults + [fault for fault in found if fault]
 
 
 def _wrong(pages: Pages, name: str, warn: Callable[[str], None]) -> str:
@@ -142,7 +156,8 @@ def _wrong(pages: Pages, name: str, warn: Callable[[str], None]) -> str:
         return str(error)
     place = pages.out / name
     if not place.exists() or place.read_text(encoding="utf-8") != text:
-        return f"docs/{name} is not what results/pages/{name} gives: python results/build.py render writes it"
+        source = f"results/{pages.folder.name}/{name}"
+        return f"{pages.out.name}/{name} is not what {source} gives: python results/build.py render writes it"
     return ""
 
 
@@ -159,7 +174,7 @@ def _stale(folder: Path, content: dict[str, object]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python results/build.py", description="Builds tables and pages of results.")
-    commands = parser.add_subparsers(required=True, metavar="run | render | check")
+    commands = parser.add_subparsers(required=True, metavar="run | render | check | ship")
     build = commands.add_parser("run", help="run the commands of tables and write their JSON files")
     build.add_argument("names", nargs="+", metavar="NAME", help="tables of results/tables, or all")
     build.add_argument("--data", type=Path, help="folder of the files that tables need; by default $CDLM_DATA")
@@ -169,16 +184,30 @@ def _parser() -> argparse.ArgumentParser:
     draw.set_defaults(do=_render)
     test = commands.add_parser("check", help="say which pages and tables are not as they were made")
     test.set_defaults(do=lambda folders, options: check(folders))
+    given = commands.add_parser("ship", help="copy the models of the table 'shipped' into the package")
+    given.add_argument("--data", type=Path, help="as of run")
+    given.set_defaults(do=_ship)
     for command in (build, draw):
         command.add_argument("--quick", action="store_true", help="the small version, which stays in the work folder")
-    for command in (build, draw, test):
+    for command in (build, draw, test, given):
         command.add_argument("--work", type=Path, help="folder of models and samples; by default runs/results")
     return parser
 
 
+def _ship(folders: Folders, options: argparse.Namespace) -> list[str]:
+    data = _data(options)
+    builder = _builder(folders, data, in_new_process(folders.root), quick=False)
+    ship(builder, folders.definitions / "shipped.yaml", folders.root / "cdlm" / "shipped")
+    return []
+
+
+def _data(options: argparse.Namespace) -> Path | None:
+    return options.data or (Path(os.environ["CDLM_DATA"]) if os.environ.get("CDLM_DATA") else None)
+
+
 def _run(folders: Folders, options: argparse.Namespace) -> list[str]:
     stop_on_sigterm()
-    given = options.data or (Path(os.environ["CDLM_DATA"]) if os.environ.get("CDLM_DATA") else None)
+    given = _data(options)
     forked = options.quick and sys.platform == "linux"
     runner = in_forked_process(folders.root) if forked else in_new_process(folders.root)
     run(folders, options.names, options.quick, given, runner, options.models_alone)

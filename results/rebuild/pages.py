@@ -16,7 +16,7 @@ from rebuild.tables import Tables
 
 LONGEST = 300
 """Lines of a page."""
-MARK = "<!-- Rendered by results/build.py from results/pages/{}: change that file, not this one. -->"
+MARK = "<!-- Rendered by results/build.py from results/{}: change that file, not this one. -->"
 
 
 def templates(folder: Path) -> list[str]:
@@ -51,18 +51,24 @@ class Pages:
             text = environment.get_template(name, globals=tables.names).render()
         except (TemplateError, CdlmError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             kind = NotThere if isinstance(error, NotThere) else CdlmError
-            raise kind(f"results/pages/{name}, line {_line(error, self.folder / name)}: {error}") from error
+            raise kind(f"{self._of(name)}, line {_line(error, self.folder / name)}: {error}") from error
         if unsaid := tables.read.keys() - tables.footed:
-            raise CdlmError(f"results/pages/{name} has no made_by({min(unsaid)!r}): say where its numbers come from")
-        page = f"{MARK.format(name)}\n\n{text}"
+            raise CdlmError(f"{self._of(name)} has no made_by({min(unsaid)!r}): say where its numbers come from")
+        page = f"{self._mark(name)}\n\n{text}"
         if (lines := page.count("\n")) > LONGEST:
-            raise CdlmError(f"results/pages/{name} gives {lines} lines, more than {LONGEST}: cut it, or make two pages")
+            raise CdlmError(f"{self._of(name)} gives {lines} lines, more than {LONGEST}: cut it, or make two pages")
         return page
+
+    def _of(self, name: str) -> str:
+        return f"results/{self.folder.name}/{name}"
+
+    def _mark(self, name: str) -> str:
+        return MARK.format(f"{self.folder.name}/{name}")
 
     def is_rendered(self, name: str) -> bool:
         """Whether the page stands there and was rendered, not written by hand."""
         place = self.out / name
-        return place.exists() and place.read_text(encoding="utf-8").startswith(MARK.format(name))
+        return place.exists() and place.read_text(encoding="utf-8").startswith(self._mark(name))
 
 
 def _environment(folder: Path) -> Environment:

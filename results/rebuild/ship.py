@@ -1,0 +1,54 @@
+"""The models of a table, put into the package."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cdlm.core.errors import CdlmError
+from cdlm.core.files import replacing, write_json
+from rebuild import document
+from rebuild.definition import read_table
+from rebuild.run import Builder
+
+MOST = 12_000_000
+"""Bytes of all models that ship."""
+RUN, SHORT = "_run", "_short"
+"""Ends of the names of models that do not ship: runs that are packed, and what the others are compared with."""
+CARD, MADE = "README.md", "made.json"
+
+
+def ship(builder: Builder, definition: Path, out: Path) -> None:
+    """Copy the packed models of a table to folders of their names, each with its commands and numbers (`made.json`).
+
+    Cards are rendered afterwards, like pages.
+
+    Raises:
+        CdlmError: the table or a model of it is not there, or all are larger than `MOST`.
+    """
+    table = read_table(definition)
+    content = document.read(definition.with_suffix(".json"))
+    packed = {t.name: t.place for t in builder.places(table).trainings if not t.name.endswith((RUN, SHORT))}
+    if missing := [str(place) for place in packed.values() if not place.is_dir()]:
+        raise CdlmError(f"{missing[0]} is not there: python results/build.py run {table.name} makes it")
+    size = sum(file.stat().st_size for place in packed.values() for file in place.iterdir())
+    if size > MOST:
+        raise CdlmError(f"the models have {size:,} bytes, at most {MOST:,} ship: train smaller ones")
+    for name, place in packed.items():
+        with replacing(out / name) as new:
+            shutil.copytree(place, new)
+            (new / CARD).unlink(missing_ok=True)
+            write_json(new / MADE, made(content, name))
+    print(f"{len(packed)} models, {size:,} bytes, in {out}")
+
+
+def made(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the table says of one model: how it and the models before it were made, and its rows."""
+    wanted, models = [name], []
+    for one in reversed(content["models"]):
+        if one["name"] in wanted:
+            models.insert(0, one)
+            wanted += [other["name"] for other in content["models"] if f"{{{other['name']}}}" in one["command"]]
+    rows = [row for row in content["rows"] if row.get("ship") == name]
+    return {"table": content["table"], "models": models, "rows": rows}
