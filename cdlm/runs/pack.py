@@ -42,7 +42,8 @@ def pack(run: str | Path, out: str | Path, dtype: Half = "fp16") -> None:
     source, out = hub.locate(run), Path(out)
     check_new(out)
     if is_adapter(source) or hub.is_foreign(source):
-        raise CdlmError(f"{source} is {'an adapter' if is_adapter(source) else 'a foreign model'}: pack a model of ours")
+        kind = "an adapter" if is_adapter(source) else "a model of another library"
+        raise CdlmError(f"{source} holds {kind}, expected a model of this toolkit: name one")
     folder = hub.read(source)
     weights = {name: _rounded(name, value, TYPES[dtype]) for name, value in folder.weights.items()}
     with replacing(out) as new:
@@ -69,7 +70,8 @@ def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         return value
     found = value.to(dtype)
     if not torch.isfinite(found).all():
-        raise CdlmError(f"a weight of {name} is too large for {dtype}, its largest is {value.abs().max():.3g}: take bf16")
+        most = value.abs().max()
+        raise CdlmError(f"a weight of {name} is too large for {dtype}, the largest is {most:.3g}: take bf16")
     return found
 
 

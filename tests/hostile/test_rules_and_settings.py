@@ -54,7 +54,8 @@ NOWHERE: dict[str, list[str]] = {
     "train-encoder": ["nowhere/run", "encoder"],
     "convert": ["plaid", "nowhere/run", "out"], "train-halting": ["nowhere/rec", "head"],
     "frontier": ["nowhere/run", "nowhere/way=s.jsonl"], "train-sampler": ["nowhere/run", "layer"],
-    "merge": ["nowhere/adapter", "out"], "distill": ["nowhere/run", "out", "--steps", "8"],
+    "merge": ["nowhere/adapter", "out"], "pack": ["nowhere/run", "out"],
+    "distill": ["nowhere/run", "out", "--steps", "8"],
 }  # fmt: skip
 """Arguments of each command whose run is not there: what is refused is refused before anything is read."""
 

@@ -16,6 +16,7 @@ from cdlm.halting import sweep
 from cdlm.halting.calibration import check_readable, write_calibration
 from cdlm.halting.replay import check_recorded
 from cdlm.masked.sampler import UnmaskingSettings
+from cdlm.models import shipped
 
 GOAL, JUDGE, MACHINE = GoalOptions(), JudgeOptions(), MachineOptions()
 DIFFUSION, UNMASKING = DiffusionSettings(), UnmaskingSettings()
@@ -50,6 +51,10 @@ def calibrate(
         seed: of the calibration samples; use others than those you will report.
         recordings: folder of cdlm sample --record with the full runs; by default they are drawn.
     """
+    if shipped.is_shipped(run):
+        raise CdlmError(
+            f"{run} comes with cdlm, whose folder is not written to: calibrate a copy, cdlm pack {run} COPY"
+        )
     bound = goal.goal
     bound.check(n)
     settings = flat_settings(diffusion, unmasking, steps=steps)

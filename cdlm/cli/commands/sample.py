@@ -43,7 +43,8 @@ def sample(
     """Draw samples from a trained model, with adaptive halting.
 
     Args:
-        run: run folder or Hub id, also of LLaDA, Dream and LangFlow in their published formats.
+        run: run folder, name of a model that comes with cdlm, or Hub id, also of LLaDA, Dream and LangFlow in their
+            published formats.
         steps: of a continuous model grid points, by default 200 or what the model recommends, of each block if it
             generates in blocks; of a masked model steps, by default one for each position.
         halt: halting rule, such as "Patience(20)" or "For(NormConvergence(0.01), 5) | Patience(40)"; auto is the one
