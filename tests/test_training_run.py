@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from toys import weight_of
 
@@ -383,6 +384,8 @@ def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
 def test_bf16_and_tensorboard(tmp_path: Path) -> None:
     run(tmp_path, precision="bf16", loggers=("tensorboard",))
     assert list((tmp_path / "tensorboard").glob("events.*"))
+    told = yaml.safe_load((tmp_path / "tensorboard" / "hparams.yaml").read_text())
+    assert (told["lr"], told["precision"], told["optimizer"]) == (TrainOptions().lr, "bf16", TrainOptions().optimizer)
     assert all(value.dtype != torch.bfloat16 for value in saved(tmp_path)["state_dict"].values())
 
 

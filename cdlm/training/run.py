@@ -6,8 +6,9 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -88,6 +89,7 @@ def train(
     shown = reporter(progress and first)
     with StopRequest() as stop, _quiet():
         trainer = _trainer(options, outputs, RunCallback(outputs, shown, stop))
+        _tell(trainer.loggers, context or {}, options)
         try:
             trainer.fit(module, module.feed, ckpt_path=outputs.checkpoint if resume else None, weights_only=True)
         except SystemExit as error:
@@ -212,6 +214,13 @@ def _loggers(options: TrainOptions, run_dir: Path) -> list[Logger]:
         return [make[name]() for name in options.loggers]
     except ModuleNotFoundError as error:
         raise CdlmError(f"a logger of {options.loggers} is not installed: pip install it or take it out") from error
+
+
+def _tell(loggers: Sequence[Logger], context: Context, options: TrainOptions) -> None:
+    """Give the loggers the hyper-parameters, which they show beside the curves."""
+    plain = {name: str(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
+    for logger in loggers:
+        logger.log_hyperparams({**context, **plain})
 
 
 @contextmanager
