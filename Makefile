@@ -18,22 +18,34 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist w
 TESTS  := tests
 
 DEMO   := runs/demo
+QUICK  := runs/quick
 SAMPLE := --n 256 --solver "Ancestral()"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-soak results results-quick results-check lint format clean
+.PHONY: help quick demo test test-soak results results-quick results-check lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-demo: $(VENV)/.demo  ## Train a small model, sample it with all calls and with fewer, evaluate both
+quick: $(VENV)/.demo  ## The model that ships: three samples, then plain and committed ones, measured beside real text
+	rm -rf $(QUICK)
+	$(VENV)/bin/cdlm sample stories --n 3
+	$(VENV)/bin/cdlm sample stories --n 64 --solver "Ancestral()" --steps 64 --out $(QUICK)/full.jsonl
+	$(VENV)/bin/cdlm sample stories --n 64 --solver "Ancestral()" --steps 64 --commit "FallingThreshold(0.95)" --out $(QUICK)/commits.jsonl
+	$(VENV)/bin/cdlm evaluate stories $(QUICK)/commits.jsonl $(QUICK)/full.jsonl --out $(QUICK)
+	@echo "Next: cdlm sample stories --prompt 'Anna went to the park.', or make demo, which trains such a model. See README.md."
+
+demo: $(VENV)/.demo  ## Three samples of the model that ships; then train such a model from nothing, sample and evaluate it
+	$(VENV)/bin/cdlm sample stories --n 3
+	@echo "Now a model of your own, from nothing: ten minutes on two cores."
 	rm -rf $(DEMO)
 	$(VENV)/bin/cdlm train --config configs/demo.yaml --out $(DEMO)
 	$(VENV)/bin/cdlm sample $(DEMO) $(SAMPLE) --steps 128 --out $(DEMO)/full.jsonl
 	$(VENV)/bin/cdlm sample $(DEMO) $(SAMPLE) --steps 64 --commit "FallingThreshold(0.95)" --out $(DEMO)/samples.jsonl \
 		--plot $(DEMO)/plot.png
 	$(VENV)/bin/cdlm evaluate $(DEMO) $(DEMO)/samples.jsonl $(DEMO)/full.jsonl
+	@echo "The model is the folder $(DEMO). Next: cdlm sample $(DEMO) --n 4, or cdlm train --text yours.txt --out runs/mine."
 
 test: $(VENV)/.dev  ## Run the tests, with shapes checked at run time
 	$(PYTEST)
