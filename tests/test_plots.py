@@ -12,7 +12,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.evaluation.plots.figure import COLORS, MARKERS, check_plot_path
 from cdlm.evaluation.plots.panels import Line, Panel, draw, styles
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel, limits, plot_pareto
-from cdlm.evaluation.plots.trajectories import plot_samples, plot_trajectories
+from cdlm.evaluation.plots.trajectories import MOST_BINS, halting_bins, plot_samples, plot_trajectories
 
 STEPS, ROWS = 30, 9
 HALTED = np.arange(10, 10 + ROWS)
@@ -132,6 +132,28 @@ def test_what_was_not_measured_is_not_shown(tmp_path):
 def test_values_that_a_logarithmic_axis_cannot_show_leave_a_picture(values, levels, whole, tmp_path):
     found = Curve("a", [7.0, 9.0][: len(values)], values, values, values, rival=True)
     png_size(plot_pareto([CurvePanel("m", [found], levels)], tmp_path / "p.png", whole=whole))
+
+
+def test_a_rule_looks_the_same_in_every_picture_and_no_two_lines_look_alike():
+    def panel(*labels: str) -> Panel:
+        return Panel("", "", "", [Line(label, np.ones(1), np.ones(1)) for label in labels])
+
+    alone = styles([panel("Patience")])["Patience"]
+    many = ["plain", "SchED", "other", "Patience(8)", "Patience", "Entropy", *(f"way {i}" for i in range(5))]
+    found = styles([panel(*many)])
+    assert alone in (found["Patience"], found["Patience(8)"])
+    assert len(set(found.values())) == len(many)
+    assert styles([panel(*many[::-1])])["SchED"] == found["SchED"]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 59, 60, 61, 200, 1000])
+def test_bins_of_halting_steps_hold_whole_steps(steps: int):
+    ends = np.array(halting_bins(steps))
+    assert len(ends) <= MOST_BINS + 1
+    assert ends[0] == -0.5
+    assert ends[-1] >= steps - 0.5
+    assert set(np.diff(ends)) == {np.diff(ends)[0]}
+    assert np.diff(ends)[0].is_integer()
 
 
 def test_rules_that_fail_badly_do_not_flatten_the_picture():

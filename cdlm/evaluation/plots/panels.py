@@ -75,10 +75,16 @@ class Panel:
     y_limits: tuple[float, float] | None = None
 
 
-RIVALS = ".x+1"
-"""Markers of dashed lines."""
 Style = tuple[str, str]
 """Colour and marker of a line."""
+STYLES: tuple[Style, ...] = tuple(zip(COLORS, MARKERS, strict=True))
+RULE_STYLES = dict(zip(
+    ("Patience", "Entropy", "KL", "SchED", "Prophet", "JoT", "NormConvergence", "AngleConvergence", "FixedPoint",
+     "StableAndConfident", "Mutual", "Full"), STYLES, strict=True,
+))  # fmt: skip
+"""A rule looks the same in every picture."""
+RIVALS = ".x+1"
+"""Markers of dashed lines."""
 
 
 def draw(panels: Sequence[Panel], path: Path, *, columns: int = 3, width: float = 5.2, shared: bool = False) -> Path:
@@ -113,10 +119,18 @@ def draw(panels: Sequence[Panel], path: Path, *, columns: int = 3, width: float 
 
 
 def styles(panels: Sequence[Panel]) -> dict[str, Style]:
-    """Colour and marker of each label, in the order of the lines; dashed lines are black and differ by their marker."""
+    """Colour and marker of each label: those of its rule (`RULE_STYLES`), or the next ones that are free. Dashed lines
+    are black and differ by their marker."""
     lines = [line for panel in panels for line in panel.lines]
     colored, black = (dict.fromkeys(x.label for x in lines if x.dashed is dashed) for dashed in (False, True))
-    found = {label: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, label in enumerate(colored)}
+    found = dict[str, Style]()
+    for label in colored:
+        own = RULE_STYLES.get(label.split("(")[0])
+        if own is not None and own not in found.values():
+            found[label] = own
+    free = [style for style in STYLES if style not in found.values()] or list(STYLES)
+    others = [label for label in colored if label not in found]
+    found |= {label: free[i % len(free)] for i, label in enumerate(others)}
     return found | {label: ("black", RIVALS[i % len(RIVALS)]) for i, label in enumerate(black)}
 
 

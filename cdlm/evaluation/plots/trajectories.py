@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 MOST_LINES = 12
 """Single rows drawn behind the median, evenly spaced over the rows; more would hide each other."""
 
+MOST_BINS = 60
+"""Of the histogram of halting steps."""
+
 CAPTION = "Thick line: median of the samples still running; band: 10th to 90th percentile; thin lines: single samples."
 HALT_CAPTION = "Orange red: halting steps, dashed at their median."
 
@@ -186,11 +189,17 @@ def _mark_halts(axis: Axes, halted: Int[np.ndarray, " rows"]) -> None:
     )  # fmt: skip
 
 
+def halting_bins(steps: int) -> list[float]:
+    """Ends of at most `MOST_BINS` bins of whole steps, the first at step 0."""
+    width = -(-steps // MOST_BINS)
+    return (np.arange(0, steps + width, width) - 0.5).tolist()
+
+
 def _draw_halts(axis: Axes, halted: Int[np.ndarray, " rows"], steps: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     middle = float(np.median(halted))
-    axis.hist(halted, bins=np.linspace(-0.5, steps - 0.5, min(steps, 60) + 1).tolist(), color=RED, alpha=0.75)
+    axis.hist(halted, bins=halting_bins(steps), color=RED, alpha=0.75)
     axis.axvline(middle, color=RED, linewidth=1.3, linestyle=(0, (4, 3)))
     label_axes(axis, f"Halting step: median {middle:g} of {steps} steps", "step", "samples")
     axis.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
