@@ -35,6 +35,7 @@ from cdlm.masked.model import LogitsFn, MaskedModel, as_masked_model
 from cdlm.masked.sampler import Unmasking
 from cdlm.models import hub, lora, shipped
 from cdlm.models.hub import Pretrained
+from cdlm.runs import caches
 from cdlm.runs import config as names
 from cdlm.runs.config import RunConfig
 from cdlm.runs.train import RunText
@@ -298,7 +299,7 @@ def real_text(config: RunConfig, text: RunText) -> RealText:
 
 def small_judge(config: RunConfig, text: RunText, steps: int) -> SmallJudge:
     """How the small judge of a run's text is trained; it is kept in the cache of the run."""
-    cache = Path(config.cache).expanduser() / "judges"
+    cache = caches.place_of(config.cache) / "judges"
     return SmallJudge(text.judge, text.tokenizer, config.batch_size, cache, steps)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.tensors import read_tensors, specs_of, write_tensors
 from cdlm.data.sources import Files, Stories
 from cdlm.models import hub, shipped
+from cdlm.runs import caches
 from cdlm.runs.config import RunConfig, read_run
 from cdlm.runs.pack import TYPES, Half, pack
 from cdlm.runs.train import train
@@ -90,6 +92,28 @@ def test_a_folder_that_is_there_is_not_written_over(run: Path, tmp_path: Path) -
     for place in (tmp_path, tmp_path / "mine"):
         with pytest.raises(CdlmError, match="is there already"):
             pack(run, place)
+
+
+# --- the cache ---
+
+
+def test_the_environment_names_the_cache_in_place_of_the_default(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("CDLM_CACHE", str(tmp_path / "here"))
+    assert caches.place_of(caches.DEFAULT) == tmp_path / "here"
+    assert caches.place_of(str(tmp_path / "named")) == tmp_path / "named"
+    monkeypatch.delenv("CDLM_CACHE")
+    assert caches.place_of(caches.DEFAULT) == Path(caches.DEFAULT).expanduser()
+
+
+def test_a_cache_that_cannot_be_made_is_told_with_what_to_do(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(CdlmError, match=r"none/cache cannot be made: set CDLM_CACHE to a folder"):
+        caches.place_of(str(tmp_path / "none" / "cache"))
+    (tmp_path / "full").mkdir()
+    assert caches.place_of(str(tmp_path / "full")) == tmp_path / "full"  # it may be read
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CdlmError, match="cannot be made"):
+        caches.place_of(str(tmp_path / "file" / "cache"))
 
 
 # --- names ---

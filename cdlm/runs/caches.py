@@ -13,6 +13,8 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import real_path, write_text
 
 DEFAULT = "~/.cache/cdlm"
+VARIABLE = "CDLM_CACHE"
+"""Of the environment: a folder in place of `DEFAULT`."""
 MARK = "CACHEDIR.TAG"
 """The file by which other programs know a cache too: https://bford.info/cachedir."""
 PARTS = ("tokens", "judges")
@@ -46,11 +48,19 @@ def believed(cache: str) -> str:
 
 
 def place_of(cache: str) -> Path:
-    """The folder, with ~ as the home of the user.
+    """The folder, with ~ as the home of the user; in place of `DEFAULT` the one that the environment names, if it does.
 
     Raises:
-        CdlmError: no folder can be named like this.
+        CdlmError: no folder can be named like this, or it can neither be made nor is it there.
     """
+    place = _absolute(os.environ.get(VARIABLE) or cache if cache == DEFAULT else cache)
+    nearest = next(parent for parent in (place, *place.parents) if parent.exists())
+    if not nearest.is_dir() or not (place == nearest or os.access(nearest, os.W_OK | os.X_OK)):
+        raise CdlmError(f"the cache {place} cannot be made: set {VARIABLE} to a folder that you can write to")
+    return place
+
+
+def _absolute(cache: str) -> Path:
     try:
         return Path(os.path.abspath(Path(cache).expanduser()))  # links are kept: the mark says where it was made
     except (RuntimeError, ValueError) as error:  # the home of a user who is not known, a NUL

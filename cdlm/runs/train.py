@@ -98,7 +98,7 @@ def rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerFast, part: Part | 
         source = config.source
     else:
         source = Share(config.source, config.division, part)
-    cache = Path(config.cache).expanduser() / "tokens"
+    cache = caches.place_of(config.cache) / "tokens"
     store = build_store(source, "valid" if part == "valid" else "train", tokenizer, cache)
     return {"pack": PackedRows, "document": DocumentRows, "filled": FilledRows}[config.rows](store, config.length)
 
@@ -220,7 +220,7 @@ def _train(
     _ = text.judge, text.unread  # a text too small to be divided is better known before the training
     system = _built(config, text, origin)
     order = RowLoader(text.train, config.batch_size, options.seed)
-    system.prepare(text.tokenizer, order, Path(config.cache).expanduser(), fresh=origin is None and not resume)
+    system.prepare(text.tokenizer, order, caches.place_of(config.cache), fresh=origin is None and not resume)
     if tuned is not None and origin is not None:
         weights = origin.fingerprint if isinstance(origin, Folder) else origin.stored_fingerprint()
         system.adapt(tuned.settings, tuned.base, weights, options.seed)
