@@ -50,5 +50,5 @@ def made(content: dict[str, Any], name: str) -> dict[str, Any]:
         if one["name"] in wanted:
             models.insert(0, one)
             wanted += [other["name"] for other in content["models"] if f"{{{other['name']}}}" in one["command"]]
-    rows = [row for row in content["rows"] if row.get("ship") == name]
+    rows = [row for row in content["rows"] if row.get("way") == name]
     return {"table": content["table"], "models": models, "rows": rows}
