@@ -179,8 +179,8 @@ class Samples:
             beside: samples of other models from the same prompts, shown side by side.
 
         Raises:
-            CdlmError: the samples have no record or no tokenizer, a rule cannot be replayed on any of them, or the place
-                cannot be written.
+            CdlmError: the samples have no record or no tokenizer, none of the rules can be replayed on them, or the
+                place cannot be written.
         """
         from cdlm.sampling.watch.page import write_page
 

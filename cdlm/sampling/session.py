@@ -579,9 +579,7 @@ def serve(
     """The samples of some requests, drawn in this process."""
     options = replace(options, criterion=reading(options.criterion, model))
     loop = sampling.loop(model, options, model.batch_size if batch_size is None else batch_size)
-    return run_loop(
-        loop, model, requests, progress, record=options.record >= sampling.recorded, onlooker=onlooker
-    )
+    return run_loop(loop, model, requests, progress, record=options.record >= sampling.recorded, onlooker=onlooker)
 
 
 def reading(rule: Criterion, model: Model) -> Criterion:

@@ -25,6 +25,7 @@ from cdlm.recording.file import Recording
 from cdlm.recording.record import Record
 from cdlm.sampling.recordings import agreement, replayed
 from cdlm.sampling.samples import Origin, Samples
+from cdlm.sampling.texts import special_of
 from cdlm.sampling.watch.pieces import Pieces
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ MOST_FRAMES = 400
 MOST_CELLS = 1_500_000
 """Positions times frames of all samples of a model: a page of more would be slow."""
 FEWEST_FRAMES = 50
+END = "\u21b5\n"
+"""What is shown for the end of a text: an arrow, and a line break."""
 NOTHING = 255
 """In a map, what stands where no position was open; values go from 0 to 254."""
 
@@ -51,12 +54,12 @@ CURVES: Mapping[str, Curve] = {
     "switches": Curve("Token switches", "tokens that changed"),
     "mean_entropy": Curve("Entropy", "nats a token"),
     "min_confidence": Curve("Least confidence", "probability"),
-    "mean_kl": Curve("Change of the distributions", "KL, nats", True),
-    "margin": Curve("Margin of the best token", "nats"),
-    "x0_norm": Curve("Norm of the prediction", "embedding norms"),
-    "z_norm": Curve("Norm of the state", "embedding norms", True),
+    "mean_kl": Curve("Divergence", "KL to the step before, nats", True),
+    "margin": Curve("Margin", "of the best logit, nats"),
+    "x0_norm": Curve("Prediction", "norm, embedding norms"),
+    "z_norm": Curve("Noisy state", "norm, embedding norms", True),
     "angle": Curve("Turn of the score", "degrees"),
-    "residual": Curve("Self-conditioning residual", "squared norms", True),
+    "residual": Curve("Residual", "of self-conditioning", True),
 }
 """Signals of a row that a page draws, in this order."""
 
@@ -94,7 +97,7 @@ def panel(samples: Samples, rules: Sequence[Criterion] | None, most_samples: int
         )
     if len(first) < len(samples):
         notes.append(f"The run has {len(samples):,} samples, and the page shows the first {len(first):,}.")
-    view = _View(first, record, frames, Pieces(tokenizer), tried, _tops(record))
+    view = _View(first, record, frames, Pieces(tokenizer, _special(tokenizer)), tried, _tops(record))
     shown = [view.sample(i) for i in range(len(first))]
     return {
         "name": visible(samples.made_by.get("model", "")), "family": origin.family, "budget": record.steps,
@@ -103,6 +106,12 @@ def panel(samples: Samples, rules: Sequence[Criterion] | None, most_samples: int
         "curves": {name: curve._asdict() for name, curve in CURVES.items() if name in view.curves},
         "samples": shown, "pieces": view.pieces.texts,
     }  # fmt: skip
+
+
+def _special(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+    """The token that joins documents breaks the line, as in a text, and can be seen."""
+    special = special_of(tokenizer)
+    return {} if special.eos_id is None else {special.eos_id: END}
 
 
 def need_origin(samples: Samples) -> tuple[Origin, PreTrainedTokenizerFast]:
@@ -157,7 +166,7 @@ def recording_of(samples: Samples, origin: Origin) -> Recording:
 
 
 def chosen_frames(record: Record, positions: int, tried: Sequence[Tried]) -> Int[np.ndarray, " f"]:
-    """Steps, from 0, that a page shows: all, or of many some that are evenly spaced, and those at which a rule halts."""
+    """Steps, from 0, that a page shows: all, or of many some that are evenly spaced, and those where a rule halts."""
     room = MOST_CELLS // max(1, positions * len(record))
     most = min(MOST_FRAMES, max(FEWEST_FRAMES, room))
     if record.steps <= most:

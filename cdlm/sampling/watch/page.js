@@ -137,6 +137,20 @@
       return box;
     }
 
+    /** The letters of the rules where they halt, over a map; those at one step stand below one another. */
+    function tags() {
+      const there = new Map();
+      return sample.halts.flatMap((halt, rule) => {
+        if (!halt.halted) return [];
+        const above = there.get(halt.frame) ?? 0;
+        there.set(halt.frame, above + 1);
+        const tag = make("span", { className: `tag rule-${rule % RULES}`, textContent: letter(rule), ariaHidden: "true" });
+        tag.style.left = `${across(halt.frame)}%`;
+        tag.style.top = `${1.1 * above}em`;
+        return [tag];
+      });
+    }
+
     function drawText(frame) {
       const now = texts(frame), changed = frame ? changedAt(sample, frame) : new Set();
       part.text.replaceChildren(...Array.from(now, (piece, i) => {
@@ -158,7 +172,7 @@
       canvas.setAttribute("role", "img");
       canvas.setAttribute("aria-label", `${title} of ${n} positions over ${frames} steps`);
       part.map.style.height = `${Math.min(360, Math.max(90, n * 5))}px`;
-      part.map.replaceChildren(canvas, marks());
+      part.map.replaceChildren(canvas, marks(), ...tags());
       paint(canvas, cells, n, frames);
       part.ramp.replaceChildren(make("span", { className: "ramp" }), range(panel.maps[name] ?? 1));
       view.cells = cells; view.map = name;
@@ -190,9 +204,9 @@
         view.values.push([value, sample.curves[name]]);
         const box = make("div", { className: "plot" }, line(sample.curves[name], curve.logarithmic, across), marks());
         clickable(box);
-        const scale = curve.logarithmic ? ", log scale" : "";
+        const scale = curve.logarithmic ? ", log" : "";
         const head = make("p", {}, make("span", { textContent: curve.title, title: `${curve.unit}${scale}` }), value);
-        const unit = make("p", {}, make("span", { className: "facts", textContent: `${curve.unit}${scale}` }));
+        const unit = make("p", { className: "unit", textContent: `${curve.unit}${scale}` });
         return make("div", { className: "curve" }, head, box, unit);
       }));
     }
