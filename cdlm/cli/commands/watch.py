@@ -13,6 +13,7 @@ from cdlm.core.files import check_places
 from cdlm.core.progress import announce, to_stderr
 from cdlm.halting import Criterion
 from cdlm.masked.sampler import UnmaskingSettings
+from cdlm.sampling.prompts import Prompt
 from cdlm.sampling.samples import Samples
 from cdlm.sampling.watch.page import check_page, checked_rules, write_page
 
@@ -44,25 +45,27 @@ def watch(
     check_places(out)
     chosen = None if rules is None else checked_rules(rules)
     settings = flat_settings(diffusion, unmasking, steps=steps)
-    runs = [_drawn(model, settings, chosen, prompts, machine, len(models) > 1) for model in models]
+    texts = prompts.texts()
+    runs = [_drawn(model, settings, chosen, (texts, prompts), machine, len(models) > 1) for model in models]
     write_page(out, runs, chosen)
     if not machine.quiet:
         to_stderr(f"{out}: {out.stat().st_size:,} bytes; open it in a browser")
 
 
 def _drawn(
-    model: str, settings: dict[str, Any], rules: list[Criterion] | None, prompts: PromptOptions,
-    machine: MachineOptions, lenient: bool,
+    model: str, settings: dict[str, Any], rules: list[Criterion] | None,
+    wanted: tuple[list[Prompt] | None, PromptOptions], machine: MachineOptions, several: bool,
 ) -> Samples:  # fmt: skip
     """The samples of a model, with all that a page shows.
 
     Args:
-        lenient: pass over settings of other families, for a command on models of several.
+        several: the model is one of several: settings of other families are passed over, and the page says which rules
+            do not suit it.
     """
-    with session_on(machine, model, prompts.seed) as opened:
-        session = opened.with_sampling(api.sampling_of(opened.model, None, settings, lenient=lenient))
-        session.check_made_for(rules or [])
-        requests, _ = asked(session, prompts.texts(), prompts)
+    with session_on(machine, model, wanted[1].seed) as opened:
+        session = opened.with_sampling(api.sampling_of(opened.model, None, settings, lenient=several))
+        session.check_made_for([] if several else rules or [])
+        requests, _ = asked(session, *wanted)
         session.check_recordable(requests, "watched")
         if not machine.quiet:
             announce(f"cdlm: {session.model.name} draws {len(requests)} samples")

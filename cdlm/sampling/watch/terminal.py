@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -31,6 +31,16 @@ NEW, UNDECIDED = "\x1b[33m", "\x1b[2m"
 PLAIN = "\x1b[0m"
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """What text is written to, such as standard error."""
+
+    def write(self, text: str, /) -> int: ...
+    def flush(self) -> None: ...
+    def isatty(self) -> bool: ...
+    def fileno(self) -> int: ...
+
+
 class Cell(NamedTuple):
     """A piece of text with the sequence that sets its style; empty for none."""
 
@@ -38,8 +48,13 @@ class Cell(NamedTuple):
     style: str = ""
 
 
-def onlooker_on(stream: TextIO, model: Model, environment: Mapping[str, str] = os.environ) -> Onlooker | None:
-    """What shows the steps of a model's runs on a stream; None unless that is a terminal that can move its cursor."""
+def onlooker_on(stream: Stream, model: Model, environment: Mapping[str, str] | None = None) -> Onlooker | None:
+    """What shows the steps of a model's runs on a stream; None unless that is a terminal that can move its cursor.
+
+    Args:
+        environment: variables that say what the terminal can do; by default those of the process.
+    """
+    environment = os.environ if environment is None else environment
     if not stream.isatty() or environment.get("TERM", "dumb") in ("", "dumb"):
         return None
     # An empty NO_COLOR asks for nothing.
@@ -48,7 +63,7 @@ def onlooker_on(stream: TextIO, model: Model, environment: Mapping[str, str] = o
     return lambda steps, requests: watched(steps, requests, Canvas(requests, tokenizer, mask_id, end_ids), screen)
 
 
-def _size(stream: TextIO) -> tuple[int, int]:
+def _size(stream: Stream) -> tuple[int, int]:
     """Columns and lines of a terminal."""
     try:
         columns, lines = os.get_terminal_size(stream.fileno())
@@ -129,7 +144,7 @@ class Screen:
         size: columns and lines at the moment.
     """
 
-    stream: TextIO
+    stream: Stream
     colour: bool
     size: Callable[[], tuple[int, int]]
     _drawn: int = field(default=0, init=False)
