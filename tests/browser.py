@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,9 +65,7 @@ class Tab:
 
     def looks(self, width: int, height: int, scheme: str = "light", mobile: bool = False) -> None:
         """Set the size of the window and the reader's colour scheme."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def shoot(self, file: Path) -> None:
@@ -90,7 +89,7 @@ def tab() -> Iterator[Tab]:
     """A tab of a browser of its own, which ends with it."""
     assert PROGRAM is not None
     here, there = os.pipe(), os.pipe()
-    with TemporaryDirectory() as profile:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # it may still be written to
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
         words = [PROGRAM, *flags, "--remote-debugging-pipe", "about:blank"]
         # The browser reads what is its file 3 and writes to its file 4.
@@ -105,3 +104,16 @@ def tab() -> Iterator[Tab]:
                 finally:
                     browser.terminate()
                     browser.wait()
+
+
+def main() -> None:
+    """Take a picture of a page: PAGE PICTURE WIDTH HEIGHT SCHEME FRAGMENT, the scheme light or dark."""
+    page, picture, width, height, scheme, fragment = sys.argv[1:]
+    with tab() as browser:
+        browser.looks(int(width), int(height), scheme, mobile=int(width) < 500)
+        browser.open(Path(page).resolve(), fragment)
+        browser.shoot(Path(picture))
+
+
+if __name__ == "__main__":
+    main()

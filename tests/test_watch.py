@@ -22,7 +22,7 @@ import cdlm
 from cdlm.core.errors import CdlmError
 from cdlm.core.inert import visible
 from cdlm.core.types import HaltReason
-from cdlm.halting import KL, Criterion, Entropy, FixedSteps, Never, NormConvergence, Patience, SchED
+from cdlm.halting import KL, Criterion, Entropy, FixedSteps, Never, NormConvergence, Patience
 from cdlm.recording.record import Record, Switches
 from cdlm.sampling.recordings import recording_of, replayed
 from cdlm.sampling.samples import Samples
@@ -327,7 +327,7 @@ def test_what_cannot_be_watched_is_refused(tmp_path: Path) -> None:
         session.run(session.requests(n=1)).watch(file)
     with pytest.raises(CdlmError, match=r"end its name in \.html"):
         samples.watch(tmp_path / "page.pdf")
-    with pytest.raises(CdlmError, match="none of the rules can be tried.*x0_norm"):
+    with pytest.raises(CdlmError, match=r"none of the rules can be tried.*x0_norm"):
         samples.watch(file, rules=["NormConvergence(0.1)"])
     with pytest.raises(CdlmError, match="rules are a list"):
         samples.watch(file, rules="Patience(2)")

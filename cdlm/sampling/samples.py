@@ -184,7 +184,7 @@ class Samples:
         """
         from cdlm.sampling.watch.page import write_page
 
-        return write_page(path, [self, *beside], rules)
+        return write_page(path, self, rules, beside)
 
     @property
     def originals(self) -> list[int]:

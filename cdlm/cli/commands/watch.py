@@ -47,7 +47,7 @@ def watch(
     settings = flat_settings(diffusion, unmasking, steps=steps)
     texts = prompts.texts()
     runs = [_drawn(model, settings, chosen, (texts, prompts), machine, len(models) > 1) for model in models]
-    write_page(out, runs, chosen)
+    write_page(out, runs[0], chosen, runs[1:])
     if not machine.quiet:
         to_stderr(f"{out}: {out.stat().st_size:,} bytes; open it in a browser")
 

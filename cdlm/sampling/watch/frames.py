@@ -58,7 +58,7 @@ CURVES: Mapping[str, Curve] = {
     "margin": Curve("Margin", "of the best logit, nats"),
     "x0_norm": Curve("Prediction", "norm, embedding norms"),
     "z_norm": Curve("Noisy state", "norm, embedding norms", True),
-    "angle": Curve("Turn of the score", "degrees"),
+    "angle": Curve("Score", "turn in a step, degrees"),
     "residual": Curve("Residual", "of self-conditioning", True),
 }
 """Signals of a row that a page draws, in this order."""

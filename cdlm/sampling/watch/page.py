@@ -32,42 +32,39 @@ HEIGHT = 720
 """Of a page in a notebook, in pixels."""
 
 
-def write_page(path: object, runs: Sequence[Samples], rules: Sequence[str | Criterion] | None = None) -> Path:
+def write_page(path: object, samples: Samples, rules: object = None, beside: object = ()) -> Path:
     """Write the page of samples of one or more models, whole or not at all; see `Samples.watch`.
 
     Raises:
         CdlmError: see there.
     """
-    if not isinstance(path, str | Path):
-        raise CdlmError(f"a page is written to a file, such as page.html, got {shown(path)}")
     target = check_page(path)
-    write_text(target, page(runs, rules))
+    if not isinstance(beside, list | tuple) or not all(isinstance(run, Samples) for run in beside):
+        raise CdlmError(f"beside samples stand others, in a list, got {shown(beside)}")
+    write_text(target, page([samples, *beside], None if rules is None else checked_rules(rules)))
     return target
 
 
-def check_page(path: str | Path) -> Path:
+def check_page(path: object) -> Path:
     """The place of a page.
 
     Raises:
-        CdlmError: its name is none of a page.
+        CdlmError: it is no path, or its name is none of a page.
     """
+    if not isinstance(path, str | Path):
+        raise CdlmError(f"a page is written to a file, such as page.html, got {shown(path)}")
     check_path(str(path))
     if Path(path).suffix.lower() not in (".html", ".htm"):
         raise CdlmError(f"a page is an HTML file, got {str(path)!r}: end its name in .html")
     return Path(path)
 
 
-def page(
-    runs: Sequence[Samples], rules: Sequence[str | Criterion] | None = None, most_samples: int = MOST_SAMPLES
-) -> str:
-    """The text of the page."""
-    chosen = None if rules is None else checked_rules(rules)
+def page(runs: Sequence[Samples], rules: Sequence[Criterion] | None = None, most_samples: int = MOST_SAMPLES) -> str:
+    """The text of the page of samples of one or more models, see `write_page`."""
     for run in runs:
-        if not isinstance(run, Samples):
-            raise CdlmError(f"a page shows samples, got {shown(run)}")
         need_origin(run)
-    panels = [panel(run, chosen, most_samples) for run in runs]
-    _check_tried(panels, chosen)
+    panels = [panel(run, rules, most_samples) for run in runs]
+    _check_tried(panels, rules)
     return _filled({"panels": panels})
 
 
@@ -77,7 +74,7 @@ def checked_rules(rules: object) -> list[Criterion]:
     Raises:
         CdlmError: they are no list, or one of them is no rule.
     """
-    if not isinstance(rules, list | tuple):
+    if not isinstance(rules, list | tuple) or not all(isinstance(rule, str | Criterion) for rule in rules):
         raise CdlmError(f'rules are a list, such as ["Patience(8)"], got {shown(rules)}')
     return [parse_criterion(rule) for rule in rules]
 
