@@ -43,7 +43,7 @@ def session_of(kind: str) -> Session:
         return cdlm.open_session(masked_with_tokenizer(), temperature=0.7, seed=1)
     model = lively(len(tokenizer()))
     model.tokenizer, model.length = tokenizer(), 12
-    commit = {} if kind == "continuous" else {"commit": "Threshold(0.9999999)"}
+    commit: dict[str, Any] = {} if kind == "continuous" else {"commit": "Threshold(0.9999999)"}
     return cdlm.open_session(model, steps=STEPS, seed=1, **commit)
 
 
@@ -102,7 +102,7 @@ def test_every_step_shows_what_the_loop_had_then(kind: str) -> None:
                 assert committed == (done | request.given).tolist()
             if not step.counts.done[place]:
                 tokens = torch.where(request.given, request.tokens, tokens)
-                expected = visible(str(tokenizer().decode(tokens))).replace(tokenizer().eos_token, "\n")
+                expected = visible(str(tokenizer().decode(tokens))).replace(str(tokenizer().eos_token), "\n")
                 assert text(one, row, frame, of_text=False) == expected
                 seen += 1
             for name, top in one["maps"].items():

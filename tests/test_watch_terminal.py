@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_watch import PROMPT, session_of
+from toys import ssd, tokenizer
 
+import cdlm
 from cdlm.core.inert import visible
+from cdlm.sampling.session import Session
 from cdlm.sampling.watch import terminal
 from cdlm.sampling.watch.terminal import NEW, PLAIN, UNDECIDED, Canvas, Cell, Screen, columns_of, onlooker_on, wrapped
 
@@ -94,9 +97,16 @@ def test_each_drawing_stands_in_the_place_of_the_one_before(size: tuple[int, int
     assert shown.lines == [""]
 
 
-@pytest.mark.parametrize("kind", ["continuous", "committed", "masked"])
+def blocks() -> Session:
+    """A session whose samples are several runs in a row."""
+    model = ssd(len(tokenizer()), block=4)
+    model.tokenizer, model.length = tokenizer(), 12
+    return cdlm.open_session(model.eval(), steps=5)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "committed", "masked", "blocks"])
 def test_the_last_drawing_of_a_sample_is_its_text(kind: str) -> None:
-    session = session_of(kind)
+    session = blocks() if kind == "blocks" else session_of(kind)
     model, last = session.model, dict[int, str]()
 
     def look(steps, requests):
@@ -120,7 +130,7 @@ def test_a_run_that_is_watched_is_the_run_that_is_not(kind: str) -> None:
     seen = session.with_onlooker(onlooker).run(requests)
     assert seen.texts == session.run(requests).texts
     assert seen.record is None
-    assert "sample 2, step 1 of" in shown.sent
+    assert "sample 2, step 1" in shown.sent
     assert shown.lines == [""]
 
 

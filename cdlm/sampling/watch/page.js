@@ -220,10 +220,11 @@
         go.addEventListener("click", () => goTo(halt.frame));
         const facts = halt.halted
           ? `step ${halt.step}, ${halt.calls} calls (${percent(halt.saved)} saved), ${percent(halt.same)} of the tokens as in the full run`
-          : `does not halt: ${halt.calls} calls`;
+          : `does not halt: ${halt.calls} calls, and the text of the last step`;
         const head = make("div", { className: "head" }, go, make("code", { textContent: rule }),
           make("span", { className: "facts", textContent: facts }));
-        const item = make("li", {}, head, make("p", { className: "read", dir: "auto", textContent: halt.text.trim() }));
+        const read = halt.halted ? [make("p", { className: "read", dir: "auto", textContent: halt.text.trim() })] : [];
+        const item = make("li", {}, head, ...read);
         view.rules.push([item, halt]);
         return item;
       }));
@@ -368,11 +369,9 @@
     });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
     addEventListener("hashchange", follow);
-    setPlaceToEnd();
+    state.at = longest - 1;
     follow();
   }
-
-  const setPlaceToEnd = () => { state.at = longest - 1; };
 
   start();
 })();

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from cdlm.core.types import LoopStep
 from cdlm.recording.writer import OPEN
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 MOST_SAMPLES = 4
 """Samples that are shown at a time, of those in flight."""
 MASK = "_"
+NONE = -1
+"""In place of a token where there is none yet."""
 NEW, UNDECIDED = "\x1b[33m", "\x1b[2m"
 """How a piece is shown that has just changed, and one that may still change while others may not."""
 PLAIN = "\x1b[0m"
@@ -74,7 +76,7 @@ def _size(stream: Stream) -> tuple[int, int]:
 
 def watched(
     steps: Iterable[LoopStep], requests: Sequence[Request], canvas: Canvas, screen: Screen
-) -> Iterator[LoopStep]:
+) -> Generator[LoopStep, None, None]:
     """Pass the steps on, each drawn; what was drawn vanishes in the end."""
     try:
         for step in steps:
@@ -108,31 +110,39 @@ class Canvas:
         """A heading and the text of the first samples in flight, by their numbers."""
         counts = step.counts
         first = sorted(range(len(counts.row)), key=counts.row.__getitem__)[:MOST_SAMPLES]
-        budgets = step.state.budget.tolist()
-        return [
-            (f"sample {counts.row[i]}, step {counts.taken[i]} of {budgets[i]}", self._cells(step, i)) for i in first
-        ]
+        return [(f"sample {counts.row[i]}, step {counts.taken[i]}", self._cells(step, i)) for i in first]
 
     def _cells(self, step: LoopStep, i: int) -> list[Cell]:
-        row = step.counts.row[i]
-        request, canvas = self._requests[row], None if step.canvas is None else step.canvas[i].cpu().numpy()
-        if self._mask_id is not None and canvas is not None:
-            tokens, undecided = canvas, canvas == self._mask_id
-        else:
-            tokens = step.state.tokens[i].cpu().numpy()
-            undecided = np.zeros(len(tokens), bool) if canvas is None else canvas == OPEN
-            tokens = tokens if canvas is None else np.where(undecided, tokens, canvas)
-        given = request.given.numpy()
-        tokens = np.where(given, request.tokens.numpy(), tokens)
+        row, request = step.counts.row[i], self._requests[step.counts.row[i]]
+        given, before = request.given.numpy(), self._before.get(row)
+        start = np.where(given, request.tokens.numpy(), NONE) if before is None else before
+        tokens, undecided = self._now(step, i, start)
+        tokens, undecided = np.where(given, start, tokens), undecided & ~given
+        self._before[row] = tokens
         valid = np.ones(len(tokens), bool) if request.valid is None else request.valid.numpy()
         text = shown_of(tokens[None], given[None], valid[None], self._end_ids)[0]
-        before, self._before[row] = self._before.get(row, tokens), tokens
+        changed = np.zeros(len(tokens), bool) if before is None else tokens != before
         texts = [self._pieces.texts[number] for number in self._pieces.of(tokens[text])]
-        changed, undecided = (tokens != before)[text], (undecided & ~given)[text]
         return [
             Cell(piece, NEW if new else UNDECIDED if open_ else "")
-            for piece, new, open_ in zip(texts, changed, undecided, strict=True)
+            for piece, new, open_ in zip(texts, changed[text], undecided[text], strict=True)
         ]
+
+    def _now(
+        self, step: LoopStep, i: int, before: Int[np.ndarray, " n"]
+    ) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+        """A row after the step, and what of it is undecided while other positions are decided for good."""
+        nothing = np.zeros(len(before), bool)
+        if step.counts.done[i]:
+            return step.tokens[step.counts.leaving.index(i)].cpu().numpy(), nothing
+        canvas = None if step.canvas is None else step.canvas[i].cpu().numpy()
+        if self._mask_id is not None and canvas is not None:
+            return canvas, canvas == self._mask_id
+        # Of a run of blocks in a row those before are done, and those after have not begun.
+        tokens = np.where(step.state.open[i].cpu().numpy(), step.state.tokens[i].cpu().numpy(), before)
+        if canvas is None:
+            return tokens, nothing
+        return np.where(canvas == OPEN, tokens, canvas), canvas == OPEN
 
 
 @dataclass
