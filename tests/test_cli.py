@@ -163,7 +163,7 @@ def test_a_page_is_written_of_models_side_by_side(
         ((), "--out must be given"),
         (("--out", "page.html", "--rules", "Patience("), "Patience("),
         (("--out", "page.html", "--rules", "SchEDD()"), "SchED"),
-        (("--out", "page.html", "--rules", "JoT()"), "top1"),
+        (("--out", "page.html", "--rules", "JoT()"), "has to run: leave it out"),
     ],
 )
 def test_a_page_that_cannot_be_is_refused(

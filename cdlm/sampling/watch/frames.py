@@ -38,6 +38,8 @@ MOST_CELLS = 1_500_000
 FEWEST_FRAMES = 50
 END = "\u21b5\n"
 """What is shown for the end of a text: an arrow, and a line break."""
+LEFT_OUT = "Left out: "
+"""What a note on a rule begins with that cannot be tried."""
 NOTHING = 255
 """In a map, what stands where no position was open; values go from 0 to 254."""
 
@@ -149,7 +151,7 @@ def _tried(
         try:
             check_replayable(recording, rule)
         except CdlmError as error:
-            notes += [] if rules is None else [f"Left out: {visible(str(error))}."]
+            notes += [] if rules is None else [f"{LEFT_OUT}{visible(str(error))}."]
             continue
         made = replayed(recording, rule, tokenizer)
         tried.append(Tried(rule, made, agreement(made.tokens, recording)))

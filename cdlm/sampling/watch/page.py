@@ -20,9 +20,11 @@ from cdlm.core.checks import shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_path, write_text
 from cdlm.core.inert import visible
+from cdlm.core.parsing import brief
 from cdlm.halting import Criterion, parse_criterion
+from cdlm.halting.replay import check_recorded
 from cdlm.sampling.samples import Samples
-from cdlm.sampling.watch.frames import need_origin, panel
+from cdlm.sampling.watch.frames import LEFT_OUT, need_origin, panel
 
 MOST_SAMPLES = 8
 """Samples of a model that a page shows."""
@@ -72,17 +74,26 @@ def checked_rules(rules: object) -> list[Criterion]:
     """Rules as objects.
 
     Raises:
-        CdlmError: they are no list, or one of them is no rule.
+        CdlmError: they are no list, or one of them is no rule, or one that no record can tell of.
     """
     if not isinstance(rules, list | tuple) or not all(isinstance(rule, str | Criterion) for rule in rules):
         raise CdlmError(f'rules are a list, such as ["Patience(8)"], got {shown(rules)}')
-    return [parse_criterion(rule) for rule in rules]
+    made = [parse_criterion(rule) for rule in rules]
+    check_recorded(made)
+    for rule in made:
+        if rule.live:
+            raise CdlmError(
+                f"{brief(rule)} changes the steps that follow, or reads what no record keeps, so that it has to run:"
+                " leave it out"
+            )
+    return made
 
 
 def _check_tried(panels: Sequence[Mapping[str, Any]], rules: Sequence[Criterion] | None) -> None:
     """Raise where rules were given, and on none of the models could any be tried."""
     if rules and not any(one["rules"] for one in panels):
-        raise CdlmError(f"none of the rules can be tried on these samples: {panels[0]['notes'][0]}")
+        why = str(panels[0]["notes"][0]).removeprefix(LEFT_OUT)
+        raise CdlmError(f"none of the rules can be tried on these samples: {why.removesuffix('.')}")
 
 
 def _filled(data: Mapping[str, Any]) -> str:
