@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout, suppress
+from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import isclass
 from io import StringIO
@@ -17,9 +18,12 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.util.inspect import signature, stringify_signature
 
 INDEXES = ("docs/index", "docs/studies/README", "docs/reference/README")
 """Pages whose links to other pages are the navigation, a caption for each heading."""
+TITLES = {"/README": "Overview </README>"}
+"""Pages whose own title says too little in the navigation."""
 COMMENT = re.compile(r"^<!-- (docstrings|help): ([\w.]+) -->$", re.MULTILINE)
 LINK = re.compile(r"\]\(([\w./-]+)\.md\)")
 
@@ -27,6 +31,7 @@ LINK = re.compile(r"\]\(([\w./-]+)\.md\)")
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", read_source)
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)  # before Google's sections are read
+    app.connect("autodoc-process-signature", signature_of_settings)
     return {"parallel_read_safe": True}
 
 
@@ -47,7 +52,8 @@ def navigation(page: str, text: str) -> str:
         links = list(dict.fromkeys(links if page == INDEXES[0] else inside(page, links)))
         seen |= set(links)
         caption = f":caption: {title}\n" if page == INDEXES[0] else ""
-        lists += ["```{toctree}\n:hidden:\n" + caption + "\n" + "\n".join(links) + "\n```\n"] if links else []
+        entries = [TITLES.get(link, link) for link in links]
+        lists += ["```{toctree}\n:hidden:\n" + caption + "\n" + "\n".join(entries) + "\n```\n"] if links else []
     return "\n\n" + "\n".join(lists)
 
 
@@ -72,8 +78,14 @@ def docstrings(name: str) -> str:
     except ModuleNotFoundError:
         home, _, constant = name.rpartition(".")
         registry: Mapping[str, type] = getattr(import_module(home), constant)
-        return rst(directive(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in registry.values())
+        return rst(directive(kind, public_place(home, kind)) for kind in registry.values())
     return rst(directive(getattr(module, public), f"{name}.{public}", members=True) for public in public_names(module))
+
+
+def public_place(home: str, kind: type) -> str:
+    """Where a class is imported from: the module of its registry, if that has it, or its own."""
+    offered = getattr(import_module(home), kind.__name__, None) is kind
+    return f"{home if offered else kind.__module__}.{kind.__name__}"
 
 
 def public_names(module: Any) -> list[str]:
@@ -110,7 +122,7 @@ def printed_help(command: str) -> str:
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
     with redirect_stdout(StringIO()) as printed, suppress(SystemExit):
         main([command, "--help"])
-    return printed.getvalue().strip()
+    return printed.getvalue().replace(r" \x08", "").strip()  # a backspace of jsonargparse's
 
 
 MAKERS = {"docstrings": docstrings, "help": help_of_commands}
@@ -123,3 +135,14 @@ def plain_docstring(app: Sphinx, what: str, name: str, thing: object, options: o
     parts[::2] = [re.sub(r"([*|]|(?<=\w)_(?!\w))", r"\\\1", part) for part in parts[::2]]
     parts[1::2] = [f"``{part.strip('`')}``".replace("\n", " ") for part in parts[1::2]]
     lines[:] = "".join(parts).split("\n")
+    if what in ("attribute", "property"):
+        lines.insert(0, "\\ ")  # nothing; else what stands before a colon would be taken for a type
+
+
+def signature_of_settings(
+    app: Sphinx, what: str, name: str, thing: Any, options: object, shown: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """Of a dataclass its fields, where a check of the arguments hides them."""
+    if what != "class" or not is_dataclass(thing):
+        return shown, returned
+    return stringify_signature(signature(thing.__init__, bound_method=True), unqualified_typehints=True), None
