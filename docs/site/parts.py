@@ -145,4 +145,5 @@ def signature_of_settings(
     """Of a dataclass its fields, where a check of the arguments hides them."""
     if what != "class" or not is_dataclass(thing):
         return shown, returned
-    return stringify_signature(signature(thing.__init__, bound_method=True), unqualified_typehints=True), None
+    fields = signature(thing.__init__, bound_method=True)
+    return stringify_signature(fields, unqualified_typehints=True, show_return_annotation=False), None
