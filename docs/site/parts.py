@@ -146,4 +146,5 @@ def signature_of_settings(
     if what != "class" or not is_dataclass(thing):
         return shown, returned
     fields = signature(thing.__init__, bound_method=True)
-    return stringify_signature(fields, unqualified_typehints=True, show_return_annotation=False), None
+    text = stringify_signature(fields, unqualified_typehints=True, show_return_annotation=False)
+    return text.replace("<factory>", "..."), None
