@@ -22,7 +22,7 @@ QUICK  := runs/quick
 SAMPLE := --n 256 --solver "Ancestral()"
 
 .DEFAULT_GOAL := help
-.PHONY: help quick demo test test-soak results results-quick results-check lint format clean
+.PHONY: help quick demo test test-soak results results-quick results-check docs lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -69,6 +69,11 @@ results-quick: $(VENV)/.dev  ## Build the small version of every table from noth
 results-check: $(VENV)/.dev  ## Say which pages and tables of results are not as they were made; the tests do so too
 	$(PY) results/build.py check
 
+docs: $(VENV)/.docs  ## Build the documents as a site, build/docs; any warning and any broken link is an error
+	rm -rf build/docs build/doctrees
+	$(VENV)/bin/sphinx-build -q -W --keep-going -b html -c docs/site -d build/doctrees . build/docs
+	$(PY) docs/site/links.py build/docs
+
 lint: $(VENV)/.dev  ## Check style, types and import floors
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -99,3 +104,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
 	$(PIP) -e '.[mauve,gguf,dev]'
 	touch $(VENV)/.demo $@
+
+# The site reads the docstrings, so it imports all of cdlm.
+$(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e '.[mauve,docs]'
+	touch $@
