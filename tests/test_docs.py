@@ -29,7 +29,8 @@ PAGES = (
     "docs/guide.md",
 )  # fmt: skip
 SHOWING = (
-    "README.md", "docs/guide.md", "docs/masked.md", "docs/halting.md", "docs/likelihood.md", "docs/results.md", "docs/lm-eval.md",
+    "README.md", "docs/guide.md", "docs/masked.md", "docs/halting.md", "docs/likelihood.md", "docs/results.md",
+    "docs/lm-eval.md",
     "docs/several-machines.md", "docs/encoders.md", "docs/distill.md", "docs/elf.md", "docs/self-conditioning.md",
     "docs/watch.md",
     "docs/own-tokenizer.md", "docs/loggers.md", "docs/hub.md", "docs/metrics.md", "docs/how-it-works.md",

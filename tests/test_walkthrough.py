@@ -18,7 +18,7 @@ from test_docs import ROOT, commands_of
 from cdlm.cli.main import main
 from cdlm.data.sources import Stories
 
-WALKED = ("docs/guide.md",)
+WALKED = ("README.md", "docs/guide.md")
 SMALL = {
     "train": "--training.steps 2 --validation_rows 8 --preview 0 --batch_size 4 --training.accelerator cpu",
     "sample": "--n 2 --device cpu --quiet",
