@@ -239,7 +239,7 @@ class TokenPoll(Poll):
         super().__init__(vote, voters)
         shape = voters.generated.shape
         self.now, self.since, self.total = np.full(shape, -1, np.int64), np.zeros(shape), np.zeros(shape[0])
-        self.stretches: list[tuple[np.ndarray, "..."]] = []
+        self.stretches: list[tuple[np.ndarray, ...]] = []
         """Sample, position and token of stretches of steps in which a token stayed, and what these weigh."""
 
     def add(
