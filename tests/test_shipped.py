@@ -183,10 +183,16 @@ def test_all_that_ships_has_less_than_12_mb() -> None:
     assert sum(file.stat().st_size for file in shipped.FOLDER.rglob("*") if file.is_file()) < 12_000_000
 
 
-@pytest.mark.parametrize("name", [name for name in shipped.names() if not name.endswith("judge")])
+@pytest.mark.parametrize("name", ["stories", "stories-masked", "e2e"])
 def test_what_ships_writes_text(name: str) -> None:
     samples = api.generate(api.load(name), n=2, seed=0)
     assert all(len(text.split()) > 3 for text in samples.texts)
+
+
+def test_the_model_of_problems_solves_an_easy_one() -> None:
+    problem = "Mary has 13 stamps. She gets 2 more. How many stamps has Mary now?\n"
+    found = api.generate(api.load("arithmetic"), [problem], policy="Threshold(0.9)", temperature=0.0)
+    assert found[0].text.removeprefix(problem).strip() == "13 + 2 = 15. #### 15"
 
 
 def test_the_judge_of_stories_is_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
