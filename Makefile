@@ -17,12 +17,20 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist w
           --jaxtyping-packages=cdlm,beartype.beartype
 TESTS  := tests
 
+# What the lower bounds are tested with: every library they are for is in one of these.
+LOWEST       := .venv-lowest
+LOWEST_TORCH := $(TORCH)
+LOWEST_TESTS := tests/test_session.py tests/test_runs.py tests/test_training_run.py tests/test_hub.py \
+                tests/test_evaluation_judge.py tests/test_evaluation_ar_nll.py tests/test_plots.py tests/test_configs.py \
+                tests/test_cli.py tests/test_masked_pretrained.py tests/test_lora.py tests/test_samples.py \
+                tests/hostile/test_rules_and_settings.py
+
 DEMO   := runs/demo
 QUICK  := runs/quick
 SAMPLE := --n 256 --solver "Ancestral()"
 
 .DEFAULT_GOAL := help
-.PHONY: help quick demo tutorials test test-soak results results-quick results-check lint format clean
+.PHONY: help quick demo tutorials test test-soak test-lowest results results-quick results-check docs lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -58,6 +66,15 @@ test-soak: $(VENV)/.dev  ## Try each property on 500 new examples; to repeat: ma
 	@echo "Repeat with: make test-soak SEED=$(SEED) TESTS=\"$(TESTS)\""
 	$(PYTEST) -m "hypothesis and not slow and not gpu" --hypothesis-profile=soak --hypothesis-seed=$(SEED) $(TESTS)
 
+test-lowest: PIP_CONSTRAINT :=
+test-lowest:  ## Run tests with the lowest versions that are promised; an older torch: make test-lowest LOWEST_TORCH=torch==...
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check --quiet $(LOWEST_TORCH)
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-lowest.txt -e '.[lora]' \
+		beartype hypothesis jinja2 pytest pytest-xdist tensorboard
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal \
+		--jaxtyping-packages=cdlm,beartype.beartype -W ignore -k "not bad_settings_of_an_evaluation" $(LOWEST_TESTS)  # two of those need mauve
+
 results: $(VENV)/.dev  ## Build tables of results, and render the pages: make results TABLE="demo systems"
 	$(if $(TABLE),,$(error Name tables of results/tables, or all: make results TABLE=demo))
 	$(PY) results/build.py run $(TABLE)
@@ -72,6 +89,11 @@ results-quick: $(VENV)/.dev  ## Build the small version of every table from noth
 results-check: $(VENV)/.dev  ## Say which pages and tables of results are not as they were made; the tests do so too
 	$(PY) results/build.py check
 
+docs: $(VENV)/.docs  ## Build the documents as a site, build/docs; any warning and any broken link is an error
+	rm -rf build/docs build/doctrees
+	$(VENV)/bin/sphinx-build -q -W --keep-going -b html -c docs/site -d build/doctrees . build/docs
+	$(PY) docs/site/links.py build/docs
+
 lint: $(VENV)/.dev  ## Check style, types and import floors
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -83,7 +105,7 @@ format: $(VENV)/.dev  ## Rewrite the code in the house style
 	$(VENV)/bin/ruff format .
 
 clean:  ## Remove the environment, caches and build results; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -102,3 +124,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
 	$(PIP) -e '.[mauve,gguf,dev]'
 	touch $(VENV)/.demo $@
+
+# The site reads the docstrings, so it imports all of cdlm.
+$(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e '.[mauve,docs]'
+	touch $@

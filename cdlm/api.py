@@ -13,7 +13,7 @@ import torch
 from cdlm.autoregressive.sampler import LeftToRight
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems import langflow
-from cdlm.core.checks import check_choice, shown
+from cdlm.core.checks import check_choice, check_flag, shown
 from cdlm.core.devices import Precision, resolve_device
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import read_json, write_text
@@ -348,6 +348,7 @@ def generate(
     seed: int = 0,
     batch_size: int | None = None,
     record: bool = False,
+    watch: bool = False,
     progress: bool | None = None,
     new_tokens: int | None = None,
     chat: bool = False,
@@ -371,6 +372,7 @@ def generate(
         seed: with the number of a sample it fixes the sample, whatever the batch.
         batch_size: samples in flight; by default 64 (4 of a foreign model).
         record: keep per-step statistics of every sample, and of masked models every token that is committed.
+        watch: record, and keep the confidence and entropy of every position too, for `samples.watch`.
         progress: show a bar; by default none is shown.
         new_tokens: of a masked model, positions after each prompt, in place of `length`.
         chat: of a masked model, the prompts are a user's messages, or conversations, put into its chat template; what
@@ -391,7 +393,14 @@ def generate(
     if warning := warning_of_commits(session):
         warnings.warn(warning, stacklevel=2)
     requests = session.requests(prompts, n, length, new_tokens=new_tokens, chat=chat, system=system, template=template)
-    return with_halt(session, halt, requests).recorded(record).run(requests)
+    return _kept(with_halt(session, halt, requests), record, watch).run(requests)
+
+
+def _kept(session: Session, record: bool, watch: bool) -> Session:
+    """The session, keeping of its steps what is asked for."""
+    check_flag("a run", watch=watch)
+    recorded = session.recorded(record)
+    return recorded.watched() if watch else recorded
 
 
 def likelihood(
@@ -450,6 +459,7 @@ def decode(
     seed: int = 0,
     batch_size: int | None = None,
     record: bool = False,
+    watch: bool = False,
     constraints: Mapping[int, int] | None = None,
     **settings: Any,
 ) -> Samples:
@@ -463,7 +473,7 @@ def decode(
         length: positions to generate after each prompt.
         constants: mask and ends of the vocabulary, of a function.
         n: samples of each prompt.
-        sampling, halt, seed, batch_size, record, settings: as of `generate`.
+        sampling, halt, seed, batch_size, record, watch, settings: as of `generate`.
         constraints: tokens that are given in the generated part, by their place in it.
 
     Raises:
@@ -474,4 +484,4 @@ def decode(
     session = open_session(model, seed=seed, batch_size=batch_size)
     session = session.with_sampling(sampling_of(session.model, sampling, settings))
     requests = canvases(prompts, length, n, constraints)
-    return with_halt(session, halt, requests).recorded(record).run(requests)
+    return _kept(with_halt(session, halt, requests), record, watch).run(requests)

@@ -43,6 +43,7 @@ OPTIONAL: set[str] = {"None"}
 RUNS: Mapping[str, set[str]] = {
     "seed": {"0"}, "index": {"0"}, "start": {"None", "0"}, "record": {"True"}, "recorded": {"True"},
     "template": {"True"}, "shift": {"True"}, "halted.shift": {"None", "True"},
+    "watch": {"True"}, "rules": {"None", "[]"}, "beside": {"[]"},
     "mask_id": {"0"}, "eos_id": {"None", "0"}, "eot_id": {"None", "0"},
     "with_seed": {"0"}, "check_made_for": {"[]", "''", "{}"}, "select": {"[]"},
     "item": {"-1", "0", "True", "tensor(2)"},
@@ -57,8 +58,8 @@ RUNS: Mapping[str, set[str]] = {
 """The values that are right, by the last part of a call's name; elsewhere None alone may be."""
 NEVER_NONE = set(
     "model n chat run steps_of blocks_of replayable check_recordable refuses with_criterion with_sampling with_steps"
-    " save name device devices length.decode prompts.decode prompts.likelihood answers levels stops constants options"
-    " sampling.session tokens given".split()
+    " save page name device devices length.decode prompts.decode prompts.likelihood answers levels stops constants"
+    " options sampling.session tokens given".split()
 )
 
 
@@ -92,6 +93,7 @@ def calls(folder: str) -> dict[str, Callable[[Any], object]]:
     model, masked, causal = (make(length=4) for make in makes)
     model.save_pretrained(folder)
     session, samples = cdlm.open_session(model, steps=1), cdlm.generate(model, n=3, steps=1)
+    watched, page = cdlm.generate(model, n=1, steps=1, watch=True), f"{folder}/page.html"
     constants = cdlm.Constants(8)
 
     def nothing(tokens: Any, _: Any) -> Any:
@@ -101,8 +103,8 @@ def calls(folder: str) -> dict[str, Callable[[Any], object]]:
     fixed = {"constants": constants, "length": 2}
     table: list[tuple[str, Callable[..., object], dict[str, Any], str]] = [
         ("generate", cdlm.generate, {"model": model, "steps": 1}, "prompts n length sampling halt seed batch_size"
-         " record progress chat system template new_tokens solver grid projection softmax_temperature score_temperature"
-         " guidance init_scale passes commit reopen"),
+         " record watch progress chat system template new_tokens solver grid projection softmax_temperature"
+         " score_temperature guidance init_scale passes commit reopen"),
         ("generate", cdlm.generate, {"model": model}, "model steps"),
         ("generate masked", cdlm.generate, {"model": masked}, "policy temperature cfg_scale cache steps new_tokens"),
         ("generate causal", cdlm.generate, {"model": causal}, "temperature"),
@@ -111,7 +113,7 @@ def calls(folder: str) -> dict[str, Callable[[Any], object]]:
         ("likelihood continuous", cdlm.likelihood, {"model": model, "prompts": ["a"], "answers": ["b"], "levels": 1},
          "ode read_out"),
         ("decode", cdlm.decode, {"logits_fn": nothing, "prompts": [[1]], **fixed}, "prompts length logits_fn constants"
-         " n seed batch_size record constraints halt sampling"),
+         " n seed batch_size record watch constraints halt sampling"),
         ("load", cdlm.load, {"name": folder, "device": "cpu"}, "name device precision device_map"),
         ("open_session", cdlm.open_session, {"model": folder, "device": "cpu"}, "model sampling seed batch_size device"
          " devices precision"),
@@ -135,6 +137,9 @@ def calls(folder: str) -> dict[str, Callable[[Any], object]]:
         "a constraint": lambda v: cdlm.decode(nothing, [[1]], constraints={1: v}, **fixed),
         "samples save": samples.save,
         "samples select": samples.select,
+        "samples page": watched.watch,
+        "samples rules": lambda v: watched.watch(page, rules=v),
+        "samples beside": lambda v: watched.watch(page, beside=v),
         "samples item": samples.__getitem__,
         "Session options": lambda v: cdlm.Session(model, model.sampling, v),
         "Session model": lambda v: cdlm.Session(v, model.sampling),

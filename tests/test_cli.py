@@ -136,6 +136,53 @@ def test_samples_are_json_lines(place: Place, tmp_path: Path) -> None:
         assert all(0 <= token < VOCAB for token in line["tokens"])
 
 
+def test_a_page_is_written_of_models_side_by_side(
+    place: Place, masked: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "page.html"
+    small = ("--n", "2", "--prompt", "the cat", "--device", "cpu")
+    main(
+        ["watch", str(place.run), str(masked.run), "--out", str(out), "--rules", "Patience(2)", "--steps", "6", *small]
+    )
+    shown = capsys.readouterr()
+    assert f"{out}: {out.stat().st_size:,} bytes" in shown.err
+    assert shown.out == ""
+    (data,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', out.read_text(encoding="utf-8"))
+    panels = json.loads(data)["panels"]
+    assert [panel["family"] for panel in panels] == ["continuous", "masked"]
+    assert [panel["rules"] for panel in panels] == [["Patience(steps=2)"]] * 2
+    place.sample(*small, "--out", str(tmp_path / "samples.jsonl"), "--quiet")
+    first, second = read(tmp_path / "samples.jsonl")
+    assert [sample["calls"] for sample in panels[0]["samples"]] == [first["nfe"], second["nfe"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--out", "page.pdf"), "end its name in .html"),
+        ((), "--out must be given"),
+        (("--out", "page.html", "--rules", "Patience("), "Patience("),
+        (("--out", "page.html", "--rules", "SchEDD()"), "SchED"),
+        (("--out", "page.html", "--rules", "JoT()"), "has to run: leave it out"),
+    ],
+)
+def test_a_page_that_cannot_be_is_refused(
+    words: tuple[str, ...], message: str, place: Place, refused: Callable[..., str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(main, ["watch", str(place.run), "--n", "1", "--steps", "2", *words, "--quiet"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_nobody_watches_the_terminal_nothing_is_drawn(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("--n", "2", "--device", "cpu")
+    place.sample(*small)
+    plain = capsys.readouterr()
+    place.sample(*small, "--watch")
+    assert capsys.readouterr() == plain
+
+
 def test_samples_do_not_depend_on_the_batch(place: Place, tmp_path: Path) -> None:
     for size in ("1", "3"):
         place.sample("--n", "4", "--batch_size", size, "--out", str(tmp_path / f"{size}.jsonl"))

@@ -25,11 +25,16 @@ from cdlm.studies.command import reader
 ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md", "docs/write-a-criterion.md", "docs/bring-your-model.md", "docs/masked.md", "docs/add-a-system.md",
-    "docs/likelihood.md", "docs/transformers.md", "docs/lm-eval.md",
+    "docs/likelihood.md", "docs/transformers.md", "docs/lm-eval.md", "docs/own-tokenizer.md", "docs/watch.md",
+    "docs/guide.md",
 )  # fmt: skip
 SHOWING = (
-    "README.md", "docs/masked.md", "docs/halting.md", "docs/likelihood.md", "docs/results.md", "docs/lm-eval.md",
+    "README.md", "docs/guide.md", "docs/masked.md", "docs/halting.md", "docs/likelihood.md", "docs/results.md",
+    "docs/lm-eval.md",
     "docs/several-machines.md", "docs/encoders.md", "docs/distill.md", "docs/elf.md", "docs/self-conditioning.md",
+    "docs/watch.md",
+    "docs/own-tokenizer.md", "docs/loggers.md", "docs/hub.md", "docs/metrics.md", "docs/how-it-works.md",
+    "docs/what-halting-saves.md",
     *(f"docs/studies/{name}.md" for name in STUDIES),
 )  # fmt: skip
 """Pages that show commands."""

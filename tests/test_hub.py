@@ -84,7 +84,9 @@ def test_the_recommended_sampler_travels_with_the_model(folder: Path, tmp_path: 
 def test_saving_what_was_loaded_changes_no_byte(folder: Path, tmp_path: Path) -> None:
     loaded(folder).save_pretrained(tmp_path / "again")
     before, after = contents(folder), contents(tmp_path / "again")
-    del before["tokenizer_config.json"], after["tokenizer_config.json"]  # transformers notes where it loaded from
+    for files in (before, after):
+        del files["tokenizer_config.json"]  # transformers notes where it loaded from
+        files.pop("special_tokens_map.json", None)  # an older one writes it, and spells the tokens out the next time
     assert after == before
 
 

@@ -569,6 +569,13 @@ def test_sentences_take_numbers_from_rows_and_files(pages: Callable[..., str]) -
     assert pages("{% for r in rows('t', system='A') %}{{ r.seed }}{% endfor %}.") == "01."
 
 
+def test_a_page_can_name_the_commit_of_a_table(pages: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "json" / "t.json"
+    for commit, said in (("0123456789abcdef", "0123456789"), (None, "none")):
+        document.write({**document.read(file), "commit": commit}, file)
+        assert pages("{{ commit('t') }}") == said
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

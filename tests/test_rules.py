@@ -1089,7 +1089,7 @@ def test_signals_are_what_they_say(seed: int, scale: float, v: int, dtype: torch
     expected = {
         "logits": logits, "x0": x0, "z": z, "score": score, "tokens": ordered.indices[..., 0],
         "top1": ordered.values[..., 0], "top2": ordered.values[..., 1], "logsumexp": logits.exp().sum(-1).log(),
-        "entropy": entropies(logits), "switches": (switched & open_).sum(1),
+        "confidence": logits.softmax(-1).amax(-1), "entropy": entropies(logits), "switches": (switched & open_).sum(1),
         "mean_entropy": mean(entropies(logits), open_), "mean_kl": torch.where(first, math.inf, kl),
         "margin": mean(margin, open_), "span_margin": mean(margin, seen.target),
         "z_norm": mean(z.norm(dim=-1), open_) / 2, "x0_norm": mean(x0.norm(dim=-1), open_) / 2,

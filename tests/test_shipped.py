@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from cdlm.models import hub, shipped
 from cdlm.runs import caches
 from cdlm.runs.config import RunConfig, read_run
 from cdlm.runs.pack import TYPES, Half, pack
-from cdlm.runs.train import train
+from cdlm.runs.train import RunText, train
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +164,39 @@ def test_nothing_is_written_into_the_package(toy: Path, capsys: Any) -> None:
     assert "comes with cdlm" in capsys.readouterr().err
     assert sorted(toy.parent.rglob("*")) == before
     assert not list(Path().iterdir())
+
+
+# --- what ships ---
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_what_ships_has_a_card_its_commands_and_numbers_and_half_precision(name: str) -> None:
+    folder = shipped.FOLDER / name
+    assert "## Licence" in (folder / "README.md").read_text()
+    made = json.loads((folder / "made.json").read_text())
+    assert "cdlm pack {" in made["models"][-1]["command"]
+    weights = read_tensors(folder / "model.safetensors").values()
+    assert {value.dtype for value in weights if value.is_floating_point()} == {torch.float16}
+
+
+def test_all_that_ships_has_less_than_12_mb() -> None:
+    assert sum(file.stat().st_size for file in shipped.FOLDER.rglob("*") if file.is_file()) < 12_000_000
+
+
+@pytest.mark.parametrize("name", ["stories", "stories-masked", "e2e"])
+def test_what_ships_writes_text(name: str) -> None:
+    samples = api.generate(api.load(name), n=2, seed=0)
+    assert all(len(text.split()) > 3 for text in samples.texts)
+
+
+def test_the_model_of_problems_solves_an_easy_one() -> None:
+    problem = "Mary has 13 stamps. She gets 2 more. How many stamps has Mary now?\n"
+    found = api.generate(api.load("arithmetic"), [problem], policy="Threshold(0.9)", temperature=0.0)
+    assert found[0].text.removeprefix(problem).strip() == "13 + 2 = 15. #### 15"
+
+
+def test_the_judge_of_stories_is_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CDLM_CACHE", str(tmp_path))
+    text = RunText.of_run("stories")
+    found = api.small_judge(text.config, text, 500)
+    assert found.key == json.loads((shipped.FOLDER / "stories-judge" / "judge.json").read_text())["key"]

@@ -18,9 +18,9 @@ from test_docs import ROOT, commands_of
 from cdlm.cli.main import main
 from cdlm.data.sources import Stories
 
-WALKED = ("docs/guide.md",)
+WALKED = ("README.md", "docs/guide.md")
 SMALL = {
-    "train": "--training.steps 2 --validation_rows 8 --preview 0 --batch_size 4 --training.accelerator cpu",
+    "train": "--vocab_size 300 --batch_size 4 --validation_rows 8 --preview 0 --training.steps 2",
     "sample": "--n 2 --device cpu --quiet",
     "compare": "--n 8 --steps 8 --rules Patience",
     "calibrate": "--n 112 --steps 8 --max-change 95% --min-agreement 0 --confidence 0.6",

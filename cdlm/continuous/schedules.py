@@ -254,17 +254,17 @@ STEEPEST = 1e300
 """The most that the slope at an end of a flow is said to be; further out it is 0."""
 
 
-def alpha_of(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
+def alpha_of(t: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     """Signal scale of the variance-preserving view."""
     return torch.rsqrt(1 + t.square())
 
 
-def gamma_of(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
+def gamma_of(t: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     """Minus the log signal-to-noise ratio."""
     return 2 * t.log()
 
 
-def t_of_gamma(gamma: Float[Tensor, ...]) -> Float[Tensor, ...]:
+def t_of_gamma(gamma: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     """Inverse of `gamma_of`."""
     return (gamma / 2).exp()
 

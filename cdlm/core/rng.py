@@ -64,10 +64,10 @@ TOKENS, ORDER = 0x746F, 0x6F72
 class Site(NamedTuple):
     """Positions that something is drawn for; the three have shapes that can be broadcast."""
 
-    row: Int[Tensor, ...]
+    row: Int[Tensor, " ..."]
     """Index of the sample."""
-    step: Int[Tensor, ...]
-    place: Int[Tensor, ...]
+    step: Int[Tensor, " ..."]
+    place: Int[Tensor, " ..."]
     """Place in the sample, not counting padding before it."""
 
     def at(self, some: slice | Int[Tensor, " k"]) -> Site:
@@ -89,11 +89,11 @@ class PositionNoise:
 
     seed: int
 
-    def uniform(self, site: Site, purpose: int) -> Float[Tensor, ...]:
+    def uniform(self, site: Site, purpose: int) -> Float[Tensor, " ..."]:
         """A number in [0, 1) for each position, float32."""
         return (_shifted(self._keys(site, purpose), 40) * 2.0**-24).float()
 
-    def exponential(self, site: Site, purpose: int) -> Float[Tensor, ...]:
+    def exponential(self, site: Site, purpose: int) -> Float[Tensor, " ..."]:
         """A standard exponential number for each position, float32."""
         return _exponential(self._keys(site, purpose))
 
@@ -125,7 +125,7 @@ class PositionNoise:
         """Scores whose largest are positions drawn one after the other, without replacement, from softmax(score)."""
         return score - self.exponential(site, ORDER).log_()
 
-    def _keys(self, site: Site, purpose: int) -> Int[Tensor, ...]:
+    def _keys(self, site: Site, purpose: int) -> Int[Tensor, " ..."]:
         start = int(np.random.SeedSequence([self.seed, purpose]).generate_state(1, np.uint64)[0])
         key = torch.full((), _signed(start), device=site.row.device)
         for word in site:

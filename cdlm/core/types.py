@@ -186,6 +186,7 @@ class Signals:
     top1: Float[Tensor, "b n"]
     top2: Float[Tensor, "b n"]
     logsumexp: Float[Tensor, "b n"]
+    confidence: Float[Tensor, "b n"]
     entropy: Float[Tensor, "b n"]
     switches: Int[Tensor, " b"]
     mean_entropy: Float[Tensor, " b"]

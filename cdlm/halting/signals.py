@@ -86,7 +86,7 @@ class Sums(NamedTuple):
 ENTROPIES = frozenset({"entropy", "mean_entropy"})
 DIVERGENCES = frozenset({"mean_kl", "max_jsd"})
 """Signals that compare a step's distributions with those of the step before."""
-SUMMED = ENTROPIES | DIVERGENCES | {"logsumexp", "min_confidence"}
+SUMMED = ENTROPIES | DIVERGENCES | {"logsumexp", "confidence", "min_confidence"}
 """Signals that are made from sums over the vocabulary."""
 ROUNDING = 1e-5
 """Of probabilities, as a share: more than float32 loses in a sum over a vocabulary."""
@@ -453,6 +453,7 @@ SIGNALS: Mapping[str, Signal] = MappingProxyType(
         "top1": Signal(lambda step: step.top[..., 0]),
         "top2": Signal(lambda step: step.top[..., 1]),
         "logsumexp": Signal(lambda step: step.plane(step.sums.peak + step.log_total)),
+        "confidence": Signal(lambda step: step.chance),
         "entropy": Signal(lambda step: step.entropy),
         "switches": Signal(_switches),
         "mean_entropy": Signal(lambda step: step.mean(step.entropy), recorded=True),
@@ -471,6 +472,8 @@ SIGNALS: Mapping[str, Signal] = MappingProxyType(
 
 SPATIAL = frozenset(name for name, signal in SIGNALS.items() if signal.spatial)
 RECORDED = tuple(name for name, signal in SIGNALS.items() if signal.recorded)
+WATCHED = ("confidence", "entropy")
+"""What a run that is watched keeps of each open position, beside what is recorded of each row."""
 
 
 def check_signals(names: Iterable[str], known: Collection[str] = SIGNALS) -> frozenset[str]:

@@ -53,7 +53,7 @@ class Vote(Settings):
         check_number(name, least=0.0, most=LARGEST_ALPHA, alpha=self.alpha)
         check_choice(name, tuple(PARSERS), parser=self.parser)
 
-    def weight(self, step: Int[np.ndarray, "*#b"], budget: Int[np.ndarray, "*#b"]) -> Float[np.ndarray, ...]:
+    def weight(self, step: Int[np.ndarray, "*#b"], budget: Int[np.ndarray, "*#b"]) -> Float[np.ndarray, " ..."]:
         """What steps weigh in runs of these budgets."""
         if self.weights == "fixed":
             return np.ones(np.broadcast_shapes(step.shape, budget.shape))

@@ -74,8 +74,8 @@ class MaskedModel(Model):
 
 
 def at_positions(
-    values: Shaped[Tensor, ...], tokens: Int[Tensor, "b n"], positions: Int[Tensor, " k"] | None
-) -> Shaped[Tensor, ...]:
+    values: Shaped[Tensor, " ..."], tokens: Int[Tensor, "b n"], positions: Int[Tensor, " k"] | None
+) -> Shaped[Tensor, " ..."]:
     """Of values of all positions [b n ...], hidden states or logits, those that are asked for [k ...].
 
     Args:

@@ -232,7 +232,7 @@ class Scope(Enum):
     ALL = "every position"
 
 
-OF_EACH = frozenset({"top1", "top2", "logsumexp", "entropy", "span_margin"})
+OF_EACH = frozenset({"top1", "top2", "logsumexp", "confidence", "entropy", "span_margin"})
 """Signals that say something of every position that is generated, decided or not."""
 
 

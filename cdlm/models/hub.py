@@ -230,7 +230,7 @@ def model_card(
     lines = [
         "---", "library_name: cdlm", "pipeline_tag: text-generation", f"tags: [language-model, {kind}]", "---", "",
         f"# Language model: {kind}", "",
-        "```python", "import cdlm", 'system = cdlm.load("FOLDER_OR_HUB_ID")',
+        "```python", "import cdlm", "", 'system = cdlm.load("FOLDER_OR_HUB_ID")',
         "print(cdlm.generate(system, n=4).texts)", "```", "",
         "## Configuration", "", fenced(json.dumps(config, indent=2), "json"), "",
     ]  # fmt: skip

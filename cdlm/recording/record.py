@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +40,9 @@ class Record:
     """Of a masked model: steps that each sample may take at most; None of a continuous one, whose grid says it."""
     ended: Bool[np.ndarray, " m"] | None = None
     """Samples that came to their end, where no rule halted them; None in records of earlier programs."""
+    positions: Mapping[str, Float[np.ndarray, "steps m n"]] = field(default_factory=dict)
+    """Signals of each open position by name, float16; NaN where nothing is open. Only of a run that is watched; files
+    do not hold them."""
 
     @property
     def steps(self) -> int:
@@ -146,6 +149,7 @@ class Record:
             None if self.commits is None else of(self.commits),
             None if self.budget is None else self.budget[samples],
             None if self.ended is None else self.ended[samples],
+            {name: values[:, samples] for name, values in self.positions.items()},
         )
 
     @staticmethod
@@ -165,14 +169,16 @@ class Record:
             _side_by_side(commits, first) if commits else None,
             np.concatenate([part.budgets for part in parts]) if parts[0].masked else None,
             np.concatenate(ended) if len(ended) == len(parts) else None,
+            {name: np.concatenate([part.positions[name] for part in parts], 1) for name in parts[0].positions},
         )
 
     def padded(self, steps: int) -> Record:
         """The same samples on a longer grid, which they left before its end."""
         more = [(0, steps - self.steps), (0, 0)]
         signals = {name: np.pad(values, more, constant_values=np.nan) for name, values in self.signals.items()}
+        positions = {n: np.pad(v, [*more, (0, 0)], constant_values=np.nan) for n, v in self.positions.items()}
         t, budget = np.pad(self.t, more, constant_values=np.nan), self.budgets if self.masked else None
-        return Record(t, np.pad(self.nfe, more), signals, self.switches, self.commits, budget, self.ended)
+        return Record(t, np.pad(self.nfe, more), signals, self.switches, self.commits, budget, self.ended, positions)
 
 
 def _side_by_side(parts: Sequence[Switches], first: Int[np.ndarray, " k"]) -> Switches:

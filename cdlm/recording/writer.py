@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -23,15 +23,20 @@ class Recorder:
         budget: most steps of a sample.
         start: tokens of the samples before the first step.
         mask_id: the mask of a masked model; None of a continuous one, in whose canvases open positions are `OPEN`.
+        watched: names of signals of each position to keep, as far as the steps have them.
     """
 
-    def __init__(self, names: Sequence[str], budget: int, start: Int[Tensor, "m n"], mask_id: int | None = None):
-        self.names, self.mask_id, count = names, mask_id, len(start)
+    def __init__(
+        self, names: Sequence[str], budget: int, start: Int[Tensor, "m n"], mask_id: int | None = None,
+        watched: Collection[str] = (),
+    ):  # fmt: skip
+        self.names, self.mask_id, self.watched, count = names, mask_id, sorted(watched), len(start)
         self.tokens = np.full(start.shape, -1, np.int64)
         self.t = np.full((budget, count), np.nan)
         self.nfe = np.zeros((budget, count), np.int32)
         self.budget, self.ended = np.full(count, budget), np.zeros(count, bool)
         self.signals: dict[str, np.ndarray] = {}
+        self.positions: dict[str, np.ndarray] = {}
         self.switches: list[Switches] = []
         self.commits: list[Switches] = []
 
@@ -46,6 +51,12 @@ class Recorder:
                 values = self.signals.setdefault(name, np.full(self.nfe.shape, np.nan, np.float32))
                 values[steps, columns] = state.signals[name].cpu().numpy()
         open_ = state.open.cpu().numpy()
+        for name in self.watched:
+            if name in state.signals:
+                if name not in self.positions:
+                    self.positions[name] = np.full((*self.nfe.shape, open_.shape[1]), np.nan, np.float16)
+                values = state.signals[name].float().cpu().numpy()
+                self.positions[name][steps, columns] = np.where(open_, values, np.nan)
         self.switches.append(_changes(tokens, self.tokens[columns], open_, steps, columns))
         self.tokens[columns] = tokens
         self.t[steps, columns] = state.t.cpu().numpy()
@@ -58,7 +69,8 @@ class Recorder:
         """The record of all steps so far."""
         commits = in_order(joined(self.commits)) if self.commits else None
         budget = None if self.mask_id is None else self.budget
-        return Record(self.t, self.nfe, self.signals, in_order(joined(self.switches)), commits, budget, self.ended)
+        switches = in_order(joined(self.switches))
+        return Record(self.t, self.nfe, self.signals, switches, commits, budget, self.ended, self.positions)
 
 
 def _changes(

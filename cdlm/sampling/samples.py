@@ -17,6 +17,7 @@ from cdlm.core.checks import shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing, write_rows, write_text
 from cdlm.core.types import HaltReason, LoopStep
+from cdlm.halting.criterion import Criterion
 from cdlm.halting.signals import RECORDED
 from cdlm.recording.record import Record
 from cdlm.recording.writer import Recorder
@@ -53,6 +54,21 @@ class Sample:
     """Characters of the text that came from the prompt: [start, end) of each part."""
     generated: Spans
     """Tokens of the text that did not."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Origin:
+    """What recorded samples came from, as far as it takes to show their steps and to try rules on them."""
+
+    family: str
+    """Of the model, such as "continuous"."""
+    weights: str
+    """Fingerprint of its weights; empty if it has none."""
+    settings: Mapping[str, Any]
+    """Of the sampler, and `ends`: the stop tokens of the texts."""
+    freezes: bool
+    """Whether the rule of the run settled tokens on the way."""
+    tokenizer: PreTrainedTokenizerFast | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,6 +113,8 @@ class Samples:
     """Model, fingerprint of its weights, sampling, rule and version."""
     record: Record | None = None
     """Statistics of every step; None unless the run was recorded."""
+    origin: Origin | None = None
+    """What a recorded run came from; None of one that a session did not draw."""
 
     def __len__(self) -> int:
         return len(self.nfe)
@@ -141,6 +159,32 @@ class Samples:
         lines = [f"  {sample.nfe:4} calls  {_short(sample)}" for sample in self[:SHOWN]]
         rest = [f"  ... and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
         return "\n".join([head, *lines, *rest])
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the page of `watch` if the run was recorded, and otherwise the texts."""
+        from cdlm.sampling.watch.page import notebook
+
+        return notebook(self)
+
+    def watch(
+        self, path: str | Path, *, rules: Sequence[str | Criterion] | None = None, beside: Sequence[Samples] = ()
+    ) -> Path:
+        """Write a page in which one watches the samples form: one HTML file that needs no network.
+
+        It shows the text at every step, maps of position and step, the signals, and where rules would have halted.
+
+        Args:
+            path: of the page, such as page.html.
+            rules: halting rules to try on the steps, objects or their texts; by default some that suit the model.
+            beside: samples of other models from the same prompts, shown side by side.
+
+        Raises:
+            CdlmError: the samples have no record or no tokenizer, none of the rules can be replayed on them, or the
+                place cannot be written.
+        """
+        from cdlm.sampling.watch.page import write_page
+
+        return write_page(path, self, rules, beside)
 
     @property
     def originals(self) -> list[int]:
@@ -337,6 +381,7 @@ def collect(
     budget: int,
     seed: int,
     record: bool = False,
+    watched: Collection[str] = (),
     mask_id: int | None = None,
     end_ids: Collection[int] = (),
 ) -> Samples:
@@ -345,6 +390,7 @@ def collect(
     Args:
         tokenizer: None leaves out the texts.
         record: keep every step; the loop must compute the signals of a record.
+        watched: names of signals of each position that the record keeps as well.
         mask_id: of a masked model.
         end_ids: stop tokens; texts are cut at the first one that was generated.
     """
@@ -353,7 +399,7 @@ def collect(
     tokens = torch.stack([request.tokens for request in requests])
     nfe, taken, settled = (np.zeros(count, np.int64) for _ in range(3))
     reasons, counted = [HaltReason.BUDGET] * count, [dict[str, int]() for _ in requests]
-    recorder = Recorder(RECORDED, budget, tokens, mask_id) if record else None
+    recorder = Recorder(RECORDED, budget, tokens, mask_id, watched) if record else None
     for step in steps:
         counts = step.counts
         leaving = counts.leaving

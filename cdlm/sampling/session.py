@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,21 @@ from cdlm.core.likelihood import LikelihoodSettings, Nats, Progress, Text
 from cdlm.core.parallel import Workers, deal
 from cdlm.core.types import AttributeOrProperty, LoopStep
 from cdlm.halting import Criterion
-from cdlm.halting.signals import check_signals
+from cdlm.halting.signals import WATCHED, check_signals
 from cdlm.sampling.loop import Loop, RunOptions, check_batch_size
 from cdlm.sampling.progress import with_progress
 from cdlm.sampling.prompts import Message, Prompt, checked_prompts
 from cdlm.sampling.requests import Asked, Request, check_requests, check_run, firsts
 from cdlm.sampling.requests import requests as row_requests
-from cdlm.sampling.samples import Samples, collect
+from cdlm.sampling.samples import Origin, Samples, collect
 from cdlm.sampling.voting import AnswerReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 S = TypeVar("S", bound="Sampling")
+Onlooker = Callable[[Iterable[LoopStep], Sequence[Request]], Iterable[LoopStep]]
+"""Passes the steps of a run on, and shows someone what happens."""
 
 
 @dataclass(frozen=True)
@@ -332,6 +334,7 @@ class Session:
         batch_size: samples in flight; by default the model's.
         workers: further processes with the same model; None serves all requests here.
         progress: show a bar.
+        onlooker: the steps of runs in this process pass through it, see `with_onlooker`.
     """
 
     model: Model
@@ -340,6 +343,7 @@ class Session:
     batch_size: int | None = None
     workers: Workers[Model] | None = None
     progress: bool = False
+    onlooker: Onlooker | None = None
     device: torch.device = field(init=False)
     """Where the model was when the session was opened."""
 
@@ -399,6 +403,18 @@ class Session:
         """The same, keeping every step of its runs, or none."""
         check_flag("a session", record=record)
         return self._with(options=replace(self.options, record=self.sampling.recorded if record else frozenset()))
+
+    def watched(self) -> Session:
+        """The same, keeping every step and what its positions were like: for `Samples.watch`."""
+        of_positions = self.signals.intersection(WATCHED)
+        return self._with(options=replace(self.options, record=self.sampling.recorded | of_positions))
+
+    def with_onlooker(self, onlooker: Onlooker) -> Session:
+        """The same under someone's eyes: every step of a run in this process passes through the onlooker. It can read
+        the tokens of a continuous model at each, and what a masked one has committed."""
+        seen = frozenset() if self.model.mask_id is not None else frozenset({"tokens"})
+        options = replace(self.options, record=self.options.record | seen)
+        return self._with(options=options, onlooker=onlooker, progress=False)
 
     def alone(self) -> Session:
         """The same in this process alone, without a bar: for wall time."""
@@ -493,15 +509,22 @@ class Session:
         else:
             first = firsts(requests)
             samples = self._served([requests[i] for i in sorted(set(first))]).repeated(first, requests)
-        return replace(samples, made_by=self.description)
+        origin = None if samples.record is None else self._origin
+        return replace(samples, made_by=self.description, origin=origin)
 
     def _served(self, requests: Sequence[Request]) -> Samples:
         """The samples of requests, drawn here or by the further processes."""
         work = partial(serve, self.sampling, self.options, self.batch_size)
         if self.workers is None or len(self.workers) == 1:
-            return work(self.model, requests, progress=self.progress)
+            return work(self.model, requests, progress=self.progress, onlooker=self.onlooker)
         order = [request.index for request in requests]
         return Samples.merge(self.workers.map(work, self.model, deal(requests, len(self.workers))), order)
+
+    @property
+    def _origin(self) -> Origin:
+        model, settings = self.model, {**self.settings, "ends": list(self.model.end_ids)}
+        weights = model.fingerprint or ""
+        return Origin(self.sampling.family, weights, settings, self.criterion.freezes, model.tokenizer)
 
     @property
     def description(self) -> dict[str, str]:
@@ -545,18 +568,18 @@ class Session:
 
     def _with(self, **changes: Any) -> Session:
         self._check_place()
-        kept = ("model", "sampling", "options", "batch_size", "workers", "progress")
+        kept = ("model", "sampling", "options", "batch_size", "workers", "progress", "onlooker")
         return Session(**{name: changes.get(name, getattr(self, name)) for name in kept})
 
 
 def serve(
     sampling: Sampling, options: RunOptions, batch_size: int | None, model: Model, requests: Sequence[Request],
-    progress: bool = False,
+    progress: bool = False, onlooker: Onlooker | None = None,
 ) -> Samples:  # fmt: skip
     """The samples of some requests, drawn in this process."""
     options = replace(options, criterion=reading(options.criterion, model))
     loop = sampling.loop(model, options, model.batch_size if batch_size is None else batch_size)
-    return run_loop(loop, model, requests, progress, record=options.record >= sampling.recorded)
+    return run_loop(loop, model, requests, progress, record=options.record >= sampling.recorded, onlooker=onlooker)
 
 
 def reading(rule: Criterion, model: Model) -> Criterion:
@@ -565,17 +588,21 @@ def reading(rule: Criterion, model: Model) -> Criterion:
 
 
 def run_loop(
-    loop: Loop[Any], model: Model, requests: Sequence[Request], progress: bool = False, *, record: bool = False
-) -> Samples:
+    loop: Loop[Any], model: Model, requests: Sequence[Request], progress: bool = False, *, record: bool = False,
+    onlooker: Onlooker | None = None,
+) -> Samples:  # fmt: skip
     """Run a loop to its end.
 
     Args:
         record: keep every step.
+        onlooker: what every step passes through.
     """
     steps: Iterable[LoopStep] = loop.steps(requests)
+    if onlooker is not None:
+        steps = onlooker(steps, requests)
     if progress:
         steps = with_progress(steps, len(requests))
     return collect(
         steps, requests, model.tokenizer, budget=loop.budget(requests), seed=loop.options.seed, record=record,
-        mask_id=model.mask_id, end_ids=model.end_ids,
+        watched=loop.options.record.intersection(WATCHED), mask_id=model.mask_id, end_ids=model.end_ids,
     )  # fmt: skip

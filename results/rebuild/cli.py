@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     draw.set_defaults(do=_render)
     test = commands.add_parser("check", help="say which pages and tables are not as they were made")
     test.set_defaults(do=lambda folders, options: check(folders))
-    given = commands.add_parser("ship", help="copy the models of the table 'shipped' into the package")
+    given = commands.add_parser("ship", help="copy the models of the tables shipped* into the package")
     given.add_argument("--data", type=Path, help="as of run")
     given.set_defaults(do=_ship)
     for command in (build, draw):
@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
 def _ship(folders: Folders, options: argparse.Namespace) -> list[str]:
     data = _data(options)
     builder = _builder(folders, data, in_new_process(folders.root), quick=False)
-    ship(builder, folders.definitions / "shipped.yaml", folders.root / "cdlm" / "shipped")
+    ship(builder, sorted(folders.definitions.glob("shipped*.yaml")), folders.root / "cdlm" / "shipped")
     return []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,35 @@ RUN, SHORT = "_run", "_short"
 CARD, MADE = "README.md", "made.json"
 
 
-def ship(builder: Builder, definition: Path, out: Path) -> None:
-    """Copy the packed models of a table to folders of their names, each with its commands and numbers (`made.json`).
+def ship(builder: Builder, definitions: Sequence[Path], out: Path) -> None:
+    """Copy the packed models of tables to folders of their names, each with its commands and numbers (`made.json`).
 
     Cards are rendered afterwards, like pages.
 
     Raises:
-        CdlmError: the table or a model of it is not there, or all are larger than `MOST`.
+        CdlmError: a table or a model of it is not there, or all are larger than `MOST`.
     """
-    table = read_table(definition)
-    content = document.read(definition.with_suffix(".json"))
-    packed = {t.name: t.place for t in builder.places(table).trainings if not t.name.endswith((RUN, SHORT))}
-    if missing := [str(place) for place in packed.values() if not place.is_dir()]:
-        raise CdlmError(f"{missing[0]} is not there: python results/build.py run {table.name} makes it")
-    size = sum(file.stat().st_size for place in packed.values() for file in place.iterdir())
+    packed = [found for definition in definitions for found in _packed(builder, definition)]
+    size = sum(file.stat().st_size for place, _ in packed for file in place.iterdir())
     if size > MOST:
         raise CdlmError(f"the models have {size:,} bytes, at most {MOST:,} ship: train smaller ones")
-    for name, place in packed.items():
+    for place, content in packed:
+        name = place.name.rpartition("-")[0]
         with replacing(out / name) as new:
             shutil.copytree(place, new)
             (new / CARD).unlink(missing_ok=True)
             write_json(new / MADE, made(content, name))
     print(f"{len(packed)} models, {size:,} bytes, in {out}")
+
+
+def _packed(builder: Builder, definition: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The folders of a table's models that ship, each with what the table found."""
+    content = document.read(definition.with_suffix(".json"))
+    table = read_table(definition)
+    places = [t.place for t in builder.places(table).trainings if not t.name.endswith((RUN, SHORT))]
+    if missing := [str(place) for place in places if not place.is_dir()]:
+        raise CdlmError(f"{missing[0]} is not there: python results/build.py run {table.name} makes it")
+    return [(place, content) for place in places]
 
 
 def made(content: dict[str, Any], name: str) -> dict[str, Any]:
@@ -50,5 +58,5 @@ def made(content: dict[str, Any], name: str) -> dict[str, Any]:
         if one["name"] in wanted:
             models.insert(0, one)
             wanted += [other["name"] for other in content["models"] if f"{{{other['name']}}}" in one["command"]]
-    rows = [row for row in content["rows"] if row.get("ship") == name]
+    rows = [row for row in content["rows"] if row.get("way") == name]
     return {"table": content["table"], "models": models, "rows": rows}

@@ -50,7 +50,7 @@ class Tables:
     def names(self) -> dict[str, Callable[..., Any]]:
         """What templates can call."""
         return {"table": self.table, "row": self.row, "rows": self.rows, "values": self.values, "about": self.about,
-                "made_by": self.made_by}  # fmt: skip
+                "made_by": self.made_by, "commit": self.commit}  # fmt: skip
 
     def table(self, name: str, columns: Columns = (), /, by: str = "", **where: Any) -> str:
         """A table in Markdown, the first column on the left and the others on the right.
@@ -103,6 +103,10 @@ class Tables:
     def about(self, name: str, /, **where: Any) -> Row:
         """What the first such file of rows says of all its rows: settings, judge, notes."""
         return _chosen([Row(about) for about in self._content(name)["files"]], name, where)[0]
+
+    def commit(self, name: str) -> str:
+        """The commit that a table was built from, its first ten letters."""
+        return (self._content(name)["commit"] or "none")[:10]
 
     def made_by(self, name: str) -> str:
         """How to rebuild a table, and where and when it was built."""

@@ -32,6 +32,7 @@ def commands(place: Path) -> Mapping[str, Sequence[str]]:
     main(["sample", run, *QUICK, "--record", recording, "--out", samples])
     return {
         "sample": (run, *QUICK),
+        "watch": (run, *QUICK, f"--out={place / 'page.html'}"),
         "replay": (recording, "--halt=Patience(2)", "--quiet"),
         "calibrate": (run, *JUDGED),
         "compare": (run, *JUDGED, f"--out={place / 'table'}"),

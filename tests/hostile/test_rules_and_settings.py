@@ -48,7 +48,8 @@ def test_there_are_thousands_of_trials(tried: Mapping[str, list]) -> None:
 
 
 NOWHERE: dict[str, list[str]] = {
-    "sample": ["nowhere/run"], "replay": ["nowhere/rec", "--halt=Patience(2)"],
+    "sample": ["nowhere/run"], "watch": ["nowhere/run", "--out=page.html"],
+    "replay": ["nowhere/rec", "--halt=Patience(2)"],
     "calibrate": ["nowhere/run"], "compare": ["nowhere/run", "--n=8"],
     "evaluate": ["nowhere/run", "nowhere/s.jsonl"], "train-judge": ["nowhere/run", "judge"],
     "train-encoder": ["nowhere/run", "encoder"],

@@ -20,6 +20,7 @@ COMMANDS = (
     Command("train", "cdlm.cli.train", "train a model on text, into a run folder", own=True),
     Command("distill", "cdlm.cli.commands.distill", "distil a continuous model to students of few steps"),
     Command("sample", "cdlm.cli.commands.sample", "draw samples from a model, with adaptive halting"),
+    Command("watch", "cdlm.cli.commands.watch", "write a page in which one watches samples form"),
     Command("replay", "cdlm.cli.commands.replay", "try halting rules on recorded runs, without the model"),
     Command("calibrate", "cdlm.cli.commands.calibrate", "choose a rule's setting by the quality it may lose"),
     Command(

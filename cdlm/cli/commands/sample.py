@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
 from cdlm.core.parsing import brief
-from cdlm.core.progress import announce, to_stderr
+from cdlm.core.progress import announce, show_announced, to_stderr
 from cdlm.evaluation.plots.trajectories import plot_samples
 from cdlm.halting import Full, parse_criterion
 from cdlm.masked.sampler import UnmaskingSettings
@@ -23,6 +24,7 @@ from cdlm.sampling.recordings import recording_of, write_recording
 from cdlm.sampling.requests import Request
 from cdlm.sampling.samples import Sample, Samples
 from cdlm.sampling.session import Session
+from cdlm.sampling.watch.terminal import onlooker_on
 
 PROMPTS, OUTPUT, MACHINE = PromptOptions(), OutputOptions(), MachineOptions()
 DIFFUSION, UNMASKING = DiffusionSettings(), UnmaskingSettings()
@@ -34,6 +36,7 @@ def sample(
     steps: int | None = None,
     halt: str | None = None,
     device_map: str | None = None,
+    watch: bool = False,
     prompts: PromptOptions = PROMPTS,
     output: OutputOptions = OUTPUT,
     diffusion: DiffusionSettings = DIFFUSION,
@@ -51,6 +54,7 @@ def sample(
             that cdlm calibrate has chosen.
         device_map: of LLaDA and Dream, "auto" divides a model that one GPU does not hold among those of this machine,
             and its memory (needs accelerate).
+        watch: in a terminal, show the text of some samples while it forms; on one device.
     """
     if output.record is not None and (halt == "auto" or not isinstance(parse_criterion(halt), Full)):
         raise CdlmError("a recording is of full-length runs, on which cdlm replay tries rules: leave out --halt")
@@ -67,6 +71,9 @@ def sample(
         if output.record is not None or output.plot is not None:
             session.check_recordable(requests, "plotted" if output.record is None else "recorded")
             session = session.recorded()
+        if watch and not machine.quiet and (onlooker := onlooker_on(sys.stderr, session.model)):
+            show_announced()
+            session = session.with_onlooker(onlooker)
         samples = session.run(requests)
     commit = getattr(session.sampling, "commit", None)
     ends = halt or ("no halting" if commit is None else f"commits by {brief(commit)}")

@@ -30,7 +30,7 @@ def aup(curve: Curve, y_max: float) -> float:
     ordered = sorted(curve, key=lambda point: (point[0], -point[1]))
     r, y = np.array([point for point in ordered if point[1] >= ordered[0][1] - FALL], np.float64).T
     weighted = y * np.minimum(np.exp(-PENALTY * (1 - y / y_max)), 1) if y_max > 0 else y
-    return float(r[0] * y[0] + np.trapezoid(weighted, r))
+    return float(r[0] * y[0] + (np.diff(r) * (weighted[1:] + weighted[:-1]) / 2).sum())
 
 
 def accuracy_of(loss: float, best: float) -> float:

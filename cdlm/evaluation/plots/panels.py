@@ -78,7 +78,7 @@ class Panel:
 Style = tuple[str, str]
 """Colour and marker of a line."""
 STYLES: tuple[Style, ...] = tuple(zip(COLORS, MARKERS, strict=True))
-RULE_STYLES = dict(zip(
+RULE_STYLES: dict[str, Style] = dict(zip(
     ("Patience", "Entropy", "KL", "SchED", "Prophet", "JoT", "NormConvergence", "AngleConvergence", "FixedPoint",
      "StableAndConfident", "Mutual", "Full"), STYLES, strict=True,
 ))  # fmt: skip

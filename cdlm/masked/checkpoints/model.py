@@ -246,6 +246,8 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
+
 
 def open_checkpoint(
     folder: Path,
