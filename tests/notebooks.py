@@ -68,7 +68,8 @@ def _shown(source: str, names: dict[str, Any], place: str) -> list[Output]:
     last = parsed.body.pop() if parsed.body and isinstance(parsed.body[-1], ast.Expr) else None
     printed, said, value = io.StringIO(), io.StringIO(), None
     with redirect_stdout(printed), redirect_stderr(said):
-        exec(compile(parsed, place, "exec", dont_inherit=True), names)  # text of this repository, run as a reader would run it
+        # Text of this repository, run as a reader would run it: without the __future__ of this file.
+        exec(compile(parsed, place, "exec", dont_inherit=True), names)
         if isinstance(last, ast.Expr):
             value = eval(compile(ast.Expression(last.value), place, "eval", dont_inherit=True), names)
     assert not said.getvalue(), f"{place} wrote to standard error: {said.getvalue()}"

@@ -64,7 +64,7 @@ def test_the_file_is_as_it_is_stored(path: Path) -> None:
 @names
 def test_a_tutorial_is_short_and_the_index_names_it(path: Path) -> None:
     assert 15 <= len(notebooks.read(path)["cells"]) <= 30
-    assert f"({path.name})" in (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert f"(tutorials/{path.name})" in (FOLDER.parent / "tutorials.md").read_text(encoding="utf-8")
 
 
 @names
