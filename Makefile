@@ -30,7 +30,7 @@ QUICK  := runs/quick
 SAMPLE := --n 256 --solver "Ancestral()"
 
 .DEFAULT_GOAL := help
-.PHONY: help quick demo test test-soak test-lowest results results-quick results-check docs lint format clean
+.PHONY: help quick demo tutorials test test-soak test-lowest results results-quick results-check docs lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -54,6 +54,9 @@ demo: $(VENV)/.demo  ## Three samples of the model that ships; then train such a
 		--plot $(DEMO)/plot.png
 	$(VENV)/bin/cdlm evaluate $(DEMO) $(DEMO)/samples.jsonl $(DEMO)/full.jsonl
 	@echo "The model is the folder $(DEMO). Next: cdlm sample $(DEMO) --n 4, or cdlm train --text yours.txt --out runs/mine."
+
+tutorials: $(VENV)/.dev  ## Run the notebooks of docs/tutorials and store what they show
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(PY) -m notebooks docs/tutorials/*.ipynb
 
 test: $(VENV)/.dev  ## Run the tests, with shapes checked at run time
 	$(PYTEST)

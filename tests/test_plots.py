@@ -9,7 +9,7 @@ import toys
 
 from cdlm.api import generate
 from cdlm.core.errors import CdlmError
-from cdlm.evaluation.plots.figure import COLORS, MARKERS, check_plot_path
+from cdlm.evaluation.plots.figure import COLORS, MARKERS, check_plot_path, new_figure, plain_log_ticks
 from cdlm.evaluation.plots.panels import Line, Panel, draw, styles
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel, limits, plot_pareto
 from cdlm.evaluation.plots.trajectories import MOST_BINS, halting_bins, plot_samples, plot_trajectories
@@ -240,3 +240,22 @@ def test_samples_without_a_record_have_no_plot(tmp_path: Path):
     samples = generate(model, n=1, steps=2)
     with pytest.raises(CdlmError, match="no record to plot"):
         plot_samples(samples, tmp_path / "a.png", "")
+
+
+def test_a_run_that_nothing_ended_early_has_no_halting_steps(tmp_path: Path):
+    model = toys.with_tokenizer()
+    full, halted = (generate(model, n=2, steps=6, record=True, halt=halt) for halt in (None, "FixedSteps(3)"))
+    sizes = [png_size(plot_samples(samples, tmp_path / "a.png", "")) for samples in (full, halted)]
+    assert sizes[0][1] < sizes[1][1]
+
+
+@pytest.mark.parametrize("low", [1e-9, 1e-7, 1e-6, 1e-5, 1e-3, 0.3])
+@pytest.mark.parametrize("height", [1.5, 3.0])
+def test_a_logarithmic_axis_has_ticks_over_any_number_of_decades(low: float, height: float):
+    figure = new_figure(4.0, height, 100)
+    axis = figure.add_subplot()
+    axis.plot([low, 1.0])
+    axis.set_yscale("log")
+    plain_log_ticks(axis.yaxis)
+    bottom, top = axis.get_ylim()
+    assert sum(bottom <= tick <= top for tick in axis.yaxis.get_ticklocs()) >= 2

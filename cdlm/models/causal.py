@@ -18,7 +18,7 @@ from cdlm.core.checks import shown
 from cdlm.core.errors import CdlmError
 from cdlm.core.tensors import check_values
 from cdlm.models import shipped
-from cdlm.models.foreign import check_folder
+from cdlm.models.foreign import check_folder, only_errors
 from cdlm.models.hub import fingerprint_of
 
 if TYPE_CHECKING:
@@ -166,14 +166,15 @@ def _read(kind: Any, source: str, dtype: torch.dtype | str, local: bool) -> Open
         raise OSError(f"no config.json in {folder}.")  # a copy in the cache that was not finished
     check_folder(folder)
     tokenizer = with_offsets(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    model, info = kind.from_pretrained(
-        folder,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=dtype,
-        output_loading_info=True,
-    )
+    with only_errors():  # and no bar in a notebook
+        model, info = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            output_loading_info=True,
+        )
     check_values(folder, complete(model, info).state_dict())
     return tokenizer, model, origin
 

@@ -28,6 +28,9 @@ MARKERS = "osD^vP*X<>ph"
 METADATA: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".png": {}, ".svg": {"Date": None}}
 """Kinds of files by ending, each with what is left out of it: the same figure gives the same bytes at any time."""
 
+MOST_DECADES = 4
+"""Of a logarithmic axis with ticks between powers of ten."""
+
 
 def check_plot_path(path: Path) -> None:
     """Raise unless the file name ends in a kind of picture that can be written."""
@@ -78,9 +81,11 @@ def label_axes(axis: Axes, title: str, x: str, y: str) -> None:
 
 
 def plain_log_ticks(axis: Axis) -> None:
-    """Ticks of a logarithmic axis at 1, 2, 5, 10, ..., written out."""
+    """Ticks of a logarithmic axis at 1, 2, 5, 10, ..., written out; of one over many decades at 1, 10, ... alone."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_view_interval()
+    many = low > 0 and high / low > 10**MOST_DECADES  # where LogLocator has no ticks between powers of ten, nor these
+    axis.set_major_locator(LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())

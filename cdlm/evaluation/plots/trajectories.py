@@ -62,8 +62,9 @@ GROUPS = (
 )
 
 
-def plot_samples(samples: Samples, path: Path, title: str) -> Path:
-    """Switches, norms and angles of recorded samples against the step, with the halting steps marked.
+def plot_samples(samples: Samples, path: str | Path, title: str) -> Path:
+    """Switches, norms and angles of recorded samples against the step, with the halting steps marked if some of them
+    took fewer steps than they might.
 
     Raises:
         CdlmError: the samples have no record, or the file is of a kind that cannot be written.
@@ -72,7 +73,8 @@ def plot_samples(samples: Samples, path: Path, title: str) -> Path:
         raise CdlmError("the samples have no record to plot: draw them with record=True")
     record = samples.record
     columns = {**record.signals, "switches": np.where(record.nfe > 0, record.switch_counts(), np.nan)}
-    return plot_trajectories(columns, path, halted=samples.steps - 1, title=title)
+    halted = samples.steps - 1 if (samples.steps < record.budgets).any() else None
+    return plot_trajectories(columns, path, halted=halted, title=title)
 
 
 def plot_trajectories(
