@@ -81,7 +81,7 @@ def _shown(source: str, names: dict[str, Any], place: str) -> list[Output]:
 def _result(value: Any) -> list[Output]:
     if value is None:
         return []
-    data = {"text/plain": _lines(_ADDRESS.sub("", repr(value)))}
+    data: dict[str, Any] = {"text/plain": _lines(_ADDRESS.sub("", repr(value)))}
     if (html := getattr(value, "_repr_html_", lambda: None)()) is not None:
         data["text/html"] = _lines(html)
     if (png := getattr(value, "_repr_png_", lambda: None)()) is not None:
