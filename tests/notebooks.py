@@ -69,9 +69,12 @@ def _shown(source: str, names: dict[str, Any], place: str) -> list[Output]:
     printed, said, value = io.StringIO(), io.StringIO(), None
     with redirect_stdout(printed), redirect_stderr(said):
         # Text of this repository, run as a reader would run it: without the __future__ of this file.
-        exec(compile(parsed, place, "exec", dont_inherit=True), names)
-        if isinstance(last, ast.Expr):
-            value = eval(compile(ast.Expression(last.value), place, "eval", dont_inherit=True), names)
+        try:
+            exec(compile(parsed, place, "exec", dont_inherit=True), names)
+            if isinstance(last, ast.Expr):
+                value = eval(compile(ast.Expression(last.value), place, "eval", dont_inherit=True), names)
+        except SystemExit:  # a command that fails says why on standard error
+            print("and ended the program", file=said)
     assert not said.getvalue(), f"{place} wrote to standard error: {said.getvalue()}"
     value = None if source.rstrip().endswith(";") else value
     stream = [{"name": "stdout", "output_type": "stream", "text": _lines(printed.getvalue())}]

@@ -104,3 +104,11 @@ def test_what_is_written_to_standard_error_is_not_stored(tmp_path: Path) -> None
     file.write_text(json.dumps({"cells": [{"cell_type": "code", "source": [source], "outputs": []}]}))
     with pytest.raises(AssertionError, match="a bar"):
         notebooks.run(file, tmp_path)
+
+
+def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
+    source = "from cdlm.cli.main import main\nmain(['evaluate', 'nowhere', 'nothing.txt'])"
+    file = tmp_path / "a.ipynb"
+    file.write_text(json.dumps({"cells": [{"cell_type": "code", "source": [source], "outputs": []}]}))
+    with pytest.raises(AssertionError, match=r"nothing\.txt"):
+        notebooks.run(file, tmp_path)
