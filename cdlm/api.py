@@ -16,7 +16,7 @@ from cdlm.continuous.systems import langflow
 from cdlm.core.checks import check_choice, check_flag, shown
 from cdlm.core.devices import Precision, resolve_device
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import read_json, write_text
+from cdlm.core.files import check_new_folder, read_json, write_text
 from cdlm.core.likelihood import LikelihoodSettings, Ode
 from cdlm.core.parallel import workers_on
 from cdlm.core.parsing import nearest
@@ -37,7 +37,6 @@ from cdlm.models import hub, lora, shipped
 from cdlm.models.hub import Pretrained
 from cdlm.runs import caches
 from cdlm.runs import config as names
-from cdlm.runs.config import RunConfig
 from cdlm.runs.train import RunText
 from cdlm.sampling.loop import RunOptions
 from cdlm.sampling.prompts import Message, Prompt
@@ -120,8 +119,7 @@ def merge(name: str | Path, out: str | Path) -> None:
     path, folder = hub.locate(name), Path(out)
     if not lora.is_adapter(path):
         raise CdlmError(f"{path} holds no adapter, as cdlm train --lora writes it: there is nothing to merge")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CdlmError(f"{folder} is there already: choose a new folder")
+    check_new_folder(folder)
     model, base = load(path, device="cpu", precision="fp32"), hub.locate(lora.read_settings(path)[1])
     network = getattr(model, "network", None)
     assert isinstance(network, torch.nn.Module)
@@ -251,13 +249,13 @@ def open_bench(
         CdlmError: the model's folder is not that of a run, the recordings are not of this session, or the workload
             does not suit the model.
     """
-    config, text = _text_of(session)
+    text = _text_of(session)
     requests, work = ask(session, n, length, workload)
     recording = None if recordings is None else find_recording(recordings, session, requests)
-    small = small_judge(config, text, judge_steps)
+    small = small_judge(text, judge_steps)
     opens = partial(open_judge, judge, small, str(session.device), session.progress)
     # A wrong name is refused before any work; the small judge is trained when it is needed.
-    real = real_text(config, text)
+    real = real_text(text)
     return Bench.of(session, requests, opens() if judge else opens, real, recording, work)
 
 
@@ -279,28 +277,27 @@ def ask(
         raise CdlmError(
             f"a workload has lengths of its own, got length={length} beside {chosen!r}: leave one of them out"
         )
-    work = chosen.draw(real_text(*_text_of(session)), n, session.seed)
+    work = chosen.draw(real_text(_text_of(session)), n, session.seed)
     return list(work.requests), work
 
 
-def _text_of(session: Session) -> tuple[RunConfig, RunText]:
-    """The settings and the text of the run that a session's model is of."""
+def _text_of(session: Session) -> RunText:
+    """The text of the run that a session's model is of."""
     model = session.model
     if model.folder is None:
         raise CdlmError(f"{model.name} has no run folder, whose settings would name the text that it is judged beside")
-    config = names.read_run(model.folder)
-    return config, RunText.of(config, model.tokenizer)
+    return RunText.of(names.read_run(model.folder), model.tokenizer)
 
 
-def real_text(config: RunConfig, text: RunText) -> RealText:
+def real_text(text: RunText) -> RealText:
     """The real text of a run, that samples are compared with."""
-    return RealText(text.valid, text.unread, text.tokenizer, config.source, text.train.store)
+    return RealText(text.valid, text.unread, text.tokenizer, text.config.source, text.train.store)
 
 
-def small_judge(config: RunConfig, text: RunText, steps: int) -> SmallJudge:
+def small_judge(text: RunText, steps: int) -> SmallJudge:
     """How the small judge of a run's text is trained; it is kept in the cache of the run."""
-    cache = caches.place_of(config.cache) / "judges"
-    return SmallJudge(text.judge, text.tokenizer, config.batch_size, cache, steps)
+    cache = caches.place_of(text.config.cache) / "judges"
+    return SmallJudge(text.judge, text.tokenizer, text.config.batch_size, cache, steps)
 
 
 def warning_of_commits(session: Session) -> str | None:

@@ -22,7 +22,7 @@ from cdlm.data.sources import Files, Stories
 from cdlm.models import hub, shipped
 from cdlm.runs import caches
 from cdlm.runs.config import RunConfig, read_run
-from cdlm.runs.pack import TYPES, Half, pack
+from cdlm.runs.pack import TYPES, WeightType, pack
 from cdlm.runs.train import RunText, train
 
 
@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_a_packed_model_is_the_model_with_rounded_weights(name: Half, run: Path, tmp_path: Path) -> None:
+def test_a_packed_model_is_the_model_with_rounded_weights(name: WeightType, run: Path, tmp_path: Path) -> None:
     command.main(["pack", str(run), str(tmp_path / "out"), "--dtype", name, "--quiet"])
     before, after = hub.read(run).weights, hub.read(tmp_path / "out").weights
     assert before.keys() == after.keys()
@@ -198,5 +198,5 @@ def test_the_model_of_problems_solves_an_easy_one() -> None:
 def test_the_judge_of_stories_is_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CDLM_CACHE", str(tmp_path))
     text = RunText.of_run("stories")
-    found = api.small_judge(text.config, text, 500)
+    found = api.small_judge(text, 500)
     assert found.key == json.loads((shipped.FOLDER / "stories-judge" / "judge.json").read_text())["key"]

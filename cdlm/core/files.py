@@ -132,6 +132,16 @@ def check_path(path: str | Path) -> None:
         raise CdlmError(f"{str(path)!r} cannot be the name of a file: write a path")
 
 
+def check_new_folder(path: Path) -> None:
+    """Raise if there is anything at the path but an empty folder.
+
+    Raises:
+        CdlmError: there is.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CdlmError(f"{path} is there already: choose a new folder")
+
+
 def check_places(*paths: Path | None) -> None:
     """Raise, before long work, if its results could not be written to one of the paths; None is no path.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdlm.continuous.published.layout import Layout, Official
 from cdlm.core.errors import CdlmError, first_line
-from cdlm.core.files import read_json, replacing
+from cdlm.core.files import check_new_folder, read_json, replacing
 from cdlm.core.tensors import Lazy, Spec, check_value, lazy_tensors, same_specs, specs_of, write_tensors
 from cdlm.data.tokenizer import load_tokenizer
 from cdlm.models import hub
@@ -35,8 +35,7 @@ def convert(layout: Layout, source: Path, out: Path, tokenizer: str | None = Non
         CdlmError: a tensor is missing, unexpected or of another shape; the tokenizer is of another size than the
             weights; our folder's system has no such format; or `out` is there already.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CdlmError(f"{out} is there already: choose a new folder")
+    check_new_folder(out)
     if not source.is_dir():
         raise CdlmError(f"{source} is not a folder: expected one with a published checkpoint, or a model folder")
     (_to_official if _is_ours(source) else _to_ours)(layout, source, out, tokenizer)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cdlm.core import plain_yaml
 from cdlm.core.checks import check_choice
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import replacing, write_text
+from cdlm.core.files import check_new_folder, replacing, write_text
 from cdlm.core.tensors import specs_of, write_tensors
 from cdlm.models import hub
 from cdlm.models.lora import is_adapter
@@ -21,12 +21,12 @@ from cdlm.runs import caches
 from cdlm.runs.train import without_folders
 from cdlm.sampling.texts import save_tokenizer
 
-Half = Literal["fp16", "bf16", "fp32"]
-"""How weights are kept in a file. They are float32 again when the model is loaded."""
-TYPES: dict[Half, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+WeightType = Literal["fp16", "bf16", "fp32"]
+"""Of weights in a file. They are float32 again when the model is loaded."""
+TYPES: dict[WeightType, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def pack(run: str | Path, out: str | Path, dtype: Half = "fp16") -> None:
+def pack(run: str | Path, out: str | Path, dtype: WeightType = "fp16") -> None:
     """Copy a model to a new folder: its weights, rounded, its settings, tokenizer and card, and nothing else.
 
     Args:
@@ -38,9 +38,9 @@ def pack(run: str | Path, out: str | Path, dtype: Half = "fp16") -> None:
         CdlmError: there is no such model, it is an adapter or of another library, a weight is too large for the type,
             or `out` is there already.
     """
-    check_choice("a packed model", get_args(Half), dtype=dtype)
+    check_choice("a packed model", get_args(WeightType), dtype=dtype)
     source, out = hub.locate(run), Path(out)
-    check_new(out)
+    check_new_folder(out)
     if is_adapter(source) or hub.is_foreign(source):
         kind = "an adapter" if is_adapter(source) else "a model of another library"
         raise CdlmError(f"{source} holds {kind}, expected a model of this toolkit: name one")
@@ -57,12 +57,6 @@ def pack(run: str | Path, out: str | Path, dtype: Half = "fp16") -> None:
         write_tensors(
             new / "model.safetensors", specs_of(weights), {k: (lambda v=value: v) for k, value in weights.items()}
         )
-
-
-def check_new(out: Path) -> None:
-    """Raise if something is there."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CdlmError(f"{out} is there already: choose a new folder")
 
 
 def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -57,8 +57,8 @@ class Ladder(Study):
 
     def _of(self, model: str) -> Iterator[dict[str, Any]]:
         text = RunText.of_run(model)
-        real = real_text(text.config, text)
-        judge = small_judge(text.config, text, self.judge_steps).open(self.device, not self.quiet)
+        real = real_text(text)
+        judge = small_judge(text, self.judge_steps).open(self.device, not self.quiet)
         count = min(self.n, real.most)
         for kind in self.features:
             found = ladder(real, count, FEATURES.parse(kind), Readers(judge), self.splits)

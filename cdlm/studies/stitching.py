@@ -264,7 +264,7 @@ class Stitching(Answering):
         if self.judge is not None:
             return Judge.load(self.judge, device)
         text = RunText.of_run(model)
-        small = small_judge(text.config, text, self.judge_steps)
+        small = small_judge(text, self.judge_steps)
         return small.open(device, not self.quiet)
 
 

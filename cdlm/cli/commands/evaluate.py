@@ -23,7 +23,7 @@ from cdlm.evaluation.small_judge import OWN, open_judge
 from cdlm.evaluation.table import Evaluation
 from cdlm.evaluation.texts import Entry, read_texts
 from cdlm.models import hub
-from cdlm.runs.config import RunConfig, read_run
+from cdlm.runs.config import RunConfig
 from cdlm.runs.train import RunText
 from cdlm.sampling.prompts import Prompt
 
@@ -183,20 +183,19 @@ def evaluate(
         raise CdlmError(
             f"{run} is another library's model, which has no held-out text here: give a run folder, or --answers"
         )
-    config = read_run(run)
     place = _place(run, out, "evaluation.json", machine.quiet)
     text = RunText.of_run(run)
-    real = api.real_text(config, text)
+    real = api.real_text(text)
     if held_out:
         with session_on(machine, run) as session:
             _report(likelihood_of(session, real, likelihood.rows, settings), place, machine)
     if files:
         count = min([len(texts) for texts in files.values()] + ([] if n is None else [n]))
-        small = api.small_judge(config, text, judge.judge_steps)
+        small = api.small_judge(text, judge.judge_steps)
         found = evaluate_files(
             {name: texts[:count] for name, texts in files.items()}, real,
             [partial(open_judge, name, small, progress=not machine.quiet) for name in judge.judge],
-            distances=distances, device=machine.device, devices=machine.devices, notes=_notes(config, judge.judge),
+            distances=distances, device=machine.device, devices=machine.devices, notes=_notes(text.config, judge.judge),
         )  # fmt: skip
         _report(found, place, machine)
 

@@ -51,7 +51,7 @@ def frontier(
     files = _read(ways)
     compared = _named(rivals, list(files))
     text = RunText.of_run(run)
-    real, small = api.real_text(text.config, text), api.small_judge(text.config, text, judge.judge_steps)
+    real, small = api.real_text(text), api.small_judge(text, judge.judge_steps)
     drawn = [each for way, entries in files.items() for each in drawn_from(way, entries, real.samples)]
     check_noise(drawn)
     opens = [partial(open_judge, name, small, progress=not machine.quiet) for name in judge.judge]

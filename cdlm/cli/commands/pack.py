@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cdlm.core.files import check_new_folder
 from cdlm.core.progress import to_stderr
 from cdlm.evaluation.judge import Judge, read_name
 from cdlm.models import shipped
-from cdlm.runs.pack import TYPES, Half, check_new
+from cdlm.runs.pack import TYPES, WeightType
 from cdlm.runs.pack import pack as packed
 
 
-def pack(run: str, out: Path, *, dtype: Half = "fp16", quiet: bool = False) -> None:
+def pack(run: str, out: Path, *, dtype: WeightType = "fp16", quiet: bool = False) -> None:
     """Copy a model to a new folder as it can be shared: weights in half precision, settings, tokenizer and card.
 
     Args:
@@ -21,7 +22,7 @@ def pack(run: str, out: Path, *, dtype: Half = "fp16", quiet: bool = False) -> N
         quiet: print errors only.
     """
     if read_name(shipped.place_of(run)) is not None:
-        check_new(out)
+        check_new_folder(out)
         Judge.load(run, dtype=TYPES[dtype]).save(out)
     else:
         packed(run, out, dtype)

@@ -22,4 +22,4 @@ def train_judge(run: str, out: Path, *, steps: int = 500, machine: DeviceOptions
     """
     check_places(out)
     text = RunText.of_run(run)
-    api.small_judge(text.config, text, steps).open(machine.device, not machine.quiet).save(out)
+    api.small_judge(text, steps).open(machine.device, not machine.quiet).save(out)
