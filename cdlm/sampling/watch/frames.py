@@ -131,12 +131,12 @@ def need_origin(samples: Samples) -> tuple[Origin, PreTrainedTokenizerFast]:
     return samples.origin, samples.origin.tokenizer
 
 
-def default_rules(family: str, steps: int) -> list[Criterion]:
-    """Rules to try where none are given: patience in proportion to the steps, and what suits the family."""
+def default_rules(steps: int) -> list[Criterion]:
+    """Rules to try where none are given, of which a model gets those that its record can answer."""
     from cdlm.halting import KL, Entropy, FixedSteps, NormConvergence, Patience, SchED
 
-    suited: Criterion = NormConvergence(0.01) if family == "continuous" else SchED()
-    return [Patience(max(2, steps // 10)), Entropy(0.1), KL(0.001), suited, FixedSteps(max(1, steps // 2))]
+    patience, half = Patience(max(2, steps // 10)), FixedSteps(max(1, steps // 2))
+    return [patience, Entropy(0.1), KL(0.001), NormConvergence(0.01), SchED(), half]
 
 
 def _tried(
@@ -147,7 +147,7 @@ def _tried(
         return [], ["A rule halted these samples or settled their tokens, so that no other can be tried on them."]
     recording = recording_of(samples, origin)
     tried, notes = [], []
-    for rule in default_rules(origin.family, recording.record.steps) if rules is None else rules:
+    for rule in default_rules(recording.record.steps) if rules is None else rules:
         try:
             check_replayable(recording, rule)
         except CdlmError as error:
