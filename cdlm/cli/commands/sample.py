@@ -16,6 +16,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
 from cdlm.core.parsing import brief
 from cdlm.core.progress import announce, show_announced, to_stderr
+from cdlm.evaluation.plots.figure import short_names
 from cdlm.evaluation.plots.trajectories import plot_samples
 from cdlm.halting import Full, parse_criterion
 from cdlm.masked.sampler import UnmaskingSettings
@@ -77,7 +78,7 @@ def sample(
         samples = session.run(requests)
     commit = getattr(session.sampling, "commit", None)
     ends = halt or ("no halting" if commit is None else f"commits by {brief(commit)}")
-    title = f"{run}, {samples.budget} steps, {ends}"
+    title = f"{short_names([run])[run]}, {samples.budget} steps, {ends}"
     _write(samples, session, output, title, machine.quiet, marked=work is not None)
 
 
@@ -106,7 +107,7 @@ def _write(samples: Samples, session: Session, output: OutputOptions, title: str
         if not quiet:
             to_stderr(f"{file}: {file.stat().st_size:,} bytes")
     if output.plot is not None:
-        plot_samples(samples, output.plot, title)
+        plot_samples(samples, output.plot, title, output.style)
     if output.out is not None:
         samples.save(output.out)
     if quiet:
