@@ -29,11 +29,11 @@ class JudgeOptions:
     judge: str | None = None
     """Any Hugging Face causal language model, by folder, GGUF file or Hub id; by default a small GPT-2 is trained on
     the run's text once and cached."""
-    judge_steps: int = 500
-    """Training steps of the small GPT-2."""
+    judge_steps: int | None = None
+    """Training steps of the small GPT-2; by default 500, or as many as read a small text 16 times."""
 
     def __post_init__(self) -> None:
-        check_whole("the judge", judge_steps=self.judge_steps)
+        check_whole("the judge", optional=True, judge_steps=self.judge_steps)
 
 
 @dataclass(frozen=True)

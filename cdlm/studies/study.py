@@ -169,13 +169,13 @@ class Judged(Study):
         seed: of the samples.
         recordings: folder with a folder of recordings for each model, by its name; by default the runs are drawn.
         judge: any Hugging Face causal language model; by default a small one is trained on the text and cached.
-        judge_steps: training steps of the small one.
+        judge_steps: training steps of the small one; by default those of `SmallJudge`.
     """
 
     seed: int
     recordings: Path | None = None
     judge: str | None = None
-    judge_steps: int = 500
+    judge_steps: int | None = None
 
     def check(self) -> None:
         super().check()
