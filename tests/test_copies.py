@@ -166,9 +166,7 @@ def test_what_is_used_is_said_once_and_stands_in_the_file(
     call = ["sample", str(tmp_path / "model"), "--prompt", "the cat", "--new-tokens", "3", "--device", "cpu"]
     main([*call, "--n", "1", "--out", str(out)])
     sampling = cdlm.load(tmp_path / "model", device="cpu").defaults
-    policy = {"llada": "LLaDA(remasking='low_confidence')", "Dream": "Dream(alg='entropy', eps=0.001, top_p=0.95)"}[
-        family
-    ]
+    policies = {"llada": "LLaDA(remasking='low_confidence')", "Dream": "Dream(alg='entropy', eps=0.001, top_p=0.95)"}
     line = f"cdlm: 3 tokens to generate; policy {policies[family]}"
     assert capsys.readouterr().err.count(line) == 1
     assert json.loads(out.read_text())["sampling"] == repr(sampling)
