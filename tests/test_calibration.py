@@ -564,8 +564,8 @@ def test_mistakes_end_with_one_line(place: Path, words: tuple, advice: str, caps
 @pytest.mark.parametrize(
     ("model", "words", "warning"),
     [
-        ("blocks", (), "32 samples in each half, and .* needs 299, .*: raise --live, or ask for less$"),
-        ("blocks", ("--n", 200), "100 samples in each half, and .* needs 299, .*: raise --n, or ask for less$"),
+        ("blocks", (), "32 samples in each half, and .* needs 299: raise --live, or ask for less$"),
+        ("blocks", ("--n", 200), "100 samples in each half, and .* needs 299: raise --n, or ask for less$"),
         ("blocks", ("--live", 298), "298 samples"),
         ("blocks", ("--live", 299), None),
         ("blocks", ("--max-loss", "10%", "--min-agreement", "90%", "--live", 100), None),

@@ -294,6 +294,48 @@ def test_evaluation_writes_its_table(place: Place, tmp_path: Path) -> None:
     json.loads((tmp_path / "table" / "evaluation.json").read_text())
 
 
+def test_without_its_package_mauve_is_left_out_with_a_line(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdlm.cli.commands.evaluate.is_installed", lambda: False)
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    place.sample("--n", "4", "--out", str(tmp_path / "mine.jsonl"))
+    call = ["evaluate", str(place.run), str(tmp_path / "mine.jsonl"), "--judge_steps", "3"]
+    main([*call, "--out", str(tmp_path / "table")])
+    assert capsys.readouterr().err.count("MAUVE is left out") == 1
+    assert json.loads((tmp_path / "table" / "evaluation.json").read_text())["rows"][0]["mauve"] is None
+    with pytest.raises(SystemExit, match="2"):
+        main([*call, "--mauve"])  # who asks for it gets it, or is refused
+    assert "pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--solver", "Ancestral()", "--commit", "Threshold(0.1)"], "by their commits"),
+        (["--grid", "Warped()", "--commit", "none"], "try --grid"),
+        (["--grid", "LogT()", "--commit", "none"], "a looser setting"),
+    ],
+)
+def test_a_rule_that_halts_nothing_says_why(
+    words: list[str], why: str, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.sample("--n", "2", *words, "--halt", "Patience(99)")
+    said = next(line for line in capsys.readouterr().err.splitlines() if "halted no sample" in line)
+    assert why in said
+    place.sample("--n", "2", *words[-2:], "--halt", "FixedSteps(1)")
+    assert "halted no sample" not in capsys.readouterr().err
+
+
+def test_training_says_how_often_it_reads_the_text_and_where_the_model_is(
+    fresh: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fresh.train(small=SMALL[:-1])  # without --quiet
+    err = capsys.readouterr().err
+    assert re.search(r"\d+ rows of \d+ tokens, read [\d.]+ times; 33% of the text is kept for a judge; 10% of", err)
+    assert err.rstrip().endswith(f"has the model: cdlm sample {fresh.run}")
+
+
 def test_any_text_can_be_evaluated(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Beside samples: lines of JSON with a text alone, and a plain file with one text a line."""
     place.sample("--n", "2", "--out", str(tmp_path / "mine.jsonl"))

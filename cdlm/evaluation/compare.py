@@ -350,9 +350,9 @@ def too_few(
         return ""
     samples = n if n < needed else live
     return (
-        f"{', '.join(short)} on {model}: {samples} samples in each half, and {goal} with {goal.confidence:.0%}"
-        f" confidence needs {needed}, so these rows have no bound: raise {'--n' if n < needed else '--live'}, or ask"
-        " for less"
+        f"{', '.join(short)} on {model}: the change is a mean without a bound, as there are {samples} samples in each"
+        f" half, and to be {goal.confidence:.0%} sure of {goal} needs {needed}: raise"
+        f" {'--n' if n < needed else '--live'}, or ask for less"
     )
 
 
@@ -432,8 +432,7 @@ COLUMNS = (
 )  # fmt: skip
 NOTHING = "saves no call within the goal"
 SHOWN = (
-    "rule", "calls", "TPF", "saved", "AR-NLL", "change, nats", "agreement", "right", "most TPF", "AUP",
-    "beside its hardest rival",
+    "rule", "calls", "TPF", "saved", "AR-NLL", "agreement", "right", "most TPF", "AUP", "beside its hardest rival",
 )  # fmt: skip
 """Columns that a terminal shows."""
 
@@ -451,11 +450,16 @@ def markdown(points: Sequence[Point], goal: Goal, measure: str) -> str:
 
 def terminal(points: Sequence[Point], goal: Goal, measure: str) -> str:
     """The columns of the same tables that decide, as aligned plain text."""
-    lines = [["none" if cell == NOTHING else cell for cell in line] for line in _lines(points)]
+    lines = [["none" if cell == NOTHING else _narrow(cell) for cell in line] for line in _lines(points)]
     shown = aligned_table(_columns(lines, SHOWN)) + "\n" + _marks(points, goal, measure)
     if all(point.right is None for point in points):
         return shown
     return shown + "\n" + aligned_table(_columns(_area_lines(points), SHOWN)) + "\n"
+
+
+def _narrow(cell: str) -> str:
+    """A cell of the table without the interval behind a number, and what follows it: the file has both."""
+    return cell if cell.startswith("oracle") else cell.partition(" [")[0]
 
 
 def _columns(lines: Sequence[Sequence[str]], shown: Collection[str]) -> list[list[str]]:

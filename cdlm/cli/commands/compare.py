@@ -141,7 +141,7 @@ def compare(
     plot_pareto(panels(points), out / f"compare{look_of(style).ending}", equal=True, style=style)
     if not machine.quiet:
         print(terminal(points, goal.goal, goal.measure))
-        print(f"all columns, and what they mean: {out / 'compare.md'}")
+        print(f"intervals, all columns and what they mean: {out / 'compare.md'}")
 
 
 class _Plan(NamedTuple):
