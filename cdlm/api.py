@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -77,7 +78,7 @@ def load(
     config = read_json(path / "config.json", "a finished training run")
     opens = next((foreign.open_folder for foreign in FOREIGN if foreign.opens(config)), _open_ours)
     model = opens(path, config, device=device, precision=precision, device_map=device_map)
-    model.hub_id = None if Path(name).is_dir() or shipped.is_shipped(name) else str(name)
+    model.hub_id = None if os.path.isdir(name) or shipped.is_shipped(name) else str(name)
     return model
 
 

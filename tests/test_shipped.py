@@ -179,6 +179,9 @@ def test_a_cache_that_cannot_be_made_is_told_with_what_to_do(tmp_path: Path, mon
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     with pytest.raises(CdlmError, match=r"none/cache cannot be made: set CDLM_CACHE to a folder"):
         caches.place_of(str(tmp_path / "none" / "cache"))
+    monkeypatch.setenv("CDLM_CACHE", "x" * 5000)
+    with pytest.raises(CdlmError, match="cannot be made"):
+        caches.place_of(caches.DEFAULT)
     (tmp_path / "full").mkdir()
     assert caches.place_of(str(tmp_path / "full")) == tmp_path / "full"  # it may be read
     (tmp_path / "file").write_text("")
@@ -222,6 +225,21 @@ def test_a_folder_of_that_name_goes_before_it_and_a_line_says_so(
 def test_a_name_that_is_none_lists_those_that_are(toy: Path) -> None:
     with pytest.raises(CdlmError, match=r"models that come with cdlm \(toy\)"):
         api.load("tiy")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, f"user/{'x' * 5000}", "", "a\0b", "toy\ud800"])
+def test_a_name_that_none_can_have_is_told_in_one_line(name: str, toy: Path) -> None:
+    with pytest.raises(CdlmError, match=r"^.+$"):
+        api.load(name)
+
+
+@pytest.mark.parametrize("place", [".", "../{}"])
+def test_a_model_in_the_working_directory_has_the_name_of_its_folder(
+    place: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(run, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert api.load(place.format("mine")).name == "mine"
 
 
 def test_nothing_is_written_into_the_package(toy: Path, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def folders() -> tuple[Path, ...]:
 
 def is_shipped(name: str | Path) -> bool:
     """Whether the name means a model of the package. A folder of that name in the working directory goes before it."""
-    return str(name) in names() and not Path(name).is_dir()
+    return str(name) in names() and not os.path.isdir(name)
 
 
 def place_of(name: str | Path) -> Path:
@@ -35,7 +36,7 @@ def place_of(name: str | Path) -> Path:
     path = Path(name)
     if str(name) not in names():
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         announce(f"cdlm: {name} is your folder {path.absolute()}, not the model of that name that comes with cdlm")
         return path
     return FOLDER / str(name)
