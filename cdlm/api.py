@@ -35,6 +35,7 @@ from cdlm.masked import checkpoints
 from cdlm.masked.model import LogitsFn, MaskedModel, as_masked_model
 from cdlm.masked.sampler import Unmasking
 from cdlm.models import hub, lora, shipped
+from cdlm.models.foreign import import_transformers
 from cdlm.models.hub import Pretrained
 from cdlm.runs import caches
 from cdlm.runs import config as names
@@ -72,6 +73,7 @@ def load(
     device = resolve_device(device)
     if precision is not None:
         check_choice("a model", get_args(Precision), precision=precision)
+    import_transformers()
     path = hub.locate(name)
     if lora.is_adapter(path):
         return _open_adapter(path, device=device, precision=precision, device_map=device_map)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -264,6 +266,27 @@ def test_what_ships_has_a_card_its_commands_and_numbers_and_half_precision(name:
     assert "cdlm pack {" in made["models"][-1]["command"]
     weights = read_tensors(folder / "model.safetensors").values()
     assert {value.dtype for value in weights if value.is_floating_point()} == {torch.float16}
+
+
+THREADS = """
+from threading import Thread
+import cdlm
+names, failed = [], []
+def work():
+    try:
+        names.append(cdlm.load("stories").name)
+    except BaseException as error:
+        failed.append(repr(error))
+threads = [Thread(target=work) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(failed, names)
+"""
+
+
+def test_threads_may_load_at_once_before_anything_was_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=False)
+    assert done.stdout == f"[] {['stories'] * 4}\n", done.stderr
 
 
 def test_all_that_ships_has_less_than_12_mb() -> None:
