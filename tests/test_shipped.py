@@ -224,6 +224,11 @@ def test_a_folder_of_that_name_goes_before_it_and_a_line_says_so(
     assert f"toy is your folder {Path('toy').absolute()}, not the model" in line
 
 
+def test_judges_are_not_named_where_a_language_model_is_asked_for() -> None:
+    with pytest.raises(CdlmError, match=r"models that come with cdlm \((?!.*judge)[\w, -]*stories-masked\)"):
+        api.load("storys")
+
+
 def test_a_name_that_is_none_lists_those_that_are(toy: Path) -> None:
     with pytest.raises(CdlmError, match=r"models that come with cdlm \(toy\)"):
         api.load("tiy")

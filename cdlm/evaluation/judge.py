@@ -37,7 +37,7 @@ T = TypeVar("T")
 LONGEST_CONTEXT = 1024
 """Most tokens that a judge reads at once, whatever its own limit: the length of published AR-NLL."""
 
-NAME_FILE = "judge.json"
+NAME_FILE = shipped.JUDGE
 
 
 class Named(TypedDict):

@@ -277,7 +277,7 @@ def locate(name: str | Path) -> Path:
     if os.path.exists(path) or str(name).count("/") != 1 or str(name).startswith((".", "/", "~", "runs/")):
         raise CdlmError(
             f"{name} is not a model folder: expected a folder with config.json, one of the models that come with cdlm"
-            f" ({', '.join(shipped.names())}), or a Hub id such as user/model"
+            f" ({', '.join(shipped.models())}), or a Hub id such as user/model"
         )
     from huggingface_hub import snapshot_download
 

@@ -10,12 +10,19 @@ from cdlm.core.progress import announce
 
 FOLDER = Path(__file__).parent.parent / "shipped"
 """A folder for each model, named like it."""
+JUDGE = "judge.json"
+"""A file that the folder of a judge has, and that of no other model."""
 
 
 @cache
 def names() -> tuple[str, ...]:
     """Their names: language models, and judges of the text that these were trained on."""
     return tuple(sorted(file.parent.name for file in FOLDER.glob("*/config.json")))
+
+
+def models() -> tuple[str, ...]:
+    """Names of the language models alone."""
+    return tuple(name for name in names() if not (FOLDER / name / JUDGE).exists())
 
 
 def folders() -> tuple[Path, ...]:
