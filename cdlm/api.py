@@ -236,7 +236,7 @@ def _list(sampling: Sampling) -> str:
 
 def open_bench(
     session: Session, n: int, *, length: int | None = None, workload: str | Workload | None = None,
-    judge: str | None = None, judge_steps: int = 500, recordings: Path | None = None,
+    judge: str | None = None, judge_steps: int | None = None, recordings: Path | None = None,
 ) -> Bench:  # fmt: skip
     """The full run of `n` samples of a session, and the judge of the text that its model was trained on.
 
@@ -245,7 +245,7 @@ def open_bench(
         length: tokens of a sample; by default as in training.
         workload: what the samples are asked for, an object or its text; by default they are drawn from nothing.
         judge: folder or Hub id of a causal language model; by default a small one is trained on the text and cached.
-        judge_steps: training steps of the small one.
+        judge_steps: training steps of the small one; by default 500, or as many as read a small text 16 times.
         recordings: folder that holds the full run; by default it is drawn.
 
     Raises:
@@ -297,8 +297,12 @@ def real_text(text: RunText) -> RealText:
     return RealText(text.valid, text.unread, text.tokenizer, text.config.source, text.train.store)
 
 
-def small_judge(text: RunText, steps: int) -> SmallJudge:
-    """How the small judge of a run's text is trained; it is kept in the cache of the run."""
+def small_judge(text: RunText, steps: int | None = None) -> SmallJudge:
+    """How the small judge of a run's text is trained; it is kept in the cache of the run.
+
+    Args:
+        steps: of its training; by default those of `SmallJudge`.
+    """
     cache = caches.place_of(text.config.cache) / "judges"
     return SmallJudge(text.judge, text.tokenizer, text.config.batch_size, cache, steps)
 

@@ -166,8 +166,10 @@ def test_what_is_used_is_said_once_and_stands_in_the_file(
     call = ["sample", str(tmp_path / "model"), "--prompt", "the cat", "--new-tokens", "3", "--device", "cpu"]
     main([*call, "--n", "1", "--out", str(out)])
     sampling = cdlm.load(tmp_path / "model", device="cpu").defaults
-    policy, temperature = (sampling.settings[name] for name in ("policy", "temperature"))
-    line = f"cdlm: 3 tokens to generate; policy {policy}, temperature {temperature}"
+    policy = {"llada": "LLaDA(remasking='low_confidence')", "Dream": "Dream(alg='entropy', eps=0.001, top_p=0.95)"}[
+        family
+    ]
+    line = f"cdlm: 3 tokens to generate; policy {policies[family]}"
     assert capsys.readouterr().err.count(line) == 1
     assert json.loads(out.read_text())["sampling"] == repr(sampling)
     main([*call, "--n", "1", "--quiet"])

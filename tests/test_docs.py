@@ -1,12 +1,11 @@
 """The pages tell the truth: their examples run, and their tables name what exists."""
 
 import re
-import shlex
 import tomllib
 from importlib import import_module
-from pathlib import Path
 
 import pytest
+from doc_pages import PAGES, ROOT, commands_of
 
 from cdlm.cli.main import find, function_of, parser_of
 from cdlm.cli.train import _own
@@ -19,52 +18,12 @@ from cdlm.halting import RULES
 from cdlm.halting.signals import SIGNALS
 from cdlm.lm_eval.command import understood
 from cdlm.policies import POLICIES
-from cdlm.studies import STUDIES
 from cdlm.studies.command import reader
 
-ROOT = Path(__file__).parent.parent
-PAGES = (
-    "README.md", "docs/write-a-criterion.md", "docs/bring-your-model.md", "docs/masked.md", "docs/add-a-system.md",
-    "docs/likelihood.md", "docs/transformers.md", "docs/lm-eval.md", "docs/own-tokenizer.md", "docs/watch.md",
-    "docs/guide.md",
-)  # fmt: skip
-SHOWING = (
-    "README.md", "docs/guide.md", "docs/masked.md", "docs/halting.md", "docs/likelihood.md", "docs/results.md",
-    "docs/lm-eval.md",
-    "docs/several-machines.md", "docs/encoders.md", "docs/distill.md", "docs/elf.md", "docs/self-conditioning.md",
-    "docs/watch.md",
-    "docs/own-tokenizer.md", "docs/loggers.md", "docs/hub.md", "docs/metrics.md", "docs/how-it-works.md",
-    "docs/what-halting-saves.md",
-    *(f"docs/studies/{name}.md" for name in STUDIES),
-)  # fmt: skip
-"""Pages that show commands."""
 FILES = re.compile(r"`?((?:cdlm|tests|benchmarks|configs)/[\w/.-]+\.(?:py|yaml))")
 EXAMPLES = ("cdlm/studies/NAME.yaml", "cdlm/studies/my_study.py")
 """Files that stand for any of their kind."""
-_LAUNCHER = re.compile(r"^(torchrun .* --no-python --|srun) ")
-_BLOCK = re.compile(r"<!-- tested -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks_of(page: str) -> list[str]:
-    """The marked examples of a page, each padded so that an error names the page's own line."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return ["\n" * text.count("\n", 0, found.start(1)) + found[1] for found in _BLOCK.finditer(text)]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = blocks_of(page)
-    assert blocks or page == "README.md", f"{page} has no tested example"
-    monkeypatch.chdir(tmp_path)
-    names = {"__name__": "example"}
-    for block in blocks:
-        exec(compile(block, page, "exec"), names)  # text of this repository, run as a reader would run it
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_no_mark_is_lost(page: str) -> None:
-    """A mark that stands before anything but a closed python block would be skipped in silence."""
-    assert (ROOT / page).read_text(encoding="utf-8").count("<!-- tested -->") == len(blocks_of(page))
+SHOWING = [page for page in PAGES if commands_of(page)]
 
 
 def test_every_signal_is_described() -> None:
@@ -146,17 +105,6 @@ def resolve(name: str) -> object:
         except ModuleNotFoundError:
             found = getattr(found, part, None)
     return found
-
-
-def commands_of(page: str) -> list[list[str]]:
-    """The words of every `cdlm` command in the code blocks of a page, without comments and "..."; S is any seed."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    shown = "\n".join(block for language, block in blocks if not language).replace("\\\n", " ")
-    lines = (_LAUNCHER.sub("", line) for line in shown.splitlines())
-    parts = (part for line in lines for part in line.split("&&") if part.strip().startswith("cdlm "))
-    words = ([word for word in shlex.split(part, comments=True)[1:] if word != "..."] for part in parts)
-    return [["0" if word == "S" else word for word in one] for one in words]
 
 
 @pytest.mark.parametrize("page", SHOWING)

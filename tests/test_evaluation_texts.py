@@ -326,6 +326,22 @@ def test_the_small_judge_reads_line_breaks_where_documents_end(tmp_path: Path) -
     assert set(newline) <= seen
 
 
+def test_the_small_judge_reads_a_small_text_no_more_often_than_16_times(tmp_path: Path) -> None:
+    held = held_out(tmp_path)
+    rows = len(held.held_out)
+    small, large = (SmallJudge(held.held_out, held.tokenizer, size, tmp_path) for size in (3, 10**6))
+    assert 16 * rows <= small.taken * 3 < 16 * rows + 3
+    assert large.taken == 1
+    assert SmallJudge(held.held_out, held.tokenizer, 3, tmp_path, small.taken).key == small.key
+    assert SmallJudge(held.held_out, held.tokenizer, 3, tmp_path, 600).taken == 600
+
+
+def test_a_large_text_gets_the_most_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = held_out(tmp_path)
+    monkeypatch.setattr(type(held.held_out), "__len__", lambda _: 10**6)
+    assert SmallJudge(held.held_out, held.tokenizer, 48, tmp_path).taken == 500
+
+
 @pytest.mark.slow
 def test_two_processes_measure_what_one_measures(tmp_path: Path) -> None:
     texts = {"plain": [Entry(text) for text in TEXTS]}

@@ -16,11 +16,11 @@ import lm_eval.tasks
 import lm_eval.utils
 import pytest
 import torch
+from doc_pages import commands_of
 from foreign import copy_of, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.tasks import TaskManager
-from test_docs import commands_of
 from toys import autoregressive_with_tokenizer, masked_with_tokenizer, ssd, tokenizer, with_tokenizer
 
 import cdlm

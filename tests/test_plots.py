@@ -9,10 +9,19 @@ import toys
 
 from cdlm.api import generate
 from cdlm.core.errors import CdlmError
-from cdlm.evaluation.plots.figure import COLORS, MARKERS, check_plot_path, new_figure, plain_log_ticks
+from cdlm.evaluation.plots import panels
+from cdlm.evaluation.plots.figure import (
+    COLORS,
+    LOOKS,
+    MARKERS,
+    check_plot_path,
+    new_figure,
+    plain_log_ticks,
+    short_names,
+)  # fmt: skip
 from cdlm.evaluation.plots.panels import Line, Panel, draw, styles
-from cdlm.evaluation.plots.pareto import Curve, CurvePanel, limits, plot_pareto
-from cdlm.evaluation.plots.trajectories import MOST_BINS, halting_bins, plot_samples, plot_trajectories
+from cdlm.evaluation.plots.pareto import CHOSEN, Curve, CurvePanel, limits, plot_pareto
+from cdlm.evaluation.plots.trajectories import GROUPS, MOST_BINS, halting_bins, plot_samples, plot_trajectories
 
 STEPS, ROWS = 30, 9
 HALTED = np.arange(10, 10 + ROWS)
@@ -259,3 +268,67 @@ def test_a_logarithmic_axis_has_ticks_over_any_number_of_decades(low: float, hei
     plain_log_ticks(axis.yaxis)
     bottom, top = axis.get_ylim()
     assert sum(bottom <= tick <= top for tick in axis.yaxis.get_ticklocs()) >= 2
+
+
+def test_a_picture_for_a_paper_is_as_wide_as_a_column_or_two(tmp_path):
+    panel = Panel("a", "x", "y", [Line("b", np.arange(3.0), np.arange(3.0))])
+    one, two, four = (draw([panel] * n, tmp_path / f"{n}.png", style="paper") for n in (1, 2, 4))
+    assert [png_size(each)[0] for each in (one, two, four)] == [462, 924, 924]  # 3.3 inches at 140 dots, or twice
+    drawn = [plot_trajectories(record("z_norm"), tmp_path / f"{k}.png", style=k) for k in ("paper", "screen")]
+    assert png_size(drawn[0])[0] == 528 < png_size(drawn[1])[0]  # at 160 dots
+
+
+def test_a_style_is_gone_after_the_picture(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    draw([Panel("a", "x", "y", [Line("b", np.arange(3.0), np.arange(3.0))])], tmp_path / "a.pdf", style="paper")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_every_letter_of_a_paper_has_its_glyph(tmp_path):
+    """Type 42 letters of the PDF, and none drawn as a box: the sign of an estimate has a hat and a low zero."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    families = LOOKS["paper"].settings["font.family"]
+    fonts = [get_font(findfont(FontProperties(family=family), fallback_to_default=False)) for family in families]
+    for _, legend, _ in (signal for group in GROUPS for signal in group.signals):
+        assert all(any(font.get_char_index(ord(sign)) for font in fonts) for sign in legend)
+
+
+def test_panels_that_are_compared_have_the_same_axes(monkeypatch, tmp_path):
+    ends = []
+
+    def keep(figure, path):
+        ends.extend((axis.get_xlim(), axis.get_ylim()) for axis in figure.axes)
+        return path
+
+    monkeypatch.setattr(panels, "write_figure", keep)
+    few, many = (Panel("a", "x", "y", [Line("b", np.arange(n), np.arange(n) ** 2.0)]) for n in (3, 9))
+    draw([few, many], tmp_path / "a.png", equal=True)
+    assert ends[0] == ends[1]
+    draw([few, many], tmp_path / "a.png")
+    assert ends[2] != ends[3]
+    assert ends[1][1][1] >= max(ends[2][1][1], ends[3][1][1])
+
+
+def test_the_legend_says_what_a_ring_is_where_there_is_one(monkeypatch, tmp_path):
+    legends = []
+
+    def keep(figure, path):
+        legends.append([text.get_text() for text in figure.legends[0].get_texts()])
+        return path
+
+    monkeypatch.setattr(panels, "write_figure", keep)
+    for chosen in (0, None):
+        curve = Curve("Patience", *[[1.0, 2.0]] * 4, chosen=chosen)
+        plot_pareto([CurvePanel("a", [curve], [])], tmp_path / "a.png")
+    assert legends == [["Patience", CHOSEN], ["Patience"]]
+
+
+def test_a_heading_names_a_folder_and_no_path(tmp_path):
+    for name in ("one/a", "two/a", "two/b"):
+        (tmp_path / name).mkdir(parents=True)
+    same, other, unlike = (str(tmp_path / name) for name in ("one/a", "two/a", "two/b"))
+    assert short_names([same, unlike, "you/model"]) == {same: "a", unlike: "b", "you/model": "you/model"}
+    assert short_names([same, other]) == {same: same, other: other}

@@ -310,6 +310,13 @@ def test_the_model_of_problems_solves_an_easy_one() -> None:
     assert found[0].text.removeprefix(problem).strip() == "13 + 2 = 15. #### 15"
 
 
+def test_a_model_of_answers_without_a_question_says_what_it_needs(capsys: Any) -> None:
+    command.main(["sample", "arithmetic", "--n", "1", "--device", "cpu"])
+    assert "no sample has any text" in capsys.readouterr().err
+    command.main(["sample", "stories", "--n", "1", "--steps", "8", "--device", "cpu"])
+    assert "any text" not in capsys.readouterr().err
+
+
 def test_the_judge_of_stories_is_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CDLM_CACHE", str(tmp_path))
     text = RunText.of_run("stories")

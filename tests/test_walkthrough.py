@@ -1,57 +1,120 @@
-"""The pages for newcomers, typed as they stand: each command runs, in order, in one empty folder, on models that ship.
+"""Every page, typed as it stands: each command and each example runs, in order, in one empty folder.
 
-What depends on size alone is made small (`SMALL`). What cannot be here is left out by name (`ELSEWHERE`): models of the
-Hub, text of others, several devices.
+What costs time alone is made small (`typed_commands.SMALL`, `SMALLER`). Folders that a page takes for granted are
+models that ship, and names of the Hub are local folders of tiny models. What cannot run here says so on the page:
+`<!-- not run: why -->`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from test_docs import ROOT, commands_of
+from doc_pages import PAGES, ROOT, Block, blocks_of
+from foreign import copy_of, write_tokenizer
+from typed_commands import type_command
 
-from cdlm.cli.main import main
 from cdlm.data.sources import Stories
+from cdlm.models.shipped import place_of
 
-WALKED = ("README.md", "docs/guide.md")
-SMALL = {
-    "train": "--vocab_size 300 --batch_size 4 --validation_rows 8 --preview 0 --training.steps 2",
-    "sample": "--n 2 --device cpu --quiet",
-    "compare": "--n 8 --steps 8 --rules Patience",
-    "calibrate": "--n 112 --steps 8 --max-change 95% --min-agreement 0 --confidence 0.6",
-    "evaluate": "--mauve false",
-    "train-judge": "--steps 5",
-}
-"""Options at the end of every command of that name; there they win."""
-ELSEWHERE = re.compile(r"GSAI-ML|gpt2|wikitext|--devices|DIR|google-t5|completion|lm-eval|plot\.pdf")
+SMALLER = {"n=1024": "n=112", "steps=200": "steps=8", "train_steps=1000": "train_steps=2, batch_size=4"}
+"""Numbers of the examples, and what stands for them."""
+RUNS = {"stories": ("demo", "mine"), "stories-masked": ("masked",), "e2e": ("e2e",), "arithmetic": ("arithmetic",)}
+"""Run folders that pages take for granted, and the models that stand there."""
+LONGER = {"llada": {"max_sequence_length": 256}, "Dream": {"max_position_embeddings": 256}}
+"""Of the tiny models of the Hub: prompts of pages and their answers fit."""
+ELSEWHERE = ("docs/studies/", "docs/lm-eval.md", "docs/several-machines.md")
+"""Studies, whose tables run small in `make results-quick`; a harness that downloads its tasks; several devices."""
+WALKED = [
+    page for page in PAGES
+    if not page.startswith(ELSEWHERE) and any(b.commands or b.language == "python" for b in blocks_of(page))
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("page", WALKED)
-def test_every_command_of_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_and_example_of_the_page_runs(
+    page: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    ran = 0
-    for words in commands_of(page):
-        if ELSEWHERE.search(" ".join(words)):
-            continue
-        main([*words, *shlex.split(SMALL.get(words[0], ""))])
-        ran += 1
-    assert ran > 10
+    monkeypatch.setenv("CDLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    names: dict[str, object] = {"__name__": "example"}
+    for block in blocks_of(page):
+        if block.why_not is None:
+            _run(block, names)
+
+
+def _run(block: Block, names: dict[str, object]) -> None:
+    if block.language == "python":
+        code = block.code()
+        for number, small in SMALLER.items():
+            code = code.replace(number, small)
+        exec(
+            compile(code, block.page, "exec", dont_inherit=True), names
+        )  # text of this repository, run as a reader would run it
+    if block.script:
+        shell = (
+            f'cdlm() {{ {shlex.quote(sys.executable)} {shlex.quote(str(ROOT / "tests/typed_commands.py"))} "$@"; }}\n'
+        )
+        subprocess.run(["bash", "-c", shell + block.text], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        return
+    for words in block.commands:
+        _make_room(words)
+        print("$ cdlm", shlex.join(words))
+        type_command(words)
+
+
+def _make_room(words: list[str]) -> None:
+    """What a page makes itself is not there before."""
+    if words[0] in ("train", "train-encoder") and "--resume" not in words:
+        made = words[words.index("--out") + 1] if "--out" in words else words[2]
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _prepare(folder: Path) -> None:
-    """The files that a reader of the pages has: a checkout's settings, and text of one's own."""
+    """What a reader of the pages has: a checkout's settings, text of one's own, trained models."""
     shutil.copytree(ROOT / "configs", folder / "configs")
+    for settings in (folder / "configs").iterdir():
+        _with_less_text(settings)
     stories = list(Stories(n=300, seed=1).documents("train"))
-    for name in ("mybook.txt", "more.txt", "my_train.txt", "my_valid.txt", "theirs.txt"):
-        (folder / name).write_text("\n".join(stories) + "\n")
+    for name in ("mybook", "more", "my_train", "my_valid", "theirs", "e2e_train", "e2e_valid"):
+        (folder / f"{name}.txt").write_text("\n".join(stories) + "\n")
     (folder / "data").mkdir()
-    (folder / "data" / "a.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
+    _write_lines(folder / "data" / "a.jsonl", [{"text": story} for story in stories])
     (folder / "questions.txt").write_text("Anna went to the park.\nSam had a red ball.\n")
     (folder / "answers.txt").write_text("She met a dog.\nHe lost the ball.\n")
+    (folder / "long.txt").write_text(" ".join(stories[:3]) + "\n")
+    _write_lines(folder / "questions.jsonl", [{"prompt": "What is 12 * 7?"}])
+    _write_lines(folder / "both.jsonl", [{"prompt": "the cat sat on the", "answer": " mat."}])
+    _write_lines(folder / "samples.jsonl", [{"text": story} for story in stories[:8]])
+    for model, runs in RUNS.items():
+        for run in runs:
+            _put(model, folder / "runs" / run)
+    _put("stories", folder / "you" / "stories")
+    shutil.copytree(place_of("stories-judge"), folder / "gpt2")
+    for name, family in {"GSAI-ML/LLaDA-8B-Instruct": "llada", "Dream-org/Dream-v0-Instruct-7B": "Dream"}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_tokenizer(copy_of(family, folder / name, **LONGER[family]), family)
+
+
+def _write_lines(file: Path, rows: list[dict[str, str]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _put(model: str, folder: Path) -> None:
+    """A model that ships, as a run folder with less text."""
+    shutil.copytree(place_of(model), folder)
+    _with_less_text(folder / "config.yaml")
+
+
+def _with_less_text(settings: Path) -> None:
+    """Stories and problems are made, and thousands take long."""
+    settings.write_text(re.sub(r"\bn: \d{4,}", "n: 2000", settings.read_text()))

@@ -13,7 +13,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import reading
 from cdlm.data.sources import jsonl_rows
 from cdlm.evaluation.bench import JUDGED
-from cdlm.evaluation.plots.figure import check_plot_path
+from cdlm.evaluation.plots.figure import Style, check_plot_path
 from cdlm.evaluation.workloads import Work
 from cdlm.halting.calibration import Goal
 from cdlm.sampling.prompts import Prompt, check_unicode, checked_messages
@@ -29,11 +29,11 @@ class JudgeOptions:
     judge: str | None = None
     """Any Hugging Face causal language model, by folder, GGUF file or Hub id; by default a small GPT-2 is trained on
     the run's text once and cached."""
-    judge_steps: int = 500
-    """Training steps of the small GPT-2."""
+    judge_steps: int | None = None
+    """Training steps of the small GPT-2; by default 500, or as many as read a small text 16 times."""
 
     def __post_init__(self) -> None:
-        check_whole("the judge", judge_steps=self.judge_steps)
+        check_whole("the judge", optional=True, judge_steps=self.judge_steps)
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,8 @@ class OutputOptions:
     """Folder to write the steps of full-length runs to, for cdlm replay."""
     plot: Path | None = None
     """Plot of switches, norms and angles against the step: .png, .pdf or .svg."""
+    style: Style = "screen"
+    """Of the plot: paper has the width of two columns and small serif letters."""
 
     def __post_init__(self) -> None:
         if self.out is not None:

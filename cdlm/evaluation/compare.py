@@ -27,6 +27,7 @@ from cdlm.evaluation.metrics.aup import accuracy_of, aup
 from cdlm.evaluation.metrics.diversity import sample_entropy, unigram_entropy
 from cdlm.evaluation.metrics.reference import DISTANCES, Spread
 from cdlm.evaluation.oracles import ORACLES, oracles
+from cdlm.evaluation.plots.figure import short_names
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel
 from cdlm.evaluation.rivals import FEWEST_SAMPLES, STUDENT, Duel, Rivals, Verdict, verdict
 from cdlm.evaluation.table import aligned_table, markdown_table
@@ -575,7 +576,7 @@ def _number(value: float | None, form: str) -> str:
 
 def panels(points: Sequence[Point]) -> list[CurvePanel]:
     """What `cdlm.evaluation.plots.pareto` draws: a panel for each model and number of steps."""
-    out = []
+    out, names = [], short_names(p.model for p in points)
     for model, steps in dict.fromkeys((p.model, p.steps) for p in points):
         there = [p for p in points if (p.model, p.steps) == (model, steps)]
         (full,) = (p for p in there if p.family == FULL)
@@ -583,7 +584,7 @@ def panels(points: Sequence[Point]) -> list[CurvePanel]:
         last = sorted(families, key=lambda name: name in ORACLES)  # oracles are single points, and drawn over the rest
         curves = [_curve(_short(name, last), [p for p in there if _line_of(p) == name], full) for name in last]
         levels = [(p.family, p.ar_nll) for p in there if p.family in REFERENCES]
-        out.append(CurvePanel(f"{model}, {steps} steps", curves, levels))
+        out.append(CurvePanel(f"{names[model]}, {steps} steps", curves, levels))
     return out
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from cdlm.core.files import write_json, write_text
 from cdlm.evaluation.frontier import BAND, DISTANCE_BAND, Frontier, Point, Saving
+from cdlm.evaluation.plots.figure import Style, look_of
 from cdlm.evaluation.plots.panels import Line, Panel, draw
 from cdlm.evaluation.plots.pareto import Curve, CurvePanel, plot_pareto
 from cdlm.evaluation.table import markdown_table
@@ -226,12 +227,16 @@ def _curve(family: Family, judge: str, rival: bool) -> Curve:
     return Curve(name, [point.calls for point in family.points], [each.value for each in nats], low, high, rival)
 
 
-def save(frontier: Frontier, folder: Path) -> str:
-    """Write frontier.json, frontier.md, frontier.png, calls.png and every-call.png, and return the table."""
-    text = markdown(frontier)
+def save(frontier: Frontier, folder: Path, style: Style = "screen") -> str:
+    """Write frontier.json, frontier.md and the pictures frontier, calls and every-call, and return the table.
+
+    Args:
+        style: of the pictures, which are .png for a screen and .pdf for a paper.
+    """
+    text, ending = markdown(frontier), look_of(style).ending
     write_json(folder / "frontier.json", to_dict(frontier))
     write_text(folder / "frontier.md", text)
-    draw(panels(frontier), folder / "frontier.png", columns=2, width=7.0, shared=True)
-    plot_pareto(over_calls(frontier), folder / "calls.png")
-    plot_pareto(over_calls(frontier), folder / "every-call.png", whole=True)
+    draw(panels(frontier), folder / f"frontier{ending}", columns=2, width=7.0, shared=True, style=style)
+    plot_pareto(over_calls(frontier), folder / f"calls{ending}", style=style)
+    plot_pareto(over_calls(frontier), folder / f"every-call{ending}", whole=True, style=style)
     return text

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 
+MOST_STEPS = 500
+"""Of the training of a small judge, unless it is told otherwise."""
+PASSES = 16
+"""Over the text of a small judge, at most, unless it is told otherwise."""
+
+
 @dataclass(frozen=True)
 class SmallJudge:
     """How the small judge of a run is trained.
@@ -37,14 +43,20 @@ class SmallJudge:
         tokenizer: of the run.
         batch_size: rows of a batch.
         cache: folder of judges that were trained before.
-        steps: batches to train on.
+        steps: batches to train on; by default `MOST_STEPS`, or as many as read the text `PASSES` times. A judge that
+            reads a small text more often learns it by heart, and knows other text of its kind less well.
     """
 
     rows: TextRows
     tokenizer: PreTrainedTokenizerFast
     batch_size: int
     cache: Path
-    steps: int = 500
+    steps: int | None = None
+
+    @property
+    def taken(self) -> int:
+        """Batches that it is trained on."""
+        return self.steps or min(MOST_STEPS, -(-PASSES * len(self.rows) // self.batch_size))
 
     def open(self, device: str = "cpu", progress: bool = True) -> Judge:
         """The judge that comes with the package, if it has this one, or that of the cache; on the first call it is
@@ -54,9 +66,9 @@ class SmallJudge:
                 return Judge.load(folder, device)
 
         def train() -> Judge:
-            with meter(self.steps, "judge, training steps", progress) as shown:
+            with meter(self.taken, "judge, training steps", progress) as shown:
                 found = train_judge(
-                    self.batches(), self.tokenizer, length=self.rows.length, steps=self.steps, seed=0, device=device,
+                    self.batches(), self.tokenizer, length=self.rows.length, steps=self.taken, seed=0, device=device,
                     progress=lambda step, nats: shown.advance(nats_per_token=f"{nats:.3f}"),
                 )  # fmt: skip
                 return replace(found, key=self.key)
@@ -66,7 +78,7 @@ class SmallJudge:
     @property
     def key(self) -> str:
         """What decides the weights: the text, the steps and the size of a batch."""
-        return hashlib.sha256(f"{self.rows.key} {self.steps} {self.batch_size}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.rows.key} {self.taken} {self.batch_size}".encode()).hexdigest()[:16]
 
     def batches(self) -> Iterator[Int[Tensor, "b n"]]:
         """The run's training text without end, in the order of training with seed 0, as `judge_rows` packs it."""

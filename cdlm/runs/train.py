@@ -229,7 +229,18 @@ def _train(
             write_settings(out, system.adapter.settings, system.adapter.base)
         write_text(out / "config.yaml", settings)
         save_tokenizer(text.tokenizer, out)
+    if progress and rank_and_world(options)[0] == 0:
+        print(_division(config, text), file=sys.stderr)
     return fit(config, text, system, out, resume=resume, progress=progress)
+
+
+def _division(config: RunConfig, text: RunText) -> str:
+    """What a person should know of the text before a long training."""
+    rows, options = len(text.train), config.training
+    taken = options.steps * options.accumulate * config.batch_size
+    kept = {"for a judge": config.judge_share, "to compare samples with": config.unread_share}
+    said = [f"{share:.0%} of the text is kept {what}" for what, share in kept.items() if share]
+    return "; ".join([f"{rows:,} rows of {config.length} tokens, read {taken / rows:,.1f} times", *said])
 
 
 def fit(

@@ -34,12 +34,12 @@ class Ladder(Study):
     Args:
         features: kinds of them: NGrams(), MeanState(), LastState(), "Encoder('FOLDER')".
         splits: random splits of the real text.
-        judge_steps: training steps of the small judge that gives the states.
+        judge_steps: training steps of the small judge that gives the states; by default those of `SmallJudge`.
     """
 
     features: list[str]
     splits: int
-    judge_steps: int = 500
+    judge_steps: int | None = None
 
     def check(self) -> None:
         super().check()

@@ -216,7 +216,7 @@ class Stitching(Answering):
         solver: policy that fills in the answer behind a stitched reasoning; a careful one.
         judge: any Hugging Face causal language model; by default a small one is trained on the text of the run and
             cached.
-        judge_steps: training steps of the small one.
+        judge_steps: training steps of the small one; by default those of `SmallJudge`.
         seed: of the generated problems, and of the samples.
     """
 
@@ -225,7 +225,7 @@ class Stitching(Answering):
     policy: str
     solver: str
     judge: str | None = None
-    judge_steps: int = 500
+    judge_steps: int | None = None
 
     def check(self) -> None:
         super().check()
@@ -233,8 +233,8 @@ class Stitching(Answering):
             raise CdlmError("stitching needs numbers of samples, got none: give one or more")
         for count in self.samples:
             check_whole("stitching", samples=count)
-        check_whole("stitching", n=self.n, judge_steps=self.judge_steps)
-        check_whole("stitching", optional=True, new_tokens=self.new_tokens)
+        check_whole("stitching", n=self.n)
+        check_whole("stitching", optional=True, judge_steps=self.judge_steps, new_tokens=self.new_tokens)
         check_number("stitching", least=0.0, temperature=self.temperature)
         parse_policy(self.policy)
         parse_policy(self.solver)

@@ -22,6 +22,7 @@ from cdlm.core.files import plain, write_json, write_rows, write_text
 from cdlm.core.inert import fenced, table_line
 from cdlm.core.stats import Bootstrap
 from cdlm.evaluation.bench import Bench
+from cdlm.evaluation.plots.figure import Style, look_of
 from cdlm.evaluation.plots.panels import Line, Panel, draw
 from cdlm.halting.signals import SPATIAL
 from cdlm.models import hub
@@ -57,6 +58,7 @@ class Study(MachineOptions, ABC):
         models: run folders, one or more.
         n: samples of each run.
         out: folder for the CSV, the JSON, the table and the picture.
+        style: of the picture: "paper" makes it a .pdf, of a column's width and with small serif letters.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
@@ -65,6 +67,7 @@ class Study(MachineOptions, ABC):
     models: list[str]
     n: int
     out: Path = Path("studies")
+    style: Style = "screen"
     batch_size: int = Model.batch_size
 
     @abstractmethod
@@ -102,7 +105,7 @@ class Study(MachineOptions, ABC):
         write_json(self.out / f"{name}.json", content)
         text = yaml.safe_dump(settings, sort_keys=False)
         write_text(self.out / f"{name}.md", f"{found.markdown}\nSettings:\n\n{fenced(text, 'yaml')}\n")
-        draw(found.panels, self.out / f"{name}.png")
+        draw(found.panels, self.out / f"{name}{look_of(self.style).ending}", style=self.style)
         return found.markdown
 
     def close(self) -> None:
@@ -166,13 +169,13 @@ class Judged(Study):
         seed: of the samples.
         recordings: folder with a folder of recordings for each model, by its name; by default the runs are drawn.
         judge: any Hugging Face causal language model; by default a small one is trained on the text and cached.
-        judge_steps: training steps of the small one.
+        judge_steps: training steps of the small one; by default those of `SmallJudge`.
     """
 
     seed: int
     recordings: Path | None = None
     judge: str | None = None
-    judge_steps: int = 500
+    judge_steps: int | None = None
 
     def check(self) -> None:
         super().check()

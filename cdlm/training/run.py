@@ -163,7 +163,7 @@ def check_folder(run_dir: Path, resume: bool) -> None:
         again = f"begin it again with --config {settings} --out {run_dir}" if os.path.exists(settings) else "start it"
         raise CdlmError(f"nothing to resume, {checkpoint} does not exist, the run has not got that far: {again}")
     if not resume and there:
-        raise CdlmError(f"{checkpoint} would be overwritten: resume it or choose another folder")
+        raise CdlmError(f"{checkpoint} would be overwritten: go on with --resume {run_dir}, or choose another folder")
 
 
 def _trainer(options: TrainOptions, outputs: Outputs, callback: Callback) -> Trainer:

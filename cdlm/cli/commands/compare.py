@@ -18,6 +18,7 @@ from cdlm.core.files import check_places, write_text
 from cdlm.core.progress import to_stderr
 from cdlm.evaluation.bench import check_answers, fewest, longest
 from cdlm.evaluation.compare import Comparison, Point, markdown, panels, save_json, terminal, too_few, write_csv
+from cdlm.evaluation.plots.figure import Style, look_of
 from cdlm.evaluation.plots.pareto import plot_pareto
 from cdlm.evaluation.rivals import check_students, students_of
 from cdlm.halting import Criterion, sweep
@@ -83,6 +84,7 @@ def compare(
     *,
     rules: list[str] | None = None,
     out: Path = Path("comparison"),
+    style: Style = "screen",
     full: FullRunOptions = FULL,
     rival: RivalOptions = RIVAL,
     goal: GoalOptions = GOAL,
@@ -99,6 +101,7 @@ def compare(
         models: run folders, of continuous and of masked models; settings of the other family do not matter to a model.
         rules: names to sweep, such as Patience or "KL(..., warmup=0.3)", or whole rules; by default all.
         out: folder for compare.json, compare.csv, compare.md and compare.png.
+        style: paper makes the picture a .pdf, of a column's width and with small serif letters.
     """
     check_places(out / "compare.csv")
     with ExitStack() as stack:
@@ -135,7 +138,7 @@ def compare(
             write_csv(points, out / "compare.csv")  # after each model: long work is not lost
             save_json(points, goal.goal, goal.measure, out / "compare.json")
     write_text(out / "compare.md", markdown(points, goal.goal, goal.measure))
-    plot_pareto(panels(points), out / "compare.png")
+    plot_pareto(panels(points), out / f"compare{look_of(style).ending}", equal=True, style=style)
     if not machine.quiet:
         print(terminal(points, goal.goal, goal.measure))
         print(f"all columns, and what they mean: {out / 'compare.md'}")

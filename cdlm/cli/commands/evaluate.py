@@ -14,11 +14,13 @@ from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
 from cdlm.core.likelihood import LikelihoodSettings, Ode
+from cdlm.core.progress import to_stderr
 from cdlm.evaluation.answers import Answers, likelihood_of_answers
 from cdlm.evaluation.evaluate import Distances, evaluate_files
 from cdlm.evaluation.likelihood import likelihood as likelihood_of
 from cdlm.evaluation.metrics.features import FEATURES
 from cdlm.evaluation.metrics.likelihood import Likelihood
+from cdlm.evaluation.metrics.mauve import is_installed
 from cdlm.evaluation.small_judge import OWN, open_judge
 from cdlm.evaluation.table import Evaluation
 from cdlm.evaluation.texts import Entry, read_texts
@@ -35,11 +37,11 @@ class JudgesOptions:
     judge: Sequence[str] = (OWN,)
     """Any Hugging Face causal language models, by folder, GGUF file or Hub id; "own" is a small GPT-2 that is trained
     on the run's text once and cached."""
-    judge_steps: int = 500
-    """Training steps of the small GPT-2."""
+    judge_steps: int | None = None
+    """Training steps of the small GPT-2; by default 500, or as many as read a small text 16 times."""
 
     def __post_init__(self) -> None:
-        check_whole("the judge", judge_steps=self.judge_steps)
+        check_whole("the judge", optional=True, judge_steps=self.judge_steps)
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,15 @@ class DistanceOptions:
     splits: int = 5
     """Random splits of the real text, which means and deviations are over; 0 leaves out MAUVE and the Fréchet
     distance."""
-    mauve: bool = True
-    """Compute MAUVE, which needs the mauve-text package."""
+    mauve: bool | None = None
+    """Compute MAUVE, which needs the mauve-text package; by default if that is installed."""
 
-    @property
-    def distances(self) -> Distances:
-        """The same as an object."""
-        return Distances(FEATURES.parse(self.features), self.splits, self.mauve)
+    def distances(self, quiet: bool) -> Distances:
+        """The same as an object. If nothing is said of MAUVE and it is not installed, a line says how to."""
+        wanted = is_installed() if self.mauve is None else self.mauve
+        if self.mauve is None and not wanted and self.splits and not quiet:
+            to_stderr("cdlm: MAUVE is left out: it is an extra under the GPL-3, pip install 'cdlm[mauve]'")
+        return Distances(FEATURES.parse(self.features), self.splits, wanted)
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,10 @@ def evaluate(
         raise CdlmError("evaluate needs samples to measure, files of texts, or --likelihood")
     if n is not None and n < 1:
         raise CdlmError(f"n is a number of samples >= 1, got {n}: leave it out to use all")
-    settings, distances = likelihood.settings(machine.batch_size or 32), distance.distances
+    settings, distances = (
+        likelihood.settings(machine.batch_size or 32),
+        distance.distances(machine.quiet or not samples),
+    )
     files, pairs = _read(samples or []), answered.pairs()
     if pairs is not None:
         _score(run, pairs, out, likelihood, answered, machine)

@@ -16,6 +16,7 @@ from cdlm.core.parsing import nearest
 from cdlm.evaluation.frontier import check_noise, drawn_from, measure
 from cdlm.evaluation.frontier_table import save
 from cdlm.evaluation.judge import Readers
+from cdlm.evaluation.plots.figure import Style
 from cdlm.evaluation.small_judge import open_judge
 from cdlm.evaluation.texts import Entry, read_texts
 from cdlm.runs.train import RunText
@@ -30,6 +31,7 @@ def frontier(
     rivals: list[str] | None = None,
     few: int | None = None,
     out: Path = Path("frontier"),
+    style: Style = "screen",
     judge: JudgesOptions = JUDGES,
     machine: MachineOptions = MACHINE,
 ) -> None:
@@ -44,6 +46,7 @@ def frontier(
         few: samples that judges after the first read; by default all.
         out: folder for frontier.json, frontier.md, frontier.png (AR-NLL over entropy), calls.png (over calls) and
             every-call.png (the same with every point, on logarithmic axes).
+        style: paper makes the pictures .pdf, of a column's width and with small serif letters.
     """
     if few is not None and few < 1:
         raise CdlmError(f"few is a number of samples >= 1, got {few}: leave it out to read all")
@@ -62,7 +65,7 @@ def frontier(
     finally:
         for pool in pools:
             pool.close()
-    table = save(found, out)
+    table = save(found, out, style)
     if not machine.quiet:
         print(table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,12 +11,15 @@ import numpy as np
 
 from cdlm import api
 from cdlm.cli.groups import OutputOptions, PromptOptions, asked, flat_settings, session_on
+from cdlm.continuous.grids import Warped
 from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_files, check_places
 from cdlm.core.parsing import brief
 from cdlm.core.progress import announce, show_announced, to_stderr
+from cdlm.core.types import HaltReason
+from cdlm.evaluation.plots.figure import short_names
 from cdlm.evaluation.plots.trajectories import plot_samples
 from cdlm.halting import Full, parse_criterion
 from cdlm.masked.sampler import UnmaskingSettings
@@ -27,6 +31,8 @@ from cdlm.sampling.session import Session
 from cdlm.sampling.watch.terminal import onlooker_on
 
 PROMPTS, OUTPUT, MACHINE = PromptOptions(), OutputOptions(), MachineOptions()
+_OFF = re.compile(r"\b\w+=(?:None|False)(?:, )?")
+"""Arguments of a call that leave something out."""
 DIFFUSION, UNMASKING = DiffusionSettings(), UnmaskingSettings()
 
 
@@ -76,29 +82,44 @@ def sample(
             show_announced()
             session = session.with_onlooker(onlooker)
         samples = session.run(requests)
+    if halt is not None and not machine.quiet and not any(why is HaltReason.CRITERION for why in samples.reason):
+        to_stderr(f"cdlm: {halt} halted no sample: {_why_unhalted(session)}")
     commit = getattr(session.sampling, "commit", None)
     ends = halt or ("no halting" if commit is None else f"commits by {brief(commit)}")
-    title = f"{run}, {samples.budget} steps, {ends}"
+    title = f"{short_names([run])[run]}, {samples.budget} steps, {ends}"
     _write(samples, session, output, title, machine.quiet, marked=work is not None)
 
 
 def _say_how(session: Session, requests: Sequence[Request], settings: Mapping[str, Any]) -> None:
     """What is to be known of the sampler before it runs."""
     most = max(int((~request.given).sum()) for request in requests)
-    how = ", ".join(f"{name} {value}" for name, value in session.settings.items())
-    announce(f"cdlm: {most} tokens to generate; {how}")
-    walk = session.sampling.walk
-    preset = walk & session.model.preset.keys()
-    if preset and session.model.recommends(settings):
-        recommended = ", ".join(f"{name} {session.settings.get(name)}" for name in sorted(preset))
-        student, names = session.model.student, ", ".join(sorted(walk))
-        otherwise = f"; if one of {names} is given, the rest is as in its paper"
-        to_stderr(
-            f"cdlm: sampled as the model recommends, {recommended}"
-            + (otherwise if student is None else f"; it is a student of {student.steps} steps of {student.name}")
-        )
+    preset = session.sampling.walk & session.model.preset.keys()
+    recommended = ", as the model recommends" if preset and session.model.recommends(settings) else ""
+    announce(f"cdlm: {most} tokens to generate{recommended}; {_how(session)}")
+    if (student := session.model.student) is not None:
+        announce(f"cdlm: it is a student of {student.steps} steps of {student.name}")
     if warning := api.warning_of_commits(session):
         to_stderr(f"cdlm: {warning}")
+
+
+def _how(session: Session) -> str:
+    """The settings of the sampler, without numbers that are as in the paper, and without what is off."""
+    paper = session.model.defaults.settings
+    said = {
+        name: _OFF.sub("", str(value)).replace(", )", ")")
+        for name, value in session.settings.items()
+        if not (isinstance(value, float) and value == paper.get(name))
+    }
+    return ", ".join(f"{name} {value}" for name, value in said.items() if value != "None")
+
+
+def _why_unhalted(session: Session) -> str:
+    """What most often keeps a rule from halting anything."""
+    if getattr(session.sampling, "commit", None) is not None:
+        return "rows end by their commits before it; --commit none leaves those out"
+    if isinstance(getattr(session.sampling, "grid", None), Warped):
+        return 'on the grid Warped() tokens change until late; try --grid "LogT()"'
+    return "try a looser setting, or more steps"
 
 
 def _write(samples: Samples, session: Session, output: OutputOptions, title: str, quiet: bool, marked: bool) -> None:
@@ -107,7 +128,7 @@ def _write(samples: Samples, session: Session, output: OutputOptions, title: str
         if not quiet:
             to_stderr(f"{file}: {file.stat().st_size:,} bytes")
     if output.plot is not None:
-        plot_samples(samples, output.plot, title)
+        plot_samples(samples, output.plot, title, output.style)
     if output.out is not None:
         samples.save(output.out)
     if quiet:
@@ -118,11 +139,18 @@ def _write(samples: Samples, session: Session, output: OutputOptions, title: str
             print(f"--- sample {one.index}, {one.nfe} calls, {one.reason.name.lower()}\n{text.strip()}")
         if marked:
             to_stderr("what was given stands in [ ]")
+    _say_what(samples)
+
+
+def _say_what(samples: Samples) -> None:
+    """What a person should know of the samples."""
     if (computed := len(samples.originals)) < len(samples):
         to_stderr(
             f"nothing is drawn at random with these settings: {computed} of {len(samples)} samples were computed, the"
             " others are copies"
         )
+    if not any(text.strip() for text in samples.texts):
+        to_stderr("no sample has any text: a model that was trained to answer, such as arithmetic, needs a --prompt")
     late = samples.calls_after_end.mean()
     after = f", {late:.1f} of them after the end of the text" if late > 0 else ""
     count = "1 sample" if len(samples) == 1 else f"{len(samples)} samples"

@@ -12,13 +12,13 @@ from cdlm.runs.train import RunText
 DEVICE = DeviceOptions()
 
 
-def train_judge(run: str, out: Path, *, steps: int = 500, machine: DeviceOptions = DEVICE) -> None:
+def train_judge(run: str, out: Path, *, steps: int | None = None, machine: DeviceOptions = DEVICE) -> None:
     """Train a small GPT-2 on a run's text, as a judge of AR-NLL.
 
     Args:
         run: run folder whose text and tokenizer are used.
         out: folder to write; a Hugging Face model like any other.
-        steps: training steps.
+        steps: training steps; by default 500, or as many as read a small text 16 times.
     """
     check_places(out)
     text = RunText.of_run(run)

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
@@ -34,6 +35,11 @@ PINNED: dict[str, float | int] = {
     "mauve_scaling_factor": 5,
 }
 """Settings of mauve-text, its defaults when this was written; `num_buckets` is always a tenth of the texts a side."""
+
+
+def is_installed() -> bool:
+    """Whether mauve-text is there; nothing is imported."""
+    return find_spec("mauve") is not None
 
 
 def library() -> ModuleType:

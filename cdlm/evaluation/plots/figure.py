@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from cdlm.core.checks import check_choice
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing
 from cdlm.core.inert import visible
@@ -25,6 +29,70 @@ COLORS = (
 MARKERS = "osD^vP*X<>ph"
 """Of lines, to tell them apart in grey print too."""
 
+Style = Literal["screen", "paper"]
+"""Where a picture is looked at."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a place asks of a picture.
+
+    Args:
+        ending: kind of file where no name is given.
+        panel: width of a pair of axes in inches; None is what the picture asks for.
+        entries: of a legend below all panels, in a row below one of them.
+        settings: of matplotlib, while the picture is made.
+    """
+
+    ending: str
+    panel: float | None
+    entries: int
+    settings: Mapping[str, Any]
+
+    def scale(self, width: float) -> float:
+        """What lengths are multiplied with where the picture asks for panels of this width."""
+        return 1.0 if self.panel is None else self.panel / width
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Make what is drawn look so."""
+        from matplotlib import rc_context
+
+        with rc_context(cast(Any, {"svg.hashsalt": "cdlm", **self.settings})):
+            yield
+
+
+def _letters(size: float, title: float, legend: float, heading: float) -> dict[str, float | str]:
+    return {
+        "font.size": size, "axes.titlesize": title, "axes.labelsize": size, "legend.fontsize": legend,
+        "figure.titlesize": heading, "figure.titleweight": "bold", "axes.titlelocation": "left",
+    }  # fmt: skip
+
+
+LOOKS: dict[Style, Look] = {
+    "screen": Look(".png", None, 3, {
+        **_letters(10.0, 11.0, 8.0, 13.0), "lines.linewidth": 1.4, "lines.markersize": 4,
+    }),
+    "paper": Look(".pdf", 3.3, 2, {
+        **_letters(8.0, 8.0, 6.5, 8.0), "xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.0,
+        "lines.markersize": 2.8, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+        "font.family": ["STIXGeneral", "DejaVu Serif"],  # the second has the signs that the first lacks
+        "pdf.fonttype": 42,  # TrueType: conferences refuse the other kind
+    }),
+}  # fmt: skip
+"""A page on a screen, and a column of 3.3 inches in a paper of two columns; two panels are as wide as both."""
+
+
+def look_of(style: Style) -> Look:
+    """The look by its name.
+
+    Raises:
+        CdlmError: there is none of that name.
+    """
+    check_choice("a plot", get_args(Style), style=style)
+    return LOOKS[style]
+
+
 METADATA: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".png": {}, ".svg": {"Date": None}}
 """Kinds of files by ending, each with what is left out of it: the same figure gives the same bytes at any time."""
 
@@ -36,6 +104,12 @@ def check_plot_path(path: Path) -> None:
     """Raise unless the file name ends in a kind of picture that can be written."""
     if path.suffix.lower() not in METADATA:
         raise CdlmError(f"cannot write a plot to {path}: end its name in {', '.join(METADATA)}")
+
+
+def short_names(models: Iterable[str]) -> dict[str, str]:
+    """Of each model what to call it in a heading: of a folder its own name, unless another one has the same."""
+    short = {model: Path(model).name if Path(model).is_dir() else model for model in models}
+    return {model: name if list(short.values()).count(name) == 1 else model for model, name in short.items()}
 
 
 def new_figure(width: float, height: float, dpi: int) -> Figure:
@@ -53,12 +127,11 @@ def new_figure(width: float, height: float, dpi: int) -> Figure:
 
 
 def write_figure(figure: Figure, path: Path) -> Path:
-    """Write the figure as the kind of file that its name ends in; parent folders are made.
+    """Write the figure as the kind of file that its name ends in, under its `Look`; parent folders are made.
 
     Raises:
         CdlmError: the kind is not known, or the place cannot be written.
     """
-    from matplotlib import rc_context
     from matplotlib.text import Text
 
     check_plot_path(path)
@@ -66,7 +139,7 @@ def write_figure(figure: Figure, path: Path) -> Path:
     for text in cast(list[Text], figure.findobj(Text)):
         text.set_text(visible(text.get_text()))
         text.set_parse_math(False)  # a name with dollars is no formula
-    with replacing(path) as temporary, rc_context({"svg.hashsalt": "cdlm"}), warnings.catch_warnings():
+    with replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box
         figure.savefig(temporary, format=kind[1:], metadata=METADATA[kind])
     return path
@@ -74,9 +147,9 @@ def write_figure(figure: Figure, path: Path) -> Path:
 
 def label_axes(axis: Axes, title: str, x: str, y: str) -> None:
     """Heading and names of the axes; no frame at the top and on the right."""
-    axis.set_title(title, fontsize=11, loc="left")
-    axis.set_xlabel(x, fontsize=10)
-    axis.set_ylabel(y, fontsize=10)
+    axis.set_title(title)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
     axis.spines[["top", "right"]].set_visible(False)
 
 

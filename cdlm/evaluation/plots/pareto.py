@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cdlm.evaluation.plots.figure import Style
 from cdlm.evaluation.plots.panels import Line, Panel, draw
 
+CHOSEN = "ring: setting chosen on other samples"
 LEAST = 0.85
 """Share of the lowest rival or level at which the axis ends at the latest."""
 MOST = 1.35
@@ -50,8 +52,9 @@ class CurvePanel:
 
 
 def plot_pareto(
-    panels: Sequence[CurvePanel], path: Path, label: str = "AR-NLL, nats per token", whole: bool = False
-) -> Path:
+    panels: Sequence[CurvePanel], path: Path, label: str = "AR-NLL, nats per token", whole: bool = False, *,
+    equal: bool = False, style: Style = "screen",
+) -> Path:  # fmt: skip
     """A panel for each model, into a .png, .pdf or .svg file; lower and further left is better.
 
     Calls are on a logarithmic axis, and a ring marks what was chosen.
@@ -59,12 +62,14 @@ def plot_pareto(
     Args:
         label: of the upright axis.
         whole: show every point, with both axes logarithmic, in place of the region in which one would want to be.
+        equal: all panels have the same axes: their text and their judge are the same.
+        style: "screen" or "paper".
 
     Raises:
-        CdlmError: there are no panels, or the file is of another kind.
+        CdlmError: there are no panels, or the file or the style is of another kind.
     """
     drawn = [_panel(panel, label, whole) for panel in panels]
-    return draw(drawn, path, columns=2, width=8.0, shared=True)
+    return draw(drawn, path, columns=2, width=8.0, shared=True, equal=equal, ring=CHOSEN, style=style)
 
 
 def _panel(panel: CurvePanel, label: str, whole: bool) -> Panel:

@@ -19,8 +19,11 @@ from cdlm.evaluation.plots.figure import (
     LIGHT_GREY,
     PURPLE,
     RED,
+    Look,
+    Style,
     check_plot_path,
     label_axes,
+    look_of,
     new_figure,
     plain_log_ticks,
     write_figure,
@@ -62,7 +65,7 @@ GROUPS = (
 )
 
 
-def plot_samples(samples: Samples, path: str | Path, title: str) -> Path:
+def plot_samples(samples: Samples, path: str | Path, title: str, style: Style = "screen") -> Path:
     """Switches, norms and angles of recorded samples against the step, with the halting steps marked if some of them
     took fewer steps than they might.
 
@@ -74,7 +77,7 @@ def plot_samples(samples: Samples, path: str | Path, title: str) -> Path:
     record = samples.record
     columns = {**record.signals, "switches": np.where(record.nfe > 0, record.switch_counts(), np.nan)}
     halted = samples.steps - 1 if (samples.steps < record.budgets).any() else None
-    return plot_trajectories(columns, path, halted=halted, title=title)
+    return plot_trajectories(columns, path, halted=halted, title=title, style=style)
 
 
 def plot_trajectories(
@@ -83,6 +86,7 @@ def plot_trajectories(
     *,
     halted: Int[np.ndarray, " halts"] | None = None,
     title: str = "",
+    style: Style = "screen",
 ) -> Path:
     """Draw the recorded signals against the step into a .png, .pdf or .svg file.
 
@@ -97,9 +101,10 @@ def plot_trajectories(
         path: of the file; parent folders are made, and it appears whole or not at all.
         halted: step (from 0) at which each row halted; they get a histogram, and a tick each at the foot of the panels.
         title: heading of the figure.
+        style: "screen", or "paper" for the width of two columns and small serif letters.
 
     Raises:
-        CdlmError: no signal can be drawn, shapes disagree, or the file is of a kind that cannot be written.
+        CdlmError: no signal can be drawn, shapes disagree, or the file or the style is of another kind.
     """
     check_plot_path(Path(path))
     if "score_cosine" in record:  # near 1 all along, so its angle is what can be seen
@@ -110,20 +115,23 @@ def plot_trajectories(
         record = {**record, "residual": np.where(np.isinf(residual), np.nan, residual)}
     groups = [group for group in GROUPS if any(key in record for key, _, _ in group.signals)]
     steps = _checked_steps(record, halted, groups)
-    figure, axes, strip = _canvas(len(groups), halted is not None)
-    for group, axis in zip(groups, axes, strict=True):
-        _draw_group(axis, group, record)
-        if halted is not None:
-            _mark_halts(axis, halted)
-    if halted is not None and strip is not None:
-        _draw_halts(strip, halted, steps)
-    for axis in [*axes, *([strip] if strip else [])]:
-        axis.set_xlim(0, max(1, steps - 1))
-    if title:
-        figure.suptitle(title, fontsize=13, fontweight="bold", x=0.015, ha="left")
-    caption = [CAPTION, *([HALT_CAPTION] if halted is not None else [])]
-    figure.supxlabel(("\n" if len(groups) == 1 else " ").join(caption), fontsize=8.5, color=GREY, x=0.015, ha="left")
-    return write_figure(figure, Path(path))
+    look = look_of(style)
+    with look.on():
+        figure, axes, strip = _canvas(len(groups), halted is not None, look)
+        for group, axis in zip(groups, axes, strict=True):
+            _draw_group(axis, group, record)
+            if halted is not None:
+                _mark_halts(axis, halted)
+        if halted is not None and strip is not None:
+            _draw_halts(strip, halted, steps)
+        for axis in [*axes, *([strip] if strip else [])]:
+            axis.set_xlim(0, max(1, steps - 1))
+        if title:
+            figure.suptitle(title, x=0.015, ha="left")
+        caption = [CAPTION, *([HALT_CAPTION] if halted is not None else [])]
+        between = "\n" if len(groups) == 1 or style == "paper" else " "
+        figure.supxlabel(between.join(caption), fontsize="small", color=GREY, x=0.015, ha="left")
+        return write_figure(figure, Path(path))
 
 
 def _checked_steps(record: Mapping[str, np.ndarray], halted: np.ndarray | None, groups: Sequence[SignalGroup]) -> int:
@@ -139,11 +147,11 @@ def _checked_steps(record: Mapping[str, np.ndarray], halted: np.ndarray | None, 
     return steps
 
 
-def _canvas(groups: int, with_strip: bool) -> tuple[Figure, list[Axes], Axes | None]:
+def _canvas(groups: int, with_strip: bool, look: Look) -> tuple[Figure, list[Axes], Axes | None]:
     """Groups in two columns (one when alone), and below them a low strip over the full width for the halting steps."""
     columns, width = (1, 7.5) if groups == 1 else (2, 10.4)
-    lines = -(-groups // columns)
-    figure = new_figure(width, 2.9 * lines + (1.9 if with_strip else 0.5), dpi=160)
+    lines, scale = -(-groups // columns), look.scale(width / columns)
+    figure = new_figure(scale * width, scale * (2.9 * lines + (1.9 if with_strip else 0.5)), dpi=160)
     grid = figure.add_gridspec(lines + with_strip, columns, height_ratios=[1.0] * lines + [0.42] * with_strip)
     places = [divmod(index, columns) for index in range(groups)]
     wide_last = groups % columns == 1
@@ -155,7 +163,7 @@ def _canvas(groups: int, with_strip: bool) -> tuple[Figure, list[Axes], Axes | N
     for axis in [*axes, *([strip] if strip else [])]:
         axis.grid(axis="y", color=LIGHT_GREY, linewidth=0.7)
         axis.set_axisbelow(True)
-        axis.tick_params(labelsize=9, colors="#333333")
+        axis.tick_params(colors="#333333")
     return figure, axes, strip
 
 
@@ -168,7 +176,7 @@ def _draw_group(axis: Axes, group: SignalGroup, record: Mapping[str, np.ndarray]
         axis.set_yscale("log")
         plain_log_ticks(axis.yaxis)
     if len(group.signals) > 1:
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(frameon=False)
 
 
 def _draw_signal(axis: Axes, values: Float[np.ndarray, "steps rows"], legend: str, color: str) -> None:
@@ -179,12 +187,13 @@ def _draw_signal(axis: Axes, values: Float[np.ndarray, "steps rows"], legend: st
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)  # steps without a live row stay blank
         low, middle, high = np.nanpercentile(values, [10, 50, 90], axis=1)
     axis.fill_between(step, low, high, color=color, alpha=0.18, linewidth=0)
-    axis.plot(step, middle, color=color, linewidth=2.0, label=legend)
+    (line,) = axis.plot(step, middle, color=color, label=legend)
+    line.set_linewidth(1.4 * line.get_linewidth())
 
 
 def _mark_halts(axis: Axes, halted: Int[np.ndarray, " rows"]) -> None:
     middle = float(np.median(halted))
-    axis.axvline(middle, color=RED, linewidth=1.3, linestyle=(0, (4, 3)))
+    axis.axvline(middle, color=RED, linestyle=(0, (4, 3)))
     axis.plot(
         halted, np.full(len(halted), 0.025), "|", color=RED, markersize=8, alpha=0.6,
         transform=axis.get_xaxis_transform(), clip_on=False,
@@ -202,6 +211,6 @@ def _draw_halts(axis: Axes, halted: Int[np.ndarray, " rows"], steps: int) -> Non
 
     middle = float(np.median(halted))
     axis.hist(halted, bins=halting_bins(steps), color=RED, alpha=0.75)
-    axis.axvline(middle, color=RED, linewidth=1.3, linestyle=(0, (4, 3)))
+    axis.axvline(middle, color=RED, linestyle=(0, (4, 3)))
     label_axes(axis, f"Halting step: median {middle:g} of {steps} steps", "step", "samples")
     axis.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
