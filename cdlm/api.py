@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -34,6 +35,7 @@ from cdlm.masked import checkpoints
 from cdlm.masked.model import LogitsFn, MaskedModel, as_masked_model
 from cdlm.masked.sampler import Unmasking
 from cdlm.models import hub, lora, shipped
+from cdlm.models.foreign import import_transformers
 from cdlm.models.hub import Pretrained
 from cdlm.runs import caches
 from cdlm.runs import config as names
@@ -71,13 +73,14 @@ def load(
     device = resolve_device(device)
     if precision is not None:
         check_choice("a model", get_args(Precision), precision=precision)
+    import_transformers()
     path = hub.locate(name)
     if lora.is_adapter(path):
         return _open_adapter(path, device=device, precision=precision, device_map=device_map)
     config = read_json(path / "config.json", "a finished training run")
     opens = next((foreign.open_folder for foreign in FOREIGN if foreign.opens(config)), _open_ours)
     model = opens(path, config, device=device, precision=precision, device_map=device_map)
-    model.hub_id = None if Path(name).is_dir() or shipped.is_shipped(name) else str(name)
+    model.hub_id = None if os.path.isdir(name) or shipped.is_shipped(name) else str(name)
     return model
 
 

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import check_places, check_readable, read_json, reading, replacing, write_text
+from cdlm.core.files import check_files, check_places, check_readable, read_json, reading, replacing, write_text
 from cdlm.core.schema import Finite, Positive, Whole, checked
 
 
@@ -256,6 +256,14 @@ def test_a_pipe_is_read_only_where_a_user_names_it(tmp_path: Path) -> None:
 
 def test_the_root_is_a_place() -> None:
     check_places(Path("/"))
+
+
+def test_a_place_that_nothing_can_be_written_to_is_told_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(CdlmError, match=r"cannot write .*too long"):
+        check_places(tmp_path / ("x" * 300))
+    with pytest.raises(CdlmError, match=r"cannot write .*is a directory"):
+        check_files(tmp_path / "new.html", tmp_path)
+    check_files(None, tmp_path / "new.html", tmp_path / "none" / "new.html")
 
 
 def test_a_json_file_has_an_end(tmp_path: Path) -> None:

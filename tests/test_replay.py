@@ -157,6 +157,19 @@ def test_selecting_and_joining_are_inverse(order: list[int], cut: int) -> None:
         assert all(np.array_equal(back.signals[n][k], record.signals[n][k], equal_nan=True) for n in record.signals)
 
 
+@settings(max_examples=20)
+@given(places=st.lists(st.integers(-M, M - 1), max_size=2 * M))
+def test_a_sample_that_is_selected_twice_is_there_twice(places: list[int]) -> None:
+    record = recorded(Euler()).record
+    chosen = record.select(np.array(places, np.int64))
+    assert len(chosen) == len(places)
+    assert (np.diff(chosen.switches.step.astype(np.int64)) >= 0).all()
+    for k in range(STEPS):
+        tokens = record.tokens_at(np.full(M, k), np.zeros((M, N), np.int64))
+        at, start = np.full(len(places), k), np.zeros((len(places), N), np.int64)
+        assert chosen.tokens_at(at, start).tolist() == [tokens[place].tolist() for place in places]
+
+
 # --- files ---
 
 

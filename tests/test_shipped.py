@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_runs import OPTIONS, SIZE
+from toys import VOCAB, tokenizer
 
 from cdlm import api
 from cdlm.cli import main as command
 from cdlm.continuous.systems.cdcd import CDCD
+from cdlm.continuous.systems.elf import ELF
 from cdlm.core import progress
 from cdlm.core.errors import CdlmError
 from cdlm.core.tensors import read_tensors, specs_of, write_tensors
@@ -23,7 +29,7 @@ from cdlm.models import hub, shipped
 from cdlm.runs import caches
 from cdlm.runs.config import RunConfig, read_run
 from cdlm.runs.pack import TYPES, WeightType, pack
-from cdlm.runs.train import RunText, train
+from cdlm.runs.train import RunText, card, train
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +81,82 @@ def test_packing_twice_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
     assert files[0] == files[1] == files[2]
 
 
-def test_a_weight_that_half_precision_cannot_hold_is_refused(run: Path, tmp_path: Path) -> None:
-    pack(run, tmp_path / "large", "fp32")
-    file = tmp_path / "large" / "model.safetensors"
-    tensors = {key: value.clone() for key, value in read_tensors(file).items()}
-    name = next(key for key, value in tensors.items() if value.is_floating_point())
-    tensors[name].view(-1)[0] = 1e6
-    write_tensors(file, specs_of(tensors), {key: (lambda v=value: v) for key, value in tensors.items()})
-    with pytest.raises(CdlmError, match=rf"{name} is too large .* take bf16"):
-        pack(tmp_path / "large", tmp_path / "out")
+def flow(place: Path, encoder: str) -> Path:
+    """A run folder of a model that names the folder of an encoder, with the card that training writes."""
+    system = ELF(encoder=encoder, encoder_dim=8, encoder_hash="of one", width=16, depth=1, heads=2).build(VOCAB)
+    system.tokenizer, system.length = tokenizer(), 8
+    config = RunConfig(system=ELF(encoder=encoder, encoder_dim=8, encoder_hash="of one"), length=8)
+    system.save_pretrained(place, f"{card(config, system, 1)}\n\nMade with {encoder}/more.")
+    (place / "config.yaml").write_text(config.to_yaml())
+    return place
+
+
+def test_a_card_and_a_packed_model_name_no_folder_of_an_encoder(tmp_path: Path) -> None:
+    encoder = str(tmp_path / "a b\u00e9" / "encoder")
+    run = flow(tmp_path / "flow", encoder)
+    assert str(tmp_path) not in (run / "README.md").read_text().replace(f"{encoder}/more", "")
+    pack(run, tmp_path / "out")
+    told = "".join(file.read_text() for file in (tmp_path / "out").iterdir() if file.suffix != ".safetensors")
+    assert str(tmp_path) not in told
+    assert "Made with encoder/more." in told
+    assert api.load(tmp_path / "out").config["encoder"] == "encoder"  # pyright: ignore[reportAttributeAccessIssue]
+    assert read_run(tmp_path / "out").system.encoder == "encoder"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_settings_of_a_packed_model_mean_what_those_of_the_run_mean(run: Path, tmp_path: Path) -> None:
+    pack(run, tmp_path / "a")
+    for text in ("1e5", "0o17", "on"):
+        config = replace(read_run(run), source=Files(paths=(text,)))
+        (tmp_path / "a" / "config.yaml").write_text(config.to_yaml())
+        pack(tmp_path / "a", tmp_path / text)
+        assert read_run(tmp_path / text).source == config.source
+
+
+def with_weights(folder: Path, value: float) -> str:
+    """Put a value into the weights of a folder; returns the name of its tensor."""
+    file = folder / "model.safetensors"
+    tensors = {key: tensor.clone() for key, tensor in read_tensors(file).items()}
+    name = next(key for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.dim())
+    tensors[name].view(-1)[0] = value
+    write_tensors(file, specs_of(tensors), {key: (lambda v=tensor: v) for key, tensor in tensors.items()})
+    return name
+
+
+@pytest.mark.parametrize(("value", "narrow", "wide"), [(1e6, "fp16", "bf16"), (3.4e38, "bf16", "fp32")])
+@pytest.mark.parametrize("kind", ["model", "judge"])
+def test_a_weight_that_a_type_cannot_hold_is_refused(
+    kind: str, value: float, narrow: WeightType, wide: WeightType, run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    source = run if kind == "model" else shipped.FOLDER / "stories-judge"
+    large, out = str(tmp_path / "large"), str(tmp_path / "out")
+    command.main(["pack", str(source), large, "--dtype", "fp32", "--quiet"])
+    name = with_weights(tmp_path / "large", value)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["pack", large, out, "--dtype", narrow])
+    assert ended.value.code == 2
+    assert re.search(rf"{name} is too large .* take {wide}\n", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
-    pack(tmp_path / "large", tmp_path / "out", "bf16")
+    command.main(["pack", large, out, "--dtype", wide, "--quiet"])
+    assert read_tensors(tmp_path / "out" / "model.safetensors")[name].view(-1)[0].isfinite()
+
+
+def test_what_cannot_be_loaded_is_not_packed(run: Path, tmp_path: Path) -> None:
+    pack(run, tmp_path / "broken", "fp32")
+    name = with_weights(tmp_path / "broken", torch.nan)
+    with pytest.raises(CdlmError, match=rf"{name}.* no numbers"):
+        pack(tmp_path / "broken", tmp_path / "out")
+    file = tmp_path / "broken" / "config.json"
+    file.write_text(file.read_text().replace('"width": 16', '"width": 32'))
+    with pytest.raises(CdlmError, match="copy"):
+        pack(tmp_path / "broken", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_judge_has_its_card(tmp_path: Path) -> None:
+    source = shipped.FOLDER / "stories-judge"
+    command.main(["pack", "stories-judge", str(tmp_path / "out"), "--quiet"])
+    for name in ("README.md", "judge.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
 def test_a_folder_that_is_there_is_not_written_over(run: Path, tmp_path: Path) -> None:
@@ -110,6 +181,9 @@ def test_a_cache_that_cannot_be_made_is_told_with_what_to_do(tmp_path: Path, mon
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     with pytest.raises(CdlmError, match=r"none/cache cannot be made: set CDLM_CACHE to a folder"):
         caches.place_of(str(tmp_path / "none" / "cache"))
+    monkeypatch.setenv("CDLM_CACHE", "x" * 5000)
+    with pytest.raises(CdlmError, match="cannot be made"):
+        caches.place_of(caches.DEFAULT)
     (tmp_path / "full").mkdir()
     assert caches.place_of(str(tmp_path / "full")) == tmp_path / "full"  # it may be read
     (tmp_path / "file").write_text("")
@@ -150,9 +224,29 @@ def test_a_folder_of_that_name_goes_before_it_and_a_line_says_so(
     assert f"toy is your folder {Path('toy').absolute()}, not the model" in line
 
 
+def test_judges_are_not_named_where_a_language_model_is_asked_for() -> None:
+    with pytest.raises(CdlmError, match=r"models that come with cdlm \((?!.*judge)[\w, -]*stories-masked\)"):
+        api.load("storys")
+
+
 def test_a_name_that_is_none_lists_those_that_are(toy: Path) -> None:
     with pytest.raises(CdlmError, match=r"models that come with cdlm \(toy\)"):
         api.load("tiy")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, f"user/{'x' * 5000}", "", "a\0b", "toy\ud800"])
+def test_a_name_that_none_can_have_is_told_in_one_line(name: str, toy: Path) -> None:
+    with pytest.raises(CdlmError, match=r"^.+$"):
+        api.load(name)
+
+
+@pytest.mark.parametrize("place", [".", "../{}"])
+def test_a_model_in_the_working_directory_has_the_name_of_its_folder(
+    place: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(run, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert api.load(place.format("mine")).name == "mine"
 
 
 def test_nothing_is_written_into_the_package(toy: Path, capsys: Any) -> None:
@@ -177,6 +271,27 @@ def test_what_ships_has_a_card_its_commands_and_numbers_and_half_precision(name:
     assert "cdlm pack {" in made["models"][-1]["command"]
     weights = read_tensors(folder / "model.safetensors").values()
     assert {value.dtype for value in weights if value.is_floating_point()} == {torch.float16}
+
+
+THREADS = """
+from threading import Thread
+import cdlm
+names, failed = [], []
+def work():
+    try:
+        names.append(cdlm.load("stories").name)
+    except BaseException as error:
+        failed.append(repr(error))
+threads = [Thread(target=work) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(failed, names)
+"""
+
+
+def test_threads_may_load_at_once_before_anything_was_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=False)
+    assert done.stdout == f"[] {['stories'] * 4}\n", done.stderr
 
 
 def test_all_that_ships_has_less_than_12_mb() -> None:

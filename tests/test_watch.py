@@ -214,6 +214,14 @@ def test_samples_that_a_rule_has_halted_show_that_and_try_no_other() -> None:
     assert [sample["last"] for sample in one["samples"]] == [3, 3]
 
 
+def test_samples_of_which_one_was_taken_twice_show_it_twice() -> None:
+    one = panel(watched("masked").select(np.array([1, 1, 0])), RULES, MOST_SAMPLES)
+    first, second, other = one["samples"]
+    assert first == second
+    assert other["index"] != first["index"]
+    assert first["maps"] == panel(watched("masked")[1:2], RULES, MOST_SAMPLES)["samples"][0]["maps"]
+
+
 def test_a_record_without_positions_has_the_other_maps() -> None:
     session = session_of("masked").recorded()
     one = panel(session.run(session.requests([PROMPT], 1)), None, MOST_SAMPLES)

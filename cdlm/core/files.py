@@ -146,15 +146,33 @@ def check_places(*paths: Path | None) -> None:
     """Raise, before long work, if its results could not be written to one of the paths; None is no path.
 
     Raises:
-        CdlmError: what should be a folder is a file, or may not be written to.
+        CdlmError: what should be a folder is a file, or may not be written to, or a name is too long.
     """
     for path in filter(None, paths):
         check_path(path)
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:  # the name is too long
+            raise cannot_write(path, error) from error
         folder = _existing(path)
         if not folder.is_dir():
             raise cannot_write(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
         if not os.access(folder, os.W_OK):
             raise cannot_write(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def check_files(*paths: Path | None) -> None:
+    """`check_places` of results that are files.
+
+    Raises:
+        CdlmError: as there, or one of the paths is a folder.
+    """
+    check_places(*paths)
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise cannot_write(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from cdlm.core.parallel import Workers, deal, interleaved
 from cdlm.core.schema import checked
 from cdlm.models import shipped
 from cdlm.models.causal import complete, in_one_line, opened, with_offsets
+from cdlm.models.foreign import import_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -36,7 +37,7 @@ T = TypeVar("T")
 LONGEST_CONTEXT = 1024
 """Most tokens that a judge reads at once, whatever its own limit: the length of published AR-NLL."""
 
-NAME_FILE = "judge.json"
+NAME_FILE = shipped.JUDGE
 
 
 class Named(TypedDict):
@@ -91,6 +92,7 @@ class Judge:
         Raises:
             CdlmError: the model cannot be found or read, or its tokenizer gives no character offsets.
         """
+        import_transformers()
         from transformers import AutoModelForCausalLM
 
         source = str(shipped.place_of(name_or_dir))

@@ -7,7 +7,9 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from msgspec import Meta
@@ -117,6 +119,16 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
         backend.pop(setting_of_last_call, None)
     special = [tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id]
     return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
+
+
+_ONE = Lock()
+
+
+def import_transformers() -> None:
+    """Import transformers, one thread at a time: when its import ends, another module stands in its place, and a thread
+    that has waited for it outside of this function is left with the first, which is empty."""
+    with _ONE:
+        import_module("transformers")
 
 
 @contextmanager

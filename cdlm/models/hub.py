@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from cdlm.core.errors import CdlmError, first_line
-from cdlm.core.files import read_json, replacing, write_text
+from cdlm.core.files import check_path, read_json, replacing, write_text
 from cdlm.core.inert import fenced
 from cdlm.core.schema import Positive, checked
 from cdlm.core.tensors import check_values, read_tensors, same_specs, specs_of, write_tensors
@@ -269,13 +270,14 @@ def locate(name: str | Path) -> Path:
             f"a model is one from cdlm.load, or its folder or Hub id, got a {type(name).__name__}; a function is"
             " sampled by cdlm.decode"
         )
+    check_path(name)
     path = shipped.place_of(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # false of a name that is too long
         return path
-    if path.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~", "runs/")):
+    if os.path.exists(path) or str(name).count("/") != 1 or str(name).startswith((".", "/", "~", "runs/")):
         raise CdlmError(
             f"{name} is not a model folder: expected a folder with config.json, one of the models that come with cdlm"
-            f" ({', '.join(shipped.names())}), or a Hub id such as user/model"
+            f" ({', '.join(shipped.models())}), or a Hub id such as user/model"
         )
     from huggingface_hub import snapshot_download
 

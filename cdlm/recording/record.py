@@ -132,14 +132,19 @@ class Record:
         return np.stack(frames)
 
     def select(self, samples: Int[np.ndarray, " k"]) -> Record:
-        """The samples of these columns, in this order."""
-        place = np.full(len(self), -1, np.int64)
-        place[samples] = np.arange(len(samples))
+        """The samples of these columns, in this order; one that is named twice is there twice."""
+        columns = np.arange(len(self))[samples]
+        times = _times_before(columns)
 
-        def of(switches: Switches) -> Switches:
+        def once(switches: Switches, chosen: Bool[np.ndarray, " k"]) -> Switches:
+            place = np.full(len(self), -1, np.int64)
+            place[columns[chosen]] = np.flatnonzero(chosen)
             kept = place[switches.sample] >= 0
             switches = Switches(*(part[kept] for part in switches))
             return switches._replace(sample=place[switches.sample].astype(np.uint32))
+
+        def of(switches: Switches) -> Switches:
+            return in_order(joined([once(switches, times == time) for time in range(times.max(initial=0) + 1)]))
 
         return Record(
             self.t[:, samples],
@@ -179,6 +184,14 @@ class Record:
         positions = {n: np.pad(v, [*more, (0, 0)], constant_values=np.nan) for n, v in self.positions.items()}
         t, budget = np.pad(self.t, more, constant_values=np.nan), self.budgets if self.masked else None
         return Record(t, np.pad(self.nfe, more), signals, self.switches, self.commits, budget, self.ended, positions)
+
+
+def _times_before(columns: Int[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
+    """How often each entry stands before its place."""
+    order, times = np.argsort(columns, kind="stable"), np.zeros(len(columns), np.int64)
+    rising = columns[order]
+    times[order] = np.arange(len(columns)) - np.searchsorted(rising, rising)
+    return times
 
 
 def _side_by_side(parts: Sequence[Switches], first: Int[np.ndarray, " k"]) -> Switches:

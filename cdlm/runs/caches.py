@@ -54,7 +54,7 @@ def place_of(cache: str) -> Path:
         CdlmError: no folder can be named like this, or it can neither be made nor is it there.
     """
     place = _absolute(os.environ.get(VARIABLE) or cache if cache == DEFAULT else cache)
-    nearest = next(parent for parent in (place, *place.parents) if parent.exists())
+    nearest = next(parent for parent in (place, *place.parents) if os.path.exists(parent))  # false of a name too long
     if not nearest.is_dir() or not (place == nearest or os.access(nearest, os.W_OK | os.X_OK)):
         raise CdlmError(f"the cache {place} cannot be made: set {VARIABLE} to a folder that you can write to")
     return place

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-import yaml
 from torch import Tensor
 
 from cdlm.core import plain_yaml
 from cdlm.core.checks import check_choice
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import check_new_folder, replacing, write_text
+from cdlm.core.files import check_new_folder, read_json, reading, replacing, write_text
 from cdlm.core.tensors import specs_of, write_tensors
 from cdlm.models import hub
 from cdlm.models.lora import is_adapter
 from cdlm.runs import caches
+from cdlm.runs.config import as_yaml, outline
 from cdlm.runs.train import without_folders
 from cdlm.sampling.texts import save_tokenizer
 
@@ -35,8 +36,8 @@ def pack(run: str | Path, out: str | Path, dtype: WeightType = "fp16") -> None:
         dtype: of the weights in the file.
 
     Raises:
-        CdlmError: there is no such model, it is an adapter or of another library, a weight is too large for the type,
-            or `out` is there already.
+        CdlmError: there is no such model, it cannot be loaded, it is an adapter or of another library, a weight is too
+            large for the type, or `out` is there already.
     """
     check_choice("a packed model", get_args(WeightType), dtype=dtype)
     source, out = hub.locate(run), Path(out)
@@ -44,13 +45,17 @@ def pack(run: str | Path, out: str | Path, dtype: WeightType = "fp16") -> None:
     if is_adapter(source) or hub.is_foreign(source):
         kind = "an adapter" if is_adapter(source) else "a model of another library"
         raise CdlmError(f"{source} holds {kind}, expected a model of this toolkit: name one")
-    folder = hub.read(source)
-    weights = {name: _rounded(name, value, TYPES[dtype]) for name, value in folder.weights.items()}
+    folder, config = hub.read(source), read_json(source / "config.json", "a model")
+    hub.load_weights(outline(folder.config, source / "config.json"), folder)  # what cannot be loaded is not shared
+    check_rounded(folder.weights, TYPES[dtype])
+    weights = {k: v.to(TYPES[dtype]) if v.is_floating_point() else v for k, v in folder.weights.items()}
     with replacing(out) as new:
         new.mkdir()
-        for name in ("config.json", "README.md"):
-            if (source / name).exists():
-                shutil.copyfile(source / name, new / name)
+        write_text(new / "config.json", json.dumps(without_folders(config), indent=2) + "\n")
+        if (card := source / "README.md").exists():
+            with reading(card):
+                text = card.read_text(encoding="utf-8")
+            write_text(new / "README.md", _without_places(text, config))
         save_tokenizer(folder.tokenizer, new)
         if (source / "config.yaml").exists():
             write_text(new / "config.yaml", _shared(source / "config.yaml"))
@@ -59,17 +64,38 @@ def pack(run: str | Path, out: str | Path, dtype: WeightType = "fp16") -> None:
         )
 
 
-def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    if not value.is_floating_point():
-        return value
-    found = value.to(dtype)
-    if not torch.isfinite(found).all():
-        most = value.abs().max()
-        raise CdlmError(f"a weight of {name} is too large for {dtype}, the largest is {most:.3g}: take bf16")
-    return found
+def check_rounded(weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Raise if one of the weights, which are finite, is too large for a type.
+
+    Raises:
+        CdlmError: it is; the message names a type that is wide enough.
+    """
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value.to(dtype)).all():
+            wide = "fp32" if dtype == torch.bfloat16 else "bf16"
+            most = value.abs().max()
+            raise CdlmError(f"a weight of {name} is too large for {dtype}, the largest is {most:.3g}: take {wide}")
 
 
 def _shared(file: Path) -> str:
     """The settings of a run without what only this machine has: paths of folders, and the cache."""
     values = without_folders(plain_yaml.read_mapping(file, "settings of a run"))
-    return yaml.safe_dump(values | {"cache": caches.DEFAULT}, sort_keys=False, allow_unicode=True)
+    return as_yaml(values | {"cache": caches.DEFAULT})
+
+
+def _without_places(text: str, config: Any) -> str:
+    """A text about a configuration with no more than the name of each file that has an absolute path there."""
+    for place in sorted(_places(config), key=len, reverse=True):  # a folder after what lies in it
+        for written in (place, json.dumps(place)[1:-1]):
+            text = text.replace(written, Path(place).name)
+    return text
+
+
+def _places(config: Any) -> Iterator[str]:
+    if isinstance(config, Mapping):
+        config = list(config.values())
+    if isinstance(config, list):
+        for part in config:
+            yield from _places(part)
+    elif without_folders(config) != config:
+        yield config

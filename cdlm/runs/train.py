@@ -389,7 +389,8 @@ def card(config: RunConfig, system: System, step: int) -> str:
     if system.student is not None:
         sections["Distillation"] = _words_of(system.student)
         sampling["student"] = asdict(system.student)
-    return hub.model_card({"length": system.length, **sampling, "model": system.config}, sections, system.kind)
+    shown = {"length": system.length, **sampling, "model": without_folders(system.config)}
+    return hub.model_card(shown, sections, system.kind)
 
 
 def _words_of(student: Student) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -162,7 +163,7 @@ class Model(ABC):
     @property
     def name(self) -> str:
         """What it is called in tables and files."""
-        return self.hub_id or (type(self).__name__ if self.folder is None else self.folder.name)
+        return self.hub_id or (type(self).__name__ if self.folder is None else Path(os.path.abspath(self.folder)).name)
 
     def nats(self, text: Text, settings: LikelihoodSettings, progress: Progress | None = None) -> dict[str, Nats]:
         """Minus the log-likelihood of each row in nats, by measure: `BOUND`, and `ODE` if the settings have one.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-from cdlm.core.files import check_new_folder
+import torch
+
+from cdlm.core.files import check_new_folder, replacing
 from cdlm.core.progress import to_stderr
 from cdlm.evaluation.judge import Judge, read_name
 from cdlm.models import shipped
-from cdlm.runs.pack import TYPES, WeightType
+from cdlm.runs.pack import TYPES, WeightType, check_rounded
 from cdlm.runs.pack import pack as packed
 
 
@@ -21,10 +24,20 @@ def pack(run: str, out: Path, *, dtype: WeightType = "fp16", quiet: bool = False
         dtype: of the weights in the file: fp16, bf16 or fp32. They are float32 again when the model is loaded.
         quiet: print errors only.
     """
-    if read_name(shipped.place_of(run)) is not None:
-        check_new_folder(out)
-        Judge.load(run, dtype=TYPES[dtype]).save(out)
+    source = shipped.place_of(run)
+    if read_name(source) is not None:
+        _pack_judge(source, out, TYPES[dtype])
     else:
         packed(run, out, dtype)
     if not quiet:
         to_stderr(f"{out}: {sum(file.stat().st_size for file in out.iterdir()):,} bytes")
+
+
+def _pack_judge(source: Path, out: Path, dtype: torch.dtype) -> None:
+    check_new_folder(out)
+    judge = Judge.load(source)
+    check_rounded(judge.model.state_dict(), dtype)
+    with replacing(out) as new:
+        Judge.load(source, dtype=dtype).save(new)
+        if (source / "README.md").exists():
+            shutil.copyfile(source / "README.md", new / "README.md")

@@ -15,7 +15,7 @@ from cdlm.continuous.grids import Warped
 from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
-from cdlm.core.files import check_places
+from cdlm.core.files import check_files, check_places
 from cdlm.core.parsing import brief
 from cdlm.core.progress import announce, show_announced, to_stderr
 from cdlm.core.types import HaltReason
@@ -65,7 +65,8 @@ def sample(
     if output.record is not None and (halt == "auto" or not isinstance(parse_criterion(halt), Full)):
         raise CdlmError("a recording is of full-length runs, on which cdlm replay tries rules: leave out --halt")
     texts = prompts.texts()
-    check_places(output.out, output.plot, output.record)
+    check_files(output.out, output.plot)
+    check_places(output.record)
     settings = flat_settings(diffusion, unmasking, steps=steps)
     with session_on(machine, run, prompts.seed, device_map, **settings) as session:
         requests, work = asked(session, texts, prompts)

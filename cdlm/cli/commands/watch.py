@@ -9,7 +9,7 @@ from cdlm import api
 from cdlm.cli.groups import PromptOptions, asked, flat_settings, session_on
 from cdlm.continuous.sampler import DiffusionSettings
 from cdlm.core.devices import MachineOptions
-from cdlm.core.files import check_places
+from cdlm.core.files import check_files
 from cdlm.core.progress import announce, to_stderr
 from cdlm.halting import Criterion
 from cdlm.masked.sampler import UnmaskingSettings
@@ -42,7 +42,7 @@ def watch(
         steps: as of cdlm sample.
     """
     check_page(out)
-    check_places(out)
+    check_files(out)
     chosen = None if rules is None else checked_rules(rules)
     settings = flat_settings(diffusion, unmasking, steps=steps)
     texts = prompts.texts()
@@ -68,5 +68,6 @@ def _drawn(
         requests, _ = asked(session, *wanted)
         session.check_recordable(requests, "watched")
         if not machine.quiet:
-            announce(f"cdlm: {session.model.name} draws {len(requests)} samples")
+            count = "1 sample" if len(requests) == 1 else f"{len(requests)} samples"
+            announce(f"cdlm: {session.model.name} draws {count}")
         return session.watched().run(requests)

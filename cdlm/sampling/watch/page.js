@@ -24,7 +24,7 @@
   const number = (value) => value === null ? "–" : String(Number(value.toPrecision(3)));
   const percent = (share) => `${(100 * share).toFixed(1)}%`;
   const bytes = (base64) => Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
-  const letter = (rule) => String.fromCharCode(65 + rule);
+  const letter = (rule) => String.fromCharCode(65 + (rule % 26)) + (rule < 26 ? "" : Math.floor(rule / 26));
 
   // Samples
 
