@@ -212,6 +212,30 @@ def test_a_model_of_the_package_is_loaded_by_its_name(toy: Path) -> None:
     assert read_run("toy") == read_run(toy)
 
 
+def test_a_packed_model_recommends_the_sampler_that_is_named(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    command.main(["pack", "toy", str(tmp_path / "a"), "--steps", "7", "--solver", "Euler()", "--guidance", "1.5"])
+    model = api.load(tmp_path / "a")
+    assert dict(model.preset) == {"steps": 7, "solver": "Euler()", "guidance": 1.5}
+    assert api.generate(model, n=1).budget == 7
+    pack(tmp_path / "a", tmp_path / "b")
+    assert api.load(tmp_path / "b").preset == model.preset
+    for words, why in (
+        (["--policy", "LLaDA()"], "policy"),
+        (["--solver", "Heun("], "Heun"),
+        (["--steps", "0"], "steps"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command.main(["pack", "toy", str(tmp_path / "c"), *words])
+        assert why in capsys.readouterr().err
+        assert not (tmp_path / "c").exists()
+
+
+def test_a_judge_recommends_no_sampler(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["pack", "stories-judge", str(tmp_path / "a"), "--steps", "7"])
+    assert "is a judge" in capsys.readouterr().err
+
+
 def test_a_folder_of_that_name_goes_before_it_and_a_line_says_so(
     toy: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

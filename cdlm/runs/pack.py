@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,17 +28,24 @@ WeightType = Literal["fp16", "bf16", "fp32"]
 TYPES: dict[WeightType, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def pack(run: str | Path, out: str | Path, dtype: WeightType = "fp16") -> None:
+def pack(
+    run: str | Path,
+    out: str | Path,
+    dtype: WeightType = "fp16",
+    sampling: Mapping[str, int | float | str] | None = None,
+) -> None:
     """Copy a model to a new folder: its weights, rounded, its settings, tokenizer and card, and nothing else.
 
     Args:
         run: run folder, name of a model that comes with cdlm, or Hub id.
         out: the new folder; it appears whole or not at all.
         dtype: of the weights in the file.
+        sampling: flat settings of the sampler that the copy is to recommend, such as {"policy": "Threshold(0.9)"}; by
+            default it recommends what the run does.
 
     Raises:
-        CdlmError: there is no such model, it cannot be loaded, it is an adapter or of another library, a weight is too
-            large for the type, or `out` is there already.
+        CdlmError: there is no such model, it cannot be loaded or sampled like that, it is an adapter or of another
+            library, a weight is too large for the type, or `out` is there already.
     """
     check_choice("a packed model", get_args(WeightType), dtype=dtype)
     source, out = hub.locate(run), Path(out)
@@ -46,6 +54,10 @@ def pack(run: str | Path, out: str | Path, dtype: WeightType = "fp16") -> None:
         kind = "an adapter" if is_adapter(source) else "a model of another library"
         raise CdlmError(f"{source} holds {kind}, expected a model of this toolkit: name one")
     folder, config = hub.read(source), read_json(source / "config.json", "a model")
+    if sampling:
+        if folder.student is not None:
+            raise CdlmError(f"{source} is a student, which is sampled as it was distilled: leave out the sampler")
+        folder, config = replace(folder, sampling=dict(sampling)), {**config, "sampling": dict(sampling)}
     hub.load_weights(outline(folder.config, source / "config.json"), folder)  # what cannot be loaded is not shared
     check_rounded(folder.weights, TYPES[dtype])
     weights = {k: v.to(TYPES[dtype]) if v.is_floating_point() else v for k, v in folder.weights.items()}
