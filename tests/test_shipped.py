@@ -254,7 +254,7 @@ def test_judges_are_not_named_where_a_language_model_is_asked_for() -> None:
 
 
 def test_a_name_that_is_none_lists_those_that_are(toy: Path) -> None:
-    with pytest.raises(CdlmError, match=r"models that come with cdlm \(toy\)"):
+    with pytest.raises(CdlmError, match=r"did you mean toy.*models that come with cdlm \(toy\)"):
         api.load("tiy")
 
 

@@ -161,6 +161,8 @@ def parser() -> Any:
     made.epilog = ABOUT
     for action in made._actions:  # as in all other commands; `_full` reads both
         action.option_strings = [option.replace("_", "-") for option in action.option_strings]
+        if isinstance(action.metavar, str):  # jsonargparse takes back the blank before one of them by a backspace
+            action.metavar = action.metavar.lstrip("\b")
     return made
 
 

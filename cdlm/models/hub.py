@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import check_path, read_json, replacing, write_text
 from cdlm.core.inert import fenced
+from cdlm.core.parsing import nearest
 from cdlm.core.schema import Positive, checked
 from cdlm.core.tensors import check_values, read_tensors, same_specs, specs_of, write_tensors
 from cdlm.models import shipped
@@ -276,8 +277,8 @@ def locate(name: str | Path) -> Path:
         return path
     if os.path.exists(path) or str(name).count("/") != 1 or str(name).startswith((".", "/", "~", "runs/")):
         raise CdlmError(
-            f"{name} is not a model folder: expected a folder with config.json, one of the models that come with cdlm"
-            f" ({', '.join(shipped.models())}), or a Hub id such as user/model"
+            f"{name} is not a model folder{nearest(str(name), shipped.models())}: expected a folder with config.json,"
+            f" one of the models that come with cdlm ({', '.join(shipped.models())}), or a Hub id such as user/model"
         )
     from huggingface_hub import snapshot_download
 
