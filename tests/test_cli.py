@@ -417,15 +417,15 @@ def test_what_the_model_recommends_is_said_and_can_be_replaced(
     for words, recommended in (([], True), (["--score-temperature", "0.9"], True), (["--steps", "3"], False)):
         main(["sample", str(other), "--n", "1", *words])
         said = capsys.readouterr().err
-        words = "commit Threshold(tau=0.7, block=None, calls=None), solver Ancestral(), steps 3; if one of commit, grid"
-        assert (f"recommends, {words}" in said) == recommended
+        assert ("as the model recommends; steps 3, grid Warped(), solver Ancestral()" in said) == recommended
+        assert ("commit Threshold(tau=0.7)\n" in said) == recommended
         assert "of 3 steps" in said
     main(["sample", str(other), "--n", "1", "--quiet"])
     assert capsys.readouterr().err == ""
     config["sampling"] = {"solver": "Ancestral()  # \x1b[31m of a text only what it means is shown"}
     (other / "config.json").write_text(json.dumps(config))
     main(["sample", str(other), "--n", "1"])
-    assert "recommends, solver Ancestral(); if" in (said := capsys.readouterr().err)
+    assert "as the model recommends; steps 200, grid Warped(), solver Ancestral()\n" in (said := capsys.readouterr().err)
     assert "\x1b" not in said
 
 
@@ -440,6 +440,14 @@ def test_compare_samples_as_in_the_paper_whatever_a_model_recommends(place: Plac
     rows = json.loads((out / "compare.json").read_text())["rows"]
     plain = [(row["family"], row["setting"]) for row in rows if row["family"] == "plain sampler, the same grid"]
     assert plain == [("plain sampler, the same grid", "2 steps, Warped(), Euler()")]
+
+
+def test_a_model_without_a_grid_has_one_plain_sampler(masked: Place, tmp_path: Path) -> None:
+    words = ["--rules", "FixedSteps(3)", "--n", "8", "--live", "0", "--fewer", "2", "4", "--measure", "nats"]
+    main(["compare", str(masked.run), *words, "--judge_steps", "3", "--quiet", "--out", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
+    plain = [row["setting"] for row in rows if row["family"].startswith("plain sampler")]
+    assert plain == ["2 steps", "4 steps"]
 
 
 def test_a_judge_that_read_the_training_text_is_named(place: Place, tmp_path: Path) -> None:

@@ -236,10 +236,13 @@ class Comparison:
         return time.perf_counter() - start
 
     def plain(self) -> list[Point]:
-        """The plain sampler with fewer steps: as the full run is sampled, and in each rival's best way."""
-        ways = {PLAIN: self.reporting.session}
+        """The plain sampler with fewer steps: as the full run is sampled, and in each rival's best way, if that is
+        another one."""
+        own = self.reporting.session
+        ways = {PLAIN: own}
         if self.with_rivals:
-            ways |= {f"plain sampler, {rival.name}": rival.session for rival in self.rivals.plain}
+            others = [rival for rival in self.rivals.plain if rival.session.settings != own.settings]
+            ways |= {f"plain sampler, {rival.name}": rival.session for rival in others}
         return [self.point(family, _way(way, steps), drawn) for family, way in ways.items()
                 for steps, drawn in self._fewer(way)]  # fmt: skip
 
@@ -432,7 +435,8 @@ COLUMNS = (
 )  # fmt: skip
 NOTHING = "saves no call within the goal"
 SHOWN = (
-    "rule", "calls", "TPF", "saved", "AR-NLL", "agreement", "right", "most TPF", "AUP", "beside its hardest rival",
+    "rule", "calls", "TPF", "saved", "AR-NLL", "change, nats", "agreement", "right", "most TPF", "AUP",
+    "beside its hardest rival",
 )  # fmt: skip
 """Columns that a terminal shows."""
 
