@@ -425,7 +425,8 @@ def test_what_the_model_recommends_is_said_and_can_be_replaced(
     config["sampling"] = {"solver": "Ancestral()  # \x1b[31m of a text only what it means is shown"}
     (other / "config.json").write_text(json.dumps(config))
     main(["sample", str(other), "--n", "1"])
-    assert "as the model recommends; steps 200, grid Warped(), solver Ancestral()\n" in (said := capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert "as the model recommends; steps 200, grid Warped(), solver Ancestral()\n" in said
     assert "\x1b" not in said
 
 

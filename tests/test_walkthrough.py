@@ -31,10 +31,11 @@ RUNS = {"stories": ("demo", "mine"), "stories-masked": ("masked",), "e2e": ("e2e
 LONGER = {"llada": {"max_sequence_length": 256}, "Dream": {"max_position_embeddings": 256}}
 """Of the tiny models of the Hub: prompts of pages and their answers fit."""
 ELSEWHERE = ("docs/studies/", "docs/lm-eval.md", "docs/several-machines.md")
-"""Studies, whose tables run small in `make results-quick`; a harness that downloads its tasks; several devices."""
+"""Whose commands are not run: of studies, whose tables run small in `make results-quick`; of a harness that downloads
+its tasks; on several devices. They are understood (`test_docs`)."""
 WALKED = [
     page for page in PAGES
-    if not page.startswith(ELSEWHERE) and any(b.commands or b.language == "python" for b in blocks_of(page))
+    if any(b.language == "python" or (b.commands and not page.startswith(ELSEWHERE)) for b in blocks_of(page))
 ]  # fmt: skip
 
 
@@ -57,19 +58,19 @@ def _run(block: Block, names: dict[str, object]) -> None:
         code = block.code()
         for number, small in SMALLER.items():
             code = code.replace(number, small)
-        exec(
-            compile(code, block.page, "exec", dont_inherit=True), names
-        )  # text of this repository, run as a reader would run it
-    if block.script:
-        shell = (
-            f'cdlm() {{ {shlex.quote(sys.executable)} {shlex.quote(str(ROOT / "tests/typed_commands.py"))} "$@"; }}\n'
-        )
-        subprocess.run(["bash", "-c", shell + block.text], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        made = compile(code, block.page, "exec", dont_inherit=True)
+        exec(made, names)  # text of this repository, run as a reader would run it
+    elif block.page.startswith(ELSEWHERE):
         return
-    for words in block.commands:
-        _make_room(words)
-        print("$ cdlm", shlex.join(words))
-        type_command(words)
+    elif block.script:
+        command = shlex.join([sys.executable, str(ROOT / "tests/typed_commands.py")])
+        script = f'cdlm() {{ {command} "$@"; }}\n{block.text}'
+        subprocess.run(["bash", "-c", script], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    else:
+        for words in block.commands:
+            _make_room(words)
+            print("$ cdlm", shlex.join(words))
+            type_command(words)
 
 
 def _make_room(words: list[str]) -> None:
