@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import shlex
 from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
@@ -71,8 +70,6 @@ def run(argv: list[str]) -> None:
     system = train(config, out, resume=bool(own.resume), start=own.start, lora=lora, progress=not own.quiet)
     if system.adapter is not None and not own.quiet:
         _say_size(system, out)
-    if not own.quiet:
-        to_stderr(f"{out} has the model: cdlm sample {shlex.quote(str(out))}")
 
 
 def _lora(own: argparse.Namespace) -> LoraSettings | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -229,9 +230,13 @@ def _train(
             write_settings(out, system.adapter.settings, system.adapter.base)
         write_text(out / "config.yaml", settings)
         save_tokenizer(text.tokenizer, out)
-    if progress and rank_and_world(options)[0] == 0:
+    shown = progress and rank_and_world(options)[0] == 0
+    if shown:
         print(_division(config, text), file=sys.stderr)
-    return fit(config, text, system, out, resume=resume, progress=progress)
+    trained = fit(config, text, system, out, resume=resume, progress=progress)
+    if shown:
+        print(f"{out} has the model: cdlm sample {shlex.quote(str(out))}", file=sys.stderr)
+    return trained
 
 
 def _division(config: RunConfig, text: RunText) -> str:

@@ -176,10 +176,8 @@ def evaluate(
         raise CdlmError("evaluate needs samples to measure, files of texts, or --likelihood")
     if n is not None and n < 1:
         raise CdlmError(f"n is a number of samples >= 1, got {n}: leave it out to use all")
-    settings, distances = (
-        likelihood.settings(machine.batch_size or 32),
-        distance.distances(machine.quiet or not samples),
-    )
+    settings = likelihood.settings(machine.batch_size or 32)
+    distances = distance.distances(machine.quiet or not samples)
     files, pairs = _read(samples or []), answered.pairs()
     if pairs is not None:
         _score(run, pairs, out, likelihood, answered, machine)

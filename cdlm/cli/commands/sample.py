@@ -82,8 +82,8 @@ def sample(
             show_announced()
             session = session.with_onlooker(onlooker)
         samples = session.run(requests)
-    if halt is not None and not machine.quiet and not any(why is HaltReason.CRITERION for why in samples.reason):
-        to_stderr(f"cdlm: {halt} halted no sample: {_why_unhalted(session)}")
+    if halt is not None and not machine.quiet and not isinstance(session.options.criterion, Full):
+        _say_unhalted(halt, session, samples)
     commit = getattr(session.sampling, "commit", None)
     ends = halt or ("no halting" if commit is None else f"commits by {brief(commit)}")
     title = f"{short_names([run])[run]}, {samples.budget} steps, {ends}"
@@ -113,13 +113,16 @@ def _how(session: Session) -> str:
     return ", ".join(f"{name} {value}" for name, value in said.items() if value != "None")
 
 
-def _why_unhalted(session: Session) -> str:
-    """What most often keeps a rule from halting anything."""
-    if getattr(session.sampling, "commit", None) is not None:
-        return "rows end by their commits before it; --commit none leaves those out"
+def _say_unhalted(halt: str, session: Session, samples: Samples) -> None:
+    """What most often keeps a rule from halting anything, if this one did not."""
+    if any(why is HaltReason.CRITERION for why in samples.reason):
+        return
+    why = "try a looser setting, or more steps"
     if isinstance(getattr(session.sampling, "grid", None), Warped):
-        return 'on the grid Warped() tokens change until late; try --grid "LogT()"'
-    return "try a looser setting, or more steps"
+        why = 'on the grid Warped() tokens change until late; try --grid "LogT()"'
+    if getattr(session.sampling, "commit", None) is not None:
+        why = "rows end by their commits before it; --commit none leaves those out"
+    to_stderr(f"cdlm: {halt} halted no sample: {why}")
 
 
 def _write(samples: Samples, session: Session, output: OutputOptions, title: str, quiet: bool, marked: bool) -> None:
