@@ -1,5 +1,6 @@
 """Tokens of one call that depend on each other: the layer of ADJUST, its training and its policy."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,17 @@ def test_a_comparison_says_that_passes_are_not_among_its_calls(
     with pytest.raises(SystemExit):  # there are no recordings
         cli.main(["compare", str(tmp_path / "model"), "--device=cpu", *words])
     assert "layer passes are not among them" in capsys.readouterr().err
+
+
+def test_a_layer_is_trained_on_texts_of_one_token_a_call_whatever_the_model_recommends(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    masked_with_tokenizer().save_pretrained(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"sampling": {"policy": "Threshold(0.0)"}}))
+    words = ["--n", "16", "--updates", "1", "--device", "cpu"]
+    cli.main(["train-sampler", str(model), str(tmp_path / "layer"), *words])  # texts of one call are refused
+    with pytest.raises(SystemExit):
+        cli.main(["train-sampler", str(model), str(tmp_path / "other"), *words, "--policy", "Threshold(0.0)"])
 
 
 def joint(rows: Any) -> Counter[tuple[int, ...]]:

@@ -514,7 +514,9 @@ def test_training_says_on_which_device_it_runs_unless_it_is_quiet(
     loud = tuple(word for word in SMALL if word != "--quiet")
     fresh.train("--log_every", "1", out="loud", small=loud)
     shown = capsys.readouterr()
-    assert shown.err.splitlines()[0] == "training on cpu"
+    text, device, *_ = shown.err.splitlines()
+    assert "rows of 16 tokens" in text
+    assert device == "training on cpu"
     assert shown.out == ""
     fresh.train(out="quiet")
     assert capsys.readouterr() == ("", "")

@@ -22,7 +22,7 @@ from foreign import copy_of, write_tokenizer
 from typed_commands import type_command
 
 from cdlm.data.sources import Stories
-from cdlm.models.shipped import place_of
+from cdlm.models import shipped
 
 SMALLER = {"n=1024": "n=112", "steps=200": "steps=8", "train_steps=1000": "train_steps=2, batch_size=4"}
 """Numbers of the examples, and what stands for them."""
@@ -39,10 +39,22 @@ WALKED = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models that ship, with less text."""
+    folder = tmp_path_factory.mktemp("shipped")
+    for name in shipped.names():
+        shutil.copytree(shipped.place_of(name), folder / name)
+        if (folder / name / "config.yaml").exists():  # a judge has none
+            _with_less_text(folder / name / "config.yaml")
+    return folder
+
+
 @pytest.mark.parametrize("page", WALKED)
 def test_every_command_and_example_of_the_page_runs(
-    page: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    page: str, models: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(shipped, "FOLDER", models)
     _prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -100,7 +112,7 @@ def _prepare(folder: Path) -> None:
         for run in runs:
             _put(model, folder / "runs" / run)
     _put("stories", folder / "you" / "stories")
-    shutil.copytree(place_of("stories-judge"), folder / "gpt2")
+    shutil.copytree(shipped.place_of("stories-judge"), folder / "gpt2")
     for name, family in {"GSAI-ML/LLaDA-8B-Instruct": "llada", "Dream-org/Dream-v0-Instruct-7B": "Dream"}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_tokenizer(copy_of(family, folder / name, **LONGER[family]), family)
@@ -111,9 +123,8 @@ def _write_lines(file: Path, rows: list[dict[str, str]]) -> None:
 
 
 def _put(model: str, folder: Path) -> None:
-    """A model that ships, as a run folder with less text."""
-    shutil.copytree(place_of(model), folder)
-    _with_less_text(folder / "config.yaml")
+    """A model that ships, as a run folder."""
+    shutil.copytree(shipped.place_of(model), folder)
 
 
 def _with_less_text(settings: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cdlm.api import open_session
+from cdlm.api import open_session, sampling_of
 from cdlm.cli.groups import PromptOptions, asked, flat_settings
 from cdlm.core.devices import DeviceOptions
 from cdlm.core.files import check_places
@@ -28,7 +28,7 @@ def train_sampler(
 ) -> None:
     """Train a layer on top of a masked model that makes tokens of one call depend on each other: the policy Adjust.
 
-    The model draws texts, one token a call unless a policy is given, and stays as it is.
+    The model draws texts, one token a call unless a policy is given, whatever it recommends, and stays as it is.
 
     Args:
         run: run folder or Hub id of one of our masked models, LLaDA or Dream.
@@ -38,7 +38,8 @@ def train_sampler(
     texts = prompts.texts()
     check_places(out / ABOUT)
     shown, settings = not machine.quiet, flat_settings(unmasking)
-    with open_session(run, seed=prompts.seed, device=machine.device, progress=shown, **settings) as session:
+    with open_session(run, seed=prompts.seed, device=machine.device, progress=shown) as session:
+        session = session.with_sampling(sampling_of(session.model, session.model.plain, settings))
         model, sampling = layered(session)
         requests, _ = asked(session, texts, prompts)
         with meter(len(requests), "texts to learn from", shown) as drawn:
