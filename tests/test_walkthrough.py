@@ -28,7 +28,7 @@ SMALLER = {"n=1024": "n=112", "steps=200": "steps=8", "train_steps=1000": "train
 """Numbers of the examples, and what stands for them."""
 RUNS = {"stories": ("demo", "mine"), "stories-masked": ("masked",), "e2e": ("e2e",), "arithmetic": ("arithmetic",)}
 """Run folders that pages take for granted, and the models that stand there."""
-LONGER = {"llada": {"max_sequence_length": 256}, "Dream": {"max_position_embeddings": 256}}
+LONGER = {"llada": {"max_sequence_length": 512}, "Dream": {"max_position_embeddings": 512}}
 """Of the tiny models of the Hub: prompts of pages and their answers fit."""
 ELSEWHERE = ("docs/studies/", "docs/lm-eval.md", "docs/several-machines.md")
 """Whose commands are not run: of studies, whose tables run small in `make results-quick`; of a harness that downloads
@@ -50,6 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch, as it is compiled
 @pytest.mark.parametrize("page", WALKED)
 def test_every_command_and_example_of_the_page_runs(
     page: str, models: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
@@ -98,8 +99,9 @@ def _prepare(folder: Path) -> None:
     for settings in (folder / "configs").iterdir():
         _with_less_text(settings)
     stories = list(Stories(n=300, seed=1).documents("train"))
-    for name in ("mybook", "more", "my_train", "my_valid", "theirs", "e2e_train", "e2e_valid"):
+    for name in ("mybook", "more", "my_train", "my_valid", "e2e_train", "e2e_valid"):
         (folder / f"{name}.txt").write_text("\n".join(stories) + "\n")
+    (folder / "theirs.txt").write_text("\n".join(stories[:8]) + "\n")
     (folder / "data").mkdir()
     _write_lines(folder / "data" / "a.jsonl", [{"text": story} for story in stories])
     (folder / "questions.txt").write_text("Anna went to the park.\nSam had a red ball.\n")
