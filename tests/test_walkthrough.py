@@ -31,8 +31,8 @@ RUNS = {"stories": ("demo", "mine"), "stories-masked": ("masked",), "e2e": ("e2e
 LONGER = {"llada": {"max_sequence_length": 512}, "Dream": {"max_position_embeddings": 512}}
 """Of the tiny models of the Hub: prompts of pages and their answers fit."""
 ELSEWHERE = ("docs/studies/", "docs/lm-eval.md", "docs/several-machines.md")
-"""Whose commands are not run: of studies, whose tables run small in `make results-quick`; of a harness that downloads
-its tasks; on several devices. They are understood (`test_docs`)."""
+"""Whose commands are not run: of studies (nor is `cdlm study` elsewhere), whose tables run small in `make
+results-quick`; of a harness that downloads its tasks; on several devices. They are understood (`test_docs`)."""
 WALKED = [
     page for page in PAGES
     if any(b.language == "python" or (b.commands and not page.startswith(ELSEWHERE)) for b in blocks_of(page))
@@ -80,7 +80,7 @@ def _run(block: Block, names: dict[str, object]) -> None:
         script = f'cdlm() {{ {command} "$@"; }}\n{block.text}'
         subprocess.run(["bash", "-c", script], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     else:
-        for words in block.commands:
+        for words in (words for words in block.commands if words[0] != "study"):
             _make_room(words)
             print("$ cdlm", shlex.join(words))
             type_command(words)

@@ -6,7 +6,7 @@ import sys
 from cdlm.cli.main import main
 
 SMALL = {
-    "train": "--vocab_size 300 --batch_size 4 --validation_rows 8 --preview 0"
+    "train": "--vocab_size 430 --batch_size 4 --validation_rows 8 --preview 0"
     " --training.steps 2 --training.validate-every 2",
     "sample": "--n 2 --device cpu --quiet",
     "compare": "--n 8 --steps 8 --rules Patience --live 2 --measure agreement --judge-steps 5",
