@@ -321,7 +321,8 @@ def test_the_legend_says_what_a_ring_is_where_there_is_one(monkeypatch, tmp_path
 
     monkeypatch.setattr(panels, "write_figure", keep)
     for chosen in (0, None):
-        curve = Curve("Patience", *[[1.0, 2.0]] * 4, chosen=chosen)
+        line = [1.0, 2.0]
+        curve = Curve("Patience", line, line, line, line, chosen=chosen)
         plot_pareto([CurvePanel("a", [curve], [])], tmp_path / "a.png")
     assert legends == [["Patience", CHOSEN], ["Patience"]]
 
