@@ -236,12 +236,12 @@ class Comparison:
         return time.perf_counter() - start
 
     def plain(self) -> list[Point]:
-        """The plain sampler with fewer steps: as the full run is sampled, and in each rival's best way, if that is
-        another one."""
+        """The plain sampler with fewer steps: as the full run is sampled, and in each rival's best way. Where there are
+        no grids to choose from, that may be the same."""
         own = self.reporting.session
         ways = {PLAIN: own}
         if self.with_rivals:
-            others = [rival for rival in self.rivals.plain if rival.session.settings != own.settings]
+            others = [r for r in self.rivals.plain if "grid" in own.settings or r.session.settings != own.settings]
             ways |= {f"plain sampler, {rival.name}": rival.session for rival in others}
         return [self.point(family, _way(way, steps), drawn) for family, way in ways.items()
                 for steps, drawn in self._fewer(way)]  # fmt: skip
