@@ -93,8 +93,9 @@ def sample(
 def _say_how(session: Session, requests: Sequence[Request], settings: Mapping[str, Any]) -> None:
     """What is to be known of the sampler before it runs."""
     most = max(int((~request.given).sum()) for request in requests)
-    preset = session.sampling.walk & session.model.preset.keys()
-    recommended = ", as the model recommends" if preset and session.model.recommends(settings) else ""
+    model = session.model
+    untouched = model.recommends(settings) and model.preset.keys().isdisjoint(settings)
+    recommended = ", as the model recommends" if untouched else ""
     announce(f"cdlm: {most} tokens to generate{recommended}; {_how(session)}")
     if (student := session.model.student) is not None:
         announce(f"cdlm: it is a student of {student.steps} steps of {student.name}")

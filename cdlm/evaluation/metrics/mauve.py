@@ -49,7 +49,7 @@ def library() -> ModuleType:
     except ImportError as error:
         raise CdlmError(
             f"expected the package mauve-text (GPL-3, optional) for MAUVE, got: {error}; "
-            "install it with `pip install 'cdlm[mauve]'` or leave MAUVE out"
+            "install it with `pip install 'cdlm[mauve]'` or leave MAUVE out (--no-mauve)"
         ) from error
     return mauve
 

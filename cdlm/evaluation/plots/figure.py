@@ -40,12 +40,14 @@ class Look:
     Args:
         ending: kind of file where no name is given.
         panel: width of a pair of axes in inches; None is what the picture asks for.
+        columns: of panels, at most.
         entries: of a legend below all panels, in a row below one of them.
         settings: of matplotlib, while the picture is made.
     """
 
     ending: str
     panel: float | None
+    columns: int
     entries: int
     settings: Mapping[str, Any]
 
@@ -70,10 +72,10 @@ def _letters(size: float, title: float, legend: float, heading: float) -> dict[s
 
 
 LOOKS: dict[Style, Look] = {
-    "screen": Look(".png", None, 3, {
+    "screen": Look(".png", None, 3, 3, {
         **_letters(10.0, 11.0, 8.0, 13.0), "lines.linewidth": 1.4, "lines.markersize": 4,
     }),
-    "paper": Look(".pdf", 3.3, 2, {
+    "paper": Look(".pdf", 3.3, 2, 2, {
         **_letters(8.0, 8.0, 6.5, 8.0), "xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.0,
         "lines.markersize": 2.8, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
         "font.family": ["STIXGeneral", "DejaVu Serif"],  # the second has the signs that the first lacks

@@ -112,7 +112,7 @@ def draw(
     if not panels:
         raise CdlmError("there is nothing to draw: give at least one panel")
     look = look_of(style)
-    columns = min(columns, len(panels), 2 if style == "paper" else columns)
+    columns = min(columns, len(panels), look.columns)
     rows, scale = -(-len(panels) // columns), look.scale(width)
     height = max(4.0, 0.625 * width, *(0.27 * len(panel.ticks) + 1 for panel in panels))
     with look.on():
