@@ -30,6 +30,7 @@ from cdlm.runs import caches
 from cdlm.runs.config import RunConfig, read_run
 from cdlm.runs.pack import TYPES, WeightType, pack
 from cdlm.runs.train import RunText, card, train
+from rebuild.ship import check_judge
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +344,14 @@ def test_a_model_of_answers_without_a_question_says_what_it_needs(capsys: Any) -
 
 def test_the_judge_of_stories_is_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CDLM_CACHE", str(tmp_path))
-    text = RunText.of_run("stories")
-    found = api.small_judge(text, 500)
-    assert found.key == json.loads((shipped.FOLDER / "stories-judge" / "judge.json").read_text())["key"]
+    own = api.small_judge(RunText.of_run("stories"))
+    key = json.loads((shipped.FOLDER / "stories-judge" / "judge.json").read_text())["key"]
+    assert key == own.key
+    check_judge(shipped.FOLDER / "stories-judge", key, Path("stories"))
+
+
+def test_a_judge_of_other_defaults_does_not_ship(run: Path, tmp_path: Path) -> None:
+    """A table is read by the judge that `own` means; the one beside it in the package has to be that one."""
+    key = api.small_judge(RunText.of_run(run), 499).key
+    with pytest.raises(CdlmError, match=r"another judge than `--judge own` trains"):
+        check_judge(tmp_path / "judge", key, run)

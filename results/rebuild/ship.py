@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cdlm import api
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import replacing, write_json
+from cdlm.evaluation.judge import read_name
+from cdlm.runs.train import RunText
 from rebuild import document
 from rebuild.definition import read_table
 from rebuild.run import Builder
@@ -26,7 +29,8 @@ def ship(builder: Builder, definitions: Sequence[Path], out: Path) -> None:
     Cards are rendered afterwards, like pages.
 
     Raises:
-        CdlmError: a table or a model of it is not there, or all are larger than `MOST`.
+        CdlmError: a table or a model of it is not there, a judge is not the one that `--judge own` means today, or all
+            are larger than `MOST`.
     """
     packed = [found for definition in definitions for found in _packed(builder, definition)]
     size = sum(file.stat().st_size for place, _ in packed for file in place.iterdir())
@@ -45,10 +49,26 @@ def _packed(builder: Builder, definition: Path) -> list[tuple[Path, dict[str, An
     """The folders of a table's models that ship, each with what the table found."""
     content = document.read(definition.with_suffix(".json"))
     table = read_table(definition)
-    places = [t.place for t in builder.places(table).trainings if not t.name.endswith((RUN, SHORT))]
-    if missing := [str(place) for place in places if not place.is_dir()]:
+    folders = {t.name: t.place for t in builder.places(table).trainings}
+    places = {name: place for name, place in folders.items() if not name.endswith((RUN, SHORT))}
+    if missing := [str(place) for place in places.values() if not place.is_dir()]:
         raise CdlmError(f"{missing[0]} is not there: python results/build.py run {table.name} makes it")
-    return [(place, content) for place in places]
+    for name, place in places.items():
+        if (judge := read_name(place)) is not None:
+            check_judge(place, judge.get("key"), folders[made(content, name)["models"][0]["name"]])
+    return [(place, content) for place in places.values()]
+
+
+def check_judge(place: Path, key: str | None, run: Path) -> None:
+    """Raise unless a judge is the one that `--judge own` means for a run, which the rows of its table were read by.
+
+    A judge that was trained before its defaults changed stays where it was made.
+    """
+    if key != api.small_judge(RunText.of_run(run)).key:
+        raise CdlmError(
+            f"{place} is another judge than `--judge own` trains on the text of {run.name}: delete it with the judge"
+            " that it was packed from, and run its table again"
+        )
 
 
 def made(content: dict[str, Any], name: str) -> dict[str, Any]:
