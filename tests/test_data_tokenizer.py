@@ -16,6 +16,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.data.stories import stories
 from cdlm.data.tokenizer import (
     LONGEST_WORD,
+    USUAL_SIZE,
     _without_long_words,
     encode_batch,
     load_tokenizer,
@@ -103,6 +104,16 @@ def test_too_little_text_says_how_much_it_supports():
         train_tokenizer(["aaa aaa"], 5000)
     assert "262 or less" in str(error.value)
     assert len(train_tokenizer(["aaa aaa"], 262)) == 262
+
+
+def test_by_default_there_are_as_many_tokens_as_the_text_supports_or_the_usual_number() -> None:
+    small = train_tokenizer(TEXTS)
+    assert 300 < len(small) < USUAL_SIZE
+    with pytest.raises(CdlmError, match=f"a vocabulary of {len(small)} tokens"):
+        train_tokenizer(TEXTS, len(small) + 1)
+    syllables = [f"{first}{second}" for first in "bdfgklmnprstvz" for second in "aeiou"]
+    words = (f"{one}{two} {one}{two}" for one in syllables for two in syllables)
+    assert len(train_tokenizer(words)) == USUAL_SIZE
 
 
 def test_too_small_a_vocabulary():

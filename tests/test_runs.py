@@ -233,6 +233,20 @@ def test_resuming_with_another_batch_size_says_what_may_change_and_how_to_go_on(
     assert f"--start {out}" in message
 
 
+def test_the_size_of_a_vocabulary_is_settled_by_the_text_and_then_stays(
+    settings: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config, out = settings(vocab_size=None), tmp_path / "run"
+    train(config, out, progress=False)
+    found = len(hub.read_tokenizer(out))
+    assert found > 300
+    assert read_run(out).vocab_size == found
+    assert "tokenizer was one trained to" in resumed(config, out, vocab_size=found - 1)
+    more = replace(config, training=replace(config.training, steps=STEPS + 2))
+    train(more, out, resume=True, progress=False)
+    assert read_run(out).vocab_size == found
+
+
 def test_resuming_with_other_text_names_the_texts(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
     first, second = tmp_path / "first.txt", tmp_path / "second.txt"
     lines = [f"{who} sat {where} and saw {what}.\n" for who in "abcdefgh" for where in "ijklmn" for what in "opqrst"]

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"  # ids 0, 1, 2
 _SMALLEST = 256 + 3  # every byte and the special tokens
+USUAL_SIZE = 2048
+"""Tokens of a tokenizer, unless it is told otherwise or the text supports fewer."""
 LONGEST_WORD = 1000
 """Characters without a boundary that training sees as one: it takes the square of their number, encoding does not."""
 _LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 _FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # of a Hub repository, all that a tokenizer may be made of
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Train a byte-level BPE tokenizer of exactly `vocab_size` tokens, the three special ones included.
+def train_tokenizer(documents: Iterable[str], vocab_size: int | None = None) -> "PreTrainedTokenizerFast":
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` tokens, the three special ones included; by default of
+    `USUAL_SIZE`, or as many as the text supports.
 
     Any Unicode text comes back unchanged from encoding and decoding: there is no normaliser and no added space. The
     special tokens are the end of a document (id 0), padding (1) and the mask (2). The same documents in the same order
@@ -32,19 +35,19 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTok
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < _SMALLEST:
+    if vocab_size is not None and vocab_size < _SMALLEST:
         raise CdlmError(f"vocab_size must be at least {_SMALLEST} (256 bytes and 3 special tokens), got {vocab_size}")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=USUAL_SIZE if vocab_size is None else vocab_size,
         special_tokens=[EOS, PAD, MASK],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(chain.from_iterable(map(_without_long_words, documents)), trainer)
-    if (supported := backend.get_vocab_size()) < vocab_size:
+    if vocab_size is not None and (supported := backend.get_vocab_size()) < vocab_size:
         raise CdlmError(
             f"the text supports a vocabulary of {supported} tokens, {vocab_size} is too many: "
             f"set vocab_size to {supported} or less, or give more text"

@@ -59,7 +59,7 @@ class RunConfig(Settings):
         source: the text: Stories, Arithmetic, Stdlib, Files or Hub, with its settings.
         system: the model: CDCD, Plaid, SSD, LangFlow, Masked or Autoregressive, with its settings.
         tokenizer: name or folder of a Hugging Face tokenizer; by default a byte-level BPE is trained on the text.
-        vocab_size: tokens of the BPE that is trained.
+        vocab_size: tokens of the BPE that is trained; by default 2,048, or as many as the text supports.
         length: positions of a row.
         rows: pack joins documents and cuts rows from them; document gives each its own row, filled too, with the
             end-of-text token as text up to the row's end, so that the model learns where to end.
@@ -80,7 +80,7 @@ class RunConfig(Settings):
     source: Source = field(default_factory=Stories)
     system: SystemConfig = field(default_factory=CDCD)
     tokenizer: str | None = None
-    vocab_size: int = 480
+    vocab_size: int | None = None
     length: int = 64
     rows: Literal["pack", "document", "filled"] = "pack"
     masking: str = DEFAULT_MASKING
@@ -94,8 +94,9 @@ class RunConfig(Settings):
     training: TrainOptions = field(default_factory=TrainOptions)
 
     def __post_init__(self) -> None:
-        counts = ("vocab_size", "length", "batch_size", "validation_rows")
-        check_whole("a run", **{name: getattr(self, name) for name in counts})
+        check_whole("a run", length=self.length, batch_size=self.batch_size, validation_rows=self.validation_rows)
+        if self.vocab_size is not None:
+            check_whole("a run", vocab_size=self.vocab_size)
         check_whole("a run", least=0, largest=MOST_ROWS, preview=self.preview)
         check_whole("a run", least=0, largest=MOST_DEVICES, workers=self.workers)
         check_path(self.cache)

@@ -215,9 +215,11 @@ def _train(
     options = config.training
     if origin is not None and origin.tokenizer is not None:
         config = replace(config, tokenizer=None, vocab_size=len(origin.tokenizer))
-    settings = config.to_yaml()
     caches.mark(config.cache)
     text = RunText.of(config, _tokenizer(out, resume, origin))
+    if config.tokenizer is None and config.vocab_size is None:  # what was left to the text is settled from here on
+        config = replace(config, vocab_size=len(text.tokenizer))
+    settings = config.to_yaml()
     _ = text.judge, text.unread  # a text too small to be divided is better known before the training
     system = _built(config, text, origin)
     order = RowLoader(text.train, config.batch_size, options.seed)
