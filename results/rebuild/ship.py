@@ -55,7 +55,8 @@ def _packed(builder: Builder, definition: Path) -> list[tuple[Path, dict[str, An
         raise CdlmError(f"{missing[0]} is not there: python results/build.py run {table.name} makes it")
     for name, place in places.items():
         if (judge := read_name(place)) is not None:
-            check_judge(place, judge.get("key"), folders[made(content, name)["models"][0]["name"]])
+            run = made(content, name)["models"][0]["name"]  # the first of what a judge was made from
+            check_judge(place, judge.get("key"), folders[run])
     return [(place, content) for place in places.values()]
 
 
