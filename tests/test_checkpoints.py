@@ -16,7 +16,8 @@ import torch
 from test_training_run import run, saved
 
 from cdlm.core.errors import CdlmError
-from cdlm.training.files import AtomicCheckpoints, checkpoint_of, steps_done
+from cdlm.training.files import AtomicCheckpoints, steps_done
+from cdlm.training.folder import checkpoint_of
 
 Checkpoint = dict[str, Any]
 Change = Callable[[Any], Any]

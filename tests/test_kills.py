@@ -26,7 +26,8 @@ from cdlm.continuous.systems.cdcd import CDCD
 from cdlm.data.sources import Stories
 from cdlm.runs.train import train
 from cdlm.runs.config import read_run
-from cdlm.training.files import checkpoint_of, steps_done
+from cdlm.training.files import steps_done
+from cdlm.training.folder import checkpoint_of
 from cdlm.training.folder import LOCK
 from cdlm.training.options import TrainOptions
 

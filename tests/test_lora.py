@@ -34,7 +34,7 @@ from cdlm.models.system import row_cross_entropy
 from cdlm.runs.config import RunConfig, read_run
 from cdlm.runs.train import train
 from cdlm.sampling.session import Model
-from cdlm.training.files import checkpoint_of
+from cdlm.training.folder import checkpoint_of
 from cdlm.training.options import TrainOptions
 
 SIZE: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "dim": 8}

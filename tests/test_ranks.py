@@ -15,8 +15,7 @@ import pytest
 from cdlm.core.devices import DeviceOptions, MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.ranks import Place, join, launched
-from cdlm.training.options import TrainOptions
-from cdlm.training.run import rank_and_world
+from cdlm.training.options import TrainOptions, rank_and_world
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "9",

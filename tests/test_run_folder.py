@@ -27,8 +27,8 @@ from cdlm.masked.system import Masked
 from cdlm.runs import train as runs
 from cdlm.runs.config import RunConfig, read_run
 from cdlm.runs.train import train
-from cdlm.training.files import checkpoint_of, steps_done
-from cdlm.training.folder import LOCK, WRITTEN, held
+from cdlm.training.files import steps_done
+from cdlm.training.folder import LOCK, WRITTEN, checkpoint_of, held
 from cdlm.training.options import TrainOptions
 
 

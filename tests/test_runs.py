@@ -30,7 +30,8 @@ from cdlm.models.system import System
 from cdlm.runs import train as runs
 from cdlm.runs.config import RunConfig, read_run
 from cdlm.runs.train import RunText, train
-from cdlm.training.files import AtomicCheckpoints, checkpoint_of
+from cdlm.training.files import AtomicCheckpoints
+from cdlm.training.folder import checkpoint_of
 from cdlm.training.options import TrainOptions
 from cdlm.training.stop import Interrupted
 from cdlm.training.validation import losses_by_level

@@ -440,7 +440,7 @@ def options_of(strategy: str) -> TrainOptions:
 
 PROCESSES = """
     from dataclasses import replace
-    from cdlm.training.run import rank_and_world
+    from cdlm.training.options import rank_and_world
     folder, strategy, stop, resume = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "stop", sys.argv[3] == "resume"
     nodes = 2 if "NODE_RANK" in os.environ and "LOCAL_RANK" not in os.environ else 1
     options = replace(options_of(strategy), devices=2 // nodes, num_nodes=nodes, strategy=strategy)

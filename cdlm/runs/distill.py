@@ -176,8 +176,8 @@ def _round(
     count: int, progress: bool,
 ) -> System:  # fmt: skip
     """One student, trained or as it was trained before."""
-    from cdlm.training.files import checkpoint_of, context_of, steps_done
-    from cdlm.training.folder import held
+    from cdlm.training.files import context_of, steps_done
+    from cdlm.training.folder import checkpoint_of, held
 
     checkpoint = checkpoint_of(place)
     resume = checkpoint.exists()

@@ -40,6 +40,8 @@ from cdlm.runs import caches
 from cdlm.runs.config import RunConfig, read_run
 from cdlm.sampling.session import Session, Student
 from cdlm.sampling.texts import save_tokenizer, special_of
+from cdlm.training.folder import check_folder, checkpoint_of, held
+from cdlm.training.options import rank_and_world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -131,10 +133,6 @@ def train(
         CdlmError: another process trains into the folder, or a link in it leads out of it.
         Interrupted: the run was asked to stop and can be resumed.
     """
-    from cdlm.training.files import checkpoint_of, steps_done
-    from cdlm.training.folder import held
-    from cdlm.training.run import check_folder, rank_and_world
-
     out, options = Path(out), config.training
     if resume and start is not None:
         raise CdlmError("a run is resumed from its own checkpoint: give resume or start, not both")
@@ -145,6 +143,8 @@ def train(
     first = rank_and_world(options)[0] == 0
     if first:
         check_folder(out, resume)
+    from cdlm.training.files import steps_done  # Lightning takes seconds to import: first what can be refused at once
+
     if resume and steps_done(checkpoint_of(out)) == options.steps:
         if progress and first:
             print(f"{out} is finished, at step {options.steps}: more steps continue it", file=sys.stderr)
@@ -210,8 +210,6 @@ def _train(
     config: RunConfig, out: Path, resume: bool, origin: Folder | ForeignModel | None, tuned: Tuned | None,
     progress: bool,
 ) -> System:  # fmt: skip
-    from cdlm.training.run import rank_and_world
-
     options = config.training
     if origin is not None and origin.tokenizer is not None:
         config = replace(config, tokenizer=None, vocab_size=len(origin.tokenizer))
@@ -269,7 +267,7 @@ def fit(
     """
     from cdlm.training import run as training
 
-    rank, world = training.rank_and_world(config.training)
+    rank, world = rank_and_world(config.training)
     return training.train(
         system,
         RowLoader(text.train, config.batch_size, config.training.seed, rank, world, config.workers),

@@ -19,7 +19,8 @@ from cdlm.core.files import write_text
 from cdlm.core.types import Batch
 from cdlm.models.system import System
 from cdlm.training.divergence import diverged, fault_of
-from cdlm.training.files import MetricsFile, checkpoint_of
+from cdlm.training.files import MetricsFile
+from cdlm.training.folder import checkpoint_of
 from cdlm.training.module import TrainingModule
 from cdlm.training.progress import Reporter
 from cdlm.training.stop import Interrupted, StopRequest

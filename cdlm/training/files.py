@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import cannot_write, check_readable, reading, replacing, write_text
-from cdlm.training.restore import CHECKPOINT, advice_for, check_plain
+from cdlm.training.restore import advice_for, check_plain
 from cdlm.training.validation import BUCKETS
 
 METRICS = (
@@ -24,11 +24,6 @@ METRICS = (
     "prior_mismatch", "valid_nats", *(f"nats_u{i}" for i in range(BUCKETS)),
 )  # fmt: skip
 """Columns of metrics.csv; a row leaves empty what was not measured at its step."""
-
-
-def checkpoint_of(run_dir: Path) -> Path:
-    """The file that a run is resumed from."""
-    return run_dir / CHECKPOINT
 
 
 def steps_done(checkpoint: Path) -> int:

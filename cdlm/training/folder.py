@@ -16,9 +16,11 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.files import cannot_write, real_path, remove_leftovers
 from cdlm.core.progress import announce
 
+CHECKPOINT = "checkpoints/last.ckpt"
+"""The file in a run folder that a run is resumed from."""
 LOCK = "training.lock"
 WRITTEN = (
-    LOCK, "checkpoints", "checkpoints/last.ckpt", "samples", "metrics.csv", "tensorboard", "wandb", "config.yaml",
+    LOCK, "checkpoints", CHECKPOINT, "samples", "metrics.csv", "tensorboard", "wandb", "config.yaml",
     "config.json", "model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json",
 )  # fmt: skip
 """What a training writes in its folder."""
@@ -28,6 +30,27 @@ _OLD_LEFTOVER = re.compile(
 )
 """What earlier versions were writing when they were killed."""
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def checkpoint_of(run_dir: Path) -> Path:
+    """The file that a run is resumed from."""
+    return run_dir / CHECKPOINT
+
+
+def check_folder(run_dir: Path, resume: bool) -> None:
+    """A new run needs a folder without a checkpoint, a resumed one a folder with one.
+
+    Raises:
+        CdlmError: it is otherwise.
+    """
+    checkpoint = checkpoint_of(run_dir)
+    there = os.path.exists(checkpoint)  # False of a name that is too long, which writing will tell
+    if resume and not there:
+        settings = run_dir / "config.yaml"
+        again = f"begin it again with --config {settings} --out {run_dir}" if os.path.exists(settings) else "start it"
+        raise CdlmError(f"nothing to resume, {checkpoint} does not exist, the run has not got that far: {again}")
+    if not resume and there:
+        raise CdlmError(f"{checkpoint} would be overwritten: go on with --resume {run_dir}, or choose another folder")
 
 
 @contextmanager

@@ -22,9 +22,10 @@ from cdlm.training import sharding
 from cdlm.training.context import FORMAT, Context, check_format, check_same
 from cdlm.training.divergence import diverged, fault_of
 from cdlm.training.ema import EMA
+from cdlm.training.folder import checkpoint_of
 from cdlm.training.optimizers import build_optimizer, set_rates
 from cdlm.training.options import TrainOptions
-from cdlm.training.restore import CHECKPOINT, COLUMNS, check_tensors, count_moments
+from cdlm.training.restore import COLUMNS, check_tensors, count_moments
 
 TRAINING, VALIDATION, DROPOUT = 0x7261, 0x7662, 0x6472
 """Purposes of noise: the second word of its key."""
@@ -116,7 +117,7 @@ class TrainingModule(LightningModule):
 
     @property
     def _checkpoint(self) -> Path:
-        return Path(self.trainer.default_root_dir) / CHECKPOINT
+        return checkpoint_of(Path(self.trainer.default_root_dir))
 
     def configure_optimizers(self) -> Optimizer:
         return build_optimizer(self.system.parameter_groups(), self.options)

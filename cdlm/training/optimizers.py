@@ -9,20 +9,26 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from cdlm.training.options import TrainOptions
 
 BETAS = (0.9, 0.99)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Of Muon's author: they stretch small singular values most."""
 
 
-class Muon(optim.Muon):
-    """Muon as torch has it, with matrices of one shape orthogonalised together, and in float32 on a CPU.
+class Muon(Optimizer):
+    """Muon with Nesterov momentum (Jordan et al. 2024, "Muon"), for matrices only.
 
-    Torch's own takes one matrix after the other, in bfloat16 everywhere. Processors without instructions for
-    bfloat16 multiply it forty times slower than float32: the optimiser then takes longer than the network.
+    Torch has one since 2.9 that takes one matrix after the other, in bfloat16 everywhere. Here matrices of one shape go
+    together, and in float32 on a CPU: processors without instructions for bfloat16 multiply it forty times slower, and
+    the optimiser then takes longer than the network.
     """
+
+    def __init__(self, matrices: Any, lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -48,28 +54,25 @@ class Muon(optim.Muon):
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
             average = self.state[matrix]["momentum_buffer"]
             average.lerp_(grad, 1 - group["momentum"])
-            updates.append(grad.lerp(average, group["momentum"]) if group["nesterov"] else average)
+            updates.append(grad.lerp(average, group["momentum"]))
         rows, columns = matrices[0].shape
         lr = group["lr"] * math.sqrt(max(1, rows / columns))
-        steps = orthogonal(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
-        for matrix, step in zip(matrices, steps.to(matrices[0].dtype), strict=True):
+        for matrix, step in zip(matrices, orthogonal(torch.stack(updates)).to(matrices[0].dtype), strict=True):
             matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-lr)
 
 
-def orthogonal(
-    matrices: Float[Tensor, "n rows columns"], coefficients: tuple[float, float, float], steps: int, eps: float
-) -> Float[Tensor, "n rows columns"]:
+def orthogonal(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n rows columns"]:
     """Nearly orthogonal matrices (singular values of about 0.5 to 1.5) with the singular vectors of those given.
 
-    Newton-Schulz, `steps` times: X <- a X + (b A + c A^2) X with A = X X^T (Jordan et al. 2024, "Muon").
+    Newton-Schulz, five times: X <- a X + (b A + c A^2) X with A = X X^T (Jordan et al. 2024, "Muon").
     """
-    a, b, c = coefficients
+    a, b, c = NEWTON_SCHULZ
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     if x.device.type != "cpu":
         x = x.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.mT
@@ -110,7 +113,7 @@ def build_optimizer(groups: Mapping[str, list[nn.Parameter]], options: TrainOpti
     ]
     if options.optimizer == "adamw":
         return AdamW([matrices, *others], betas=BETAS, weight_decay=0.0)
-    muon = Muon([matrices], weight_decay=0.0, adjust_lr_fn="original")
+    muon = Muon([matrices])
     return CombinedOptimizer(muon=muon, adamw=AdamW(others, betas=BETAS, weight_decay=0.0))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
 from cdlm.core.checks import MOST_DEVICES, check_choice, check_number, check_whole
 from cdlm.core.errors import CdlmError
+from cdlm.core.ranks import launched, number_in
 
 Logger = Literal["tensorboard", "wandb"]
 LOGGERS = get_args(Logger)
@@ -97,3 +99,39 @@ class TrainOptions:
     def world(self) -> int:
         """Processes of all machines."""
         return self.devices * self.num_nodes
+
+
+def rank_and_world(options: TrainOptions) -> tuple[int, int]:
+    """Number of this process and of all processes, as the loader needs them before `train` is called.
+
+    They are as Lightning finds them: by the variables of torchrun or srun, or else by MASTER_ADDR, MASTER_PORT and
+    NODE_RANK, where `train` starts the command again for each further process of the machine and sets LOCAL_RANK.
+
+    Raises:
+        CdlmError: as many processes or machines as the options have were not started.
+    """
+    place, world = launched(), options.world
+    wanted = f"{options.devices} on each of {options.num_nodes} machines (devices, num_nodes)"
+    if place is not None and (place.size, place.each or options.devices) != (world, options.devices):
+        each = "" if place.each is None else f", {place.each} on each machine"
+        raise CdlmError(f"{place.size} processes were started{each}, and training is of {wanted}: set them so")
+    if place is not None and ("TORCHELASTIC_RUN_ID" in os.environ or "RANK" not in os.environ):
+        return place.rank, world
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+    if options.num_nodes > 1 and missing:
+        raise CdlmError(
+            f"training is of {wanted}, and this process was not started as one of several machines: start it with"
+            f" torchrun or srun on each, or set {', '.join(missing)}"
+        )
+    machine = number_in(os.environ, "NODE_RANK", number_in(os.environ, "GROUP_RANK", 0))
+    if machine >= options.num_nodes:
+        raise CdlmError(
+            f"NODE_RANK is {machine} in the environment, expected a number below that of machines, {options.num_nodes}:"
+            " machines are counted from 0; set num_nodes or NODE_RANK"
+        )
+    rank = machine * options.devices + number_in(os.environ, "LOCAL_RANK", 0)
+    if place is not None and place.rank != rank:
+        raise CdlmError(
+            f"RANK is {place.rank} in the environment, expected {rank} by NODE_RANK and LOCAL_RANK: set it so"
+        )
+    return rank, world

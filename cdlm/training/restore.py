@@ -17,8 +17,6 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.schema import Whole, checked
 from cdlm.training.optimizers import CombinedOptimizer
 
-CHECKPOINT = "checkpoints/last.ckpt"
-"""The file in a run folder that a run is resumed from."""
 COLUMNS = 4
 """Of a row of the window: loss, nats, generated tokens, all tokens."""
 Version = Annotated[str, Meta(pattern=r"^[2-9]\.\d+\.\d+\S{0,20}$", max_length=40)]

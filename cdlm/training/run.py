@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,14 +17,15 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import cannot_write
-from cdlm.core.ranks import is_lost, launched, number_in
+from cdlm.core.ranks import is_lost
 from cdlm.core.types import Batch, MaskingFn
 from cdlm.models.system import System
 from cdlm.training.callback import Export, Outputs, RunCallback
 from cdlm.training.context import Context
-from cdlm.training.files import AtomicCheckpoints, checkpoint_of, steps_done
+from cdlm.training.files import AtomicCheckpoints, steps_done
+from cdlm.training.folder import check_folder
 from cdlm.training.module import Loader, TrainingModule
-from cdlm.training.options import TrainOptions
+from cdlm.training.options import TrainOptions, rank_and_world
 from cdlm.training.progress import reporter
 from cdlm.training.stop import Interrupted, StopRequest
 
@@ -112,58 +112,6 @@ def train(
         finally:
             shown.close()
         return module.trained() if options.strategy == "fsdp" else module.trained().to(trainer.strategy.root_device)
-
-
-def rank_and_world(options: TrainOptions) -> tuple[int, int]:
-    """Number of this process and of all processes, as the loader needs them before `train` is called.
-
-    They are as Lightning finds them: by the variables of torchrun or srun, or else by MASTER_ADDR, MASTER_PORT and
-    NODE_RANK, where `train` starts the command again for each further process of the machine and sets LOCAL_RANK.
-
-    Raises:
-        CdlmError: as many processes or machines as the options have were not started.
-    """
-    place, world = launched(), options.world
-    wanted = f"{options.devices} on each of {options.num_nodes} machines (devices, num_nodes)"
-    if place is not None and (place.size, place.each or options.devices) != (world, options.devices):
-        each = "" if place.each is None else f", {place.each} on each machine"
-        raise CdlmError(f"{place.size} processes were started{each}, and training is of {wanted}: set them so")
-    if place is not None and ("TORCHELASTIC_RUN_ID" in os.environ or "RANK" not in os.environ):
-        return place.rank, world
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
-    if options.num_nodes > 1 and missing:
-        raise CdlmError(
-            f"training is of {wanted}, and this process was not started as one of several machines: start it with"
-            f" torchrun or srun on each, or set {', '.join(missing)}"
-        )
-    machine = number_in(os.environ, "NODE_RANK", number_in(os.environ, "GROUP_RANK", 0))
-    if machine >= options.num_nodes:
-        raise CdlmError(
-            f"NODE_RANK is {machine} in the environment, expected a number below that of machines, {options.num_nodes}:"
-            " machines are counted from 0; set num_nodes or NODE_RANK"
-        )
-    rank = machine * options.devices + number_in(os.environ, "LOCAL_RANK", 0)
-    if place is not None and place.rank != rank:
-        raise CdlmError(
-            f"RANK is {place.rank} in the environment, expected {rank} by NODE_RANK and LOCAL_RANK: set it so"
-        )
-    return rank, world
-
-
-def check_folder(run_dir: Path, resume: bool) -> None:
-    """A new run needs a folder without a checkpoint, a resumed one a folder with one.
-
-    Raises:
-        CdlmError: it is otherwise.
-    """
-    checkpoint = checkpoint_of(run_dir)
-    there = os.path.exists(checkpoint)  # False of a name that is too long, which writing will tell
-    if resume and not there:
-        settings = run_dir / "config.yaml"
-        again = f"begin it again with --config {settings} --out {run_dir}" if os.path.exists(settings) else "start it"
-        raise CdlmError(f"nothing to resume, {checkpoint} does not exist, the run has not got that far: {again}")
-    if not resume and there:
-        raise CdlmError(f"{checkpoint} would be overwritten: go on with --resume {run_dir}, or choose another folder")
 
 
 def _trainer(options: TrainOptions, outputs: Outputs, callback: Callback) -> Trainer:
