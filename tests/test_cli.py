@@ -27,6 +27,7 @@ from cdlm.continuous.systems.plaid import Plaid
 from cdlm.models.hub import read_tokenizer
 from cdlm.policies import POLICIES
 from cdlm.runs.config import read_run
+from cdlm.training.folder import CHECKPOINT
 from cdlm.training.options import TrainOptions
 from rebuild.tiny_gguf import write_gguf
 
@@ -562,6 +563,18 @@ def test_the_command_line_is_light_until_it_knows_its_command(arguments: list[st
         f"from cdlm.cli.main import main; main({arguments}); import sys; print(*sorted({HEAVY} & set(sys.modules)))"
     )
     assert python("-c", program).stdout.splitlines()[-1] == ""
+
+
+def test_a_training_onto_an_existing_run_is_refused_before_lightning_is_there(tmp_path: Path) -> None:
+    checkpoint = tmp_path / CHECKPOINT
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    words = ["train", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path)]
+    look = "import atexit, sys; atexit.register(lambda: print('lightning' in sys.modules))"
+    done = python("-c", f"{look}; from cdlm.cli.main import main; main({words})")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"cdlm: {checkpoint} would be overwritten: go on with --resume {tmp_path}")
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize(("given", "expected"), [("", "PASSIVE"), ("ACTIVE", "ACTIVE")])
