@@ -919,7 +919,17 @@ def test_bad_settings(
         ("caf\xe9", "UTF-8"),
     ],
 )
-def test_bad_sample_files(line: str, message: str, place: Place, refused: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mauve", [True, False], ids=["mauve", "without"])
+def test_bad_sample_files(
+    line: str,
+    message: str,
+    mauve: bool,
+    place: Place,
+    refused: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cdlm.cli.commands.evaluate.is_installed", lambda: mauve)  # one line, whether it is or not
     (tmp_path / "mine.jsonl").write_bytes(line.encode("latin-1"))
     assert message in refused(main, ["evaluate", str(place.run), str(tmp_path / "mine.jsonl")])
 

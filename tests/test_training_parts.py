@@ -117,6 +117,7 @@ def test_muon_moves_a_matrix_by_an_orthogonal_step() -> None:
     assert bool(((moved > 0.5) & (moved < 1.5)).all())  # five Newton-Schulz steps are not exact
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it since 2.9")
 def test_muon_is_that_of_torch_up_to_its_rounding() -> None:
     """Matrices of one shape go together, in float32; torch takes them one by one, in bfloat16, and rounds more."""
     shapes = [(8, 24), (24, 8), (8, 24), (16, 16)]

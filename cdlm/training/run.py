@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch.nn.parallel import DistributedDataParallel
 
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.files import cannot_write
@@ -147,7 +149,9 @@ def _strategy(options: TrainOptions) -> Strategy | str:
     if options.strategy == "fsdp":
         return ModelParallelStrategy(options.world, tensor_parallel_size=1, save_distributed_checkpoint=False)
     if options.strategy == "ddp" or options.world > 1:
-        return DDPStrategy(forward_sync_buffers=False)  # buffers follow from the weights, equally in each process
+        # Buffers follow from the weights, equally in each process. Older torch has another name for this.
+        newer = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+        return DDPStrategy(forward_sync_buffers=False) if newer else DDPStrategy(broadcast_buffers=False)
     return "auto"
 
 

@@ -57,12 +57,16 @@ class DistanceOptions:
     mauve: bool | None = None
     """Compute MAUVE, which needs the mauve-text package; by default if that is installed."""
 
-    def distances(self, quiet: bool) -> Distances:
-        """The same as an object. If nothing is said of MAUVE and it is not installed, a line says how to."""
-        wanted = is_installed() if self.mauve is None else self.mauve
-        if self.mauve is None and not wanted and self.splits and not quiet:
-            to_stderr("cdlm: MAUVE is left out: it is an extra under the GPL-3, pip install 'cdlm[mauve]'")
-        return Distances(FEATURES.parse(self.features), self.splits, wanted)
+    def distances(self) -> Distances:
+        """The same as an object."""
+        return Distances(
+            FEATURES.parse(self.features), self.splits, is_installed() if self.mauve is None else self.mauve
+        )
+
+    @property
+    def lacks_mauve(self) -> bool:
+        """Nothing was said of MAUVE, and it is not installed."""
+        return self.mauve is None and self.splits > 0 and not is_installed()
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ def evaluate(
     if n is not None and n < 1:
         raise CdlmError(f"n is a number of samples >= 1, got {n}: leave it out to use all")
     settings = likelihood.settings(machine.batch_size or 32)
-    distances = distance.distances(machine.quiet or not samples)
+    distances = distance.distances()
     files, pairs = _read(samples or []), answered.pairs()
     if pairs is not None:
         _score(run, pairs, out, likelihood, answered, machine)
@@ -195,6 +199,8 @@ def evaluate(
         with session_on(machine, run) as session:
             _report(likelihood_of(session, real, likelihood.rows, settings), place, machine)
     if files:
+        if distance.lacks_mauve and not machine.quiet:
+            to_stderr("cdlm: MAUVE is left out: it is an extra under the GPL-3, pip install 'cdlm[mauve]'")
         count = min([len(texts) for texts in files.values()] + ([] if n is None else [n]))
         small = api.small_judge(text, judge.judge_steps)
         found = evaluate_files(
