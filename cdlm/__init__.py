@@ -6,7 +6,7 @@ The names below are imported on first use, so that importing a part costs that p
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cdlm.api import decode, generate, likelihood, load, open_session
+    from cdlm.api import decode, evaluate, generate, likelihood, load, open_session
     from cdlm.autoregressive.sampler import LeftToRight
     from cdlm.continuous.guidance import Guidance
     from cdlm.continuous.sampler import Diffusion
@@ -34,6 +34,7 @@ _HOMES = {
     "Unmasking": "cdlm.masked.sampler",
     "decode": "cdlm.api",
     "distill": "cdlm.runs.distill",
+    "evaluate": "cdlm.api",
     "generate": "cdlm.api",
     "likelihood": "cdlm.api",
     "load": "cdlm.api",
@@ -43,7 +44,7 @@ _HOMES = {
 
 __all__ = [
     "Constants", "Diffusion", "DistillSettings", "Guidance", "LeftToRight", "Model", "RunConfig", "Sample", "Samples",
-    "Session", "Unmasking", "decode", "distill", "generate", "likelihood", "load", "open_session", "train",
+    "Session", "Unmasking", "decode", "distill", "evaluate", "generate", "likelihood", "load", "open_session", "train",
 ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -26,8 +26,10 @@ from cdlm.core.types import Constants
 from cdlm.data.masking import MASKINGS
 from cdlm.evaluation.answers import Answers, likelihood_of_answers
 from cdlm.evaluation.bench import Bench, settings_of
-from cdlm.evaluation.small_judge import SmallJudge, open_judge
-from cdlm.evaluation.texts import RealText
+from cdlm.evaluation.evaluate import Distances, evaluate_files
+from cdlm.evaluation.small_judge import OWN, SmallJudge, open_judge
+from cdlm.evaluation.table import Evaluation
+from cdlm.evaluation.texts import Entry, RealText, entries_of
 from cdlm.evaluation.workloads import WORKLOADS, Work, Workload
 from cdlm.halting import Criterion, parse_criterion
 from cdlm.halting.calibration import calibrated_rule
@@ -51,6 +53,8 @@ FAMILIES: tuple[type[Sampling], ...] = (Diffusion, Unmasking, LeftToRight)
 """The families of models, by how they are sampled."""
 FOREIGN = (langflow, checkpoints)
 """What opens the formats of others: each knows by config.json whether it `opens` a folder."""
+
+READ_IT = "the own judge read the generator's training text (judge_share 0): copying that text is rewarded."
 
 S = TypeVar("S", bound=Sampling)
 
@@ -252,7 +256,7 @@ def open_bench(
         CdlmError: the model's folder is not that of a run, the recordings are not of this session, or the workload
             does not suit the model.
     """
-    text = _text_of(session)
+    text = run_text(session.model)
     requests, work = ask(session, n, length, workload)
     recording = None if recordings is None else find_recording(recordings, session, requests)
     small = small_judge(text, judge_steps)
@@ -280,13 +284,12 @@ def ask(
         raise CdlmError(
             f"a workload has lengths of its own, got length={length} beside {chosen!r}: leave one of them out"
         )
-    work = chosen.draw(real_text(_text_of(session)), n, session.seed)
+    work = chosen.draw(real_text(run_text(session.model)), n, session.seed)
     return list(work.requests), work
 
 
-def _text_of(session: Session) -> RunText:
-    """The text of the run that a session's model is of."""
-    model = session.model
+def run_text(model: Model) -> RunText:
+    """The text of the run that a model is of."""
     if model.folder is None:
         raise CdlmError(f"{model.name} has no run folder, whose settings would name the text that it is judged beside")
     return RunText.of(names.read_run(model.folder), model.tokenizer)
@@ -305,6 +308,66 @@ def small_judge(text: RunText, steps: int | None = None) -> SmallJudge:
     """
     cache = caches.place_of(text.config.cache) / "judges"
     return SmallJudge(text.judge, text.tokenizer, text.config.batch_size, cache, steps)
+
+
+def evaluate(
+    model: Model,
+    texts: Samples | Sequence[str] | Mapping[str, Samples | Sequence[str]],
+    *,
+    judge: str | Sequence[str] = OWN,
+    judge_steps: int | None = None,
+    distances: Distances | None = None,
+    device: str = "auto",
+    progress: bool = False,
+) -> Evaluation:
+    """Measure texts beside real text of the kind that a model learned, and beside text without order.
+
+    Args:
+        model: from `load` or `train`; the settings of its folder name the text.
+        texts: samples of any model, or other texts; several sets by name. Of sets of different sizes as many texts are
+            measured as the smallest has.
+        judge: causal language models for AR-NLL, by folder, GGUF file or Hub id; "own" is a small GPT-2 that is trained
+            on the text once, and cached.
+        judge_steps: training steps of the small one; by default 500, or as many as read a small text 16 times.
+        distances: how the distribution is compared with real text. By default by n-grams and five splits, and with
+            MAUVE if its package is installed.
+        device: of the judges; "auto" is a GPU if there is one.
+        progress: show the training of a small judge; by default it is silent.
+
+    Returns:
+        a table, which prints itself: `rows`, `notes`, `markdown()` and `save(folder)`.
+
+    Raises:
+        CdlmError: no texts, or too little real text; or the model has no folder of a run.
+    """
+    named = texts if isinstance(texts, Mapping) else {"samples": texts}
+    if not named:
+        raise CdlmError("expected at least one set of texts to measure, got none: draw some with generate")
+    sets = {name: entries_of(some, name) for name, some in named.items()}
+    return measured(
+        run_text(model), sets, [judge] if isinstance(judge, str) else judge, judge_steps,
+        distances=distances, device=resolve_device(device), progress=progress,
+    )  # fmt: skip
+
+
+def measured(
+    text: RunText, sets: Mapping[str, Sequence[Entry]], judges: Sequence[str] = (OWN,), judge_steps: int | None = None,
+    *, n: int | None = None, distances: Distances | None = None, device: str = "cpu", devices: int | Group = 1,
+    progress: bool = False,
+) -> Evaluation:  # fmt: skip
+    """The same of texts of files and a run without its model, by several processes if need be; see `evaluate`.
+
+    Args:
+        n: texts of each set to use; by default as many as the smallest has.
+    """
+    count = min([len(entries) for entries in sets.values()] + ([] if n is None else [n]))
+    small = small_judge(text, judge_steps)
+    notes = [READ_IT] if OWN in judges and not text.config.judge_share else []
+    return evaluate_files(
+        {name: entries[:count] for name, entries in sets.items()}, real_text(text),
+        [partial(open_judge, name, small, progress=progress) for name in judges],
+        distances=distances, device=device, devices=devices, notes=notes,
+    )  # fmt: skip
 
 
 def warning_of_commits(session: Session) -> str | None:

@@ -298,13 +298,15 @@ def test_evaluation_writes_its_table(place: Place, tmp_path: Path) -> None:
 def test_without_its_package_mauve_is_left_out_with_a_line(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cdlm.cli.commands.evaluate.is_installed", lambda: False)
+    monkeypatch.setattr("cdlm.evaluation.metrics.mauve.is_installed", lambda: False)
     monkeypatch.setitem(sys.modules, "mauve", None)
-    place.sample("--n", "4", "--out", str(tmp_path / "mine.jsonl"))
+    place.sample("--n", "20", "--out", str(tmp_path / "mine.jsonl"))
     call = ["evaluate", str(place.run), str(tmp_path / "mine.jsonl"), "--judge_steps", "3"]
     main([*call, "--out", str(tmp_path / "table")])
-    assert capsys.readouterr().err.count("MAUVE is left out") == 1
-    assert json.loads((tmp_path / "table" / "evaluation.json").read_text())["rows"][0]["mauve"] is None
+    assert capsys.readouterr().out.count("note: MAUVE is left out") == 1
+    found = json.loads((tmp_path / "table" / "evaluation.json").read_text())
+    assert found["rows"][0]["mauve"] is None
+    assert [note for note in found["notes"] if "pip install" in note]
     with pytest.raises(SystemExit, match="2"):
         main([*call, "--mauve"])  # who asks for it gets it, or is refused
     assert "pip install" in capsys.readouterr().err
@@ -929,7 +931,7 @@ def test_bad_sample_files(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cdlm.cli.commands.evaluate.is_installed", lambda: mauve)  # one line, whether it is or not
+    monkeypatch.setattr("cdlm.evaluation.metrics.mauve.is_installed", lambda: mauve)  # one line, whether it is or not
     (tmp_path / "mine.jsonl").write_bytes(line.encode("latin-1"))
     assert message in refused(main, ["evaluate", str(place.run), str(tmp_path / "mine.jsonl")])
 

@@ -201,7 +201,7 @@ def test_a_function_that_ignores_the_positions_is_told() -> None:
 UNCALLABLE: dict[str, Callable[..., Any]] = {
     "too many positional arguments": lambda tokens: tokens,
     "missing a required argument: 'places'": lambda tokens, mask, places: tokens,
-    "positional only": lambda tokens, mask, positions, /: tokens,
+    "positional.only": lambda tokens, mask, positions, /: tokens,
 }
 
 

@@ -17,6 +17,7 @@ import torch
 from test_runs import OPTIONS, SIZE
 from toys import VOCAB, tokenizer
 
+import cdlm
 from cdlm import api
 from cdlm.cli import main as command
 from cdlm.continuous.systems.cdcd import CDCD
@@ -25,6 +26,8 @@ from cdlm.core import progress
 from cdlm.core.errors import CdlmError
 from cdlm.core.tensors import read_tensors, specs_of, write_tensors
 from cdlm.data.sources import Files, Stories
+from cdlm.evaluation.evaluate import Distances
+from cdlm.evaluation.texts import entries_of
 from cdlm.models import hub, shipped
 from cdlm.runs import caches
 from cdlm.runs.config import RunConfig, read_run
@@ -348,6 +351,35 @@ def test_the_judge_of_stories_is_their_own(monkeypatch: pytest.MonkeyPatch, tmp_
     key = json.loads((shipped.FOLDER / "stories-judge" / "judge.json").read_text())["key"]
     assert key == own.key
     check_judge(shipped.FOLDER / "stories-judge", key, Path("stories"))
+
+
+def test_evaluate_is_the_command_without_files(tmp_path: Path) -> None:
+    model = cdlm.load("stories", device="cpu")
+    samples = cdlm.generate(model, n=8, steps=8)
+    distances = Distances(splits=0)
+    found = cdlm.evaluate(model, {"drawn": samples, "words": ["A dog."] * 9}, distances=distances, device="cpu")
+    (tmp_path / "words.txt").write_text("A dog.\n" * 8)
+    files = [str(samples.save(tmp_path / "drawn.jsonl")), str(tmp_path / "words.txt")]
+    command.main(["evaluate", "stories", *files, "--splits", "0", "--device", "cpu", "--out", str(tmp_path), "--quiet"])
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    for row in written["rows"]:
+        row["name"] = row["name"].removeprefix(f"{tmp_path.name}/")
+    ours = json.loads(json.dumps(found.to_dict()))
+    assert ours == written | {"notes": ours["notes"]}
+    assert str(found) == found.terminal()
+
+
+@pytest.mark.parametrize("texts", ["a text", [], {}, {"none": []}, {"some": ["a"], "none": []}], ids=repr)
+def test_no_texts_are_not_evaluated(texts: Any) -> None:
+    with pytest.raises(CdlmError, match="expected"):
+        cdlm.evaluate(cdlm.load("stories", device="cpu"), texts)
+
+
+@pytest.mark.parametrize("texts", [7, None, [7], [["a"]]], ids=repr)
+def test_what_are_no_texts_is_refused(texts: Any) -> None:
+    unchecked = getattr(entries_of, "__wrapped__", entries_of)  # types speak first here
+    with pytest.raises(CdlmError, match="expected"):
+        unchecked(texts, "samples")
 
 
 def test_a_judge_of_other_defaults_does_not_ship(run: Path, tmp_path: Path) -> None:

@@ -458,6 +458,12 @@ PROCESSES = """
 """
 
 
+def test_a_torch_that_cannot_spread_weights_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("cdlm.training.sharding.fully_shard", lambda module, *, mesh: module)  # as in torch 2.6
+    with pytest.raises(CdlmError, match=r"strategy 'fsdp' needs a newer torch than .*: take 'ddp'"):
+        run(tmp_path, strategy="fsdp", optimizer="adamw")
+
+
 @pytest.mark.parametrize(
     ("strategy", "calls"),
     [

@@ -24,8 +24,15 @@ from typed_commands import type_command
 from cdlm.data.sources import Stories
 from cdlm.models import shipped
 
-SMALLER = {"n=1024": "n=112", "steps=200": "steps=8", "train_steps=1000": "train_steps=2, batch_size=4"}
-"""Numbers of the examples, and what stands for them."""
+SMALLER = {
+    "n=1024": "n=112",
+    "n=64": "n=8",
+    "steps=200": "steps=8",
+    "in 64 128": "in 64",
+    "train_steps=1000": "train_steps=2, batch_size=4",
+    "evaluate(model, drawn)": "evaluate(model, drawn, judge_steps=5)",
+}
+"""Numbers of the examples and scripts, and what stands for them."""
 RUNS = {"stories": ("demo", "mine"), "stories-masked": ("masked",), "e2e": ("e2e",), "arithmetic": ("arithmetic",)}
 """Run folders that pages take for granted, and the models that stand there."""
 LONGER = {"llada": {"max_sequence_length": 512}, "Dream": {"max_position_embeddings": 512}}
@@ -68,22 +75,25 @@ def test_every_command_and_example_of_the_page_runs(
 
 def _run(block: Block, names: dict[str, object]) -> None:
     if block.language == "python":
-        code = block.code()
-        for number, small in SMALLER.items():
-            code = code.replace(number, small)
-        made = compile(code, block.page, "exec", dont_inherit=True)
+        made = compile(_smaller(block.code()), block.page, "exec", dont_inherit=True)
         exec(made, names)  # text of this repository, run as a reader would run it
     elif block.page.startswith(ELSEWHERE):
         return
     elif block.script:
         command = shlex.join([sys.executable, str(ROOT / "tests/typed_commands.py")])
-        script = f'cdlm() {{ {command} "$@"; }}\n{block.text}'
+        script = f'cdlm() {{ {command} "$@"; }}\n{_smaller(block.text)}'
         subprocess.run(["bash", "-c", script], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     else:
         for words in (words for words in block.commands if words[0] != "study"):
             _make_room(words)
             print("$ cdlm", shlex.join(words))
             type_command(words)
+
+
+def _smaller(text: str) -> str:
+    for number, small in SMALLER.items():
+        text = text.replace(number, small)
+    return text
 
 
 def _make_room(words: list[str]) -> None:

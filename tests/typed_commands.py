@@ -19,6 +19,8 @@ SMALL = {
     "train-sampler": "--n 16 --updates 2 --rows 2",
 }
 """Options at the end of every command of that name; there they win."""
+INSTEAD = {"compare": ("--steps", "--rules")}
+"""Of a command, options with several values, which those of `SMALL` would be added to."""
 FIRST = {"calibrate": "--measure agreement"}
 """Options before those of the page, which win."""
 SMALLER = {
@@ -34,9 +36,19 @@ SMALLER = {
 
 def type_command(words: list[str]) -> None:
     """Run it, small."""
-    name = words[0]
+    name, words = words[0], _without(INSTEAD.get(words[0], ()), words)
     more = [options for (command, option), options in SMALLER.items() if command == name and option in words]
     main([name, *shlex.split(FIRST.get(name, "")), *words[1:], *shlex.split(" ".join([SMALL.get(name, ""), *more]))])
+
+
+def _without(options: tuple[str, ...], words: list[str]) -> list[str]:
+    """The words without these options and their values."""
+    kept, taken = list[str](), True
+    for word in words:
+        taken = word not in options if word.startswith("--") else taken
+        if taken:
+            kept.append(word)
+    return kept
 
 
 if __name__ == "__main__":

@@ -37,20 +37,25 @@ class Distances:
     Args:
         features: what of the texts.
         splits: random splits of the real text; 0 leaves all distances out.
-        mauve: compute MAUVE too, which needs the package mauve-text.
+        mauve: compute MAUVE too, which needs the package mauve-text; by default if that is installed.
     """
 
     features: Features = field(default_factory=NGrams)
     splits: int = 5
-    mauve: bool = True
+    mauve: bool | None = None
 
     def __post_init__(self) -> None:
         check_whole("a comparison with real text", least=0, splits=self.splits)
 
     @property
+    def with_mauve(self) -> bool:
+        """Whether MAUVE is computed."""
+        return mauve_metric.is_installed() if self.mauve is None else self.mauve
+
+    @property
     def names(self) -> list[str]:
         """Keys of the columns."""
-        return [name for name in DISTANCES if self.mauve or name != "mauve"]
+        return [name for name in DISTANCES if self.with_mauve or name != "mauve"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def evaluate_files(
         CdlmError: there is too little held-out text, or a package is missing.
     """
     distances = distances or Distances()
-    if distances.splits and distances.mauve:
+    if distances.splits and distances.with_mauve:
         mauve_metric.library()  # its absence is better known before the long work
     samples = [text.samples(name, entries) for name, entries in files.items()]
     beside = Beside.of(text, check_sizes(samples), distances.splits)
@@ -169,7 +174,7 @@ def evaluate(
         tuple(reader.judge.describe() for reader in readers),
         settings,
         tuple(plain(row) for row in rows),
-        (*notes, *found, *_notes_of_size(count, beside, distances)),
+        (*notes, *found, *_notes_of_distances(count, beside, distances)),
     )
 
 
@@ -247,7 +252,7 @@ def _settings(reference: Reference, corpora: Sequence[Corpus], distances: Distan
         "features": str(distances.features.suited(corpora)), "feature_tokens": min(MOST_TOKENS, judge.context),
         "reference": reference.name, "splits": len(reference.sides), "texts": reference.count,
     }  # fmt: skip
-    return {**found, "mauve": mauve_metric.settings(reference.count) if distances.mauve else None}
+    return {**found, "mauve": mauve_metric.settings(reference.count) if distances.with_mauve else None}
 
 
 def _notes(samples: Row, real: Row, name: str) -> list[str]:
@@ -269,14 +274,16 @@ def _notes(samples: Row, real: Row, name: str) -> list[str]:
     return notes
 
 
-def _notes_of_size(count: int, beside: Beside, distances: Distances) -> list[str]:
-    """Warnings of too few texts for the distances."""
+def _notes_of_distances(count: int, beside: Beside, distances: Distances) -> list[str]:
+    """What is left out of the distances, and warnings of too few texts."""
     if not distances.splits:
         return []
     side, fewest, enough = beside.side, mauve_metric.FEWEST_TEXTS, mauve_metric.ENOUGH_TEXTS
     if side < fewest:
         return [f"no MAUVE and no Fréchet distance: they need {fewest} texts a side, here are {side}."]
     notes, both = [], "MAUVE and the Fréchet distance"
+    if distances.mauve is None and not distances.with_mauve:
+        notes.append("MAUVE is left out: it is an extra under the GPL-3, pip install 'cdlm[mauve]'.")
     if side < count:
         notes.append(f"{both} are of {side} of the {count} texts: for two sides, the real text has no more.")
     if side < enough:

@@ -49,6 +49,13 @@ class Evaluation:
         notes = [one_line(f"note: {note}") for note in self.notes]
         return "\n\n".join([*tables, *notes, one_line(self._footer())])
 
+    def __str__(self) -> str:
+        return self.terminal()
+
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        return self.markdown()
+
     def save(self, folder: str | Path) -> None:
         """Write `evaluation.json` and `evaluation.md` into `folder`, each whole or not at all."""
         write_json(Path(folder) / "evaluation.json", self.to_dict())

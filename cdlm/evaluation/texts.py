@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 from msgspec import Meta
 
+from cdlm.core.checks import shown
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.core.schema import Whole, checked
 from cdlm.data import arithmetic
@@ -22,6 +23,7 @@ from cdlm.data.store import PackedRows, TextRows, TokenStore
 from cdlm.data.tokenizer import encode_batch
 from cdlm.evaluation.metrics.copying import Runs
 from cdlm.sampling import texts as decoding
+from cdlm.sampling.samples import Samples
 from cdlm.sampling.texts import special_of, text_ids
 
 if TYPE_CHECKING:
@@ -194,6 +196,18 @@ def read_texts(path: Path) -> list[Entry]:
     if not found:
         raise CdlmError(f"{path} holds no texts: write one a line, or draw some with cdlm sample --out")
     return found
+
+
+def entries_of(texts: Samples | Sequence[str], name: str) -> list[Entry]:
+    """The same of samples, or of texts of which nothing else is known.
+
+    Raises:
+        CdlmError: there are none, or something else than texts.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Samples | Sequence) or not len(texts):
+        raise CdlmError(f"expected samples or a list of texts in {name}, got {shown(texts)}: draw some with generate")
+    rows: Sequence[Any] = texts.rows() if isinstance(texts, Samples) else [{"text": text} for text in texts]
+    return [_entry(row, f"{name}, text {number}") for number, row in enumerate(rows)]
 
 
 def _txt(path: Path) -> Iterator[tuple[str, Any]]:

@@ -29,6 +29,7 @@ from cdlm.training.folder import check_folder
 from cdlm.training.module import Loader, TrainingModule
 from cdlm.training.options import TrainOptions, rank_and_world
 from cdlm.training.progress import reporter
+from cdlm.training.sharding import check_shards
 from cdlm.training.stop import Interrupted, StopRequest
 
 HARMLESS = (
@@ -147,6 +148,7 @@ def _trainer(options: TrainOptions, outputs: Outputs, callback: Callback) -> Tra
 
 def _strategy(options: TrainOptions) -> Strategy | str:
     if options.strategy == "fsdp":
+        check_shards()
         return ModelParallelStrategy(options.world, tensor_parallel_size=1, save_distributed_checkpoint=False)
     if options.strategy == "ddp" or options.world > 1:
         # Buffers follow from the weights, equally in each process. Older torch has another name for this.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -9,7 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from cdlm.core.errors import CdlmError
 from cdlm.models.system import System
+
+
+def check_shards() -> None:
+    """Raises `CdlmError` if this torch cannot leave parameters whole; 2.6 cannot."""
+    if "ignored_params" not in signature(fully_shard).parameters:
+        raise CdlmError(f"strategy 'fsdp' needs a newer torch than {torch.__version__}: take 'ddp', or update torch")
 
 
 def shard(system: System, mesh: DeviceMesh) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from cdlm import api
@@ -14,18 +13,15 @@ from cdlm.core.devices import MachineOptions
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_places
 from cdlm.core.likelihood import LikelihoodSettings, Ode
-from cdlm.core.progress import to_stderr
 from cdlm.evaluation.answers import Answers, likelihood_of_answers
-from cdlm.evaluation.evaluate import Distances, evaluate_files
+from cdlm.evaluation.evaluate import Distances
 from cdlm.evaluation.likelihood import likelihood as likelihood_of
 from cdlm.evaluation.metrics.features import FEATURES
 from cdlm.evaluation.metrics.likelihood import Likelihood
-from cdlm.evaluation.metrics.mauve import is_installed
-from cdlm.evaluation.small_judge import OWN, open_judge
+from cdlm.evaluation.small_judge import OWN
 from cdlm.evaluation.table import Evaluation
 from cdlm.evaluation.texts import Entry, read_texts
 from cdlm.models import hub
-from cdlm.runs.config import RunConfig
 from cdlm.runs.train import RunText
 from cdlm.sampling.prompts import Prompt
 
@@ -59,14 +55,7 @@ class DistanceOptions:
 
     def distances(self) -> Distances:
         """The same as an object."""
-        return Distances(
-            FEATURES.parse(self.features), self.splits, is_installed() if self.mauve is None else self.mauve
-        )
-
-    @property
-    def lacks_mauve(self) -> bool:
-        """Nothing was said of MAUVE, and it is not installed."""
-        return self.mauve is None and self.splits > 0 and not is_installed()
+        return Distances(FEATURES.parse(self.features), self.splits, self.mauve)
 
 
 @dataclass(frozen=True)
@@ -194,19 +183,13 @@ def evaluate(
         )
     place = _place(run, out, "evaluation.json", machine.quiet)
     text = RunText.of_run(run)
-    real = api.real_text(text)
     if held_out:
         with session_on(machine, run) as session:
-            _report(likelihood_of(session, real, likelihood.rows, settings), place, machine)
+            _report(likelihood_of(session, api.real_text(text), likelihood.rows, settings), place, machine)
     if files:
-        if distance.lacks_mauve and not machine.quiet:
-            to_stderr("cdlm: MAUVE is left out: it is an extra under the GPL-3, pip install 'cdlm[mauve]'")
-        count = min([len(texts) for texts in files.values()] + ([] if n is None else [n]))
-        small = api.small_judge(text, judge.judge_steps)
-        found = evaluate_files(
-            {name: texts[:count] for name, texts in files.items()}, real,
-            [partial(open_judge, name, small, progress=not machine.quiet) for name in judge.judge],
-            distances=distances, device=machine.device, devices=machine.devices, notes=_notes(text.config, judge.judge),
+        found = api.measured(
+            text, files, judge.judge, judge.judge_steps, n=n, distances=distances, device=machine.device,
+            devices=machine.devices, progress=not machine.quiet,
         )  # fmt: skip
         _report(found, place, machine)
 
@@ -244,12 +227,6 @@ def _read(paths: Sequence[Path]) -> dict[str, list[Entry]]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise CdlmError(f"two files would be the row {twice!r}: rename one, or name each file once")
     return {name: read_texts(path) for name, path in zip(names, paths, strict=True)}
-
-
-def _notes(config: RunConfig, judges: Sequence[str]) -> list[str]:
-    if OWN in judges and not config.judge_share:
-        return ["the own judge read the generator's training text (judge_share 0): copying that text is rewarded."]
-    return []
 
 
 def _report(found: Likelihood | Evaluation | Answers, place: Path | None, machine: MachineOptions) -> None:
