@@ -184,6 +184,24 @@ def test_where_nobody_watches_the_terminal_nothing_is_drawn(place: Place, capsys
     assert capsys.readouterr() == plain
 
 
+def test_samples_of_several_processes_are_not_drawn(place: Place, refused: Callable) -> None:
+    call = [
+        "sample",
+        str(place.run),
+        "--n",
+        "2",
+        "--steps",
+        "2",
+        "--devices",
+        "2",
+        "--device",
+        "cpu",
+        "--watch",
+        "--quiet",
+    ]
+    assert "--watch draws the samples of one process" in refused(main, call)
+
+
 def test_samples_do_not_depend_on_the_batch(place: Place, tmp_path: Path) -> None:
     for size in ("1", "3"):
         place.sample("--n", "4", "--batch_size", size, "--out", str(tmp_path / f"{size}.jsonl"))

@@ -121,6 +121,22 @@ def test_the_last_drawing_of_a_sample_is_its_text(kind: str) -> None:
     assert [last[row] for row in range(3)] == [visible(text) for text in samples.texts]
 
 
+def test_of_many_samples_the_first_are_drawn_and_the_number_of_all_is_told() -> None:
+    session, headings = session_of("continuous"), list[list[str]]()
+
+    def look(steps, requests):
+        canvas = Canvas(requests, session.model.need_tokenizer())
+        for step in steps:
+            headings.append([heading for heading, _ in canvas.look(step)])
+            yield step
+
+    session.with_onlooker(look).run(session.requests(n=6))
+    assert headings[0] == ["sample 0, step 1 (6 samples in flight)", *(f"sample {k}, step 1" for k in (1, 2, 3))]
+    headings.clear()
+    session.with_onlooker(look).run(session.requests(n=4))
+    assert headings[0] == [f"sample {k}, step 1" for k in range(4)]
+
+
 @pytest.mark.parametrize("kind", ["continuous", "committed", "masked"])
 def test_a_run_that_is_watched_is_the_run_that_is_not(kind: str) -> None:
     session, shown = session_of(kind), Terminal()

@@ -69,6 +69,8 @@ def sample(
     check_places(output.record)
     settings = flat_settings(diffusion, unmasking, steps=steps)
     with session_on(machine, run, prompts.seed, device_map, **settings) as session:
+        if watch and session.workers is not None:
+            raise CdlmError("--watch draws the samples of one process: leave it out, or leave out --devices")
         requests, work = asked(session, texts, prompts)
         session = api.with_halt(session, halt, requests, work)
         if not machine.quiet:

@@ -107,10 +107,14 @@ class Canvas:
         self._before: dict[int, Int[np.ndarray, " n"]] = {}
 
     def look(self, step: LoopStep) -> list[tuple[str, list[Cell]]]:
-        """A heading and the text of the first samples in flight, by their numbers."""
+        """A heading and the text of the first samples in flight, by their numbers; the first heading counts all."""
         counts = step.counts
         first = sorted(range(len(counts.row)), key=counts.row.__getitem__)[:MOST_SAMPLES]
-        return [(f"sample {counts.row[i]}, step {counts.taken[i]}", self._cells(step, i)) for i in first]
+        looked = [(f"sample {counts.row[i]}, step {counts.taken[i]}", self._cells(step, i)) for i in first]
+        if len(counts.row) > len(first):
+            heading, cells = looked[0]
+            looked[0] = f"{heading} ({len(counts.row)} samples in flight)", cells
+        return looked
 
     def _cells(self, step: LoopStep, i: int) -> list[Cell]:
         row, request = step.counts.row[i], self._requests[step.counts.row[i]]
