@@ -29,7 +29,7 @@ SMALLER = {
     ("evaluate", "--ode-steps"): "--ode-steps 2",
     ("calibrate", "--steps"): "--steps 8",
     ("calibrate", "--max-change"): "--max-change 95%",
-    ("calibrate", "--max-loss"): "--max-loss 95%",
+    ("calibrate", "--max-loss"): "--max-loss 95% --n 24",
 }
 """Options behind these, of commands that have a certain option."""
 
