@@ -355,9 +355,10 @@ def measured(
     *, n: int | None = None, distances: Distances | None = None, device: str = "cpu", devices: int | Group = 1,
     progress: bool = False,
 ) -> Evaluation:  # fmt: skip
-    """The same of texts of files and a run without its model, by several processes if need be; see `evaluate`.
+    """The table of `evaluate` of texts that were read from files, beside the text of a run, whose model is not loaded.
 
     Args:
+        device, devices: where the judges run, and on how many processes.
         n: texts of each set to use; by default as many as the smallest has.
     """
     count = min([len(entries) for entries in sets.values()] + ([] if n is None else [n]))

@@ -77,7 +77,7 @@ class TokenStore:
                 offsets = np.load(path / "offsets.npy", mmap_mode="r")
             if wrong := _wrong(path, meta, tokens, offsets):
                 raise ValueError(wrong)
-        except (CdlmError, EOFError, ValueError, RecursionError, TokenError) as error:  # the last of numpy's headers
+        except (CdlmError, EOFError, ValueError, RecursionError, TokenError) as error:  # numpy lets the last one out
             raise CdlmError(f"{path} is not a complete token store ({first_line(error)}); {advice}") from error
         ids = meta["eos_id"], meta["pad_id"]
         return TokenStore(path, tokens, offsets, *ids, meta["key"], meta["unknown"], meta["vocab"])

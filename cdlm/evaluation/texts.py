@@ -199,10 +199,10 @@ def read_texts(path: Path) -> list[Entry]:
 
 
 def entries_of(texts: Samples | Sequence[str], name: str) -> list[Entry]:
-    """The same of samples, or of texts of which nothing else is known.
+    """Samples, or plain texts, as entries. Of plain texts nothing is known but the text.
 
     Raises:
-        CdlmError: there are none, or something else than texts.
+        CdlmError: there are none, or they are no texts.
     """
     if isinstance(texts, str) or not isinstance(texts, Samples | Sequence) or not len(texts):
         raise CdlmError(f"expected samples or a list of texts in {name}, got {shown(texts)}: draw some with generate")
