@@ -54,8 +54,6 @@ FAMILIES: tuple[type[Sampling], ...] = (Diffusion, Unmasking, LeftToRight)
 FOREIGN = (langflow, checkpoints)
 """What opens the formats of others: each knows by config.json whether it `opens` a folder."""
 
-READ_IT = "the own judge read the generator's training text (judge_share 0): copying that text is rewarded."
-
 S = TypeVar("S", bound=Sampling)
 
 
@@ -344,18 +342,18 @@ def evaluate(
     if not named:
         raise CdlmError("expected at least one set of texts to measure, got none: draw some with generate")
     sets = {name: entries_of(some, name) for name, some in named.items()}
-    return measured(
+    return evaluate_entries(
         run_text(model), sets, [judge] if isinstance(judge, str) else judge, judge_steps,
         distances=distances, device=resolve_device(device), progress=progress,
     )  # fmt: skip
 
 
-def measured(
+def evaluate_entries(
     text: RunText, sets: Mapping[str, Sequence[Entry]], judges: Sequence[str] = (OWN,), judge_steps: int | None = None,
     *, n: int | None = None, distances: Distances | None = None, device: str = "cpu", devices: int | Group = 1,
     progress: bool = False,
 ) -> Evaluation:  # fmt: skip
-    """The table of `evaluate` of texts that were read from files, beside the text of a run, whose model is not loaded.
+    """The table of `evaluate` for texts that were read from files. The model of the run is not loaded.
 
     Args:
         device, devices: where the judges run, and on how many processes.
@@ -363,7 +361,9 @@ def measured(
     """
     count = min([len(entries) for entries in sets.values()] + ([] if n is None else [n]))
     small = small_judge(text, judge_steps)
-    notes = [READ_IT] if OWN in judges and not text.config.judge_share else []
+    notes = list[str]()
+    if OWN in judges and not text.config.judge_share:
+        notes.append("the own judge read the generator's training text (judge_share 0): copying that text is rewarded.")
     return evaluate_files(
         {name: entries[:count] for name, entries in sets.items()}, real_text(text),
         [partial(open_judge, name, small, progress=progress) for name in judges],

@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.optimizer import ParamsT
 
 from cdlm.training.options import TrainOptions
 
 BETAS = (0.9, 0.99)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Of Muon's author: they stretch small singular values most."""
+"""Coefficients of Muon's author. They stretch small singular values most."""
 
 
 class Muon(Optimizer):
@@ -27,7 +28,7 @@ class Muon(Optimizer):
     the optimiser then takes longer than the network.
     """
 
-    def __init__(self, matrices: Any, lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(self, matrices: ParamsT, lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()

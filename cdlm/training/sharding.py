@@ -16,7 +16,11 @@ from cdlm.models.system import System
 
 
 def check_shards() -> None:
-    """Raises `CdlmError` if this torch cannot leave parameters whole; 2.6 cannot."""
+    """See that this torch can keep parameters whole beside sharded ones.
+
+    Raises:
+        CdlmError: it cannot, as 2.6.
+    """
     if "ignored_params" not in signature(fully_shard).parameters:
         raise CdlmError(f"strategy 'fsdp' needs a newer torch than {torch.__version__}: take 'ddp', or update torch")
 

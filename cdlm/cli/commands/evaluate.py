@@ -187,7 +187,7 @@ def evaluate(
         with session_on(machine, run) as session:
             _report(likelihood_of(session, api.real_text(text), likelihood.rows, settings), place, machine)
     if files:
-        found = api.measured(
+        found = api.evaluate_entries(
             text, files, judge.judge, judge.judge_steps, n=n, distances=distances, device=machine.device,
             devices=machine.devices, progress=not machine.quiet,
         )  # fmt: skip
