@@ -30,7 +30,7 @@ QUICK  := runs/quick
 SAMPLE := --n 256 --solver "Ancestral()"
 
 .DEFAULT_GOAL := help
-.PHONY: help quick demo tutorials test test-soak test-lowest results results-quick results-check docs lint format clean
+.PHONY: help quick demo tutorials test test-soak test-lowest test-wheel results results-quick results-check docs lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -75,6 +75,9 @@ test-lowest:  ## Run tests with the lowest versions that are promised; another t
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal \
 		--jaxtyping-packages=cdlm,beartype.beartype -W ignore -k "not bad_settings_of_an_evaluation" $(LOWEST_TESTS)  # two of those need mauve
 
+test-wheel: $(VENV)/.dev  ## Build sdist and wheel, and try the wheel alone in a bare environment, also with the lowest versions
+	.ci/wheel
+
 results: $(VENV)/.dev  ## Build tables of results, and render the pages: make results TABLE="demo systems"
 	$(if $(TABLE),,$(error Name tables of results/tables, or all: make results TABLE=demo))
 	$(PY) results/build.py run $(TABLE)
@@ -82,7 +85,7 @@ results: $(VENV)/.dev  ## Build tables of results, and render the pages: make re
 
 results-quick: $(VENV)/.dev  ## Build the small version of every table from nothing, and its pages
 	rm -rf runs/results/quick
-	basename -a -s .yaml results/tables/*.yaml | xargs -P "$$(getconf _NPROCESSORS_ONLN)" -n 3 \
+	basename -a -s .yaml results/tables/*.yaml | xargs -P "$$(getconf _NPROCESSORS_ONLN)" -n 7 \
 		$(PY) results/build.py run --quick
 	$(PY) results/build.py render --quick
 

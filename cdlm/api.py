@@ -14,7 +14,7 @@ import torch
 from cdlm.autoregressive.sampler import LeftToRight
 from cdlm.continuous.sampler import Diffusion
 from cdlm.continuous.systems import langflow
-from cdlm.core.checks import check_choice, check_flag, shown
+from cdlm.core.checks import check_choice, check_flag, check_object, shown
 from cdlm.core.devices import Precision, resolve_device
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import check_new_folder, read_json, write_text
@@ -338,9 +338,15 @@ def evaluate(
     Raises:
         CdlmError: no texts, or too little real text; or the model has no folder of a run.
     """
+    check_object("evaluate", Model, model=model)
+    check_flag("evaluate", progress=progress)
+    if distances is not None:
+        check_object("evaluate", Distances, distances=distances)
     named = texts if isinstance(texts, Mapping) else {"samples": texts}
     if not named:
         raise CdlmError("expected at least one set of texts to measure, got none: draw some with generate")
+    if wrong := [name for name in named if not isinstance(name, str) or not name.strip()]:
+        raise CdlmError(f"expected a name for each set of texts, got {shown(wrong[0])}: write a text as its key")
     sets = {name: entries_of(some, name) for name, some in named.items()}
     return evaluate_entries(
         run_text(model), sets, [judge] if isinstance(judge, str) else judge, judge_steps,
@@ -359,6 +365,8 @@ def evaluate_entries(
         device, devices: where the judges run, and on how many processes.
         n: texts of each set to use; by default as many as the smallest has.
     """
+    if not isinstance(judges, Sequence) or not judges or not all(isinstance(name, str) and name for name in judges):
+        raise CdlmError(f"expected a judge or a list of them, got {shown(judges)}: name folders, GGUF files or Hub ids")
     count = min([len(entries) for entries in sets.values()] + ([] if n is None else [n]))
     small = small_judge(text, judge_steps)
     notes = list[str]()

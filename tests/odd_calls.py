@@ -18,6 +18,7 @@ from toys import autoregressive_with_tokenizer, masked_with_tokenizer, with_toke
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cdlm
+from cdlm.evaluation.evaluate import Distances
 from cdlm.hf import halted
 from cdlm.masked.model import Function
 from cdlm.sampling.requests import Request
@@ -53,13 +54,13 @@ RUNS: Mapping[str, set[str]] = {
     "softmax_temperature": {"None", "1.5"}, "score_temperature": {"None", "1.5"},
     "guidance": {"None", "-1", "0", "1.5"},
     "read_out": {"None", "1.5"}, "valid": {"None"}, "progress": {"None", "True"}, "flag": {"True"},
-    "logits_fn": set(), "function": {"lambda"},
+    "logits_fn": set(), "function": {"lambda"}, "mauve": {"None", "True"},
 }  # fmt: skip
 """The values that are right, by the last part of a call's name; elsewhere None alone may be."""
 NEVER_NONE = set(
     "model n chat run steps_of blocks_of replayable check_recordable refuses with_criterion with_sampling with_steps"
     " save page name device devices length.decode prompts.decode prompts.likelihood answers levels stops constants"
-    " options sampling.session tokens given".split()
+    " options sampling.session tokens given texts judge features".split()
 )
 
 
@@ -101,6 +102,7 @@ def calls(folder: str) -> dict[str, Callable[[Any], object]]:
 
     asked = {"index": 0, "tokens": torch.zeros(4, dtype=torch.int64), "given": torch.arange(4) < 2}
     fixed = {"constants": constants, "length": 2}
+    judged = {"model": cdlm.load("stories", device="cpu"), "texts": ["A dog."], "device": "cpu"}
     table: list[tuple[str, Callable[..., object], dict[str, Any], str]] = [
         ("generate", cdlm.generate, {"model": model, "steps": 1}, "prompts n length sampling halt seed batch_size"
          " record watch progress chat system template new_tokens solver grid projection softmax_temperature"
@@ -119,6 +121,7 @@ def calls(folder: str) -> dict[str, Callable[[Any], object]]:
          " devices precision"),
         ("requests", session.requests, {}, "prompts n length new_tokens chat system template"),
         ("request", Request, asked, "index tokens given valid start"),
+        ("evaluate", cdlm.evaluate, judged, "model texts judge judge_steps distances device"),
         ("Constants", cdlm.Constants, {"mask_id": 3}, "mask_id eos_id eot_id shift stops"),
     ]  # fmt: skip
     found: dict[str, Callable[[Any], object]] = {
@@ -129,6 +132,9 @@ def calls(folder: str) -> dict[str, Callable[[Any], object]]:
     found |= {f"halted {name}": partial(generated, name) for name in HALTED.split()}
     found |= {f"session {name}": getattr(session, name) for name in METHODS.split()}
     return found | {
+        "evaluate flag": lambda v: cdlm.evaluate(**judged, progress=v),
+        "Distances features": lambda v: Distances(features=v),
+        "Distances mauve": lambda v: Distances(mauve=v),
         "open_session flag": lambda v: cdlm.open_session(model, progress=v),
         "request request.prompt": lambda v: Request(**asked, prompt=v),
         "a prompt": lambda v: cdlm.generate(model, [v], steps=1),

@@ -1019,3 +1019,16 @@ def test_a_run_is_resumed_or_started_from_another(place: Place, refused: Callabl
 
 def test_a_run_is_not_overwritten(place: Place, refused: Callable) -> None:
     assert "would be overwritten" in refused(place.train)
+
+
+def test_a_model_without_its_checkpoint_is_not_overwritten(place: Place, tmp_path: Path, refused: Callable) -> None:
+    packed = tmp_path / "packed"
+    main(["pack", str(place.run), str(packed), "--quiet"])
+    before = (packed / "model.safetensors").read_bytes()
+    assert f"the model in {packed} would be overwritten" in refused(place.train, out=str(packed))
+    assert f"with --start {packed}, in another folder" in refused(main, ["train", "--resume", str(packed)])
+    assert (packed / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_is_no_file(fresh: Place, refused: Callable) -> None:
+    assert f"cannot write {fresh.text}, it is no folder" in refused(fresh.train, out=fresh.text.name)

@@ -121,6 +121,12 @@ def test_too_small_a_vocabulary():
         train_tokenizer(TEXTS, 258)
 
 
+@pytest.mark.parametrize("size", [2**20 + 1, 10**9, 10**30])
+def test_a_size_that_would_ask_for_all_memory_is_refused(size):
+    with pytest.raises(CdlmError, match="at most 1048576"):
+        train_tokenizer(TEXTS, size)
+
+
 def test_a_tokenizer_without_eos(tmp_path):
     TOKENIZER.save_pretrained(tmp_path)
     settings_file = Path(tmp_path, "tokenizer_config.json")

@@ -10,8 +10,9 @@ from toys import tokenizer
 
 from cdlm.data.sources import Stories
 from cdlm.data.store import DocumentRows, TokenStore
+from cdlm.data.tokenizer import encode_batch
 from cdlm.evaluation.metrics.copying import RUN, Runs
-from cdlm.evaluation.texts import Corpus, RealText
+from cdlm.evaluation.texts import Corpus, Entry, RealText
 
 EOS = 99
 
@@ -39,13 +40,13 @@ TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=60)
 @given(documents=st.lists(TOKENS, min_size=1, max_size=5), own=TOKENS, cut=st.integers(0, 30))
 def test_the_share_of_copied_tokens_is_that_of_its_definition(documents: list[list[int]], own: list[int], cut: int):
     texts = [own, [*documents[0][cut:], EOS, *own]]
-    assert Runs.of(store(documents)).copied(texts) == pytest.approx(by_hand(documents, texts), nan_ok=True)
+    assert Runs.of(store(documents), EOS).copied(texts) == pytest.approx(by_hand(documents, texts), nan_ok=True)
 
 
 def test_a_training_text_is_copied_whole_and_another_not_at_all():
     rng = np.random.default_rng(0)
     documents, others = rng.integers(0, 90, (2, 30, 40)).tolist()
-    runs = Runs.of(store(documents))
+    runs = Runs.of(store(documents), EOS)
     assert runs.copied(documents) == 1.0
     assert runs.copied([documents[0] + [EOS] + documents[1]]) == 1.0  # rows are cut from joined documents
     assert runs.copied(others) == 0.0
@@ -56,16 +57,29 @@ def test_a_training_text_is_copied_whole_and_another_not_at_all():
 
 
 def test_texts_shorter_than_a_run_know_no_copies():
-    assert Runs.of(store([[1, 2, 3]])).copied([[1, 2, 3, EOS] * 10]) == 0.0
+    assert Runs.of(store([[1, 2, 3]]), EOS).copied([[1, 2, 3, EOS] * 10]) == 0.0
 
 
 def test_no_more_is_searched_than_is_said():
     documents = np.random.default_rng(1).integers(0, 90, (3, 40)).tolist()
-    runs = Runs.of(store(documents), most=60)
+    runs = Runs.of(store(documents), EOS, most=60)
     assert len(runs.hashes) == 61 - RUN + 1  # 60 tokens and the end of the first document
     assert runs.copied([documents[0]]) == 1.0
     assert runs.copied([documents[1]]) == 0.5
     assert runs.copied([documents[2]]) == 0.0
+
+
+def test_a_text_has_as_many_copies_as_its_tokens_though_the_end_of_a_document_is_a_line_break_there():
+    own = tokenizer()
+    documents = encode_batch(own, list(Stories(n=12, seed=3).documents("train")))
+    trained = replace(store(documents), eos_id=own.eos_token_id)
+    real = RealText(DocumentRows(trained, 40), None, own, Stories(n=1), trained)
+    row = [token for document in documents for token in (*document, own.eos_token_id)][20:120]
+    text = real.decode(row)
+    assert "\n" in text
+    drawn, plain = (real.samples("s", [entry]) for entry in (Entry(text, row), Entry(text)))
+    assert real.copied(drawn) == 1.0
+    assert real.copied(plain) == 1.0
 
 
 def test_real_text_looks_for_copies_of_whole_texts_alone():

@@ -152,16 +152,23 @@ def real_of(rows: PackedRows) -> RealText:
 
 
 def test_texts_without_tokens_get_those_of_the_tokenizer(tmp_path: Path) -> None:
-    entries = [Entry("the cat"), Entry("a dog", [1, 2, 3]), Entry("the mat")]
-    corpus = held_out(tmp_path).samples("mixed", entries)
+    dog = [*map(ord, "a dog")]  # of no use to the model, and its tokens all the same: pieces are not joined
+    own = [encode_batch(toys.tokenizer(), [letter])[0][0] for letter in map(chr, dog)]
+    corpus = held_out(tmp_path).samples("mixed", [Entry("the cat"), Entry("a dog", own), Entry("the mat")])
     expected = encode_batch(toys.tokenizer(), ["the cat", "the mat"])
-    assert corpus.tokens == [expected[0], [1, 2, 3], expected[1]]
+    assert corpus.tokens == [expected[0], own, expected[1]]
     assert corpus.texts == ["the cat", "a dog", "the mat"]
+    assert corpus.foreign
 
 
-def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CdlmError, match="leave 'tokens' out of its file"):
-        held_out(tmp_path).samples("foreign", [Entry("a", [len(toys.tokenizer())])])
+@pytest.mark.parametrize("tokens", [[len(toys.tokenizer())], [3, 4], [], [2**31 - 1]], ids=str)
+def test_tokens_that_say_another_text_are_of_another_tokenizer(tokens: list[int], tmp_path: Path) -> None:
+    held = held_out(tmp_path)
+    (expected,) = encode_batch(toys.tokenizer(), ["the cat"])
+    corpus = held.samples("foreign", [Entry("the cat", tokens, generated=[(0, 1)], length=9, nfe=4)])
+    assert (corpus.tokens, corpus.generated, corpus.foreign) == ([expected], None, True)
+    assert (corpus.lengths, corpus.nfe) == ([9], [4])
+    assert not held.samples("own", [Entry("the cat", expected)]).foreign
 
 
 def test_the_share_of_right_answers_is_known_where_all_texts_have_a_problem(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from cdlm.core.errors import CdlmError
 from cdlm.core.tensors import read_tensors, specs_of, write_tensors
 from cdlm.data.sources import Files, Stories
 from cdlm.evaluation.evaluate import Distances
-from cdlm.evaluation.texts import entries_of
+from cdlm.evaluation.texts import REAL, entries_of
 from cdlm.models import hub, shipped
 from cdlm.runs import caches
 from cdlm.runs.config import RunConfig, read_run
@@ -380,6 +380,23 @@ def test_what_are_no_texts_is_refused(texts: Any) -> None:
     unchecked = getattr(entries_of, "__wrapped__", entries_of)  # types speak first here
     with pytest.raises(CdlmError, match="expected"):
         unchecked(texts, "samples")
+
+
+@pytest.mark.parametrize("name", ["", " ", *REAL.values(), "tokens shuffled", "unigram salad"])
+def test_each_row_has_a_name_of_its_own(name: str) -> None:
+    with pytest.raises(CdlmError, match="name"):
+        cdlm.evaluate(cdlm.load("stories", device="cpu"), {name: ["A dog."]}, distances=Distances(splits=0))
+
+
+def test_samples_of_a_model_with_another_tokenizer_are_read_as_texts() -> None:
+    model, other = cdlm.load("stories", device="cpu"), cdlm.load("arithmetic", device="cpu")
+    drawn = cdlm.generate(other, ["Tom has 3 balls. He buys 4. How many balls has Tom now?\n"], n=2)
+    distances, ours = Distances(splits=0), cdlm.generate(model, n=2, steps=4)
+    found = cdlm.evaluate(model, {"ours": ours, "theirs": drawn}, distances=distances, device="cpu")
+    texts = cdlm.evaluate(model, {"texts": drawn.texts}, distances=distances, device="cpu")
+    assert "theirs has tokens of another tokenizer" in found.notes[0]
+    assert not [note for note in found.notes if note.startswith("ours")]
+    assert not [note for note in texts.notes if "tokenizer" in note]
 
 
 def test_a_judge_of_other_defaults_does_not_ship(run: Path, tmp_path: Path) -> None:

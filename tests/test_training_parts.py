@@ -117,6 +117,21 @@ def test_muon_moves_a_matrix_by_an_orthogonal_step() -> None:
     assert bool(((moved > 0.5) & (moved < 1.5)).all())  # five Newton-Schulz steps are not exact
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3, 4)])
+def test_muon_takes_matrices_alone(shape: tuple[int, ...]) -> None:
+    with pytest.raises(CdlmError, match="give it to AdamW"):
+        Muon([torch.nn.Parameter(torch.zeros(shape))])
+
+
+def test_without_matrices_all_is_for_adamw() -> None:
+    bias = torch.nn.Parameter(torch.ones(3))
+    groups = {"matrices": [], "rest": [bias], "schedule": []}
+    for name in ("muon", "adamw"):
+        found = build_optimizer(groups, TrainOptions(steps=1, optimizer=name))
+        assert isinstance(found, torch.optim.AdamW)
+        assert found.param_groups[0]["params"] == [bias]
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it since 2.9")
 def test_muon_is_that_of_torch_up_to_its_rounding() -> None:
     """Matrices of one shape go together, in float32; torch takes them one by one, in bfloat16, and rounds more."""

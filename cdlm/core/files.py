@@ -122,10 +122,10 @@ def check_path(path: str | Path) -> None:
     """Raise if no file can have this name.
 
     Raises:
-        CdlmError: it is empty, or holds a character that no name has.
+        CdlmError: it is empty or none at all, or holds a character that no name has.
     """
     try:
-        name = os.fsencode(path)
+        name = os.fsencode(path) if isinstance(path, str | Path) else b""
     except UnicodeEncodeError:
         name = b""
     if not name or b"\0" in name:

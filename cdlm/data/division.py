@@ -76,8 +76,9 @@ class Share(Source):
                 yield document
         if not found:
             raise CdlmError(
-                f"none of {seen} training documents fell to the {self.part}'s part: divide the text into more documents"
-                " (sample_by line or paragraph), or set judge_share and unread_share to 0"
+                f"none of {seen} training documents fell to the {self.part}'s part (equal ones go together): give more"
+                " text, divide it into more documents (sample_by line or paragraph), or set judge_share and"
+                " unread_share to 0"
             )
 
     def fingerprint(self) -> str:

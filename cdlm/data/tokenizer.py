@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cdlm.core.checks import shown
 from cdlm.core.errors import CdlmError, first_line
 from cdlm.models.foreign import foreign_tokenizer
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"  # ids 0, 1, 2
 _SMALLEST = 256 + 3  # every byte and the special tokens
+_LARGEST = 2**20  # memory for all is asked for at once
 USUAL_SIZE = 2048
 """Tokens of a tokenizer, unless it is told otherwise or the text supports fewer."""
 LONGEST_WORD = 1000
@@ -31,12 +33,15 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int | None = None) -> 
     give the same tokenizer. Of a word or a run of blanks that is longer than `LONGEST_WORD`, pieces are learned.
 
     Raises:
-        CdlmError: The size is below 259 (bytes and special tokens), or the text has too few repetitions for it.
+        CdlmError: The size is below 259 (bytes and special tokens) or above 2**20, or the text has too few repetitions
+            for it.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size is not None and vocab_size < _SMALLEST:
         raise CdlmError(f"vocab_size must be at least {_SMALLEST} (256 bytes and 3 special tokens), got {vocab_size}")
+    if vocab_size is not None and vocab_size > _LARGEST:
+        raise CdlmError(f"vocab_size must be at most {_LARGEST}, more than any text needs, got {shown(vocab_size)}")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cdlm.core.checks import check_whole
+from cdlm.core.checks import Settings, check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.files import plain
 from cdlm.core.parallel import workers_on
@@ -31,7 +31,7 @@ ENTROPY_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
-class Distances:
+class Distances(Settings):
     """How sets of texts are compared with real text by their distribution.
 
     Args:
@@ -116,15 +116,20 @@ def evaluate_files(
     Raises:
         CdlmError: there is too little held-out text, or a package is missing.
     """
-    distances = distances or Distances()
+    distances = Distances() if distances is None else distances
     if distances.splits and distances.with_mauve:
         mauve_metric.library()  # its absence is better known before the long work
     samples = [text.samples(name, entries) for name, entries in files.items()]
+    read_anew = [
+        f"{corpus.name} has tokens of another tokenizer: this run's read its texts anew."
+        for corpus, entries in zip(samples, files.values(), strict=True)
+        if corpus.foreign and any(entry.tokens is not None for entry in entries)
+    ]
     beside = Beside.of(text, check_sizes(samples), distances.splits)
     pools = [workers_on(devices, opens, device) for opens in judges]
     try:
         readers = [Readers(opens(device), pool) for opens, pool in zip(judges, pools, strict=True)]
-        return evaluate(samples, beside, readers, distances=distances, notes=notes)
+        return evaluate(samples, beside, readers, distances=distances, notes=[*notes, *read_anew])
     finally:
         for pool in pools:
             pool.close()
@@ -150,12 +155,14 @@ def evaluate(
         notes: more of them, to stand first.
 
     Raises:
-        CdlmError: nothing to evaluate, unequal numbers of samples, or samples that are real text themselves.
+        CdlmError: nothing to evaluate, unequal numbers of samples, samples that are real text themselves, or two rows
+            of one name.
     """
-    count, distances = check_sizes(samples), distances or Distances()
+    count, distances = check_sizes(samples), Distances() if distances is None else distances
     held_out, target = beside.rows[0], beside.rows[-1]
     floors = [held_out.shuffled(beside.decode, seed), held_out.salad(beside.decode, seed)]
     corpora = [*samples, *beside.rows, *floors]
+    _check_names(corpora)
     reference = _reference(corpora, beside, distances, readers[0])
     if reference is not None:
         for corpus in samples:
@@ -194,6 +201,14 @@ def check_sizes(samples: Sequence[Corpus]) -> int:
                 " measures move with the number of texts; draw equally many"
             )
     return count
+
+
+def _check_names(corpora: Sequence[Corpus]) -> None:
+    """Raise if two rows would have one name: the row of the reference is known by it."""
+    names = [corpus.name for corpus in corpora]
+    for name in names:
+        if names.count(name) > 1:
+            raise CdlmError(f"two rows of the table would be named {name!r}: give your texts another name")
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

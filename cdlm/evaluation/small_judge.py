@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cdlm.core.checks import check_whole
 from cdlm.core.errors import CdlmError
 from cdlm.core.progress import meter
 from cdlm.data.order import Order
@@ -53,10 +54,14 @@ class SmallJudge:
     cache: Path
     steps: int | None = None
 
+    def __post_init__(self) -> None:
+        check_whole("the judge", optional=True, judge_steps=self.steps)
+
     @property
     def taken(self) -> int:
         """Batches that it is trained on."""
-        return self.steps or min(MOST_STEPS, -(-PASSES * len(self.rows) // self.batch_size))
+        usual = min(MOST_STEPS, -(-PASSES * len(self.rows) // self.batch_size))
+        return usual if self.steps is None else self.steps
 
     def open(self, device: str = "cpu", progress: bool = True) -> Judge:
         """The judge that comes with the package, if it has this one, or that of the cache; on the first call it is

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdlm.core.files import write_json, write_text
+from cdlm.core.files import check_path, write_json, write_text
 from cdlm.core.inert import in_markdown, one_line, table_line
 from cdlm.evaluation.metrics.registry import AR_NLL, METRICS, Metric
 from cdlm.evaluation.texts import Value
@@ -58,6 +58,7 @@ class Evaluation:
 
     def save(self, folder: str | Path) -> None:
         """Write `evaluation.json` and `evaluation.md` into `folder`, each whole or not at all."""
+        check_path(folder)
         write_json(Path(folder) / "evaluation.json", self.to_dict())
         write_text(Path(folder) / "evaluation.md", self.markdown())
 

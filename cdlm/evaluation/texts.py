@@ -115,8 +115,8 @@ class Corpus:
             return self.tokens
         if self.generated is None:
             raise CdlmError(
-                f"the texts of {self.name!r} have prompts and do not say which tokens were generated: draw them again"
-                " with cdlm sample --out"
+                f"the texts of {self.name!r} have prompts, and which tokens were generated is not known: draw them"
+                " again with cdlm sample --out, or measure them beside the text of the run that drew them"
             )
         return [
             [token for start, end in spans for token in line[start:end]]
@@ -206,6 +206,8 @@ def entries_of(texts: Samples | Sequence[str], name: str) -> list[Entry]:
     """
     if isinstance(texts, str) or not isinstance(texts, Samples | Sequence) or not len(texts):
         raise CdlmError(f"expected samples or a list of texts in {name}, got {shown(texts)}: draw some with generate")
+    if not isinstance(texts, Samples) and (wrong := [text for text in texts if not isinstance(text, str)]):
+        raise CdlmError(f"expected texts in {name}, got {shown(wrong[0])} among them: leave it out")
     rows: Sequence[Any] = texts.rows() if isinstance(texts, Samples) else [{"text": text} for text in texts]
     return [_entry(row, f"{name}, text {number}") for number, row in enumerate(rows)]
 
@@ -325,12 +327,24 @@ class RealText:
 
     @cached_property
     def _runs(self) -> Runs | None:
-        return None if self.trained is None else Runs.of(self.trained)
+        return None if self.trained is None else Runs.of(self.trained, self._shown_end)
 
     def copied(self, corpus: Corpus) -> float | None:
         """Share of the tokens that stand word for word in the training text, see `metrics.copying`; None of texts with
-        given parts, whose generated pieces are no texts, and where the training text is not known."""
-        return None if self._runs is None or corpus.prompted else self._runs.copied(corpus.tokens)
+        given parts, whose generated pieces are no texts, and where the training text is not known. The end of a text
+        counts as the line break that it is shown as."""
+        if self.trained is None or self._runs is None or corpus.prompted:
+            return None
+        end, shown_end = self.trained.eos_id, self._shown_end
+        texts = [[shown_end if token == end else token for token in tokens] for tokens in corpus.tokens]
+        return self._runs.copied(texts)
+
+    @cached_property
+    def _shown_end(self) -> int:
+        """What the end of a text counts as: the token of a line break, or itself if a break is several tokens."""
+        assert self.trained is not None
+        found = encode_batch(self.tokenizer, ["\n"])[0]
+        return found[0] if len(found) == 1 else self.trained.eos_id
 
     @property
     def eos_id(self) -> int | None:
@@ -420,17 +434,10 @@ class RealText:
     def samples(self, name: str, entries: Sequence[Entry]) -> Corpus:
         """Texts of a file as a row of the table. What some of them do not know is left blank.
 
-        Texts without tokens get those of the run's tokenizer. `right` is the share of problems that are solved.
-
-        Raises:
-            CdlmError: tokens are none of the run's tokenizer.
+        Texts without tokens, and those whose tokens are of another tokenizer, get those of the run's tokenizer. `right`
+        is the share of problems that are solved.
         """
-        highest = max((token for entry in entries for token in entry.tokens or ()), default=0)
-        if highest >= len(self.tokenizer):
-            raise CdlmError(
-                f"{name} has token {highest}, and the run's tokenizer {len(self.tokenizer)} tokens: they are of another"
-                " model; leave 'tokens' out of its file"
-            )
+        entries = [self._with_own_tokens(entry) for entry in entries]
         texts = [entry.text for entry in entries]
         bare = iter(encode_batch(self.tokenizer, [entry.text for entry in entries if entry.tokens is None] or [""]))
         tokens = [next(bare) if entry.tokens is None else entry.tokens for entry in entries]
@@ -454,6 +461,13 @@ class RealText:
             },
             foreign=any(entry.tokens is None for entry in entries),
         )
+
+    def _with_own_tokens(self, entry: Entry) -> Entry:
+        """The same, without tokens if they do not say its text in the run's tokenizer."""
+        tokens = entry.tokens
+        if tokens is None or (max(tokens, default=0) < len(self.tokenizer) and self.decode(tokens) == entry.text):
+            return entry
+        return replace(entry, tokens=None, generated=None)
 
 
 def _draw(rows: TextRows, counts: Sequence[int], seed: int | tuple[int, ...]) -> list[list[int]]:

@@ -38,19 +38,30 @@ def checkpoint_of(run_dir: Path) -> Path:
 
 
 def check_folder(run_dir: Path, resume: bool) -> None:
-    """A new run needs a folder without a checkpoint, a resumed one a folder with one.
+    """A new run needs a folder without a model and without a checkpoint, a resumed one a folder with a checkpoint.
 
     Raises:
-        CdlmError: it is otherwise.
+        CdlmError: it is otherwise, or no folder.
     """
-    checkpoint = checkpoint_of(run_dir)
-    there = os.path.exists(checkpoint)  # False of a name that is too long, which writing will tell
+    checkpoint, settings = checkpoint_of(run_dir), run_dir / "config.yaml"
+    # What exists is False of a name that is too long, which writing will tell.
+    there, trained = os.path.exists(checkpoint), os.path.exists(run_dir / "model.safetensors")
+    if os.path.exists(run_dir) and not os.path.isdir(run_dir):
+        raise CdlmError(f"cannot write {run_dir}, it is no folder; choose another folder")
     if resume and not there:
-        settings = run_dir / "config.yaml"
-        again = f"begin it again with --config {settings} --out {run_dir}" if os.path.exists(settings) else "start it"
-        raise CdlmError(f"nothing to resume, {checkpoint} does not exist, the run has not got that far: {again}")
+        again = "start it"
+        if trained:  # packed, or without its checkpoints, or killed between its first model and its checkpoint
+            again = f"begin from its model with --start {run_dir}, in another folder"
+        elif os.path.exists(settings):
+            again = f"begin it again with --config {settings} --out {run_dir}"
+        raise CdlmError(f"nothing to resume, {checkpoint} does not exist: {again}")
     if not resume and there:
         raise CdlmError(f"{checkpoint} would be overwritten: go on with --resume {run_dir}, or choose another folder")
+    if not resume and trained:
+        raise CdlmError(
+            f"the model in {run_dir} would be overwritten: choose another folder, and begin from that model with"
+            f" --start {run_dir} if you like"
+        )
 
 
 @contextmanager

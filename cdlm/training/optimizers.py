@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
+from cdlm.core.errors import CdlmError
 from cdlm.training.options import TrainOptions
 
 BETAS = (0.9, 0.99)
@@ -30,6 +31,12 @@ class Muon(Optimizer):
 
     def __init__(self, matrices: ParamsT, lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for matrix in self.param_groups[-1]["params"]:
+            if matrix.ndim != 2:
+                raise CdlmError(f"Muon needs matrices, got a shape of {tuple(matrix.shape)}: give it to AdamW")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -109,13 +116,13 @@ def build_optimizer(groups: Mapping[str, list[nn.Parameter]], options: TrainOpti
 
     Each group carries its name; `set_rates` must be called before each step.
     """
-    matrices, *others = [
-        {"params": groups[name], "name": name} for name in ("matrices", "rest", "schedule") if groups[name]
-    ]
-    if options.optimizer == "adamw":
-        return AdamW([matrices, *others], betas=BETAS, weight_decay=0.0)
-    muon = Muon([matrices])
-    return CombinedOptimizer(muon=muon, adamw=AdamW(others, betas=BETAS, weight_decay=0.0))
+    named = {name: {"params": groups[name], "name": name} for name in ("matrices", "rest", "schedule") if groups[name]}
+    parts: dict[str, Optimizer] = {}
+    if options.optimizer == "muon" and "matrices" in named:
+        parts["muon"] = Muon([named.pop("matrices")])
+    if named:
+        parts["adamw"] = AdamW(list(named.values()), betas=BETAS, weight_decay=0.0)
+    return CombinedOptimizer(**parts) if "muon" in parts else parts["adamw"]
 
 
 def lr_factor(step: int, options: TrainOptions) -> float:

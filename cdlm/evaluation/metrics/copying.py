@@ -28,11 +28,11 @@ class Runs:
     hashes: UInt64[np.ndarray, " m"]
 
     @staticmethod
-    def of(store: TokenStore, most: int = MOST_TOKENS) -> Runs:
-        """The runs of a store's first `most` tokens, an end-of-text token after each document, as rows have it."""
+    def of(store: TokenStore, end: int, most: int = MOST_TOKENS) -> Runs:
+        """The runs of a store's first `most` tokens, with the token `end` after each document."""
         tokens = np.asarray(store.tokens[:most], dtype=np.int64)
         ends = store.offsets[1:]
-        return Runs(np.unique(_hashes(np.insert(tokens, ends[ends <= len(tokens)], store.eos_id))))
+        return Runs(np.unique(_hashes(np.insert(tokens, ends[ends <= len(tokens)], end))))
 
     def copied(self, texts: Sequence[Sequence[int]]) -> float:
         """Share of the tokens of all texts that are part of a run of the training text, 0..1.
