@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
 from doc_pages import PAGES, ROOT, Block, blocks_of
 from foreign import copy_of, write_tokenizer
@@ -63,6 +64,7 @@ def test_every_command_and_example_of_the_page_runs(
     page: str, models: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shipped, "FOLDER", models)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # a quarter of the time; other tests check shapes
     _prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
