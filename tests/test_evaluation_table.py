@@ -220,9 +220,11 @@ def test_wrong_arguments_are_explained():
         evaluate([samples, corpus("more", sentences(4, 2))], Beside([samples], decode), [Readers(judge)])
     with pytest.raises(CdlmError, match="nfe for each of the 2 texts"):
         Corpus("samples", [[1], [2]], ["a", "b"], nfe=[3])
-    clash = corpus("samples", sentences(5, 1), extra={"zipf": 1.0})
+    clash = corpus("others", sentences(5, 1), extra={"zipf": 1.0})
     with pytest.raises(CdlmError, match="zipf"):
         measured(clash, samples, judge)
+    with pytest.raises(CdlmError, match="two rows of the table would be named 'samples'"):
+        measured(samples, samples, judge)
 
 
 def test_each_metric_has_a_key_and_a_column_of_its_own(full):

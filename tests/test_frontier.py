@@ -195,7 +195,7 @@ def test_of_prompted_samples_only_what_was_generated_counts() -> None:
     assert corpus.made() == [[5, 6, 7], [8, 8, 9, 9]]
     assert corpus.first(1).made() == [[5, 6, 7]]
     assert _entropies(corpus).total == pytest.approx([np.log(3), np.log(2)])
-    with pytest.raises(CdlmError, match="do not say which tokens were generated"):
+    with pytest.raises(CdlmError, match="which tokens were generated is not known"):
         replace(corpus, generated=None).made()
     assert replace(corpus, given=None, generated=None).made() == corpus.tokens
 
