@@ -13,6 +13,7 @@ from cdlm.data.store import DocumentRows, TokenStore
 from cdlm.data.tokenizer import encode_batch
 from cdlm.evaluation.metrics.copying import RUN, Runs
 from cdlm.evaluation.texts import Corpus, Entry, RealText
+from cdlm.sampling.texts import special_of
 
 EOS = 99
 
@@ -72,9 +73,11 @@ def test_no_more_is_searched_than_is_said():
 def test_a_text_has_as_many_copies_as_its_tokens_though_the_end_of_a_document_is_a_line_break_there():
     own = tokenizer()
     documents = encode_batch(own, list(Stories(n=12, seed=3).documents("train")))
-    trained = replace(store(documents), eos_id=own.eos_token_id)
+    end = special_of(own).eos_id
+    assert end is not None
+    trained = replace(store(documents), eos_id=end)
     real = RealText(DocumentRows(trained, 40), None, own, Stories(n=1), trained)
-    row = [token for document in documents for token in (*document, own.eos_token_id)][20:120]
+    row = [token for document in documents for token in (*document, end)][20:120]
     text = real.decode(row)
     assert "\n" in text
     drawn, plain = (real.samples("s", [entry]) for entry in (Entry(text, row), Entry(text)))
