@@ -120,8 +120,8 @@ def evaluate_files(
     if distances.splits and distances.with_mauve:
         mauve_metric.library()  # its absence is better known before the long work
     samples = [text.samples(name, entries) for name, entries in files.items()]
-    read_anew = [
-        f"{corpus.name} has tokens of another tokenizer: this run's read its texts anew."
+    encoded_anew = [
+        f"{corpus.name} has tokens of another tokenizer: its texts were encoded anew."
         for corpus, entries in zip(samples, files.values(), strict=True)
         if corpus.foreign and any(entry.tokens is not None for entry in entries)
     ]
@@ -129,7 +129,7 @@ def evaluate_files(
     pools = [workers_on(devices, opens, device) for opens in judges]
     try:
         readers = [Readers(opens(device), pool) for opens, pool in zip(judges, pools, strict=True)]
-        return evaluate(samples, beside, readers, distances=distances, notes=[*notes, *read_anew])
+        return evaluate(samples, beside, readers, distances=distances, notes=[*notes, *encoded_anew])
     finally:
         for pool in pools:
             pool.close()

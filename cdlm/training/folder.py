@@ -59,8 +59,7 @@ def check_folder(run_dir: Path, resume: bool) -> None:
         raise CdlmError(f"{checkpoint} would be overwritten: go on with --resume {run_dir}, or choose another folder")
     if not resume and trained:
         raise CdlmError(
-            f"the model in {run_dir} would be overwritten: choose another folder, and begin from that model with"
-            f" --start {run_dir} if you like"
+            f"the model in {run_dir} would be overwritten: choose another folder; --start {run_dir} goes on from it"
         )
 
 
